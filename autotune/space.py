@@ -1,0 +1,126 @@
+"""The words that templates, tuner and database share: Workload, Param, Constraint, SearchSpace, Schedule.
+
+A workload is a canonical fused region: its text, with names and source lines left out, is its identity, so equal regions
+of different models share one kernel and one tuning record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import Graph
+from graphopt.ir.hashing import canonical_text
+from graphopt.ir.text import parse_graph
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a kernel must compute.
+
+    Attributes:
+        kind: the family, as fusion named it: ``pointwise``, ``reduction``, ``rowwise``, ``matmul`` ...
+        text: canonical text of the region; strides on inputs and outputs are part of it.
+    """
+
+    kind: str
+    text: str
+
+    @staticmethod
+    def of(body: Graph, kind: str) -> Workload:
+        return Workload(kind, canonical_text(body))
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The region, parsed. Do not change it."""
+        return parse_graph(self.text)
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of kind and text, 16 hex digits."""
+        return hashlib.sha256(f"{self.kind}\n{self.text}".encode()).hexdigest()[:16]
+
+
+Knob = int | str | bool | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A point of a search space: the same type for TVM and for Triton.
+
+    Attributes:
+        template: name of the template.
+        sketch: which structure (e.g. ``tiled``, ``direct``).
+        knobs: (name, value), sorted by name.
+    """
+
+    template: str
+    sketch: str = "default"
+    knobs: tuple[tuple[str, Knob], ...] = ()
+
+    @staticmethod
+    def make(template: str, sketch: str = "default", **knobs: Knob) -> Schedule:
+        return Schedule(template, sketch, tuple(sorted(knobs.items())))
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.knobs)[name]
+
+    def to_json(self) -> str:
+        return json.dumps({"template": self.template, "sketch": self.sketch, "knobs": dict(self.knobs)})
+
+    @staticmethod
+    def from_json(text: str) -> Schedule:
+        data = json.loads(text)
+        knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in data["knobs"].items()}
+        return Schedule.make(data["template"], data["sketch"], **knobs)
+
+
+@dataclass(frozen=True)
+class Param:
+    """A knob and its choices, the default first."""
+
+    name: str
+    choices: tuple[Knob, ...]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A condition on knobs, and what it says when it rejects."""
+
+    reason: str
+    holds: Callable[[Mapping[str, Knob]], bool]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All schedules of a template for a workload; the default is always among them."""
+
+    template: str
+    sketches: tuple[str, ...] = ("default",)
+    params: tuple[Param, ...] = ()
+    constraints: tuple[Constraint, ...] = field(default_factory=tuple)
+
+    def default(self) -> Schedule:
+        """The schedule that needs no tuning: the first sketch, the first choice of every knob."""
+        return Schedule.make(self.template, self.sketches[0], **{p.name: p.choices[0] for p in self.params})
+
+    def rejection(self, schedule: Schedule) -> str | None:
+        """Why a schedule is not in the space, or None if it is."""
+        knobs = dict(schedule.knobs)
+        if schedule.template != self.template or schedule.sketch not in self.sketches:
+            return f"{schedule.template}/{schedule.sketch} is no sketch of {self.template}"
+        for p in self.params:
+            if knobs.get(p.name) not in p.choices:
+                return f"{p.name} = {knobs.get(p.name)} is not among {p.choices}"
+        return next((c.reason for c in self.constraints if not c.holds(knobs)), None)
+
+    def check(self, schedule: Schedule) -> Schedule:
+        """The schedule, or UsageError with the reason that it is rejected."""
+        if (reason := self.rejection(schedule)) is not None:
+            raise UsageError(f"schedule {schedule.to_json()}: {reason}")
+        return schedule

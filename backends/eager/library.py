@@ -1,0 +1,52 @@
+"""One library call: a node run by PyTorch's own kernels, its arguments prepared as far as they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import sympy
+import torch
+
+from graphopt.ir.graph import Node
+from graphopt.ir.interpreter import evaluate_node, fill_template, flatten_results, resolve_aten
+from graphopt.ir.ops import EvalContext, Ref
+
+
+def _only_constants(template: object) -> bool:
+    """Whether an argument template needs neither operands nor sizes."""
+    if isinstance(template, tuple):
+        return all(map(_only_constants, template))
+    return not isinstance(template, Ref | sympy.Expr)
+
+
+class LibraryCall:
+    """Runs one node (a fusion node runs its body, node by node).
+
+    Args:
+        node: any node of the IR; it is not kept.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._static = EvalContext({})
+        self._call = None
+        simple = node.op.name == "aten" and not any(node.attrs["layouts"])
+        if simple:
+            self._target = resolve_aten(node.attrs["target"])
+            args, kwargs = node.attrs["args"], node.attrs["kwargs"]
+            # positions that are operands, and everything else filled in once
+            if all(isinstance(a, Ref) or _only_constants(a) for a in args) and all(_only_constants(v) for _, v in kwargs):
+                self._slots = [(i, a.index) for i, a in enumerate(args) if isinstance(a, Ref)]
+                self._args = [None if isinstance(a, Ref) else fill_template(a, (), self._static) for a in args]
+                self._kwargs = {k: fill_template(v, (), self._static) for k, v in kwargs}
+                self._call = self._target
+
+    def __call__(self, operands: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> list[torch.Tensor]:
+        """Results for operands; ``sizes`` binds the symbols."""
+        if self._call is not None:
+            args = list(self._args)
+            for position, operand in self._slots:
+                args[position] = operands[operand]
+            return flatten_results(self._call(*args, **self._kwargs))
+        context = EvalContext(sizes, device=operands[0].device if operands else "cpu") if sizes or operands else self._static
+        return evaluate_node(self._node, operands, context)

@@ -1,0 +1,79 @@
+"""The errors that graphopt raises on purpose, each with a distinct exit status for the command line.
+
+An error message answers three questions: what is wrong, where (IR, pass, the user's source line), and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraphoptError(Exception):
+    """Base of every deliberate error; ``exit_status`` is what the command line exits with."""
+
+    exit_status = 1
+
+
+class UsageError(GraphoptError):
+    """The request itself is wrong: an unknown option, pass or file."""
+
+    exit_status = 2
+
+
+class ParseError(GraphoptError):
+    """Malformed IR text. Carries the 1-based line and column, and shows the line with a caret.
+
+    Args:
+        message: what was expected or found.
+        line, column: 1-based position.
+        source: the whole text, to quote the line from.
+    """
+
+    exit_status = 3
+
+    def __init__(self, message: str, line: int, column: int, source: str, filename: str = "<text>") -> None:
+        lines = source.splitlines()
+        quoted = lines[line - 1] if 0 < line <= len(lines) else ""
+        super().__init__(f"{filename}:{line}:{column}: {message}\n  {quoted}\n  {' ' * (column - 1)}^")
+        self.line, self.column = line, column
+
+
+class VerifyError(GraphoptError):
+    """A graph breaks a structural rule of the IR."""
+
+    exit_status = 4
+
+
+class TypeInferenceError(VerifyError):
+    """Operand types or attributes do not fit an op."""
+
+
+class EquivalenceError(GraphoptError):
+    """A pass changed what a graph computes (or lied about having changed it)."""
+
+    exit_status = 5
+
+
+class CaptureError(GraphoptError):
+    """A model could not be captured; names the user's source line where there is one."""
+
+    exit_status = 6
+
+
+class FallbackError(GraphoptError):
+    """``strict`` is on and an operation would run through a library kernel that was not asked for."""
+
+    exit_status = 7
+
+
+class BuildError(GraphoptError):
+    """A kernel could not be built."""
+
+    exit_status = 8
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint `` (did you mean 'x'?)`` for a misspelt word, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

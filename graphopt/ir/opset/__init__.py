@@ -1,0 +1,5 @@
+"""The op table, a page a family. Importing this package fills :data:`graphopt.ir.ops.OPS`."""
+
+from graphopt.ir.opset import composite, contract, creation, normalize, pointwise, reduce, shape, structure
+
+__all__ = ["composite", "contract", "creation", "normalize", "pointwise", "reduce", "shape", "structure"]

@@ -1,0 +1,59 @@
+"""Sums of products: matrix multiplication and convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphopt.errors import TypeInferenceError
+from graphopt.ir import dims
+from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, Trait, broadcast_shapes, define, same_dtype
+from graphopt.ir.types import TensorType
+
+
+def _infer_matmul(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
+    a, b = ts
+    dtype = same_dtype(ts, "matmul")
+    if a.rank < 2 or b.rank < 2:
+        raise TypeInferenceError(f"matmul: operands need two axes at least, got {a} and {b}")
+    if dims.prove(a.shape[-1], "==", b.shape[-2]) is False:
+        raise TypeInferenceError(f"matmul: {a} and {b} do not agree in the summed size")
+    batch = broadcast_shapes([a.shape[:-2], b.shape[:-2]])
+    return [TensorType(dtype, (*batch, a.shape[-2], b.shape[-1]))]
+
+
+define(
+    "matmul", 2, traits=(Trait.CONTRACTION,), infer=_infer_matmul,
+    evaluate=lambda xs, attrs, ctx: torch.matmul(xs[0], xs[1]),
+    doc="[..., M, K] x [..., K, N] -> [..., M, N]; leading axes broadcast; f16 and bf16 accumulate in f32",
+)  # fmt: skip
+
+
+def _infer_conv(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
+    x, w = ts
+    dtype, n = same_dtype(ts, "conv"), x.rank - 2
+    if n < 1 or w.rank != x.rank or any(len(attrs[k]) != n for k in ("stride", "padding", "dilation")):
+        raise TypeInferenceError(f"conv: {x}, {w} and stride, padding, dilation do not agree in rank")
+    if dims.prove(dims.mul(w.shape[1], attrs["groups"]), "==", x.shape[1]) is False:
+        raise TypeInferenceError(f"conv: {x} has not the channels of {w} in {attrs['groups']} groups")
+    out: list[dims.Dim] = []
+    for i in range(n):
+        span = dims.add(dims.mul(dims.sub(w.shape[i + 2], 1), attrs["dilation"][i]), 1)
+        room = dims.sub(dims.add(x.shape[i + 2], 2 * attrs["padding"][i]), span)
+        out.append(dims.add(dims.floordiv(room, attrs["stride"][i]), 1))
+    return [TensorType(dtype, (x.shape[0], w.shape[0], *out))]
+
+
+def _evaluate_conv(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
+    n = xs[0].dim() - 2
+    return torch.convolution(
+        xs[0], xs[1], None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]), False, [0] * n, attrs["groups"]
+    )
+
+
+define(
+    "conv", 2, traits=(Trait.CONTRACTION,), infer=_infer_conv, evaluate=_evaluate_conv,
+    attrs={"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1},
+    doc="cross-correlation, x [N, C, *S] with w [O, C/groups, *K] -> [N, O, *S']; 1 to 3 spatial axes",
+)  # fmt: skip

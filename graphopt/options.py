@@ -1,0 +1,79 @@
+"""Options: everything that a user may choose for one compilation, in one frozen object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import UsageError, nearest
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+VERIFY = ("off", "structure", "each-pass")
+BACKENDS = ("auto", "tvm", "eager")
+
+
+def default_cache_dir() -> Path:
+    """Where kernels are kept: ``~/.cache/graphopt``."""
+    return Path.home() / ".cache" / "graphopt"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one compilation.
+
+    Attributes:
+        mode: as in ``torch.compile``; ``max-autotune`` asks for tuned schedules where the database has them.
+        verify: ``off``; ``structure`` (check the IR after every pass); ``each-pass`` (also run the graph before and
+            after every pass against the f64 interpreter, and name the pass, rule and node that breaks the budget).
+        strict: a library fallback that was not asked for is an error.
+        pipeline: passes to run: a text such as ``"canonicalize,fuse"``, a list of passes, or edits of the default one:
+            ``{"before": {"fuse": [MyPass()]}, "after": {...}, "replace": {...}}``.
+        fuel: make at most this many rewrites; ``skip_rewrites``: leave out rewrites of these numbers.
+        backend: ``auto``, ``tvm``, or ``eager`` (library kernels only: asked for, so no fallback).
+        freeze: treat parameters and buffers as frozen in inference graphs; they are watched for changes.
+        cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
+        workers: processes that build kernels; 0 for one a core.
+        name: what reports call the model.
+    """
+
+    mode: str = "default"
+    verify: str = "structure"
+    strict: bool = False
+    pipeline: Any = None
+    fuel: int | None = None
+    skip_rewrites: tuple[int, ...] = ()
+    backend: str = "auto"
+    freeze: bool = True
+    cache_dir: Path | None = None
+    workers: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):
+            if value not in allowed:
+                raise UsageError(f"option {name}={value!r} is none of {', '.join(allowed)}{nearest(str(value), allowed)}")
+
+    @staticmethod
+    def make(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+        """Options from what ``torch.compile`` hands over. Raises UsageError with the nearest name for an unknown one."""
+        given = dict(options or {})
+        if mode is not None:
+            given.setdefault("mode", mode)
+        known = [f.name for f in fields(Options)]
+        for key in given:
+            if key not in known:
+                raise UsageError(f"there is no option {key!r}{nearest(key, known)}; options are {', '.join(known)}")
+        if given.get("verify") in (True, False):
+            given["verify"] = "each-pass" if given["verify"] else "off"
+        if given.get("cache_dir") is not None:
+            given["cache_dir"] = Path(given["cache_dir"]).expanduser()
+        if "skip_rewrites" in given:
+            given["skip_rewrites"] = tuple(given["skip_rewrites"])
+        return Options(**given)
+
+    @property
+    def kernels_dir(self) -> Path:
+        """Folder of the kernel cache."""
+        return self.cache_dir or default_cache_dir()

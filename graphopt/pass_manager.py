@@ -1,0 +1,168 @@
+"""Passes, and running them: contracts checked, time taken, structure verified, `changed` kept honest."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, dataclass_transform
+
+from graphopt.errors import GraphoptError, UsageError, nearest
+from graphopt.ir.graph import Graph
+from graphopt.ir.verify import verify
+from graphopt.rewrite import Rule, apply_rules
+from graphopt.rewrite.context import Fuel, PassContext
+
+
+PASSES: dict[str, type[Pass]] = {}
+
+
+@dataclass_transform(frozen_default=True)
+class Pass(ABC):
+    """A graph-to-graph rewrite. A subclass is made a frozen dataclass; its fields are its options.
+
+    A subclass with a ``name`` is registered under it, for pipelines. ``run`` works in place and returns True if and
+    only if it changed something.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True)(cls)
+        if "name" in cls.__dict__:
+            PASSES[cls.name] = cls
+
+    def requires(self, g: Graph) -> None:
+        """Raise if the graph is not fit for this pass."""
+
+    @abstractmethod
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        """Rewrite in place; True iff something changed."""
+
+    def ensures(self, g: Graph) -> None:
+        """Raise if the pass did not reach what it promises."""
+
+    def key(self) -> str:
+        """Identity for cache keys: name, options, and the source of the class."""
+        try:
+            source = inspect.getsource(type(self))
+        except (OSError, TypeError):
+            source = repr(type(self).__dict__.get("run"))
+        return f"{self}\n{source}"
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)  # type: ignore[arg-type]
+        return self.name + (f"{{{options}}}" if options else "")
+
+
+class RewritePass(Pass):
+    """A pass that is a list of rules, applied until none fires."""
+
+    @abstractmethod
+    def rules(self) -> Sequence[Rule]:
+        """The rules, in order of preference at a node."""
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        return apply_rules(g, self.rules(), ctx)
+
+
+class Instrument:
+    """Looks on while passes run; override what is needed."""
+
+    def before(self, p: Pass, g: Graph, ctx: PassContext) -> None: ...
+    def after(self, p: Pass, g: Graph, ctx: PassContext, changed: bool) -> None: ...
+
+
+def run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext | None = None, instruments: Sequence[Instrument] = (),
+               structure: bool = True) -> bool:  # fmt: skip
+    """Run passes in order.
+
+    Args:
+        structure: check the graph's structure after every pass that changed it.
+
+    Returns:
+        Whether any pass changed the graph.
+
+    Raises:
+        GraphoptError: from a pass; the message is extended by the pass's name.
+    """
+    ctx = ctx or PassContext()
+    any_changed = False
+    for p in passes:
+        ctx.pass_name = p.name
+        for i in instruments:
+            i.before(p, g, ctx)
+        start = time.perf_counter()
+        try:
+            p.requires(g)
+            changed = p.run(g, ctx)
+            p.ensures(g)
+            if structure and changed:
+                verify(g)
+        except GraphoptError as error:
+            error.add_note(f"in pass {p}")
+            raise
+        ctx.seconds.append((p.name, time.perf_counter() - start, changed))
+        for i in instruments:
+            i.after(p, g, ctx, changed)
+        any_changed |= changed
+    return any_changed
+
+
+# --- pipelines by name -------------------------------------------------------------------------------------------------
+
+
+def load_entry_points() -> None:
+    """Register the passes that installed packages offer in the entry-point group ``graphopt.passes``."""
+    for point in entry_points(group="graphopt.passes"):
+        if point.name not in PASSES:
+            PASSES[point.name] = point.load()
+
+
+def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
+    """A pass by name. Raises UsageError for an unknown pass or option, with the nearest name."""
+    if name not in PASSES:
+        load_entry_points()
+    if name not in PASSES:
+        raise UsageError(f"there is no pass {name!r}{nearest(name, PASSES)}; `graphopt opt --list-passes` shows all")
+    known = {f.name: f for f in fields(PASSES[name])}  # type: ignore[arg-type]
+    for option in options or {}:
+        if option not in known:
+            having = ", ".join(known) or "none"
+            raise UsageError(f"pass {name} has no option {option!r}{nearest(option, known)}; it has: {having}")
+    return PASSES[name](**(options or {}))
+
+
+__all__ = [
+    "PASSES", "Fuel", "Instrument", "Pass", "PassContext", "RewritePass", "load_entry_points", "make_pass",
+    "parse_pipeline", "run_passes",
+]  # fmt: skip
+
+_ITEM = re.compile(r"\s*(?P<name>[\w-]+)\s*(?:\{(?P<options>[^}]*)\})?\s*(?:,|$)")
+
+
+def parse_pipeline(text: str) -> list[Pass]:
+    """Passes of a text such as ``canonicalize,fuse{max_nodes=8}``; option values are Python literals."""
+    out, at = [], 0
+    while at < len(text):
+        match = _ITEM.match(text, at)
+        if not match:
+            raise UsageError(f"pipeline {text!r}: expected a pass such as name{{option=value}} at {text[at:]!r}")
+        options = {}
+        for part in filter(None, map(str.strip, (match["options"] or "").split(","))):
+            key, sign, value = part.partition("=")
+            if not sign:
+                raise UsageError(f"pipeline {text!r}: {part!r} is not of the form option=value")
+            try:
+                options[key.strip()] = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                options[key.strip()] = value.strip()
+        out.append(make_pass(match["name"], options))
+        at = match.end()
+    return out

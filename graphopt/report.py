@@ -1,0 +1,200 @@
+"""Reports: what was compiled in this process, what was decided and why, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from graphopt.remarks import Remark
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One kernel of a program.
+
+    Attributes:
+        name: entry point, as in the kernel's file.
+        backend, kind: who made it; the family of its region.
+        calls: how often a run launches it.
+        cache: ``hit``, or ``built: <what differed from the nearest entry>``.
+        schedule: as JSON.
+        locs: the user's source lines that it implements.
+        ops: the operations of its region.
+        path: the built artifact; the readable kernel lies beside it.
+    """
+
+    name: str
+    backend: str
+    kind: str
+    calls: int
+    cache: str
+    schedule: str
+    locs: tuple[str, ...]
+    ops: tuple[str, ...]
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An operation that runs through a library kernel.
+
+    Attributes:
+        op: IR or ATen operator.
+        types: operand and result types.
+        reason: why no kernel was generated.
+        loc: the user's source line.
+        asked: whether the options asked for it.
+    """
+
+    op: str
+    types: str
+    reason: str
+    loc: str
+    asked: bool
+
+
+@dataclass
+class Report:
+    """All about one compiled graph.
+
+    Attributes:
+        seconds: stage -> seconds (``passes``, ``lower``, ``build``, ``total``).
+        memory: ``planned`` (arena bytes), ``unplanned`` (sum of all intermediate buffers), ``staged`` (bytes kept for
+            values computed from weights), ``outputs``; None where sizes are symbolic.
+        text_before, text_after: the IR as captured and as lowered.
+        program: the straight-line program.
+    """
+
+    name: str
+    target: str
+    passes: list[tuple[str, float, bool]] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+    kernels: list[KernelInfo] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    memory: dict[str, int | None] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    text_before: str = ""
+    text_after: str = ""
+    program: str = ""
+
+    @property
+    def kernels_built(self) -> int:
+        return sum(not k.cache.startswith("hit") for k in self.kernels)
+
+    @property
+    def unasked_fallbacks(self) -> list[Fallback]:
+        return [f for f in self.fallbacks if not f.asked]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        out = {k: v for k, v in vars(self).items() if k not in ("remarks", "kernels", "fallbacks", "passes")}
+        out["passes"] = [{"name": n, "seconds": s, "changed": c} for n, s, c in self.passes]
+        for key in ("remarks", "kernels", "fallbacks"):
+            out[key] = [asdict(x) for x in getattr(self, key)]
+        return out
+
+    def summary(self, remarks: str = "missed", limit: int = 12, width: int = 120) -> str:
+        """Text for people.
+
+        Args:
+            remarks: which to show: ``none``, ``passed``, ``missed`` or ``all``.
+            limit: at most this many lines of each kind.
+        """
+        console = Console(file=StringIO(), width=width, highlight=False, color_system=None)
+        times = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
+        console.print(f"{self.name} for {self.target}: {sum(k.calls for k in self.kernels)} kernel calls of {len(self.kernels)} kernels, "
+                      f"{len(self.fallbacks)} library calls; {times}")  # fmt: skip
+        if self.memory:
+            console.print("memory: " + ", ".join(f"{k} {_bytes(v)}" for k, v in self.memory.items()))
+        for note in self.notes:
+            console.print(f"note: {note}")
+        self._passes(console)
+        self._kernels(console, limit)
+        self._fallbacks(console, limit)
+        for kind in ("passed", "missed", "analysis"):
+            if remarks in (kind, "all"):
+                _remarks(console, kind, [r for r in self.remarks if r.kind == kind], limit)
+        file = console.file
+        assert isinstance(file, StringIO)
+        return file.getvalue()
+
+    def _passes(self, console: Console) -> None:
+        table = Table("pass", "ms", "rewrites", "declined", "what it did", title="passes", title_justify="left")
+        for name, seconds, changed in self.passes:
+            mine = [r for r in self.remarks if r.pass_name == name]
+            made = Counter(r.rule for r in mine if r.kind == "passed")
+            what = ", ".join(f"{rule} {n}" for rule, n in made.most_common(4)) or ("changed" if changed else "nothing to do")
+            table.add_row(name, f"{seconds * 1e3:.1f}", str(made.total()), str(sum(r.kind == "missed" for r in mine)), what)
+        console.print(table)
+
+    def _kernels(self, console: Console, limit: int) -> None:
+        table = Table("kernel", "kind", "calls", "cache", "operations", "source", title="kernels", title_justify="left")
+        for k in sorted(self.kernels, key=lambda k: -k.calls)[:limit]:
+            ops = ", ".join(f"{op} {n}" if n > 1 else op for op, n in Counter(k.ops).items())
+            table.add_row(k.name, k.kind, str(k.calls), k.cache, ops[:60], k.locs[0] if k.locs else "")
+        if len(self.kernels) > limit:
+            table.add_row(f"... and {len(self.kernels) - limit} more", "", "", "", "", "")
+        console.print(table)
+
+    def _fallbacks(self, console: Console, limit: int) -> None:
+        if not self.fallbacks:
+            return
+        table = Table("operator", "calls", "reason", "source", title="library calls", title_justify="left")
+        groups = Counter((f.op, f.reason) for f in self.fallbacks)
+        first = {(f.op, f.reason): f for f in reversed(self.fallbacks)}
+        for key, n in groups.most_common(limit):
+            table.add_row(key[0], str(n), key[1], first[key].loc)
+        console.print(table)
+
+
+def _remarks(console: Console, kind: str, remarks: list[Remark], limit: int) -> None:
+    groups: dict[tuple[str, str, str], list[Remark]] = {}
+    for r in remarks:
+        groups.setdefault((r.pass_name, r.rule, r.message), []).append(r)
+    if groups:
+        console.print(f"{kind}:")
+    for (pass_name, rule, message), found in list(groups.items())[:limit]:
+        times = f" ({len(found)} times)" if len(found) > 1 else ""
+        where = f" [{found[0].loc}]" if found[0].loc else ""
+        console.print(f"  {pass_name}/{rule}: {message}{times}{where}", markup=False)
+        if found[0].node:
+            console.print(f"      {found[0].node}", markup=False)
+    if len(groups) > limit:
+        console.print(f"  ... and {len(groups) - limit} more kinds")
+
+
+def _bytes(n: int | None) -> str:
+    if n is None:
+        return "by size"
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+_REPORTS: list[Report] = []
+_KEPT = 1000  # a long-running process that recompiles must not grow without bound
+
+
+def reports() -> list[Report]:
+    """Reports of all graphs compiled in this process, oldest first (the last 1,000)."""
+    return list(_REPORTS)
+
+
+def record(report: Report) -> None:
+    """Add a report to the list."""
+    _REPORTS.append(report)
+    del _REPORTS[:-_KEPT]
+
+
+def clear_reports() -> None:
+    """Forget all reports."""
+    _REPORTS.clear()
