@@ -1,0 +1,35 @@
+"""graphopt: a graph compiler for PyTorch that people can read, verify and tune.
+
+    compiled = torch.compile(model, backend="graphopt")     # needs no import of graphopt
+    compiled = graphopt.compile(model, (x,))                # through torch.export, without Dynamo at run time
+    print(graphopt.reports()[-1].summary())                 # what was done, what was declined, and why
+
+Importing graphopt imports neither TVM nor Triton; a backend is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import GraphoptError
+
+if TYPE_CHECKING:
+    from graphopt.model import CompiledModel, compile
+    from graphopt.options import Options
+    from graphopt.report import Report, clear_reports, reports
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CompiledModel": "graphopt.model", "compile": "graphopt.model", "Options": "graphopt.options", "Report": "graphopt.report",
+    "reports": "graphopt.report", "clear_reports": "graphopt.report",
+}  # fmt: skip
+
+__all__ = ["CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "reports"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'graphopt' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Range
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.types import DType, TensorType
+from graphopt.ir.types import DType
 
 _POSITIVE = {"sqrt": 0, "rsqrt": 0, "log": 0, "log2": 0, "log10": 0, "log1p": 0, "batch_norm": 2}
 _UNIT = ("asin", "acos", "atanh")
@@ -247,16 +247,11 @@ def _integers(dtype: DType, size: list[int], demand: Demand, bindings: Mapping[s
     lo, hi = (0 if dtype.kind == "u" else -8), 9
     if "positive" in demand.facts:
         lo, hi = 1, 4  # also an exponent: keep powers small
-    for bound, offset in demand.below:
-        lo, hi = max(lo, -offset), min(hi if hi != 9 else 1 << 31, dims.evaluate(bound, bindings) - offset)
     if demand.below:
-        lo = max(lo, -min(offset for _, offset in demand.below))
+        lo = max(0, *(-offset for _, offset in demand.below))
+        hi = min(dims.evaluate(bound, bindings) - offset for bound, offset in demand.below)
     x = torch.randint(lo, max(hi, lo + 1), size, generator=generator)
     if "nonzero" in demand.facts:
         x = torch.where(x == 0, 1, x)
     return x.to(dtype.torch)
 
-
-def input_types(graph: Graph) -> list[TensorType]:
-    """The types of the inputs, without layouts."""
-    return [v.type.logical for v in graph.inputs]

@@ -23,12 +23,14 @@ class LibraryCall:
     """Runs one node (a fusion node runs its body, node by node).
 
     Args:
-        node: any node of the IR; it is not kept.
+        node: any node of the IR.
+        device: where tensors without operands are made.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, device: torch.device | str = "cpu") -> None:
         self._node = node
-        self._static = EvalContext({})
+        self._device = device
+        self._static = EvalContext({}, device=device)
         self._call = None
         simple = node.op.name == "aten" and not any(node.attrs["layouts"])
         if simple:
@@ -48,5 +50,5 @@ class LibraryCall:
             for position, operand in self._slots:
                 args[position] = operands[operand]
             return flatten_results(self._call(*args, **self._kwargs))
-        context = EvalContext(sizes, device=operands[0].device if operands else "cpu") if sizes or operands else self._static
+        context = EvalContext(sizes, device=self._device) if sizes else self._static
         return evaluate_node(self._node, operands, context)

@@ -300,6 +300,9 @@ class Graph:
     def __str__(self) -> str:
         return print_graph(self)
 
+    def __repr__(self) -> str:
+        return f'parse_graph(r"""\n{self}""")'  # can be pasted
+
 
 def copy_nodes(nodes: Iterable[Node], mapping: dict[Value, Value], into: Graph, before: Node | None = None,
                rename: Callable[[Node], Loc | None] | None = None) -> None:  # fmt: skip

@@ -146,10 +146,13 @@ def _call(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) -> lis
     return flatten_results(resolve_aten(node.attrs["target"])(*args, **kwargs))
 
 
-def restride(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """The same elements in a tensor of the given strides (no copy if it has them)."""
-    if list(x.stride()) == list(strides):
-        return x
+def restride(x: torch.Tensor, strides: Sequence[int], copy: bool = False) -> torch.Tensor:
+    """The same elements in a tensor of the given strides; no copy if it has them, unless asked for."""
+    if not copy:
+        if x.stride() == tuple(strides):
+            return x
+        if all(size <= 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True)):
+            return x.as_strided(x.shape, strides)  # axes of size 1 may have any stride
     out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
     return out.copy_(x)
 

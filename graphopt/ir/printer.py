@@ -68,6 +68,14 @@ def print_node(node: Node) -> str:
     return printer.node(node, "")[0].split("  // ")[0]
 
 
+def print_lines(graph: Graph) -> dict[Node, str]:
+    """The first line of every node, with the names that printing the whole graph gives; for messages about several nodes."""
+    printer = _Printer(canonical=False)
+    for v in graph.inputs:
+        printer.name(v, "arg")
+    return {node: printer.node(node, "")[0] for node in graph.nodes()}
+
+
 class _Printer:
     def __init__(self, canonical: bool) -> None:
         self.canonical = canonical

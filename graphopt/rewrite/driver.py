@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.graph import Graph, Listener, Node, Value
@@ -11,6 +12,8 @@ from graphopt.rewrite.context import PassContext
 from graphopt.rewrite.pattern import Match, Matcher
 from graphopt.rewrite.rewriter import Rewriter
 from graphopt.rewrite.rule import Rule
+
+MAX_MATCHES = 16  # ways to match one rule at one node (operand orders) that are offered to its check
 
 
 class Worklist(Listener):
@@ -62,44 +65,63 @@ def apply_rules(graph: Graph, rules: Sequence[Rule], ctx: PassContext, max_rewri
     for rule in rules:
         for op_name in rule.pattern.ops:
             by_op.setdefault(op_name, []).append(rule)
-    work = Worklist(graph)
-    graph.listeners.append(work)
-    fired, limit = 0, max_rewrites_per_node * (len(graph) + 16)
-    told: set[tuple[str, Node]] = set()
-    try:
-        while (node := work.pop()) is not None:
-            for rule in by_op.get(node.op.name, ()):
-                if _try(graph, rule, node, ctx, told):
-                    fired += 1
-                    break
-            if fired > limit:
-                raise GraphoptError(f"rules do not settle in {ctx.pass_name}: over {limit} rewrites, the last by {rule.name}")
-    finally:
-        graph.listeners.remove(work)
-    return fired > 0
+    run = _Run(graph, by_op, ctx, max_rewrites_per_node * (len(graph) + 16))
+    while run.round():  # a pattern may reach further than the worklist looks: settled is when a whole round is idle
+        pass
+    for (rule_name, node), (reason, culprit) in run.misses.items():
+        if not node.erased:
+            ctx.missed(rule_name, reason, node if culprit is None or culprit.erased else culprit)
+    return run.fired > 0
 
 
-def _try(graph: Graph, rule: Rule, node: Node, ctx: PassContext, told: set[tuple[str, Node]]) -> bool:
-    matcher = Matcher()
-    match = matcher.match(rule.pattern, node)
-    if match is None:
-        miss = matcher.miss
-        if miss.depth >= 2 and (rule.name, node) not in told:  # the root alone is no near miss
-            told.add((rule.name, node))
-            ctx.missed(rule.name, miss.reason, miss.node or node)
+class _Run:
+    """One application of rules to a graph: what fired, what fuel denied, and the misses of the round that is under way."""
+
+    def __init__(self, graph: Graph, by_op: dict[str, list[Rule]], ctx: PassContext, limit: int) -> None:
+        self.graph, self.by_op, self.ctx, self.limit = graph, by_op, ctx, limit
+        self.fired = 0
+        self.denied: set[tuple[str, Node]] = set()  # membership only
+        self.misses: dict[tuple[str, Node], tuple[str, Node | None]] = {}
+
+    def round(self) -> bool:
+        """Look at every node, and at those that the rewrites made or touched; whether any rule fired."""
+        self.misses.clear()  # the last round is idle, and so its misses are those of the finished graph
+        work, before = Worklist(self.graph), self.fired
+        self.graph.listeners.append(work)
+        try:
+            while (node := work.pop()) is not None:
+                for rule in self.by_op.get(node.op.name, ()):
+                    if self._try(rule, node):
+                        break
+                if self.fired > self.limit:
+                    last = f"over {self.limit} rewrites, the last by {rule.name}"
+                    raise GraphoptError(f"rules do not settle in {self.ctx.pass_name}: {last}")
+        finally:
+            self.graph.listeners.remove(work)
+        return self.fired > before
+
+    def _try(self, rule: Rule, node: Node) -> bool:
+        """Apply a rule at a node if it matches in any way that its check accepts."""
+        key = (rule.name, node)
+        if key in self.denied:
+            return False
+        matcher = Matcher()
+        for match in islice(matcher.matches(rule.pattern, node), MAX_MATCHES):
+            reject = rule.check(match)
+            if reject is None:
+                number = self.ctx.fuel.take()
+                if number is None:
+                    self.denied.add(key)
+                    return False
+                _rewrite(self.graph, rule, match, self.ctx, number)
+                self.fired += 1
+                return True
+            if reject.reason and key not in self.misses:
+                culprit = reject.culprit.producer if isinstance(reject.culprit, Value) else reject.culprit
+                self.misses[key] = (reject.reason, culprit)
+        if matcher.miss.depth >= rule.near:
+            self.misses.setdefault(key, (matcher.miss.reason, matcher.miss.node))
         return False
-    reject = rule.check(match)
-    if reject is not None:
-        if (rule.name, node) not in told:
-            told.add((rule.name, node))
-            culprit = reject.culprit.producer if isinstance(reject.culprit, Value) else reject.culprit
-            ctx.missed(rule.name, reject.reason, culprit or node)
-        return False
-    number = ctx.fuel.take()
-    if number is None:
-        return False
-    _rewrite(graph, rule, match, ctx, number)
-    return True
 
 
 def _rewrite(graph: Graph, rule: Rule, match: Match, ctx: PassContext, number: int) -> None:

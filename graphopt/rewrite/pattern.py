@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.ir.types import DType
@@ -162,11 +164,13 @@ class Matcher:
 
     def match(self, pattern: OpPattern, root: Node) -> Match | None:
         """The first match at the node, or None (then ``miss`` tells the nearest)."""
-        if root.op.name not in pattern.ops:
-            return None
-        for bindings, nodes in self._node(pattern, root, {}, []):
-            return Match(root, bindings, nodes)
-        return None
+        return next(self.matches(pattern, root), None)
+
+    def matches(self, pattern: OpPattern, root: Node) -> Iterator[Match]:
+        """Every way in which the pattern matches at the node; commutative ops give several."""
+        if root.op.name in pattern.ops:
+            for bindings, nodes in self._node(pattern, root, {}, []):
+                yield Match(root, bindings, nodes)
 
     def _fail(self, depth: int, node: Node | None, reason: str) -> None:
         if depth > self.miss.depth:
@@ -253,7 +257,7 @@ def scalar_of(v: Value) -> float | complex | None:
         return scalar_of(node.operands[0])
     if node.op.name == "cast" and v.dtype.is_float:
         inner = scalar_of(node.operands[0])
-        return float(inner) if isinstance(inner, int | float) else None
+        return torch.tensor(float(inner), dtype=v.dtype.torch).item() if isinstance(inner, int | float) else None
     if node.op.name != "constant" or not isinstance(node.attrs["value"], int | float | complex):
         return None
     return node.attrs["value"]  # type: ignore[no-any-return]

@@ -22,7 +22,10 @@ class Numerics(Enum):
 
 @dataclass(frozen=True)
 class Reject:
-    """Why a rule declines, and the value or node that is in the way."""
+    """Why a rule declines, and the value or node that is in the way.
+
+    An empty reason says that this is not what the rule is about at all; it is not told.
+    """
 
     reason: str
     culprit: Value | Node | None = None
@@ -31,12 +34,14 @@ class Reject:
 class Rule(ABC):
     """A rewrite of one pattern.
 
-    Class attributes: ``pattern`` and ``numerics``. The first line of the docstring is the equation. A rule keeps no
-    state: all that ``rewrite`` needs is in the match.
+    Class attributes: ``pattern``, ``numerics``, and ``near``: how many nodes must fit before a failed match is told as a
+    near miss. The first line of the docstring is the equation. A rule keeps no state: all that ``rewrite`` needs is in
+    the match.
     """
 
     pattern: ClassVar[OpPattern]
     numerics: ClassVar[Numerics]
+    near: ClassVar[int] = 2
 
     @property
     def name(self) -> str:

@@ -172,7 +172,7 @@ def _expand_group_norm(b: Builder, node: Node) -> Value:
 
 def _evaluate_group_norm(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
     x, (w, b) = xs[0], (*xs[1:], None, None)[:2]
-    return F.group_norm(x, attrs["groups"], w, b, attrs["eps"])
+    return torch.group_norm(x, attrs["groups"], w, b, attrs["eps"])  # F.group_norm refuses groups of one element
 
 
 define(

@@ -15,6 +15,8 @@ from graphopt.ir import types
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, Infer, Trait, broadcast_shapes, define, same_dtype
 from graphopt.ir.types import TensorType
 
+_REAL = {types.c32: types.f16, types.c64: types.f32, types.c128: types.f64}
+
 P, C, A = Trait.POINTWISE, Trait.COMMUTATIVE, Trait.ASSOCIATIVE
 FLOAT, BOOLEAN = Trait.FLOAT_ONLY, Trait.BOOLEAN
 
@@ -39,7 +41,10 @@ def _pointwise(name: str, arity: int, fn: Callable[..., torch.Tensor], *traits: 
 
 # unary, on any number
 _pointwise("neg", 1, torch.neg, Trait.INVOLUTION)
-_pointwise("abs", 1, torch.abs, Trait.IDEMPOTENT)
+define(
+    "abs", 1, traits=(P, Trait.IDEMPOTENT), infer=lambda ts, attrs: [ts[0].with_dtype(_REAL.get(ts[0].dtype, ts[0].dtype))],
+    evaluate=lambda xs, attrs, ctx: torch.abs(xs[0]), doc="the absolute value; of a complex number, its modulus, a float",
+)  # fmt: skip
 _pointwise("sign", 1, torch.sign, Trait.IDEMPOTENT, doc="-1, 0 or 1; nan stays")
 _pointwise("floor", 1, torch.floor, Trait.IDEMPOTENT)
 _pointwise("ceil", 1, torch.ceil, Trait.IDEMPOTENT)

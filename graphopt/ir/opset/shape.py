@@ -140,7 +140,7 @@ def _evaluate_take(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -
     x, index = xs
     axis = attrs["axis"] % x.dim()
     flat = torch.index_select(x, axis, index.reshape(-1).to(torch.int64))
-    return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return flat.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 define(

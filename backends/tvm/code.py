@@ -1,0 +1,221 @@
+"""A small writer of TensorIR statements: loops, stores, local buffers, with an integer analyzer that knows the loops.
+
+Kernels are written as explicit loops over flat, one-dimensional buffers, so that what is emitted is what runs; there is
+no scheduling step in between. Indices are int64 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import tvm
+from tvm import tirx
+from tvm.ir import PointerType, PrimType
+
+from graphopt.errors import BuildError
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim, Range
+
+Index = Any  # an int, or an int64 TensorIR expression
+_KINDS = {
+    "serial": tirx.ForKind.SERIAL, "parallel": tirx.ForKind.PARALLEL,
+    "vectorized": tirx.ForKind.VECTORIZED, "unrolled": tirx.ForKind.UNROLLED,
+}  # fmt: skip
+ARRAY_DATA = 1  # field number of the data pointer in tvm_struct_get
+
+
+def i64(value: Index) -> Any:
+    """An int64 expression."""
+    return tirx.const(value, "int64") if isinstance(value, int) else value
+
+
+class Code:
+    """Collects the statements of one kernel.
+
+    Args:
+        symbols: ranges of the symbolic sizes; each becomes an int64 argument.
+    """
+
+    def __init__(self, symbols: dict[str, Range]) -> None:
+        self.symbols = {name: tirx.Var(name, "int64") for name in sorted(symbols)}
+        self.analyzer = tvm.sym.Analyzer()
+        for name, var in self.symbols.items():
+            r = symbols[name]
+            hi = r.hi if r.hi is not None else 2**40
+            self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(r.lo), i64(hi - r.lo + 1)))
+        self.params: list[Any] = []
+        self._blocks: list[list[Any]] = [[]]
+        self._names: dict[str, int] = {}
+
+    # --- names, sizes and index arithmetic -----------------------------------------------------------------------------
+
+    def fresh(self, name: str) -> str:
+        """A name that no other variable of the kernel has."""
+        n = self._names.get(name, 0)
+        self._names[name] = n + 1
+        return f"{name}_{n}" if n else name
+
+    def size(self, d: Dim) -> Index:
+        """The value of a size: an int, or an expression of the symbol arguments."""
+        if isinstance(d, int):
+            return d
+        if d.is_Integer:
+            return int(d)
+        if d.is_Symbol:
+            return self.symbols[d.name]
+        parts = [self.size(a) for a in d.args]
+        if d.is_Add:
+            return _fold(parts, lambda a, b: a + b)
+        if d.is_Mul:
+            numerator, denominator = d.as_numer_denom()
+            if denominator != 1:
+                return self.div(self.size(numerator), self.size(denominator))
+            return _fold(parts, lambda a, b: a * b)
+        if isinstance(d, dims.FloorDiv):
+            return self.div(*parts)
+        if isinstance(d, sympy.Mod):
+            return self.mod(*parts)
+        if d.is_Pow and d.args[1].is_Integer and d.args[1] > 0:
+            return _fold([parts[0]] * int(d.args[1]), lambda a, b: a * b)
+        if isinstance(d, sympy.Max | sympy.Min):
+            fn = tirx.max if isinstance(d, sympy.Max) else tirx.min
+            return _fold(parts, lambda a, b: fn(i64(a), i64(b)))
+        raise BuildError(f"a size of the form {d} cannot be computed in a kernel")
+
+    def simplify(self, e: Index) -> Index:
+        """Simplify with what is known of loop variables and sizes; an int if it is constant."""
+        if isinstance(e, int):
+            return e
+        e = self.analyzer.simplify(e)
+        return int(e.value) if isinstance(e, tvm.ir.IntImm) else e
+
+    def div(self, a: Index, b: Index) -> Index:
+        if isinstance(a, int) and isinstance(b, int):
+            return a // b
+        return a if _is(b, 1) else self.simplify(tirx.floordiv(i64(a), i64(b)))
+
+    def mod(self, a: Index, b: Index) -> Index:
+        if isinstance(a, int) and isinstance(b, int):
+            return a % b
+        return 0 if _is(b, 1) else self.simplify(tirx.floormod(i64(a), i64(b)))
+
+    def ceildiv(self, a: Index, b: int) -> Index:
+        return self.div(a + (b - 1), b)
+
+    def least(self, a: Index, b: Index) -> Index:
+        return min(a, b) if isinstance(a, int) and isinstance(b, int) else self.simplify(tirx.min(i64(a), i64(b)))
+
+    def greatest(self, a: Index, b: Index) -> Index:
+        return max(a, b) if isinstance(a, int) and isinstance(b, int) else self.simplify(tirx.max(i64(a), i64(b)))
+
+    def equal(self, a: Index, b: Index) -> bool:
+        """Whether two indices are proven equal."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a == b
+        return bool(self.analyzer.can_prove_equal(i64(a), i64(b)))
+
+    def flatten(self, index: Sequence[Index], shape: Sequence[Index]) -> Index:
+        """Row-major position of an index."""
+        flat: Index = 0
+        for i, n in zip(index, shape, strict=True):
+            flat = flat * n + i
+        return flat if isinstance(flat, int) else self.simplify(flat)
+
+    def unflatten(self, flat: Index, shape: Sequence[Index]) -> list[Index]:
+        """Inverse of :meth:`flatten`."""
+        out: list[Index] = []
+        for k in reversed(range(len(shape))):
+            if k == 0 or all(_is(n, 1) for n in shape[:k]):
+                out.append(self.simplify(flat))
+                flat = 0
+            else:
+                out.append(self.mod(flat, shape[k]))
+                flat = self.div(flat, shape[k])
+        return out[::-1]
+
+    # --- statements -----------------------------------------------------------------------------------------------------
+
+    def emit(self, statement: Any) -> None:
+        self._blocks[-1].append(statement)
+
+    def _close(self) -> Any:
+        statements = self._blocks.pop()
+        if not statements:
+            return tirx.Evaluate(tirx.const(0, "int32"))
+        return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
+
+    @contextmanager
+    def loop(self, extent: Index, kind: str = "serial", name: str = "i", start: Index = 0) -> Iterator[Any]:
+        """A loop of ``extent`` steps from ``start``; yields the variable. A constant extent of 1 makes no loop."""
+        if _is(extent, 1) and kind != "parallel":
+            yield start
+            return
+        var = tirx.Var(self.fresh(name), "int64")
+        self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(start), i64(extent)))
+        self._blocks.append([])
+        yield var
+        self.emit_loop(var, start, extent, kind)
+
+    def emit_loop(self, var: Any, start: Index, extent: Index, kind: str) -> None:
+        body = self._close()
+        self.emit(tirx.For(var, i64(start), i64(extent), _KINDS[kind], body))
+
+    @contextmanager
+    def when(self, condition: Any) -> Iterator[None]:
+        """Statements that run only if the condition holds."""
+        self._blocks.append([])
+        with self.analyzer.constraint_scope(condition):
+            yield
+        self.emit(tirx.IfThenElse(condition, self._close(), None))
+
+    def bind(self, value: Any, name: str = "v") -> Any:
+        """Give an expression a name in the current block."""
+        var = tirx.Var(self.fresh(name), value.ty)
+        self.emit(tirx.Bind(var, value))
+        return var
+
+    def bind_index(self, value: Index, name: str = "i") -> Index:
+        return value if isinstance(value, int) or isinstance(value, tirx.Var) else self.bind(value, name)
+
+    def alloc(self, size: Index, dtype: str, name: str, scope: str = "local") -> Any:
+        """A flat scratch buffer in the current block."""
+        buffer = tirx.decl_buffer((i64(size),), dtype, self.fresh(name), scope=scope, layout=None)
+        self.emit(tirx.stmt.AllocBuffer(buffer))
+        return buffer
+
+    def argument(self, dtype: str, itemsize: int, name: str) -> Any:
+        """A tensor argument, as a flat buffer at its data pointer. Sizes and layout are the caller's promise."""
+        handle = tirx.Var(name, "handle")
+        self.params.append(handle)
+        pointer_type = PointerType(PrimType(dtype))
+        pointer = tirx.Var(f"{name}_data", pointer_type)
+        self.emit(tirx.Bind(pointer, tirx.tvm_struct_get(handle, 0, ARRAY_DATA, pointer_type)))
+        buffer = tirx.decl_buffer((i64(2**40),), dtype, self.fresh(f"{name}_flat"), data_alignment=itemsize, layout=None)
+        self.emit(tirx.stmt.DeclBuffer(buffer, data=pointer))
+        return buffer
+
+    def load(self, buffer: Any, at: Index) -> Any:
+        return buffer[i64(at)]
+
+    def store(self, buffer: Any, at: Index, value: Any) -> None:
+        self.emit(tirx.BufferStore(buffer, value, [i64(at)]))
+
+    def function(self, name: str) -> Any:
+        """The finished kernel."""
+        body = self._close()
+        func = tirx.PrimFunc([*self.params, *self.symbols.values()], body)
+        return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+
+
+def _fold(parts: Sequence[Index], fn: Any) -> Index:
+    total = parts[0]
+    for p in parts[1:]:
+        total = fn(total, p)
+    return total
+
+
+def _is(n: Index, value: int) -> bool:
+    return isinstance(n, int) and n == value

@@ -1,0 +1,260 @@
+"""The expression layer: the value of an IR Value at an index, as a TensorIR expression.
+
+Views are index maps, pointwise ops are expressions (:mod:`scalar`), and values that were computed before (a reduction, an
+accumulator tile) are read through a *source*. Shared values are bound to a variable once for each index they are used at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+
+from graphopt.backends.tvm import scalar, vecmath
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.support import constant_of
+from graphopt.errors import BuildError
+from graphopt.ir import dims
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.ops import Trait
+from graphopt.ir.types import DType
+
+Source = Callable[[Sequence[Index]], Any]
+
+
+class Arguments:
+    """The kernel's tensors: one flat buffer an input and an output, and how to address them."""
+
+    def __init__(self, code: Code, graph: Graph) -> None:
+        self.code, self.graph = code, graph
+        self.inputs = {v: code.argument(scalar.STORAGE[v.dtype], v.dtype.itemsize, f"in{k}") for k, v in enumerate(graph.inputs)}
+        self.outputs = [code.argument(scalar.STORAGE[v.dtype], v.dtype.itemsize, f"out{k}") for k, v in enumerate(graph.outputs)]
+
+    def strides(self, v: Value) -> list[Index]:
+        return [self.code.size(s) for s in (v.type.strides or dims.contiguous_strides(v.shape))]
+
+    def output_strides(self, k: int) -> list[Index]:
+        given = self.graph.output_strides[k]
+        return [self.code.size(s) for s in (given if given is not None else dims.contiguous_strides(self.graph.outputs[k].shape))]
+
+    def store(self, k: int, index: Sequence[Index], value: Any) -> None:
+        """Write an element of output k."""
+        at = _address(self.code, index, self.output_strides(k))
+        self.code.store(self.outputs[k], at, scalar.store(value, self.graph.outputs[k].dtype))
+
+
+def _address(code: Code, index: Sequence[Index], strides: Sequence[Index]) -> Index:
+    at: Index = 0
+    for i, s in zip(index, strides, strict=True):
+        if not (isinstance(i, int) and i == 0) and not (isinstance(s, int) and s == 0):
+            at = at + i * s
+    return at if isinstance(at, int) else code.simplify(at)
+
+
+class Expressions:
+    """Values at indices, within one block of statements.
+
+    Args:
+        sources: how to read values that are already computed.
+        probe: only find out what would be read: nothing is bound, and every address goes to ``addresses``.
+    """
+
+    def __init__(self, args: Arguments, sources: dict[Value, Source], probe: bool = False) -> None:
+        self.args, self.code, self.sources, self.probe = args, args.code, sources, probe
+        self.ops = scalar.Ops()
+        self.addresses: list[Any] = []
+        self._memo: dict[tuple[Value, tuple[Any, ...]], Any] = {}
+        self._alive: list[Any] = []  # keeps index objects alive while their ids are keys
+
+    @property
+    def scalar_only(self) -> bool:
+        return self.ops.scalar_only
+
+    def at(self, v: Value, index: Sequence[Index]) -> Any:
+        """The value of ``v`` at an index of its own rank."""
+        key = (v, tuple(i if isinstance(i, int) else id(i) for i in index))
+        if key not in self._memo:
+            self._alive.append(tuple(index))
+            value = self._compute(v, index)
+            worth = v.producer is not None and v not in self.sources and v.producer.op.has(Trait.POINTWISE) and len(v.uses) > 1
+            if worth and not self.probe and not isinstance(value, tirx.Var | tirx.FloatImm | tirx.IntImm):
+                value = self.code.bind(value)
+            self._memo[key] = value
+        return self._memo[key]
+
+    def _compute(self, v: Value, index: Sequence[Index]) -> Any:
+        if v in self.sources:
+            self.addresses.extend(i for i in index if not isinstance(i, int))
+            return self.sources[v](index)
+        node = v.producer
+        if node is None:
+            at = _address(self.code, index, self.args.strides(v))
+            self.addresses.append(at)
+            return scalar.load(self.code.load(self.args.inputs[v], at), v.dtype)
+        move = _MOVES.get(node.name)
+        if move is not None:
+            return move(self, node, index)
+        if not node.op.has(Trait.POINTWISE):
+            raise BuildError(f"{node.name} was not computed before its use")
+        args = [self.at(x, self._broadcast(index, x)) for x in node.operands]
+        return self.ops.apply(node.name, args, node.operands[-1].dtype, v.dtype, node.attrs, [constant_of(x) for x in node.operands])
+
+    def _broadcast(self, index: Sequence[Index], x: Value) -> list[Index]:
+        tail = index[len(index) - x.type.rank :]
+        return [0 if d == 1 else i for i, d in zip(tail, x.shape, strict=True)]
+
+    def sizes(self, v: Value) -> list[Index]:
+        return [self.code.size(d) for d in v.shape]
+
+    def _conditional(self, *indices: Index) -> None:
+        """Note that conditions, not only addresses, depend on these indices."""
+        self.addresses.extend(tirx.floormod(i64(i), i64(3)) for i in indices if not isinstance(i, int))
+
+    # --- ops that move elements ----------------------------------------------------------------------------------------
+
+    def _constant(self, node: Node, index: Sequence[Index]) -> Any:
+        value, dtype = node.attrs["value"], node.attrs["dtype"]
+        if isinstance(value, bool | int | float):
+            return scalar.constant(value, dtype)
+        size = i64(self.code.size(value))
+        return scalar.rounded(size.astype(scalar.COMPUTE[dtype]), dtype)
+
+    def _iota(self, node: Node, index: Sequence[Index]) -> Any:
+        dtype: DType = node.attrs["dtype"]
+        self._conditional(*index)
+        count = i64(self.code.size(node.attrs["start"])) + i64(self.code.size(node.attrs["step"])) * i64(index[0])
+        return count if scalar.COMPUTE[dtype] == "int64" else scalar.rounded(count.astype(scalar.COMPUTE[dtype]), dtype)
+
+    def _reshape(self, node: Node, index: Sequence[Index]) -> Any:
+        x = node.operands[0]
+        out: list[Index] = []
+        for old, new in reshape_groups(x.shape, node.result.shape):
+            flat = self.code.flatten([index[k] for k in new], [self.code.size(node.result.shape[k]) for k in new])
+            out += self.code.unflatten(flat, [self.code.size(x.shape[k]) for k in old])
+        return self.at(x, [0 if d == 1 else i for i, d in zip(out, x.shape, strict=True)])
+
+    def _transpose(self, node: Node, index: Sequence[Index]) -> Any:
+        out: list[Index] = [0] * len(index)
+        for i, p in zip(index, node.attrs["perm"], strict=True):
+            out[p] = i
+        return self.at(node.operands[0], out)
+
+    def _broadcast_to(self, node: Node, index: Sequence[Index]) -> Any:
+        return self.at(node.operands[0], self._broadcast(index, node.operands[0]))
+
+    def _slice(self, node: Node, index: Sequence[Index]) -> Any:
+        axis = node.attrs["axis"] % len(index)
+        at = self.code.simplify(self.code.size(node.attrs["start"]) + index[axis] * node.attrs["step"])
+        return self.at(node.operands[0], [*index[:axis], at, *index[axis + 1 :]])
+
+    def _flip(self, node: Node, index: Sequence[Index]) -> Any:
+        axes = [a % len(index) for a in node.attrs["axes"]] if index else []
+        sizes = self.sizes(node.result)
+        return self.at(node.operands[0], [self.code.simplify(n - 1 - i) if k in axes else i for k, (i, n) in enumerate(zip(index, sizes))])
+
+    def _concat(self, node: Node, index: Sequence[Index]) -> Any:
+        axis = node.attrs["axis"] % len(index)
+        i, start = index[axis], 0
+        parts: list[tuple[Any, Any]] = []
+        if not isinstance(i, int):
+            self._conditional(i)
+        for x in node.operands:
+            size = self.code.size(x.shape[axis])
+            if isinstance(size, int) and size == 0:
+                continue
+            inside = self._clamp(i - start, size)
+            parts.append((start + size, lambda x=x, at=inside: self.at(x, [*index[:axis], at, *index[axis + 1 :]])))
+            start = start + size
+        value = parts[-1][1]()
+        for end, piece in reversed(parts[:-1]):
+            condition = self.code.simplify(i64(i) < i64(end))
+            if isinstance(condition, int):
+                value = piece() if condition else value
+                continue
+            value = tirx.Select(condition, piece(), value)
+        return value
+
+    def _pad(self, node: Node, index: Sequence[Index]) -> Any:
+        x = node.operands[0]
+        fill = scalar.constant(node.attrs["value"], x.dtype)
+        at, conditions = [], []
+        if any(d == 0 for d in x.shape):
+            return fill
+        for i, low, high, d in zip(index, node.attrs["low"], node.attrs["high"], x.shape, strict=True):
+            if low == 0 and high == 0:
+                at.append(i)
+                continue
+            shifted, size = self.code.simplify(i - self.code.size(low)), self.code.size(d)
+            if not isinstance(i, int):
+                self._conditional(i)
+            conditions += [i64(shifted) >= i64(0), i64(shifted) < i64(size)]
+            at.append(self._clamp(shifted, size))
+        value = self.at(x, at)
+        for c in conditions:
+            known = self.code.simplify(c)
+            if isinstance(known, int):
+                value = value if known else fill
+            else:
+                value = tirx.Select(known, value, fill)
+        return value
+
+    def _clamp(self, i: Index, size: Index) -> Index:
+        return self.code.greatest(self.code.least(i, size - 1), 0)
+
+    def _take(self, node: Node, index: Sequence[Index]) -> Any:
+        x, positions = node.operands
+        axis = node.attrs["axis"] % x.type.rank
+        inner = index[axis : axis + positions.type.rank]
+        at = self._loaded_index(positions, inner, self.code.size(x.shape[axis]))
+        return self.at(x, [*index[:axis], at, *index[axis + positions.type.rank :]])
+
+    def _gather(self, node: Node, index: Sequence[Index]) -> Any:
+        x, positions = node.operands
+        axis = node.attrs["axis"] % max(x.type.rank, 1)
+        if not index:
+            return self.at(x, [])
+        at = self._loaded_index(positions, index, self.code.size(x.shape[axis]))
+        return self.at(x, [*index[:axis], at, *index[axis + 1 :]])
+
+    def _loaded_index(self, positions: Value, index: Sequence[Index], size: Index) -> Any:
+        """A loaded index, kept within bounds for the sake of memory; that it is valid is the caller's check."""
+        at = self.at(positions, index)
+        at = at if positions.dtype.name == "i64" else at.astype("int64")
+        at = tirx.max(tirx.min(at, i64(size) - i64(1)), i64(0))
+        return at if self.probe else self.code.bind(at, "at")
+
+
+_MOVES: dict[str, Callable[[Expressions, Node, Sequence[Index]], Any]] = {
+    "constant": Expressions._constant, "iota": Expressions._iota, "reshape": Expressions._reshape,
+    "transpose": Expressions._transpose, "broadcast_to": Expressions._broadcast_to, "slice": Expressions._slice,
+    "flip": Expressions._flip, "concat": Expressions._concat, "pad": Expressions._pad, "take": Expressions._take,
+    "gather": Expressions._gather,
+}  # fmt: skip
+
+
+def reshape_groups(old: dims.Shape, new: dims.Shape) -> list[tuple[list[int], list[int]]]:
+    """The finest split of both shapes into runs of axes with equal products: each run is reshaped by itself.
+
+    Returns:
+        (axes of old, axes of new) for each run, in order.
+    """
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right = [], []
+        a: dims.Dim = 1
+        b: dims.Dim = 1
+        while True:
+            if i < len(old) and (not left or (isinstance(a, int) and isinstance(b, int) and a < b)):
+                a, left, i = dims.mul(a, old[i]), [*left, i], i + 1
+            elif j < len(new) and (not right or (isinstance(a, int) and isinstance(b, int) and b < a)):
+                b, right, j = dims.mul(b, new[j]), [*right, j], j + 1
+            elif dims.same(a, b) or (i == len(old) and j == len(new)):
+                break
+            elif i < len(old) and not (isinstance(a, int) and not isinstance(b, int) and j < len(new)):
+                a, left, i = dims.mul(a, old[i]), [*left, i], i + 1
+            else:
+                b, right, j = dims.mul(b, new[j]), [*right, j], j + 1
+        groups.append((left, right))
+    return groups

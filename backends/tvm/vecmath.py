@@ -1,0 +1,139 @@
+"""Elementary functions in f32 that LLVM vectorizes: polynomials after range reduction, at most 2 ulp off.
+
+Coefficients are minimax fits on the reduced ranges; sources: Cephes (exp, tanh, log), Giles and Bradbury style rational
+splits for erf. Everything here is branch-free: both sides of a selection are computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+
+
+def const(value: float, dtype: str = "float32") -> Any:
+    return tirx.const(value, dtype)
+
+
+def intrinsic(name: str, dtype: str, *args: Any) -> Any:
+    """A pure LLVM intrinsic of one overload type."""
+    return tirx.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    return intrinsic("llvm.fma", "float32", a, b, c)
+
+
+def fence(x: Any, dtype: str) -> Any:
+    """Keep LLVM from contracting a product with a following sum: each op rounds by itself, as in eager."""
+    return intrinsic("llvm.arithmetic.fence", dtype, x)
+
+
+def horner(x: Any, *coefficients: float) -> Any:
+    """Polynomial, highest power first."""
+    total = const(coefficients[0])
+    for c in coefficients[1:]:
+        total = fma(total, x, const(c))
+    return total
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return tirx.max(a, b)
+
+
+def _power_of_two(n: Any) -> Any:
+    """2**n for integer n within the normal exponents."""
+    i = lambda v: tirx.const(v, "int32")
+    return tirx.reinterpret("float32", tirx.shift_left(n + i(127), i(23)))
+
+
+def _scale(p: Any, n: Any) -> Any:
+    """p * 2**n, in two steps so that denormal results round once."""
+    half = tirx.shift_right(n, tirx.const(1, "int32"))
+    return p * _power_of_two(half) * _power_of_two(n - half)
+
+
+def _exp_reduced(r: Any) -> Any:
+    """exp on [-ln2/2, ln2/2]."""
+    p = horner(r, 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+    return fma(p, r * r, r) + const(1.0)
+
+
+def exp(x: Any) -> Any:
+    """e**x, all inputs."""
+    y = tirx.min(_larger(x, const(-104.0)), const(89.0))
+    n = tirx.nearbyint(y * const(1.44269504088896341))
+    r = fma(n, const(-0.693359375), y)
+    r = fma(n, const(2.12194440e-4), r)
+    return tirx.Select(tirx.isnan(x), x, _scale(_exp_reduced(r), n.astype("int32")))
+
+
+def exp_nonpositive(x: Any) -> Any:
+    """e**x for -87 <= x <= 0 (values below are taken for -87); no special cases."""
+    y = _larger(x, const(-87.0))
+    n = tirx.nearbyint(y * const(1.44269504088896341))
+    r = fma(n, const(-0.693359375), y)
+    r = fma(n, const(2.12194440e-4), r)
+    return _exp_reduced(r) * _power_of_two(n.astype("int32"))
+
+
+def exp2(x: Any) -> Any:
+    """2**x, all inputs."""
+    y = tirx.min(_larger(x, const(-151.0)), const(129.0))
+    n = tirx.nearbyint(y)
+    r = y - n  # exact; |r| <= 1/2
+    p = horner(r, 1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2,
+               2.402264791363012e-1, 6.931472028550421e-1)  # fmt: skip
+    return tirx.Select(tirx.isnan(x), x, _scale(fma(p, r, const(1.0)), n.astype("int32")))
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e**-x)."""
+    return const(1.0) / (const(1.0) + exp(const(0.0) - x))
+
+
+def tanh(x: Any) -> Any:
+    """Odd polynomial below 0.625, else by exp(2|x|)."""
+    a, s = tirx.abs(x), x * x
+    p = horner(s, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+    small = fma(p * s, x, x)
+    big = const(1.0) - const(2.0) / (exp(a + a) + const(1.0))
+    return tirx.Select(a < const(0.625), small, tirx.Select(x < const(0.0), const(0.0) - big, big))
+
+
+def erf(x: Any) -> Any:
+    """Odd polynomial below 0.928, else 1 - exp of a polynomial."""
+    t, s = tirx.abs(x), x * x
+    r = fma(const(-1.72853470e-5), t, const(3.83197126e-4))
+    u = fma(const(-3.88396438e-3), t, const(2.42546219e-2))
+    r = fma(r, s, u)
+    for k in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
+        r = fma(r, t, const(k))
+    r = fma(r, t, const(0.0) - t)
+    r = const(1.0) - exp(r)
+    big = tirx.Select(x < const(0.0), const(0.0) - r, r)
+    q = horner(s, -5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
+    near = fma(q, x, x)
+    return tirx.Select(t > const(0.927734375), big, near)
+
+
+def log(x: Any) -> Any:
+    """Natural logarithm, all inputs; the mantissa is brought to [sqrt(1/2), sqrt(2)]."""
+    i = lambda v: tirx.const(v, "int32")
+    tiny = x < const(1.17549435e-38)
+    y = tirx.Select(tiny, x * const(8388608.0), x)  # denormals by 2**23
+    bits = tirx.reinterpret("int32", y)
+    e = tirx.shift_right(bits - i(0x3F3504F3), i(23))
+    m = tirx.reinterpret("float32", bits - tirx.shift_left(e, i(23)))
+    n = e.astype("float32") + tirx.Select(tiny, const(-23.0), const(0.0))
+    f = m - const(1.0)
+    z = f * f
+    p = horner(f, 7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+               2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
+    t = fma(n, const(-2.12194440e-4), p * f * z)
+    t = fma(z, const(-0.5), t)
+    r = fma(n, const(0.693359375), f + t)
+    inf = const(float("inf"))
+    r = tirx.Select(x < inf, r, x)  # inf and nan stay
+    r = tirx.Select(x == const(0.0), const(0.0) - inf, r)
+    return tirx.Select(x < const(0.0), const(float("nan")), r)

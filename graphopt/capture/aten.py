@@ -1,0 +1,163 @@
+"""The table aten overload -> IR, and what its entries may ask.
+
+An entry is a function ``(c, *args, **kwargs)`` with the operator's own arguments (defaults are filled in from its
+schema; tensors are Values, symbolic sizes are Dims) that builds nodes and returns a Value, or a list with an entry a
+result (None where no user reads it). It raises :class:`Decline` when PyTorch's meaning of these very arguments is not
+exactly that of the IR ops; the operator then becomes an opaque ``aten`` node. What an entry returns is checked
+against the traced dtype and shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+
+from graphopt.ir import dims, types
+from graphopt.ir.builder import Builder
+from graphopt.ir.dims import Dim, Shape
+from graphopt.ir.graph import Value
+from graphopt.ir.types import DType, TensorType
+
+Number = bool | int | float | complex | sympy.Expr
+Entry = Callable[..., Any]
+
+TABLE: dict[str, Entry] = {}
+
+
+class Decline(Exception):
+    """The IR has no exact counterpart for these arguments."""
+
+
+def lowers(*targets: str) -> Callable[[Entry], Entry]:
+    """Register an entry for overloads such as ``add.Tensor``; a bare ``relu`` is ``relu.default``; ``prims.x`` keeps its namespace."""
+
+    def register(entry: Entry) -> Entry:
+        for t in targets:
+            name = t if t.startswith("prims.") else f"aten.{t}"
+            if name.count(".") == 1:
+                name += ".default"
+            if name in TABLE:
+                raise ValueError(f"{name} has two entries")
+            TABLE[name] = entry
+        return entry
+
+    return register
+
+
+def entry(name: str, build: Entry, *targets: str) -> None:
+    """Register a small entry built from data; ``name`` is its function name in tracebacks."""
+    build.__name__ = name
+    lowers(*targets)(build)
+
+
+class Context:
+    """What an entry may ask.
+
+    Attributes:
+        b: the builder, at the end of the graph, with the operator's source line.
+        outs: traced type of each tensor result (None for a result that is none).
+        used: whether each result has a reader.
+        layout: traced strides and storage offset of a tensor value, for the few entries whose meaning depends on it.
+    """
+
+    def __init__(self, b: Builder, outs: Sequence[TensorType | None], used: Sequence[bool],
+                 layout: Callable[[Value], tuple[Shape, Dim]]) -> None:  # fmt: skip
+        self.b, self.outs, self.used, self.layout = b, outs, used, layout
+
+    @property
+    def out(self) -> TensorType:
+        """Traced type of the first result."""
+        first = self.outs[0]
+        assert first is not None
+        return first
+
+    @property
+    def dtype(self) -> DType:
+        return self.out.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return self.out.shape
+
+    def require(self, condition: bool | None, why: str = "") -> None:
+        """Decline unless the condition is known to hold."""
+        if not condition:
+            raise Decline(why)
+
+    def only_first(self) -> None:
+        """Decline if any result but the first is read."""
+        self.require(not any(self.used[1:]), "another result than the first is used")
+
+    def constant(self, value: Number, dtype: DType) -> Value:
+        """A scalar of that dtype; declines when the dtype does not hold the value's kind."""
+        if dtype.is_complex:
+            return self.b.constant(complex(value) if not isinstance(value, sympy.Expr) else value, dtype)
+        self.require(not isinstance(value, complex))
+        if isinstance(value, float) and not dtype.is_float:
+            self.require(math.isfinite(value))
+            return self.b.constant(value != 0 if dtype.is_bool else int(value), dtype)
+        return self.b.constant(value, dtype)
+
+    def to(self, x: Value | Number, dtype: DType) -> Value:
+        """A tensor or number, converted to a dtype the way ``Tensor.to`` does."""
+        if not isinstance(x, Value):
+            return self.constant(x, dtype)
+        if x.dtype == dtype:
+            return x
+        if dtype.is_bool:  # a cast to bool is a test for nonzero; spelt out, so that no kernel can truncate
+            return self.b.ne(x, self.b.constant(0, x.dtype))
+        self.require(dtype.is_complex or not x.dtype.is_complex, "a complex number to a real one")
+        return self.b.cast(x, dtype)
+
+    def math_dtype(self, dtype: DType) -> DType:
+        """PyTorch computes half precision scalars and compositions in f32 and rounds once, at the end."""
+        return types.f32 if dtype in (types.f16, types.bf16) else dtype
+
+    def promoted(self, x: Value | Number, y: Value | Number) -> DType:
+        """PyTorch's common dtype of two operands: category first, dimensioned tensors before 0-d ones before numbers."""
+        return DType.of(torch.result_type(_sample(x), _sample(y)))
+
+    def size(self, d: Dim | None, default: Dim) -> Dim:
+        return default if d is None else d
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, bool | int | float | complex | sympy.Expr)
+
+
+def exact(value: Value | Number, dtype: DType) -> bool:
+    """Whether a dtype holds a number without rounding; tensors of that dtype do too."""
+    if isinstance(value, Value):
+        return value.dtype == dtype or value.type.rank > 0
+    if isinstance(value, sympy.Expr):
+        return False
+    held = torch.tensor(value, dtype=dtype.torch).item()
+    return bool(held == value or value != value)
+
+
+def _sample(x: Any) -> Any:
+    if isinstance(x, Value):
+        return _tensor(x.dtype, x.type.rank == 0)
+    return 1 if isinstance(x, sympy.Expr) else x
+
+
+@lru_cache(maxsize=None)
+def _tensor(dtype: DType, scalar: bool) -> torch.Tensor:
+    return torch.empty((), dtype=dtype.torch) if scalar else torch.empty((1,), dtype=dtype.torch)
+
+
+def axes_of(dim: Any, rank: int) -> tuple[int, ...]:
+    """Reduced axes, nonnegative and sorted: None and an empty list mean all of them."""
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return tuple(range(rank))
+    several = dim if isinstance(dim, list | tuple) else (dim,)
+    return tuple(sorted({int(a) % rank for a in several})) if rank else ()
+
+
+def product(sizes: Sequence[Dim]) -> Dim:
+    return dims.numel(sizes)

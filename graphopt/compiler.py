@@ -1,0 +1,216 @@
+"""Drives the whole: a captured graph goes through the passes, is lowered, its kernels are built or found, and a program is made."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt import passes
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.base import Backend
+from graphopt.backends.eager import LibraryCall
+from graphopt.capture.captured import ArgumentResult, Captured, ConstResult, SizeArgument, SizeResult, TensorArgument, ValueResult
+from graphopt.errors import FallbackError
+from graphopt.ir import dims
+from graphopt.ir.graph import Graph, Node
+from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
+from graphopt.options import Options
+from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
+from graphopt.program import Program, bind_symbols_fast
+from graphopt.report import Fallback, KernelInfo, Report, record
+from graphopt.target import Target, detect
+from graphopt.verification import ValueCheck
+
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, total) while a compilation goes on."""
+
+
+class CompiledGraph:
+    """A compiled captured graph: takes the runtime arguments as a list, returns the results as a list."""
+
+    _boxed_call = True  # AOTAutograd's convention: the caller hands over the list, so that arguments can be freed early
+
+    def __init__(self, captured: Captured, program: Program, report: Report) -> None:
+        self.program, self.report, self._graph = program, report, captured.graph
+        self._tensors = [(i, a.input) for i, a in enumerate(captured.arguments) if isinstance(a, TensorArgument)]
+        self._sizes = [(i, a.dim) for i, a in enumerate(captured.arguments) if isinstance(a, SizeArgument)]
+        self._constants = dict(captured.constants)
+        self._positions = {index: position for position, index in self._tensors}
+        self._order = [self._positions.get(i) for i in range(len(captured.graph.inputs))]
+        self._results = captured.results
+        self._mutations = captured.mutations
+        self._plain = all(isinstance(r, ValueResult) and r.output == i for i, r in enumerate(captured.results)) and not captured.mutations
+
+    def __call__(self, args: list[Any]) -> list[Any]:
+        inputs = self._inputs(args)
+        sizes = {d.name: int(args[i]) for i, d in self._sizes if not isinstance(d, int) and d.is_Symbol}
+        with torch.no_grad():
+            outputs = self.program(inputs, sizes)
+            if self._plain:
+                return outputs[: len(self._results)]
+            for m in self._mutations:
+                args[m.argument].copy_(outputs[m.output])
+        return [self._result(r, args, outputs, sizes) for r in self._results]
+
+    def _inputs(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        return [args[p] if p is not None else self._constants[i] for i, p in enumerate(self._order)]
+
+    def _result(self, r: Any, args: list[Any], outputs: list[torch.Tensor], sizes: Mapping[str, int]) -> Any:
+        match r:
+            case ValueResult(output=i):
+                return outputs[i]
+            case ArgumentResult(argument=i):
+                return args[i]
+            case SizeResult(dim=d):
+                return dims.evaluate(d, bind_symbols_fast(self._graph, self._inputs(args), sizes))
+            case ConstResult(value=value):
+                return value
+        raise TypeError(f"unknown result {r!r}")
+
+    def refresh(self) -> None:
+        """Compute everything that depends on weights again at the next call."""
+        if self.program.staged is not None:
+            self.program.staged.forget()
+
+
+def compile_captured(captured: Captured, options: Options, *, label: str = "model", progress: Progress | None = None) -> CompiledGraph:
+    """Compile a captured graph.
+
+    Raises:
+        FallbackError: ``strict`` is on and an operation has no kernel.
+        EquivalenceError: ``verify="each-pass"`` found a pass that changes values.
+    """
+    start = time.perf_counter()
+    device = captured.device
+    target = detect() if device.type == "cpu" else Target(device.type, "unknown")
+    backend, why_none = choose_backend(target, options)
+    cache_dir = options.kernels_dir
+    if backend is not None:
+        backend.prestart(options.workers)
+    graph = captured.graph
+    report = Report(options.name or label, str(target), text_before=str(graph))
+    optimize(graph, target, options, report)
+    lowering = time.perf_counter()
+    lowered = lower(graph, target, backend, why_none, asked=options.backend == "eager")
+    report.text_after = str(graph)
+    report.fallbacks = [_fallback(s) for s in lowered.steps if isinstance(s, LibraryStep) and s.node.op.name != "constant"]
+    if options.strict and report.unasked_fallbacks:
+        raise FallbackError(_strict_message(report))
+    building = time.perf_counter()
+    report.seconds["lower"] = building - lowering
+    kernels = build_kernels(lowered, target, backend, cache_dir, options, report, progress)
+    report.seconds["build"] = time.perf_counter() - building
+    program = Program(lowered, kernels, lambda node: LibraryCall(node, device), device)
+    report.program = program.source
+    report.memory = _memory(graph, lowered, program)
+    report.seconds["total"] = time.perf_counter() - start
+    record(report)
+    return CompiledGraph(captured, program, report)
+
+
+def optimize(graph: Graph, target: Target, options: Options, report: Report) -> None:
+    """Run the pipeline on a graph in place, and report on it."""
+    start = time.perf_counter()
+    ctx = PassContext(target=target, fuel=Fuel(options.fuel, options.skip_rewrites))
+    instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
+    pipeline = passes.edit_pipeline(passes.default_pipeline(), options.pipeline)
+    run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
+    report.passes, report.remarks = ctx.seconds, ctx.remarks
+    report.seconds["passes"] = time.perf_counter() - start
+
+
+def choose_backend(target: Target, options: Options) -> tuple[Any, str]:
+    """The backend that generates kernels for a target, or None and the reason that there is none."""
+    if options.backend == "eager":
+        return None, "library kernels were asked for"
+    if target.kind != "cpu":
+        return None, f"no kernels are generated for {target.kind} devices yet"
+    missing = [name for name in ("tvm", "tvm_ffi") if importlib.util.find_spec(name) is None]
+    if missing:
+        return None, f"{', '.join(missing)} is not installed"
+    from graphopt.backends.tvm.backend import TvmBackend  # tvm is an optional package
+
+    return TvmBackend(), ""
+
+
+def build_kernels(lowered: Lowered, target: Target, backend: Any, cache_dir: Path, options: Options, report: Report,
+                  progress: Progress | None) -> list[Callable[..., Any]]:  # fmt: skip
+    """One loaded kernel a KernelStep; equal workloads share one."""
+    steps = [s for s in lowered.steps if isinstance(s, KernelStep)]
+    if not steps:
+        return []
+    wanted: dict[tuple[Workload, Schedule], list[KernelStep]] = {}
+    for s in steps:
+        wanted.setdefault((s.workload, s.schedule), []).append(s)
+    built = backend.load_or_build(list(wanted), target, cache_dir, options.workers, progress)
+    loaded = {}
+    for (key, users), artifact in zip(wanted.items(), built, strict=True):
+        loaded[key] = artifact.kernel
+        report.kernels.append(_kernel_info(users, artifact))
+    return [loaded[s.workload, s.schedule] for s in steps]
+
+
+def _kernel_info(users: Sequence[KernelStep], artifact: Any) -> KernelInfo:
+    body = users[0].node.body
+    assert body is not None
+    locs = tuple(dict.fromkeys(str(n.loc) for n in body if n.loc))
+    ops = tuple(n.op.name for n in body if n.op.name != "constant")
+    return KernelInfo(artifact.name, users[0].backend, users[0].workload.kind, len(users), artifact.cache, users[0].schedule.to_json(),
+                      locs, ops, str(artifact.path))  # fmt: skip
+
+
+def _fallback(step: LibraryStep) -> Fallback:
+    node = step.node
+    operands = ", ".join(str(v.type) for v in node.operands)
+    results = ", ".join(str(r.type) for r in node.results)
+    return Fallback(operation_name(node), f"({operands}) -> {results}", step.reason, str(node.loc or ""), step.asked)
+
+
+def operation_name(node: Node) -> str:
+    """What to call a node in reports: the ATen operator, the ops of a fused region, or the IR op."""
+    if node.op.name == "aten":
+        return str(node.attrs["target"])
+    if node.body is not None:
+        return " + ".join(dict.fromkeys(n.op.name for n in node.body if n.op.name != "constant"))
+    return node.op.name
+
+
+def _strict_message(report: Report) -> str:
+    lines = [f"{report.name}: strict is on, and {len(report.unasked_fallbacks)} operations have no kernel:"]
+    lines += [f"  {f.op} {f.types}: {f.reason}" + (f"  [{f.loc}]" if f.loc else "") for f in report.unasked_fallbacks[:8]]
+    if len(report.unasked_fallbacks) > 8:
+        lines.append(f"  ... and {len(report.unasked_fallbacks) - 8} more")
+    return "\n".join(lines)
+
+
+def _memory(graph: Graph, lowered: Lowered, program: Program) -> dict[str, int | None]:
+    outputs = [v.type.nbytes() for v in graph.outputs]
+    staged = [v.type.nbytes() for v in lowered.boundary]
+    return {
+        "planned": program.plan.peak if program.plan else 0,
+        "unplanned": program.plan.total if program.plan else 0,
+        "staged": sum(int(b) for b in staged),
+        "outputs": sum(int(b) for b in outputs) if dims.is_static(outputs) else None,
+    }
+
+
+def fallback_graph(gm: torch.fx.GraphModule, reason: str, loc: str, options: Options, *, label: str = "model") -> Callable[[list[Any]], Any]:
+    """Run a whole graph through library kernels, because it could not be captured; reported, and an error under ``strict``."""
+    report = Report(options.name or label, "library kernels", fallbacks=[Fallback("whole graph", "", reason, loc, options.backend == "eager")])
+    if options.strict and report.unasked_fallbacks:
+        raise FallbackError(_strict_message(report))
+    record(report)
+
+    def run(args: list[Any]) -> Any:
+        return torch.fx.Interpreter(gm).boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+__all__ = ["Backend", "CompiledGraph", "choose_backend", "compile_captured", "fallback_graph", "optimize"]

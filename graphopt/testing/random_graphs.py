@@ -1,0 +1,66 @@
+"""Random well-typed graphs over the op table, from a seed (:func:`random_graph`) or by hypothesis (:func:`graphs`).
+
+Under hypothesis a failing graph is shrunk to a small one. How to make a node of each op is in :mod:`graphopt.testing.recipes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from graphopt.ir import Graph, Node
+from graphopt.testing.pool import Chooser, Drawn, Pool, Seeded
+from graphopt.testing.recipes import RECIPES, fuse_chain
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+def make_graph(chooser: Chooser, ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False) -> Graph:
+    """A random graph by a chooser's decisions; see :func:`random_graph`."""
+    pool = Pool(chooser, symbolic)
+    names = [n for n in RECIPES if ops is None or n in ops]
+    for _ in range(chooser.integer(1, max_nodes)):
+        last: Node | None = pool.values[-1].producer if pool.values else None
+        if last is not None and pool.flag(12):  # the same node once more
+            pool.values.append(pool.builder.create(last.op.name, last.operands, last.attrs))
+        else:
+            name = pool.pick(names)
+            RECIPES[name](pool, name)
+    made = [v for v in pool.values if v.producer is not None] or pool.values
+    outputs = [made[-1], *(pool.pick(pool.values) for _ in range(chooser.integer(0, 2)))]
+    pool.graph.set_outputs(outputs)
+    if fusion:
+        fuse_chain(pool)
+    return pool.graph
+
+
+def random_graph(seed: int, *, ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False) -> Graph:
+    """One random well-typed graph.
+
+    Args:
+        seed: the same seed gives the same graph.
+        ops: names of the ops to draw from; by default all that have inference.
+        max_nodes: draws at most; a draw may make a few nodes (an op and a constant operand).
+        symbolic: whether sizes may contain the symbols B and S.
+        fusion: put a chain of pointwise nodes into a ``fusion`` node, where there is one.
+    """
+    return make_graph(Seeded(seed), ops, max_nodes, symbolic, fusion)
+
+
+def graphs(ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False) -> SearchStrategy[Graph]:
+    """A hypothesis strategy of random well-typed graphs; the arguments are those of :func:`random_graph`.
+
+    A failing example is shrunk to few nodes and simple operands, and printed as text that can be pasted::
+
+        @given(graphs(max_nodes=6))
+        def test_my_pass_on_any_graph(g):
+            check_pass(MyPass(), g, fires=None)
+    """
+    from hypothesis import strategies as st
+
+    @st.composite
+    def build(draw: Callable[[Any], Any]) -> Graph:
+        return make_graph(Drawn(draw, st.integers), ops, max_nodes, symbolic, fusion)
+
+    return build()

@@ -1,0 +1,362 @@
+"""Value checks: does a graph still compute what it did? Judged against the f64 interpreter, the graph's own error as yardstick.
+
+Two questions are asked of every output:
+
+1. *Wide*: both graphs evaluated in f64 agree up to f64 rounding. This finds wrong formulas, however small the slip.
+2. *Native*: in its own precision, the new graph is no further from the f64 result of the old one than the old one is itself,
+   times the factor of the numerics class, plus a few units of rounding. This finds lost precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.errors import EquivalenceError, GraphoptError
+from graphopt.ir import Graph, Node, evaluate, print_graph, structural_hash, verify
+from graphopt.ir.printer import print_lines, print_node
+from graphopt.pass_manager import Fuel, Instrument, Pass, PassContext, RewritePass
+from graphopt.remarks import Remark
+from graphopt.rewrite import Numerics
+from graphopt.sampling import random_inputs, sample_bindings
+
+WIDE_TOLERANCE = {Numerics.BITWISE: 1e-12, Numerics.REASSOCIATES: 1e-9, Numerics.APPROXIMATE: 1e-6}
+"""Error allowed in f64, relative to the largest element; 1e-6 lets constants be rounded to f32."""
+
+ROUNDINGS = 8
+"""Units of rounding of the output's dtype that are always allowed in native precision."""
+
+ILL_CONDITIONED = 1e-8
+"""Share of the old graph's native error that is allowed in f64: where f32 loses digits, f64 loses them too."""
+
+_STEPS = ("floor", "ceil", "trunc", "round", "sign", "floor_div", "trunc_div", "remainder", "fmod", "eq", "ne", "lt", "le", "gt", "ge",
+          "argmax", "argmin", "isnan", "isinf")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output at one precision (``wide`` or ``native``): the largest error and what was allowed, relative to the largest element."""
+
+    output: int
+    precision: str
+    error: float
+    budget: float
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.message and self.error <= self.budget
+
+    def __str__(self) -> str:
+        verdict = "agrees" if self.ok else "differs"
+        return f"output {self.output} {verdict} ({self.precision}): " + (
+            self.message or f"relative error {self.error:.2e}, allowed {self.budget:.2e}"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing two graphs at one seed and binding gave.
+
+    Attributes:
+        not_compared: why values could not be compared (random numbers, effects, inputs that the graph refuses); empty if they were.
+        checks: one entry an output and precision.
+    """
+
+    seed: int
+    bindings: Mapping[str, int]
+    checks: tuple[OutputCheck, ...] = ()
+    not_compared: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no difference was found. True also if nothing was compared: ask ``not_compared``."""
+        return all(c.ok for c in self.checks)
+
+    @property
+    def first_bad(self) -> OutputCheck | None:
+        return next((c for c in self.checks if not c.ok), None)
+
+
+def incomparable(graph: Graph) -> str:
+    """Why two runs of this graph need not give the same values, or an empty string."""
+    for node in graph.nodes():
+        inner = incomparable(node.body) if node.body is not None else ""
+        if inner:
+            return inner
+        if node.has_effect:
+            return f"{print_node(node).strip()} has the effect {node.attrs['effect']!r}"
+    return ""
+
+
+def compare(before: Graph, after: Graph, *, bindings: Mapping[str, int] | None = None, seed: int = 0,
+            numerics: Numerics = Numerics.REASSOCIATES) -> Comparison:  # fmt: skip
+    """Evaluate two graphs on the same random inputs, in f64 and in native precision.
+
+    Args:
+        before: the reference.
+        after: the graph to judge; must have the same input types.
+        bindings: values of the symbols.
+        numerics: what the rewrite was allowed to do, which sets the budget.
+
+    Raises:
+        EquivalenceError: the two graphs do not have the same interface.
+    """
+    known = dict(bindings or {})
+    check_interface(before, after)
+    why = incomparable(before) or incomparable(after)
+    if why:
+        return Comparison(seed, known, not_compared=why)
+    inputs = random_inputs(before, known, seed)
+    try:
+        reference = _run(before, inputs, known, wide=True)
+        native = _run(before, inputs, known, wide=False)
+    except (RuntimeError, IndexError, ValueError) as error:
+        return Comparison(seed, known, not_compared=f"the graph refuses the random inputs: {error}")
+    try:
+        wide_after, native_after = _run(after, inputs, known, wide=True), _run(after, inputs, known, wide=False)
+    except (RuntimeError, IndexError, ValueError) as error:
+        return Comparison(seed, known, (OutputCheck(0, "wide", math.inf, 0.0, f"the new graph cannot be evaluated: {error}"),))
+    steps, calls = _has(before, _STEPS) or _has(after, _STEPS), _has(before, ("aten",))
+    tolerance = max(WIDE_TOLERANCE[numerics], 1e-6 if calls else 0.0)  # a library call may refuse f64
+    checks: list[OutputCheck] = []
+    for i, (ref, own, wide, new) in enumerate(zip(reference, native, wide_after, native_after, strict=True)):
+        own_error, _ = _error(own, ref)
+        slack = own_error * ILL_CONDITIONED if math.isfinite(own_error) and not _exact(own) else 0.0
+        checks.append(_judge_wide(i, wide, ref, tolerance + slack))
+        checks.append(_judge_native(i, new, own, ref, numerics, steps))
+    return Comparison(seed, known, tuple(checks))
+
+
+def check_interface(before: Graph, after: Graph) -> None:
+    """Raise EquivalenceError unless both graphs take and return the same types."""
+    for what, old, new in (("input", before.inputs, after.inputs), ("output", before.outputs, after.outputs)):
+        if len(old) != len(new):
+            raise EquivalenceError(f"the graph had {len(old)} {what}s, now it has {len(new)}")
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            if a.dtype != b.dtype or a.type.rank != b.type.rank:
+                raise EquivalenceError(f"{what} {i} was {a.type}, now it is {b.type}")
+    if before.output_strides != after.output_strides:
+        raise EquivalenceError(f"the output layouts were {before.output_strides}, now they are {after.output_strides}")
+
+
+def _run(graph: Graph, inputs: Sequence[torch.Tensor], bindings: Mapping[str, int], wide: bool) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return evaluate(graph, inputs, bindings=bindings, wide=wide)
+
+
+def _has(graph: Graph, ops: Sequence[str]) -> bool:
+    return any(n.op.name in ops or (n.body is not None and _has(n.body, ops)) for n in graph.nodes())
+
+
+def _exact(x: torch.Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex())
+
+
+def _error(x: torch.Tensor, ref: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Largest error relative to the largest element, and the errors; for exact dtypes, the share of elements that differ."""
+    if _exact(ref):
+        differs = (x != ref).to(torch.float64)
+        return (float(differs.mean()) if differs.numel() else 0.0), differs
+    kind = torch.complex128 if ref.is_complex() else torch.float64
+    x, ref = x.to(kind), ref.to(kind)
+    finite = torch.isfinite(ref)
+    scale = float(ref[finite].abs().max()) if bool(finite.any()) else 0.0
+    gap = torch.where(finite, (x - ref).abs(), 0.0) / (scale or 1.0)
+    gap = torch.where(torch.isnan(gap), torch.inf, gap)
+    return (float(gap.max()) if gap.numel() else 0.0), gap
+
+
+def _judge_wide(i: int, new: torch.Tensor, ref: torch.Tensor, budget: float) -> OutputCheck:
+    if new.shape != ref.shape or new.dtype != ref.dtype:
+        return OutputCheck(i, "wide", math.inf, budget, f"was {_kind(ref)}, now it is {_kind(new)}")
+    error, _ = _error(new, ref)
+    if _exact(ref):
+        return OutputCheck(i, "wide", error, 0.0, f"{error:.2%} of the elements differ" if error else "")
+    a, b = ref.resolve_conj(), new.resolve_conj()
+    odd = ~torch.isfinite(a) | ~torch.isfinite(b)
+    same = (torch.isnan(a) & torch.isnan(b)) | (a == b)
+    if not bool(same[odd].all()):
+        return OutputCheck(i, "wide", math.inf, budget, "nan and infinity stand at other places")
+    return OutputCheck(i, "wide", error, budget)
+
+
+def _judge_native(i: int, new: torch.Tensor, own: torch.Tensor, ref: torch.Tensor, numerics: Numerics, steps: bool) -> OutputCheck:
+    if new.shape != own.shape or new.dtype != own.dtype:
+        return OutputCheck(i, "native", math.inf, 0.0, f"was {_kind(own)}, now it is {_kind(new)}")
+    (own_error, own_gap), (error, gap) = _error(own, ref), _error(new, ref)
+    stray = 0.02 if steps or (numerics is not Numerics.BITWISE and _exact(ref)) else 0.0
+    if _exact(ref):  # a value near a step of floor or of a comparison may fall to the other side
+        return OutputCheck(i, "native", error, numerics.value * own_error + stray + (1.0 / max(gap.numel(), 1) if stray else 0.0))
+    budget = numerics.value * own_error + ROUNDINGS * torch.finfo(own.dtype).eps
+    if stray and gap.numel():
+        allowed = 1 + int(stray * gap.numel())
+        error = float(gap.flatten().sort().values[:-allowed].max()) if gap.numel() > allowed else 0.0
+    elif not math.isfinite(own_error):  # the old graph overflows where f64 does not: judge it where it does not
+        gap = gap[torch.isfinite(own_gap)]
+        budget = numerics.value * float(own_gap[torch.isfinite(own_gap)].max()) if gap.numel() else math.inf
+        budget += ROUNDINGS * torch.finfo(own.dtype).eps
+        error = float(gap.max()) if gap.numel() else 0.0
+    return OutputCheck(i, "native", error, budget)
+
+
+def _kind(x: torch.Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+# --- many bindings, and what to say on failure -------------------------------------------------------------------------
+
+
+def check_equivalent(before: Graph, after: Graph, *, bindings: Sequence[Mapping[str, int]] | None = None, seeds: Sequence[int] = (0,),
+                     numerics: Numerics = Numerics.REASSOCIATES, what: str = "the rewrite", max_elements: int = 1 << 24,
+                     ) -> list[Comparison]:  # fmt: skip
+    """Compare two graphs at several bindings and seeds.
+
+    Args:
+        bindings: values of the symbols; by default a few are drawn.
+        what: who is judged, for the message.
+
+    Returns:
+        All comparisons; those with ``not_compared`` say why.
+
+    Raises:
+        EquivalenceError: names the first bad output, and shows the node, and a reproducer.
+    """
+    out = []
+    for values in bindings if bindings is not None else sample_bindings(before, max_elements=max_elements):
+        for seed in seeds:
+            try:
+                found = compare(before, after, bindings=values, seed=seed, numerics=numerics)
+            except EquivalenceError as error:
+                raise EquivalenceError(f"{what} changed the graph's interface: {error}\n{excerpt(after, 0)}") from error
+            if found.first_bad is not None:
+                raise EquivalenceError(explain(before, after, found, what))
+            out.append(found)
+    return out
+
+
+def explain(before: Graph, after: Graph, found: Comparison, what: str) -> str:
+    """The message of a failed comparison: the first bad output, the IR around its node, and a reproducer."""
+    bad = found.first_bad
+    assert bad is not None
+    return (
+        f"{what} changed what @{before.name} computes: {bad}\n{excerpt(after, bad.output)}\n"
+        f"to reproduce, with the seed {found.seed} and bindings {dict(found.bindings)}:\n{reproducer(before, found)}"
+    )
+
+
+def excerpt(graph: Graph, output: int, lines: int = 6) -> str:
+    """The node that yields an output and those that feed it, nearest last."""
+    if output >= len(graph.outputs):
+        return ""
+    value = graph.outputs[output]
+    if value.producer is None:
+        return f"  output {output} is the input {value!r}"
+    near: dict[Node, None] = {value.producer: None}
+    for node in reversed(graph):
+        if node in near and len(near) < lines:
+            near.update({v.producer: None for v in node.operands if v.producer is not None})
+    return "\n".join(f"  {line}" for node, line in print_lines(graph).items() if node in near)
+
+
+def reproducer(before: Graph, found: Comparison) -> str:
+    """Python text that runs the same comparison again for a pass of one's own."""
+    text = print_graph(before)
+    seeds, values = f"seeds=[{found.seed}]", f"bindings=[{dict(found.bindings)!r}]"
+    return f'from graphopt.testing import check_pass\n\ncheck_pass(the_pass, r"""\n{text}""", {values}, {seeds})\n'
+
+
+# --- every pass, as it runs --------------------------------------------------------------------------------------------
+
+
+def numerics_of(p: Pass) -> Numerics:
+    """The numerics class of a pass: its own ``numerics``, or the loosest of its rules', or REASSOCIATES."""
+    own = getattr(p, "numerics", None)
+    if isinstance(own, Numerics):
+        return own
+    if isinstance(p, RewritePass):
+        return max((r.numerics for r in p.rules()), key=lambda n: n.value, default=Numerics.BITWISE)
+    return Numerics.REASSOCIATES
+
+
+def check_changed(p: Pass, before_hash: str, after: Graph, changed: bool) -> None:
+    """Raise EquivalenceError if a pass lies about having changed the graph."""
+    truly = structural_hash(after) != before_hash
+    if truly and not changed:
+        raise EquivalenceError(f"pass {p} changed @{after.name} but says that it did not")
+    if changed and not truly:
+        raise EquivalenceError(f"pass {p} says that it changed @{after.name}, which is as it was before")
+
+
+class ValueCheck(Instrument):
+    """Runs the graph before and after every pass; stops at the first pass that breaks it, and names rule and node.
+
+    After each pass the structure is verified, ``changed`` is compared with the structural hash, and values are compared at
+    random inputs. When they differ, the pass is run again on the graph it was given with less and less fuel, until the
+    first rewrite that does it is found. Graphs with random ops or effects are not compared; an analysis remark says so.
+
+    Args:
+        max_elements: sizes for the symbols are chosen so that the graph's values hold no more elements than this in total.
+        seeds: of the random inputs.
+    """
+
+    def __init__(self, max_elements: int = 1 << 22, seeds: Sequence[int] = (0,)) -> None:
+        self.max_elements, self.seeds = max_elements, tuple(seeds)
+        self._snapshot: Graph | None = None
+        self._hash, self._fuel = "", 0
+
+    def before(self, p: Pass, g: Graph, ctx: PassContext) -> None:
+        self._hash, self._fuel = structural_hash(g), ctx.fuel.used
+        self._snapshot = g.clone()
+
+    def after(self, p: Pass, g: Graph, ctx: PassContext, changed: bool) -> None:
+        assert self._snapshot is not None, "before() was not called"
+        verify(g)
+        check_changed(p, self._hash, g, changed)
+        if changed:
+            self._compare(p, self._snapshot, g, ctx)
+        self._snapshot = None
+
+    def _compare(self, p: Pass, before: Graph, g: Graph, ctx: PassContext) -> None:
+        numerics = numerics_of(p)
+        try:
+            done = check_equivalent(before, g, seeds=self.seeds, numerics=numerics, what=f"pass {p}", max_elements=self.max_elements)
+        except EquivalenceError as error:
+            culprit = self._culprit(p, before, ctx, numerics)
+            raise EquivalenceError(f"{culprit}\n{error}" if culprit else str(error)) from error
+        for why in dict.fromkeys(c.not_compared for c in done if c.not_compared):
+            ctx.analysis("verify", f"values were not compared: {why}")
+
+    def _culprit(self, p: Pass, before: Graph, ctx: PassContext, numerics: Numerics) -> str:
+        """The first rewrite with which the values differ, found by bisecting the fuel; empty if rewrites are not numbered."""
+
+        def run(limit: int | None) -> tuple[bool, list[Remark]]:
+            skip = [n - self._fuel for n in ctx.fuel.skip if n > self._fuel]
+            trial = PassContext(target=ctx.target, fuel=Fuel(limit, skip), pass_name=p.name)
+            graph = before.clone()
+            try:
+                p.run(graph, trial)
+                check_equivalent(before, graph, seeds=self.seeds, numerics=numerics, max_elements=self.max_elements)
+            except GraphoptError:
+                return False, trial.remarks
+            return True, trial.remarks
+
+        numbers = [r.number for r in run(None)[1] if r.kind == "passed" and r.number is not None]
+        if not numbers or run(0)[0] is False:
+            return ""
+        good, bad = 0, numbers[-1]  # good: equivalent with that much fuel
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if run(middle)[0] else (good, middle)
+        remark = next((r for r in run(bad)[1] if r.number == bad), None)
+        if remark is None:
+            return ""
+        where = f" ({remark.loc})" if remark.loc else ""
+        number = bad + self._fuel
+        return (
+            f"rule {remark.rule} of pass {p} is the first to go wrong: rewrite number {number}, {remark.message}, at\n"
+            f"  {remark.node.strip()}{where}\n(`--skip-rewrite {number}` leaves it out)"
+        )

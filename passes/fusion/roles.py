@@ -1,0 +1,125 @@
+"""What each op may be within a fusion region, and what its result costs to compute again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim, Shape
+from graphopt.ir.graph import Node
+from graphopt.ir.ops import Trait
+from graphopt.ir.types import DType
+
+
+class Role(Enum):
+    """The part that an op can play."""
+
+    POINTWISE = "pointwise"
+    VIEW = "view"  # moves elements by an index map that costs nothing
+    MOVER = "mover"  # moves elements and has work to do: concat, pad, take, gather
+    CREATION = "creation"  # constant, iota
+    ANCHOR = "anchor"  # a reduction, row op or matmul: decides the kind of its region
+    OTHER = "other"  # never in a region
+
+
+MOVERS = ("concat", "pad", "take", "gather")
+ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
+ROW_REDUCTIONS = ("sum", "mean", "max", "min", "var")
+ARG_REDUCTIONS = ("argmax", "argmin")
+
+# Pointwise ops that cost about one instruction an element: computing them again is cheaper than a trip to memory.
+_CHEAP = frozenset({
+    "neg", "abs", "sign", "floor", "ceil", "trunc", "round", "relu", "logical_not", "bitwise_not", "isnan", "isinf", "add", "sub",
+    "mul", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and",
+    "bitwise_or", "bitwise_xor", "where", "cast", "leaky_relu",
+})  # fmt: skip
+
+
+def fusable_dtype(dtype: DType) -> bool:
+    """Complex numbers, 8-bit floats and packed sub-byte types stay outside of regions."""
+    return not dtype.is_complex and dtype.bits >= 8 and not (dtype.is_float and dtype.bits == 8)
+
+
+def role(node: Node) -> Role:
+    """The part that a node can play; nodes of unfusable dtypes are OTHER."""
+    op = node.op
+    if op.has(Trait.POINTWISE):
+        found = Role.POINTWISE
+    elif op.has(Trait.VIEW):
+        found = Role.VIEW
+    elif op.has(Trait.CREATION):
+        found = Role.CREATION
+    elif op.name in MOVERS:
+        found = Role.MOVER
+    elif op.name == "matmul" or op.has(Trait.REDUCTION) or op.name in ARG_REDUCTIONS or (op.name in ROW_OPS and rows_of(node)):
+        found = Role.ANCHOR
+    else:
+        return Role.OTHER
+    if op.name == "var" and rows_of(node) is None:
+        return Role.OTHER
+    fits = all(fusable_dtype(v.dtype) for v in (*node.operands, *node.results))
+    return found if fits else Role.OTHER
+
+
+def is_cheap(node: Node) -> bool:
+    """Whether computing the node's elements again costs next to nothing."""
+    return node.op.name in _CHEAP or node.op.has(Trait.VIEW, Trait.CREATION)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The iteration space of a rowwise region: ``shape`` is rows and columns, the last ``columns`` axes are one row."""
+
+    shape: Shape
+    columns: int
+
+    @property
+    def reduced(self) -> Shape:
+        """One element a row."""
+        return self.shape[: len(self.shape) - self.columns]
+
+    @property
+    def kept(self) -> Shape:
+        """One element a row, with axes of size 1 in place of the columns."""
+        return (*self.reduced, *[1] * self.columns)
+
+    def form(self, shape: Shape) -> str | None:
+        """``full``, ``kept`` or ``reduced``; None for a shape that is none of them."""
+        for name, wanted in (("full", self.shape), ("kept", self.kept), ("reduced", self.reduced)):
+            if dims.same_shape(shape, wanted):
+                return name
+        return None
+
+    def same(self, other: Rows) -> bool:
+        return self.columns == other.columns and dims.same_shape(self.shape, other.shape)
+
+
+def rows_of(node: Node) -> Rows | None:
+    """The rows that a node works on: row ops and reductions over trailing axes; None for anything else."""
+    if not node.operands:
+        return None
+    shape, name = node.operands[0].shape, node.op.name
+    if name in ("softmax", "log_softmax"):
+        return Rows(shape, 1) if shape and node.attrs["axis"] % len(shape) == len(shape) - 1 else None
+    if name in ("layer_norm", "rms_norm"):
+        return Rows(shape, node.attrs["axes"])
+    if name in ROW_REDUCTIONS and shape:
+        axes = sorted(a % len(shape) for a in node.attrs["axes"])
+        if axes and axes == list(range(len(shape) - len(axes), len(shape))):
+            return Rows(shape, len(axes))
+    return None
+
+
+def rereads(user: Node, index: int) -> bool:
+    """Whether a node reads elements of its operand ``index`` more than once."""
+    operand, name = user.operands[index], user.op.name
+    if user.op.has(Trait.POINTWISE) or name == "broadcast_to" or (name == "take" and index == 1):
+        return not dims.same(_count(operand.shape), _count(user.results[0].shape))
+    if name in ("take", "gather"):
+        return index == 0
+    return name == "matmul" or (name in ROW_OPS and index > 0)
+
+
+def _count(shape: Shape) -> Dim:
+    return dims.numel(shape)

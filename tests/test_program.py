@@ -1,0 +1,136 @@
+"""The program: lowered steps give the interpreter's results, with planned memory, from several threads, in eager's strides."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from graphopt.backends.eager import LibraryCall
+from graphopt.ir import Graph, evaluate, parse_graph
+from graphopt.lower import lower
+from graphopt.memory import Lifetime, plan
+from graphopt.program import Program, check_index
+from graphopt.target import Target
+
+CPU = torch.device("cpu")
+
+
+def library_program(graph: Graph) -> Program:
+    lowered = lower(graph, Target("cpu", "x86_64"), None, "the test asks for it", asked=True)
+    return Program(lowered, [], lambda node: LibraryCall(node, CPU), CPU)
+
+
+def check(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    program = library_program(graph)
+    got = program(inputs)
+    for mine, reference, strides in zip(got, evaluate(graph, inputs), graph.output_strides, strict=True):
+        torch.testing.assert_close(mine, reference)
+        if strides is not None:
+            assert mine.stride() == tuple(strides)
+    return got
+
+
+MLP = """graph @mlp(%x: f32[B, 8], weight %w: f32[4, 8], weight %b: f32[4]) -> (f32[B, 4], f32[4, B; 1, 4])
+where 0 <= B {
+  %0: f32[8, 4] = transpose(%w) {perm = [1, 0]}
+  %1: f32[8, 4] = exp(%0)
+  %2: f32[B, 4] = matmul(%x, %1)
+  %3: f32[B, 4] = add(%2, %b)
+  %4: f32[4, B] = transpose(%3) {perm = [1, 0]}
+  return %3, %4
+}"""
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_symbolic_sizes_and_strided_outputs(size: int) -> None:
+    check(parse_graph(MLP), [torch.randn(size, 8), torch.randn(4, 8), torch.randn(4)])
+
+
+def test_staged_values_follow_their_weights() -> None:
+    graph = parse_graph(MLP)
+    program = library_program(graph)
+    x, w, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
+    program([x, w, b])
+    program([x, w, b])
+    assert program.staged is not None and program.staged.computed == 1
+    changes = [lambda: w.mul_(2), lambda: b.add_(1), lambda: setattr(w, "data", torch.randn(4, 8))]
+    for change in changes:
+        change()
+        torch.testing.assert_close(program([x, w, b])[0], evaluate(graph, [x, w, b])[0])
+    assert program.staged.computed == 3  # b is no part of a staged value
+    other = torch.randn(4, 8)
+    torch.testing.assert_close(program([x, other, b])[0], evaluate(graph, [x, other, b])[0])
+    program([x, w, b])
+    assert program.staged.computed == 4  # going back to a known set of weights computes nothing
+
+
+def test_inference_tensors_are_never_cached() -> None:
+    graph = parse_graph(MLP)
+    with torch.inference_mode():
+        x, w, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
+        program = library_program(graph)
+        program([x, w, b])
+        w.mul_(3)
+        torch.testing.assert_close(program([x, w, b])[0], evaluate(graph, [x, w, b])[0])
+
+
+def test_outputs_have_memory_of_their_own() -> None:
+    graph = parse_graph("""graph @g(%x: f32[4], weight %w: f32[4]) -> (f32[4], f32[4], f32[4], f32[2, 2]) {
+      %0: f32[4] = exp(%w)
+      %1: f32[4] = mul(%x, %0)
+      %2: f32[2, 2] = reshape(%1) {shape = [2, 2]}
+      return %x, %0, %1, %2
+    }""")
+    x, w = torch.randn(4), torch.randn(4)
+    program = library_program(graph)
+    first = program([x, w])
+    pointers = [t.data_ptr() for t in first]
+    assert len(set(pointers)) == 4 and x.data_ptr() not in pointers
+    for t in first:
+        t.fill_(7.0)
+    torch.testing.assert_close(program([x, w])[1], w.exp())
+
+
+def test_threads_get_the_same_bits() -> None:
+    graph = parse_graph(MLP)
+    program = library_program(graph)
+    inputs = [torch.randn(16, 8), torch.randn(4, 8), torch.randn(4)]
+    expected = program(inputs)[0]
+    wrong: list[int] = []
+
+    def work(n: int) -> None:
+        for _ in range(50):
+            if not torch.equal(program(inputs)[0], expected):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_index_check_raises_what_eager_raises() -> None:
+    check_index(torch.tensor([0, 3]), 0, 4, IndexError)
+    check_index(torch.empty(0, dtype=torch.int64), 0, 0, IndexError)
+    for bad in ([4], [-1]):
+        with pytest.raises(IndexError):
+            check_index(torch.tensor(bad), 0, 4, IndexError)
+    check_index(torch.tensor([-4]), -4, 4, IndexError)
+
+
+def test_plan_shares_memory_only_between_disjoint_lifetimes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(1, 500, (60, 3), generator=generator).tolist()
+    lives = [Lifetime(size, start % 40, start % 40 + length % 9) for size, start, length in numbers]
+    result = plan(lives)
+    for i, a in enumerate(lives):
+        assert result.offsets[i] % 64 == 0 and result.offsets[i] + a.size <= result.peak
+        for j, b in enumerate(lives[:i]):
+            if a.start <= b.end and b.start <= a.end:
+                assert result.offsets[i] + a.size <= result.offsets[j] or result.offsets[j] + b.size <= result.offsets[i]
+    assert result.peak < result.total
