@@ -32,7 +32,8 @@ test-all: $(STAMP) lint ## the suite and the long sweeps (hours on two cores)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy -p graphopt
+	@mkdir -p $(VENV)/types/graphopt && ln -sfn $(abspath $(wildcard graphopt/*)) $(abspath passes backends autotune) $(VENV)/types/graphopt/
+	MYPYPATH=$(VENV)/types $(BIN)/python -m mypy -p graphopt
 
 docs: $(STAMP) ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py

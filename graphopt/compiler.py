@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,16 +11,16 @@ from typing import Any
 
 import torch
 
-from graphopt import passes
 from graphopt.autotune.space import Schedule, Workload
-from graphopt.backends.base import Backend
 from graphopt.backends.eager import LibraryCall
-from graphopt.capture.captured import ArgumentResult, Captured, ConstResult, SizeArgument, SizeResult, TensorArgument, ValueResult
+from graphopt.capture.captured import Captured, TensorArgument, Uncapturable, ValueResult, bind_sizes, make_result
+from graphopt.capture.fx import capture_fx
 from graphopt.errors import FallbackError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
 from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
 from graphopt.options import Options
+from graphopt.passes import pipelines
 from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
 from graphopt.program import Program, bind_symbols_fast
 from graphopt.report import Fallback, KernelInfo, Report, record
@@ -36,41 +37,24 @@ class CompiledGraph:
     _boxed_call = True  # AOTAutograd's convention: the caller hands over the list, so that arguments can be freed early
 
     def __init__(self, captured: Captured, program: Program, report: Report) -> None:
-        self.program, self.report, self._graph = program, report, captured.graph
-        self._tensors = [(i, a.input) for i, a in enumerate(captured.arguments) if isinstance(a, TensorArgument)]
-        self._sizes = [(i, a.dim) for i, a in enumerate(captured.arguments) if isinstance(a, SizeArgument)]
-        self._constants = dict(captured.constants)
-        self._positions = {index: position for position, index in self._tensors}
-        self._order = [self._positions.get(i) for i in range(len(captured.graph.inputs))]
-        self._results = captured.results
-        self._mutations = captured.mutations
-        self._plain = all(isinstance(r, ValueResult) and r.output == i for i, r in enumerate(captured.results)) and not captured.mutations
+        self.program, self.report, self.captured = program, report, captured
+        positions = {a.input: i for i, a in enumerate(captured.arguments) if isinstance(a, TensorArgument)}
+        self._order = [positions.get(i) for i in range(len(captured.graph.inputs))]
+        self._has_sizes = bool(captured.graph.symbols)
+        in_order = all(isinstance(r, ValueResult) and r.output == i for i, r in enumerate(captured.results))
+        self._plain = in_order and not captured.mutations and len(captured.results) == len(captured.graph.outputs)
 
     def __call__(self, args: list[Any]) -> list[Any]:
-        inputs = self._inputs(args)
-        sizes = {d.name: int(args[i]) for i, d in self._sizes if not isinstance(d, int) and d.is_Symbol}
+        captured = self.captured
+        inputs = [args[p] if p is not None else captured.constants[i] for i, p in enumerate(self._order)]
+        sizes = bind_symbols_fast(captured.graph, inputs, bind_sizes(captured, args)) if self._has_sizes else {}
         with torch.no_grad():
             outputs = self.program(inputs, sizes)
             if self._plain:
-                return outputs[: len(self._results)]
-            for m in self._mutations:
+                return outputs
+            for m in captured.mutations:
                 args[m.argument].copy_(outputs[m.output])
-        return [self._result(r, args, outputs, sizes) for r in self._results]
-
-    def _inputs(self, args: Sequence[Any]) -> list[torch.Tensor]:
-        return [args[p] if p is not None else self._constants[i] for i, p in enumerate(self._order)]
-
-    def _result(self, r: Any, args: list[Any], outputs: list[torch.Tensor], sizes: Mapping[str, int]) -> Any:
-        match r:
-            case ValueResult(output=i):
-                return outputs[i]
-            case ArgumentResult(argument=i):
-                return args[i]
-            case SizeResult(dim=d):
-                return dims.evaluate(d, bind_symbols_fast(self._graph, self._inputs(args), sizes))
-            case ConstResult(value=value):
-                return value
-        raise TypeError(f"unknown result {r!r}")
+        return [make_result(r, args, outputs, sizes) for r in captured.results]
 
     def refresh(self) -> None:
         """Compute everything that depends on weights again at the next call."""
@@ -91,7 +75,7 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     backend, why_none = choose_backend(target, options)
     cache_dir = options.kernels_dir
     if backend is not None:
-        backend.prestart(options.workers)
+        provider().prestart(cache_dir, target, options.workers)
     graph = captured.graph
     report = Report(options.name or label, str(target), text_before=str(graph))
     optimize(graph, target, options, report)
@@ -103,7 +87,7 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
         raise FallbackError(_strict_message(report))
     building = time.perf_counter()
     report.seconds["lower"] = building - lowering
-    kernels = build_kernels(lowered, target, backend, cache_dir, options, report, progress)
+    kernels = build_kernels(lowered, target, cache_dir, options, report, progress)
     report.seconds["build"] = time.perf_counter() - building
     program = Program(lowered, kernels, lambda node: LibraryCall(node, device), device)
     report.program = program.source
@@ -113,12 +97,26 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     return CompiledGraph(captured, program, report)
 
 
+def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Options, *, label: str = "model",
+               progress: Progress | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
+    """Compile a functional aten graph; what the IR cannot hold runs through library kernels as a whole, and is reported.
+
+    Args:
+        weights: placeholder index -> name of the frozen weight that it is.
+    """
+    try:
+        captured = capture_fx(gm, weights=weights, name=re.sub(r"\W+", "_", label).strip("_") or "main")
+    except Uncapturable as error:
+        return fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
+    return compile_captured(captured, options, label=label, progress=progress)
+
+
 def optimize(graph: Graph, target: Target, options: Options, report: Report) -> None:
     """Run the pipeline on a graph in place, and report on it."""
     start = time.perf_counter()
     ctx = PassContext(target=target, fuel=Fuel(options.fuel, options.skip_rewrites))
     instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
-    pipeline = passes.edit_pipeline(passes.default_pipeline(), options.pipeline)
+    pipeline = pipelines.edit_pipeline(pipelines.default_pipeline(), options.pipeline)
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
     report.passes, report.remarks = ctx.seconds, ctx.remarks
     report.seconds["passes"] = time.perf_counter() - start
@@ -138,7 +136,14 @@ def choose_backend(target: Target, options: Options) -> tuple[Any, str]:
     return TvmBackend(), ""
 
 
-def build_kernels(lowered: Lowered, target: Target, backend: Any, cache_dir: Path, options: Options, report: Report,
+def provider() -> Any:
+    """The module that builds and loads TVM kernels; imported when it is first needed."""
+    from graphopt.backends.tvm import provider as module  # tvm is an optional package
+
+    return module
+
+
+def build_kernels(lowered: Lowered, target: Target, cache_dir: Path, options: Options, report: Report,
                   progress: Progress | None) -> list[Callable[..., Any]]:  # fmt: skip
     """One loaded kernel a KernelStep; equal workloads share one."""
     steps = [s for s in lowered.steps if isinstance(s, KernelStep)]
@@ -147,7 +152,7 @@ def build_kernels(lowered: Lowered, target: Target, backend: Any, cache_dir: Pat
     wanted: dict[tuple[Workload, Schedule], list[KernelStep]] = {}
     for s in steps:
         wanted.setdefault((s.workload, s.schedule), []).append(s)
-    built = backend.load_or_build(list(wanted), target, cache_dir, options.workers, progress)
+    built = provider().load_or_build(list(wanted), target, cache_dir, options.workers, progress)
     loaded = {}
     for (key, users), artifact in zip(wanted.items(), built, strict=True):
         loaded[key] = artifact.kernel
@@ -199,18 +204,26 @@ def _memory(graph: Graph, lowered: Lowered, program: Program) -> dict[str, int |
     }
 
 
-def fallback_graph(gm: torch.fx.GraphModule, reason: str, loc: str, options: Options, *, label: str = "model") -> Callable[[list[Any]], Any]:
-    """Run a whole graph through library kernels, because it could not be captured; reported, and an error under ``strict``."""
-    report = Report(options.name or label, "library kernels", fallbacks=[Fallback("whole graph", "", reason, loc, options.backend == "eager")])
+class LibraryGraph:
+    """A whole graph that runs through library kernels."""
+
+    _boxed_call = True
+
+    def __init__(self, gm: torch.fx.GraphModule, report: Report) -> None:
+        self._gm, self.report = gm, report
+
+    def __call__(self, args: list[Any]) -> Any:
+        return torch.fx.Interpreter(self._gm).boxed_run(args)
+
+    def refresh(self) -> None:
+        """Nothing is kept."""
+
+
+def fallback_graph(gm: torch.fx.GraphModule, reason: str, loc: str, options: Options, *, label: str = "model") -> LibraryGraph:
+    """Run a whole graph through library kernels, as it could not be captured; reported, and an error under ``strict``."""
+    fallback = Fallback("whole graph", "", reason, loc, options.backend == "eager")
+    report = Report(options.name or label, "library kernels", fallbacks=[fallback])
     if options.strict and report.unasked_fallbacks:
         raise FallbackError(_strict_message(report))
     record(report)
-
-    def run(args: list[Any]) -> Any:
-        return torch.fx.Interpreter(gm).boxed_run(args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
-
-
-__all__ = ["Backend", "CompiledGraph", "choose_backend", "compile_captured", "fallback_graph", "optimize"]
+    return LibraryGraph(gm, report)

@@ -6,6 +6,7 @@ An error message answers three questions: what is wrong, where (IR, pass, the us
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -13,6 +14,12 @@ class GraphoptError(Exception):
     """Base of every deliberate error; ``exit_status`` is what the command line exits with."""
 
     exit_status = 1
+
+    if sys.version_info < (3, 11):
+
+        def add_note(self, note: str) -> None:
+            """As in Python 3.11: more context, kept in ``__notes__``."""
+            self.__notes__ = [*getattr(self, "__notes__", ()), note]
 
 
 class UsageError(GraphoptError):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar
+
+from typing_extensions import dataclass_transform
 
 from graphopt.errors import GraphoptError, UsageError, nearest
 from graphopt.ir.graph import Graph
 from graphopt.ir.verify import verify
 from graphopt.rewrite import Rule, apply_rules
 from graphopt.rewrite.context import Fuel, PassContext
-
 
 PASSES: dict[str, type[Pass]] = {}
 
@@ -93,6 +96,23 @@ def run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext | None = None,
         GraphoptError: from a pass; the message is extended by the pass's name.
     """
     ctx = ctx or PassContext()
+    with _without_collection():
+        return _run_passes(g, passes, ctx, instruments, structure)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pause the cyclic garbage collector: it would walk the whole process's heap again and again while graphs grow."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument], structure: bool) -> bool:
     any_changed = False
     for p in passes:
         ctx.pass_name = p.name

@@ -97,7 +97,7 @@ class Program:
 
         Args:
             inputs: one tensor an input of the graph.
-            sizes: values of symbols that no input has as a size of its own.
+            sizes: values of symbols; those that an input has as a size of its own may be left out.
         """
         staged: Sequence[torch.Tensor] = ()
         if self.staged is not None:
@@ -124,6 +124,8 @@ class Program:
 def bind_symbols_fast(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int] | None) -> dict[str, int]:
     """Values of the graph's symbols; only solves equations when a symbol is given neither by name nor as a bare size."""
     bound = dict(sizes or {})
+    if all(s in bound for s in graph.symbols):
+        return bound
     for v, x in zip(graph.inputs, inputs):
         for i, d in enumerate(v.shape):
             if not isinstance(d, int) and d.is_Symbol and d.name not in bound:
@@ -156,7 +158,8 @@ class _Writer:
     def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device) -> None:
         self.lowered, self.kernels, self.library = lowered, kernels, library
         self.namespace: dict[str, Any] = {
-            "empty": torch.empty, "restride": restride, "check_index": check_index, "torch": torch, "device": device, "contiguous": _contiguous,
+            "empty": torch.empty, "restride": restride, "check_index": check_index, "torch": torch, "device": device,
+            "contiguous": _contiguous,
         }  # fmt: skip
         self.names: dict[Value, str] = {}
         self.places: dict[Value, _Place] = {}

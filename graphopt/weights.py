@@ -1,31 +1,38 @@
 """Staged values at run time: computed from the weights once, kept, and computed again when a weight has changed.
 
 A weight counts as changed when another tensor object arrives in its place, when its storage moved (``p.data = ...``), or
-when its version counter advanced (any in-place operation, ``load_state_dict``). Writing through ``p.data`` in place or
-through NumPy leaves none of these traces: call :meth:`StagedValues.forget` (``CompiledModel.refresh()``) after that.
+when its version counter advanced (any in-place operation, ``load_state_dict``). Writing in place through ``p.data`` or
+NumPy leaves none of these traces; on the CPU a few words of every weight are compared as well, which shows every write to
+a whole tensor. A write to a few elements alone, through ``p.data`` or NumPy, can go unseen: call
+:meth:`StagedValues.forget` (``refresh()`` of the compiled model) after that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+_PROBES = 4  # words compared a weight: spread over the tensor, 50 ns each
 _MOST_ENTRIES = 64  # one entry a set of weights: layers that share one compiled graph alternate between their sets
 
 
 class _Entry:
     """Staged values of one set of weights."""
 
-    __slots__ = ("pointers", "refs", "values", "versions")
+    __slots__ = ("pointers", "probes", "refs", "seen", "values", "versions")
 
     def __init__(self, weights: Sequence[torch.Tensor], values: list[torch.Tensor]) -> None:
         self.refs = [weakref.ref(w) for w in weights]
         self.pointers = [w.data_ptr() for w in weights]
         self.versions = [w._version for w in weights]
         self.values = values
+        self.probes = [probe for w in weights for probe in _probes(w)]
+        self.seen = [p.value for p in self.probes]
 
     def same_tensors(self, weights: Sequence[torch.Tensor]) -> bool:
         return all(r() is w for r, w in zip(self.refs, weights))
@@ -34,7 +41,24 @@ class _Entry:
         for r, p, v, w in zip(self.refs, self.pointers, self.versions, weights):
             if r() is not w or w._version != v or w.data_ptr() != p:
                 return False
-        return True
+        return [p.value for p in self.probes] == self.seen  # only now: the pointers are known to be alive
+
+
+def _probes(w: torch.Tensor) -> list[Any]:
+    """A few elements of a CPU tensor, spread evenly, as integers that read its memory."""
+    if w.device.type != "cpu" or w.numel() == 0 or w.layout is not torch.strided:
+        return []
+    flat = range(0, w.numel(), max(1, -(-w.numel() // _PROBES)))
+    out = []
+    for index in flat:
+        offset = 0
+        for size, stride in zip(reversed(w.shape), reversed(w.stride()), strict=True):
+            index, at = divmod(index, size)
+            offset += at * stride
+        address = w.data_ptr() + offset * w.element_size()
+        word = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32}.get(w.element_size(), ctypes.c_uint64)
+        out.append(word.from_address(address))
+    return out
 
 
 class StagedValues:

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from graphopt.ir import OPS, DType, Trait, Value
-from graphopt.ir import dims
+from graphopt.ir import OPS, DType, Trait, Value, dims
 from graphopt.rewrite import Match, Reject, Rewriter, scalar_of
 
 NOT_THIS = Reject("")  # the match is not what the rule is about: nothing to tell

@@ -61,10 +61,15 @@ def test_staged_values_follow_their_weights() -> None:
         change()
         torch.testing.assert_close(program([x, w, b])[0], evaluate(graph, [x, w, b])[0])
     assert program.staged.computed == 3  # b is no part of a staged value
+    before = w._version
+    w.data.mul_(2)  # leaves the version counter alone
+    assert w._version == before
+    torch.testing.assert_close(program([x, w, b])[0], evaluate(graph, [x, w, b])[0])
+    assert program.staged.computed == 4
     other = torch.randn(4, 8)
     torch.testing.assert_close(program([x, other, b])[0], evaluate(graph, [x, other, b])[0])
     program([x, w, b])
-    assert program.staged.computed == 4  # going back to a known set of weights computes nothing
+    assert program.staged.computed == 5  # going back to a known set of weights computes nothing
 
 
 def test_inference_tensors_are_never_cached() -> None:

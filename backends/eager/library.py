@@ -48,7 +48,7 @@ class LibraryCall:
         if self._call is not None:
             args = list(self._args)
             for position, operand in self._slots:
-                args[position] = operands[operand]
+                args[position] = operands[operand].contiguous()  # what operators may rely on; see the op `aten`
             return flatten_results(self._call(*args, **self._kwargs))
         context = EvalContext(sizes, device=self._device) if sizes else self._static
         return evaluate_node(self._node, operands, context)

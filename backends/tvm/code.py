@@ -90,7 +90,7 @@ class Code:
         if isinstance(e, int):
             return e
         e = self.analyzer.simplify(e)
-        return int(e.value) if isinstance(e, tvm.ir.IntImm) else e
+        return int(e.value) if isinstance(e, tirx.IntImm) else e
 
     def div(self, a: Index, b: Index) -> Index:
         if isinstance(a, int) and isinstance(b, int):
@@ -171,14 +171,23 @@ class Code:
             yield
         self.emit(tirx.IfThenElse(condition, self._close(), None))
 
-    def bind(self, value: Any, name: str = "v") -> Any:
+    def bind(self, value: Any, name: str = "v", hidden: bool = True) -> Any:
         """Give an expression a name in the current block."""
+        if value.ty.dtype == "bool":  # TVM's analyzer cannot hold vectors of bool
+            bit = tirx.Select(value, tirx.const(1, "int32"), tirx.const(0, "int32"))
+            return self.bind(bit, name) != tirx.const(0, "int32")
+        if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
+            # a call hides it from TVM's analyzer, whose interval sets of chained selections grow without bound
+            if str(value.ty.dtype).startswith("float"):
+                value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
+            elif hidden:
+                value = tirx.bitwise_xor(value, tirx.const(0, value.ty))
         var = tirx.Var(self.fresh(name), value.ty)
         self.emit(tirx.Bind(var, value))
         return var
 
     def bind_index(self, value: Index, name: str = "i") -> Index:
-        return value if isinstance(value, int) or isinstance(value, tirx.Var) else self.bind(value, name)
+        return value if isinstance(value, int) or isinstance(value, tirx.Var) else self.bind(value, name, hidden=False)
 
     def alloc(self, size: Index, dtype: str, name: str, scope: str = "local") -> Any:
         """A flat scratch buffer in the current block."""
@@ -206,6 +215,8 @@ class Code:
     def function(self, name: str) -> Any:
         """The finished kernel."""
         body = self._close()
+        for key, value in (("device_id", 0), ("device_type", 1)):  # where scratch memory is: the CPU
+            body = tirx.AttrStmt(tirx.const(0, "int32"), key, tirx.const(value, "int32"), body)
         func = tirx.PrimFunc([*self.params, *self.symbols.values()], body)
         return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
 

@@ -62,7 +62,7 @@ class Expressions:
 
     def __init__(self, args: Arguments, sources: dict[Value, Source], probe: bool = False) -> None:
         self.args, self.code, self.sources, self.probe = args, args.code, sources, probe
-        self.ops = scalar.Ops()
+        self.ops = scalar.Ops(self.let)
         self.addresses: list[Any] = []
         self._memo: dict[tuple[Value, tuple[Any, ...]], Any] = {}
         self._alive: list[Any] = []  # keeps index objects alive while their ids are keys
@@ -77,11 +77,14 @@ class Expressions:
         if key not in self._memo:
             self._alive.append(tuple(index))
             value = self._compute(v, index)
-            worth = v.producer is not None and v not in self.sources and v.producer.op.has(Trait.POINTWISE) and len(v.uses) > 1
-            if worth and not self.probe and not isinstance(value, tirx.Var | tirx.FloatImm | tirx.IntImm):
-                value = self.code.bind(value)
-            self._memo[key] = value
+            self._memo[key] = self.let(value)
         return self._memo[key]
+
+    def let(self, value: Any) -> Any:
+        """Name an intermediate result, so that it is computed once."""
+        if self.probe or isinstance(value, tirx.Var | tirx.FloatImm | tirx.IntImm):
+            return value
+        return self.code.bind(value)
 
     def _compute(self, v: Value, index: Sequence[Index]) -> Any:
         if v in self.sources:

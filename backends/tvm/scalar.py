@@ -76,11 +76,11 @@ def rounded(value: Any, dtype: DType) -> Any:
         u = tirx.reinterpret("uint32", value)
         odd = tirx.bitwise_and(tirx.shift_right(u, _u32(16)), _u32(1))
         q = tirx.bitwise_and(u + _u32(0x7FFF) + odd, _u32(0xFFFF0000))
-        return tirx.reinterpret("float32", tirx.Select(tirx.isnan(value), _u32(0x7FC00000), q))
+        return tirx.reinterpret("float32", tirx.Select(vecmath.isnan(value), _u32(0x7FC00000), q))
     return value
 
 
-def cast(x: Any, source: DType, to: DType) -> Any:
+def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> Any:
     """Conversion as on x86: floats toward zero, wrap-around for integers."""
     name = COMPUTE[to]
     if source == to:
@@ -89,14 +89,14 @@ def cast(x: Any, source: DType, to: DType) -> Any:
         return x != tirx.const(0, COMPUTE[source])
     if source.is_float:
         if to.is_float:
-            return rounded(x if COMPUTE[source] == name else x.astype(name), to)
+            return rounded(x if COMPUTE[source] == name else let(x.astype(name)), to)
         if to == types.i64:
             return x.astype("int64")
         if to == types.u8:
             return x.astype("int64").astype("uint8")
         wide = x.astype("int32")
         return wide if to == types.i32 else wide.astype(name)
-    return rounded(x.astype(name), to)
+    return rounded(let(x.astype(name)), to)
 
 
 # --- integers ----------------------------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ def _power(x: Any, n: int, times: Callable[[Any, Any], Any], one: Any) -> Any:
 class Ops:
     """Pointwise ops at one dtype. ``scalar_only`` is set when an op was used that only libm has."""
 
-    def __init__(self) -> None:
+    def __init__(self, let: vecmath.Let) -> None:
+        self.let = let
         self.scalar_only = False
 
     def apply(self, name: str, args: list[Any], dtype: DType, result: DType, attrs: Mapping[str, Any], raw: list[Any]) -> Any:
@@ -152,14 +153,14 @@ class Ops:
             raw: constant value of each operand, or None.
         """
         if name == "cast":
-            return cast(args[0], dtype, result)
+            return cast(args[0], dtype, result, self.let)
         if name == "where":
             return tirx.Select(args[0], args[1], args[2])
         fn = getattr(self, f"_{name}", None)
         if fn is None:
             raise BuildError(f"{name} has no expression on {dtype}")
         value = fn(args, dtype, raw, **attrs)
-        return rounded(value, result) if result in (types.f16, types.bf16) and name not in _EXACT else value
+        return rounded(self.let(value), result) if result in (types.f16, types.bf16) and name not in _EXACT else value
 
     def libm(self, name: str, dtype: DType, *args: Any) -> Any:
         """A call of the C library's function: right to an ulp, but one lane at a time."""
@@ -233,11 +234,11 @@ class Ops:
         if not d.is_float:
             return _int_division("floor_div", a[0], a[1], d)
         x, y, zero, one = a[0], a[1], constant(0, d), tirx.const(1.0, COMPUTE[d])
-        rest = self._fmod(a, d, raw)
+        rest = self.let(self._fmod(a, d, raw))
         quotient = (x - rest) / y
         opposite = tirx.And(rest != zero, (y < zero) != (rest < zero))
-        quotient = tirx.Select(opposite, quotient - one, quotient)
-        whole = vecmath.intrinsic("llvm.floor", COMPUTE[d], quotient)
+        quotient = self.let(tirx.Select(opposite, quotient - one, quotient))
+        whole = self.let(vecmath.intrinsic("llvm.floor", COMPUTE[d], quotient))
         whole = tirx.Select(quotient - whole > tirx.const(0.5, COMPUTE[d]), whole + one, whole)
         signed_zero = vecmath.intrinsic("llvm.copysign", COMPUTE[d], zero, x / y)
         return tirx.Select(y == zero, x / y, tirx.Select(quotient == zero, signed_zero, whole))
@@ -248,7 +249,7 @@ class Ops:
     def _remainder(self, a: list[Any], d: DType, raw: Any) -> Any:
         if not d.is_float:
             return _int_division("remainder", a[0], a[1], d)
-        zero, rest = constant(0, d), self._fmod(a, d, raw)
+        zero, rest = constant(0, d), self.let(self._fmod(a, d, raw))
         opposite = tirx.And(rest != zero, (a[1] < zero) != (rest < zero))
         return tirx.Select(opposite, rest + a[1], rest)
 
@@ -267,9 +268,9 @@ class Ops:
             case 3.0:
                 return times(times(x, x), x)
             case 0.5:
-                return tirx.sqrt(x)
+                return _root(x, d)
             case -0.5:
-                return one / tirx.sqrt(x)
+                return one / _root(x, d)
             case -1.0:
                 return one / x
             case -2.0:
@@ -280,14 +281,14 @@ class Ops:
         return tirx.const(1.0, COMPUTE[d]) / a[0]
 
     def _sqrt(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return tirx.sqrt(a[0])
+        return _root(a[0], d)
 
     def _rsqrt(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return tirx.const(1.0, COMPUTE[d]) / tirx.sqrt(a[0])
+        return tirx.const(1.0, COMPUTE[d]) / _root(a[0], d)
 
     # transcendental
-    def _vector(self, name: str, fn: Callable[[Any], Any], a: list[Any], d: DType) -> Any:
-        return self.libm(name, d, a[0]) if d == types.f64 else fn(a[0])
+    def _vector(self, name: str, fn: Callable[[vecmath.Let, Any], Any], a: list[Any], d: DType) -> Any:
+        return self.libm(name, d, a[0]) if d == types.f64 else fn(self.let, a[0])
 
     def _exp(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("exp", vecmath.exp, a, d)
@@ -308,7 +309,7 @@ class Ops:
         if d == types.f64:
             one = tirx.const(1.0, "float64")
             return one / (one + self.libm("exp", d, a[0] * tirx.const(-1.0, "float64")))
-        return vecmath.sigmoid(a[0])
+        return vecmath.sigmoid(self.let, a[0])
 
     def _atan2(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self.libm("atan2", d, *a)
@@ -317,18 +318,18 @@ class Ops:
     def _gelu(self, a: list[Any], d: DType, raw: Any, approximate: str) -> Any:
         x, c = a[0], lambda v: tirx.const(v, COMPUTE[d])
         if approximate == "tanh":
-            inner = c(math.sqrt(2 / math.pi)) * (x + c(0.044715) * x * x * x)
+            inner = self.let(c(math.sqrt(2 / math.pi)) * (x + c(0.044715) * x * x * x))
             return c(0.5) * x * (c(1.0) + self._tanh([inner], d, raw))
-        return c(0.5) * x * (c(1.0) + self._erf([x * c(math.sqrt(0.5))], d, raw))
+        return c(0.5) * x * (c(1.0) + self._erf([self.let(x * c(math.sqrt(0.5)))], d, raw))
 
     def _silu(self, a: list[Any], d: DType, raw: Any) -> Any:
         x, one = a[0], tirx.const(1.0, COMPUTE[d])
-        return x / (one + self._exp([x * tirx.const(-1.0, COMPUTE[d])], d, raw))
+        return x / (one + self._exp([self.let(x * tirx.const(-1.0, COMPUTE[d]))], d, raw))
 
     def _softplus(self, a: list[Any], d: DType, raw: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
         x, b = a[0], tirx.const(beta, COMPUTE[d])
-        scaled = x * b
-        value = self.libm("log1p", d, self._exp([scaled], d, raw)) / b
+        scaled = self.let(x * b)
+        value = self.libm("log1p", d, self.let(self._exp([scaled], d, raw))) / b
         return tirx.Select(scaled > tirx.const(threshold, COMPUTE[d]), x, value)
 
     def _elu(self, a: list[Any], d: DType, raw: Any, alpha: float, scale: float, input_scale: float) -> Any:
@@ -342,20 +343,20 @@ class Ops:
 
     def _hardsigmoid(self, a: list[Any], d: DType, raw: Any) -> Any:
         c = lambda v: tirx.const(v, COMPUTE[d])
-        up = _extreme(a[0] + c(3.0), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
-        return _extreme(up, c(6.0), d, larger=False) / c(6.0)
+        up = _extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
+        return _extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
 
     def _hardswish(self, a: list[Any], d: DType, raw: Any) -> Any:
         c = lambda v: tirx.const(v, COMPUTE[d])
-        up = _extreme(a[0] + c(3.0), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
-        return a[0] * _extreme(up, c(6.0), d, larger=False) / c(6.0)
+        up = _extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
+        return a[0] * _extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
 
     def _mish(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return a[0] * self._tanh([self._softplus(a, d, raw)], d, raw)
+        return a[0] * self._tanh([self.let(self._softplus(a, d, raw))], d, raw)
 
     # predicates and bits
     def _isnan(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return tirx.isnan(a[0]) if d.is_float else tirx.const(False, "bool")
+        return vecmath.isnan(a[0], COMPUTE[d]) if d.is_float else tirx.const(False, "bool")
 
     def _isinf(self, a: list[Any], d: DType, raw: Any) -> Any:
         if not d.is_float:
@@ -369,6 +370,10 @@ class Ops:
         return tirx.Not(a[0]) if d.is_bool else tirx.bitwise_not(a[0])
 
 
+def _root(x: Any, d: DType) -> Any:
+    return vecmath.intrinsic("llvm.sqrt", COMPUTE[d], x)
+
+
 _EXACT = ("neg", "abs", "sign", "relu", "maximum", "minimum", "floor", "ceil", "trunc", "round", "where")
 
 
@@ -376,8 +381,9 @@ def _extreme(a: Any, b: Any, d: DType, larger: bool) -> Any:
     """Maximum or minimum; nan if either is."""
     if d.is_bool:
         return tirx.Or(a, b) if larger else tirx.And(a, b)
-    first = a > b if larger else a < b
-    return tirx.Select(tirx.Or(first, tirx.isnan(a)) if d.is_float else first, a, b)
+    if d.is_float:
+        return vecmath.intrinsic("llvm.maximum" if larger else "llvm.minimum", str(a.ty.dtype), a, b)
+    return tirx.Select(a > b if larger else a < b, a, b)
 
 
 extreme = _extreme
@@ -430,3 +436,8 @@ setattr(Ops, "_bitwise_xor", _bits(_differ, tirx.bitwise_xor))
 for _name in ("expm1", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
               "atanh", "erfc"):  # fmt: skip
     setattr(Ops, f"_{_name}", _from_libm(_name))
+
+
+def wrapping(product: bool, a: Any, b: Any, dtype: DType) -> Any:
+    """Sum or product of integers with wrap-around."""
+    return _unsigned((lambda x, y: x * y) if product else (lambda x, y: x + y), a, b, dtype)

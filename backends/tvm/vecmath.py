@@ -1,14 +1,18 @@
 """Elementary functions in f32 that LLVM vectorizes: polynomials after range reduction, at most 2 ulp off.
 
 Coefficients are minimax fits on the reduced ranges; sources: Cephes (exp, tanh, log), Giles and Bradbury style rational
-splits for erf. Everything here is branch-free: both sides of a selection are computed.
+splits for erf. Everything here is branch-free: both sides of a selection are computed. ``let`` names an
+intermediate result that is used more than once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
+
+Let = Callable[[Any], Any]
 
 
 def const(value: float, dtype: str = "float32") -> Any:
@@ -29,6 +33,11 @@ def fence(x: Any, dtype: str) -> Any:
     return intrinsic("llvm.arithmetic.fence", dtype, x)
 
 
+def isnan(x: Any, dtype: str = "float32") -> Any:
+    """Whether x is nan; the fence hides the operand from TVM, which takes x != x for false."""
+    return fence(x, str(x.ty.dtype)) != x
+
+
 def horner(x: Any, *coefficients: float) -> Any:
     """Polynomial, highest power first."""
     total = const(coefficients[0])
@@ -37,19 +46,26 @@ def horner(x: Any, *coefficients: float) -> Any:
     return total
 
 
-def _larger(a: Any, b: Any) -> Any:
-    return tirx.max(a, b)
+def _i32(v: int) -> Any:
+    return tirx.const(v, "int32")
+
+
+def fabs(x: Any) -> Any:
+    return intrinsic("llvm.fabs", "float32", x)
+
+
+def copysign(magnitude: Any, sign: Any) -> Any:
+    return intrinsic("llvm.copysign", "float32", magnitude, sign)
 
 
 def _power_of_two(n: Any) -> Any:
     """2**n for integer n within the normal exponents."""
-    i = lambda v: tirx.const(v, "int32")
-    return tirx.reinterpret("float32", tirx.shift_left(n + i(127), i(23)))
+    return tirx.reinterpret("float32", tirx.shift_left(n + _i32(127), _i32(23)))
 
 
-def _scale(p: Any, n: Any) -> Any:
+def _scale(let: Let, p: Any, n: Any) -> Any:
     """p * 2**n, in two steps so that denormal results round once."""
-    half = tirx.shift_right(n, tirx.const(1, "int32"))
+    half = let(tirx.shift_right(n, _i32(1)))
     return p * _power_of_two(half) * _power_of_two(n - half)
 
 
@@ -59,75 +75,76 @@ def _exp_reduced(r: Any) -> Any:
     return fma(p, r * r, r) + const(1.0)
 
 
-def exp(x: Any) -> Any:
+def _reduce(let: Let, y: Any) -> tuple[Any, Any]:
+    """(n, r) with y = n ln2 + r, |r| <= ln2 / 2."""
+    n = let(intrinsic("llvm.nearbyint", "float32", y * const(1.44269504088896341)))
+    r = fma(n, const(-0.693359375), y)
+    return n, let(fma(n, const(2.12194440e-4), r))
+
+
+def exp(let: Let, x: Any) -> Any:
     """e**x, all inputs."""
-    y = tirx.min(_larger(x, const(-104.0)), const(89.0))
-    n = tirx.nearbyint(y * const(1.44269504088896341))
-    r = fma(n, const(-0.693359375), y)
-    r = fma(n, const(2.12194440e-4), r)
-    return tirx.Select(tirx.isnan(x), x, _scale(_exp_reduced(r), n.astype("int32")))
+    y = let(tirx.min(tirx.max(x, const(-104.0)), const(89.0)))
+    n, r = _reduce(let, y)
+    return tirx.Select(isnan(x), x, _scale(let, let(_exp_reduced(r)), let(n.astype("int32"))))
 
 
-def exp_nonpositive(x: Any) -> Any:
-    """e**x for -87 <= x <= 0 (values below are taken for -87); no special cases."""
-    y = _larger(x, const(-87.0))
-    n = tirx.nearbyint(y * const(1.44269504088896341))
-    r = fma(n, const(-0.693359375), y)
-    r = fma(n, const(2.12194440e-4), r)
+def exp_nonpositive(let: Let, x: Any) -> Any:
+    """e**x for -87 <= x <= 0 (less is taken for -87); nothing else is right."""
+    n, r = _reduce(let, let(tirx.max(x, const(-87.0))))
     return _exp_reduced(r) * _power_of_two(n.astype("int32"))
 
 
-def exp2(x: Any) -> Any:
+def exp2(let: Let, x: Any) -> Any:
     """2**x, all inputs."""
-    y = tirx.min(_larger(x, const(-151.0)), const(129.0))
-    n = tirx.nearbyint(y)
-    r = y - n  # exact; |r| <= 1/2
+    y = let(tirx.min(tirx.max(x, const(-151.0)), const(129.0)))
+    n = let(intrinsic("llvm.nearbyint", "float32", y))
+    r = let(y - n)  # exact; |r| <= 1/2
     p = horner(r, 1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2,
                2.402264791363012e-1, 6.931472028550421e-1)  # fmt: skip
-    return tirx.Select(tirx.isnan(x), x, _scale(fma(p, r, const(1.0)), n.astype("int32")))
+    return tirx.Select(isnan(x), x, _scale(let, let(fma(p, r, const(1.0))), let(n.astype("int32"))))
 
 
-def sigmoid(x: Any) -> Any:
+def sigmoid(let: Let, x: Any) -> Any:
     """1 / (1 + e**-x)."""
-    return const(1.0) / (const(1.0) + exp(const(0.0) - x))
+    return const(1.0) / (const(1.0) + let(exp(let, let(x * const(-1.0)))))
 
 
-def tanh(x: Any) -> Any:
+def tanh(let: Let, x: Any) -> Any:
     """Odd polynomial below 0.625, else by exp(2|x|)."""
-    a, s = tirx.abs(x), x * x
+    a, s = let(fabs(x)), let(x * x)
     p = horner(s, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
-    small = fma(p * s, x, x)
-    big = const(1.0) - const(2.0) / (exp(a + a) + const(1.0))
-    return tirx.Select(a < const(0.625), small, tirx.Select(x < const(0.0), const(0.0) - big, big))
+    small = let(fma(p * s, x, x))
+    big = const(1.0) - const(2.0) / (let(exp(let, let(a + a))) + const(1.0))
+    return tirx.Select(a < const(0.625), small, copysign(big, x))
 
 
-def erf(x: Any) -> Any:
+def erf(let: Let, x: Any) -> Any:
     """Odd polynomial below 0.928, else 1 - exp of a polynomial."""
-    t, s = tirx.abs(x), x * x
+    t, s = let(fabs(x)), let(x * x)
     r = fma(const(-1.72853470e-5), t, const(3.83197126e-4))
     u = fma(const(-3.88396438e-3), t, const(2.42546219e-2))
     r = fma(r, s, u)
     for k in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
         r = fma(r, t, const(k))
-    r = fma(r, t, const(0.0) - t)
-    r = const(1.0) - exp(r)
-    big = tirx.Select(x < const(0.0), const(0.0) - r, r)
+    r = fma(r, t, t * const(-1.0))
+    r = const(1.0) - exp_nonpositive(let, let(r))
+    big = copysign(let(r), x)
     q = horner(s, -5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
-    near = fma(q, x, x)
+    near = fma(let(q), x, x)
     return tirx.Select(t > const(0.927734375), big, near)
 
 
-def log(x: Any) -> Any:
+def log(let: Let, x: Any) -> Any:
     """Natural logarithm, all inputs; the mantissa is brought to [sqrt(1/2), sqrt(2)]."""
-    i = lambda v: tirx.const(v, "int32")
     tiny = x < const(1.17549435e-38)
-    y = tirx.Select(tiny, x * const(8388608.0), x)  # denormals by 2**23
-    bits = tirx.reinterpret("int32", y)
-    e = tirx.shift_right(bits - i(0x3F3504F3), i(23))
-    m = tirx.reinterpret("float32", bits - tirx.shift_left(e, i(23)))
-    n = e.astype("float32") + tirx.Select(tiny, const(-23.0), const(0.0))
-    f = m - const(1.0)
-    z = f * f
+    y = let(tirx.Select(tiny, x * const(8388608.0), x))  # denormals by 2**23
+    bits = let(tirx.reinterpret("int32", y))
+    e = let(tirx.shift_right(bits - _i32(0x3F3504F3), _i32(23)))
+    m = tirx.reinterpret("float32", bits - tirx.shift_left(e, _i32(23)))
+    n = let(e.astype("float32") + tirx.Select(tiny, const(-23.0), const(0.0)))
+    f = let(m - const(1.0))
+    z = let(f * f)
     p = horner(f, 7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
                2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
     t = fma(n, const(-2.12194440e-4), p * f * z)
@@ -135,5 +152,5 @@ def log(x: Any) -> Any:
     r = fma(n, const(0.693359375), f + t)
     inf = const(float("inf"))
     r = tirx.Select(x < inf, r, x)  # inf and nan stay
-    r = tirx.Select(x == const(0.0), const(0.0) - inf, r)
+    r = tirx.Select(x == const(0.0), const(float("-inf")), r)
     return tirx.Select(x < const(0.0), const(float("nan")), r)

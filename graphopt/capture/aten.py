@@ -10,9 +10,9 @@ against the traced dtype and shape.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -23,8 +23,8 @@ from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Value
 from graphopt.ir.types import DType, TensorType
 
-Number = bool | int | float | complex | sympy.Expr
-Entry = Callable[..., Any]
+Number: TypeAlias = bool | int | float | complex | sympy.Expr
+Entry: TypeAlias = Callable[..., Any]
 
 TABLE: dict[str, Entry] = {}
 
@@ -118,10 +118,6 @@ class Context:
         """PyTorch computes half precision scalars and compositions in f32 and rounds once, at the end."""
         return types.f32 if dtype in (types.f16, types.bf16) else dtype
 
-    def promoted(self, x: Value | Number, y: Value | Number) -> DType:
-        """PyTorch's common dtype of two operands: category first, dimensioned tensors before 0-d ones before numbers."""
-        return DType.of(torch.result_type(_sample(x), _sample(y)))
-
     def size(self, d: Dim | None, default: Dim) -> Dim:
         return default if d is None else d
 
@@ -130,25 +126,54 @@ def is_number(x: Any) -> bool:
     return isinstance(x, bool | int | float | complex | sympy.Expr)
 
 
-def exact(value: Value | Number, dtype: DType) -> bool:
-    """Whether a dtype holds a number without rounding; tensors of that dtype do too."""
-    if isinstance(value, Value):
-        return value.dtype == dtype or value.type.rank > 0
-    if isinstance(value, sympy.Expr):
+def exact(value: Any, dtype: DType) -> bool:
+    """Whether a half precision dtype holds a number without rounding."""
+    if not isinstance(value, bool | int | float):
         return False
-    held = torch.tensor(value, dtype=dtype.torch).item()
-    return bool(held == value or value != value)
+    if not math.isfinite(value):
+        return True
+    try:
+        single = struct.unpack("<f", struct.pack("<f", value))[0]
+        if dtype == types.f16:
+            return bool(struct.unpack("<e", struct.pack("<e", value))[0] == value)
+    except OverflowError:
+        return False
+    return single == value and struct.unpack("<I", struct.pack("<f", value))[0] & 0xFFFF == 0
 
 
-def _sample(x: Any) -> Any:
-    if isinstance(x, Value):
-        return _tensor(x.dtype, x.type.rank == 0)
-    return 1 if isinstance(x, sympy.Expr) else x
+def common_dtype(x: Value | Number, y: Value | Number) -> DType:
+    """PyTorch's result type: dimensioned tensors before 0-d tensors before numbers; a lower rank only raises the category."""
+    levels: list[torch.dtype | None] = [None, None, None]  # dimensioned, 0-d, number
+    for v in (x, y):
+        level = 2 if not isinstance(v, Value) else 0 if v.type.rank else 1
+        dtype = _number_dtype(v) if not isinstance(v, Value) else v.dtype.torch
+        held = levels[level]
+        levels[level] = dtype if held is None else torch.promote_types(held, dtype)
+    result = _combine(levels[0], _combine(levels[1], levels[2]))
+    assert result is not None
+    return DType.of(result)
 
 
-@lru_cache(maxsize=None)
-def _tensor(dtype: DType, scalar: bool) -> torch.Tensor:
-    return torch.empty((), dtype=dtype.torch) if scalar else torch.empty((1,), dtype=dtype.torch)
+def _number_dtype(x: Number) -> torch.dtype:
+    if isinstance(x, bool):
+        return torch.bool
+    if isinstance(x, float):
+        return torch.get_default_dtype()
+    if isinstance(x, complex):
+        return torch.complex128 if torch.get_default_dtype() == torch.float64 else torch.complex64
+    return torch.int64
+
+
+def _combine(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:
+    if higher is None or lower is None:
+        return lower if higher is None else higher
+    if higher.is_complex:
+        return higher
+    if higher.is_floating_point:
+        return higher.to_complex() if lower.is_complex else higher
+    if higher == torch.bool or lower.is_floating_point or lower.is_complex:
+        return torch.promote_types(higher, lower)
+    return higher
 
 
 def axes_of(dim: Any, rank: int) -> tuple[int, ...]:

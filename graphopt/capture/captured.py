@@ -159,17 +159,18 @@ def evaluate(captured: Captured, args: Sequence[Any]) -> list[Any]:
             outputs.append(fresh.copy_(x))
         for m in captured.mutations:
             args[m.argument].copy_(outputs[m.output])
-    return [_result(r, args, outputs, known) for r in captured.results]
+    return [make_result(r, args, outputs, known) for r in captured.results]
 
 
-def _result(result: Result, args: Sequence[Any], outputs: Sequence[torch.Tensor], known: dict[str, int]) -> Any:
+def make_result(result: Result, args: Sequence[Any], outputs: Sequence[torch.Tensor], known: dict[str, int]) -> Any:
+    """One result of a call, from the graph's outputs and the values of its symbols."""
     match result:
         case ValueResult(output=i):
             return outputs[i]
         case ArgumentResult(argument=i):
             return args[i]
         case AliasResult(base=base, shape=shape, strides=strides, offset=offset):
-            tensor = _result(base, args, outputs, known)
+            tensor = make_result(base, args, outputs, known)
             start = tensor.storage_offset() + dims.evaluate(offset, known)
             with torch.no_grad():
                 return tensor.as_strided([dims.evaluate(d, known) for d in shape], [dims.evaluate(s, known) for s in strides], start)

@@ -6,6 +6,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from graphopt.capture.captured import Uncapturable
 from graphopt.ir import dims
@@ -73,9 +74,9 @@ class SymbolTable:
         if s.name in self._names:
             return self._names[s.name]
         values = self._env.var_to_range.get(s)
-        if torch.utils._sympy.symbol.symbol_is_type(s, torch.utils._sympy.symbol.SymT.UNBACKED_INT):
+        if symbol_is_type(s, SymT.UNBACKED_INT):
             raise Uncapturable(f"the data-dependent size {s}")
-        if torch.utils._sympy.symbol.symbol_is_type(s, torch.utils._sympy.symbol.SymT.FLOAT):
+        if symbol_is_type(s, SymT.FLOAT):
             raise Uncapturable(f"the symbolic float {s}")
         name = s.name + "_" if s.name in DType._registry or s.name in _RESERVED else s.name
         lo, hi = (0, None) if values is None else (_bound(values.lower, _LEAST), _bound(values.upper, None))

@@ -10,15 +10,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import sympy
 
 from graphopt.errors import GraphoptError
 
-Dim = int | sympy.Expr
-Shape = tuple[Dim, ...]
+Dim: TypeAlias = int | sympy.Expr
+Shape: TypeAlias = tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def symbol(name: str) -> sympy.Symbol:
     return _symbol(name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
@@ -234,7 +234,7 @@ def _format(e: sympy.Expr, outer: int) -> str:
         head, *rest = e.as_ordered_terms()
         text = _format(head, 1)
         for term in rest:
-            coefficient, tail = term.as_coeff_Mul()
+            coefficient, _ = term.as_coeff_Mul()
             negative = coefficient < 0
             text += (" - " if negative else " + ") + _format(-term if negative else term, 1)
         return f"({text})" if outer > 1 else text
@@ -269,7 +269,7 @@ def parse_dim(text: str) -> Dim:
 
 def _parse(t: ast.expr, text: str) -> Any:
     match t:
-        case ast.Constant(value=int() as value):
+        case ast.Constant(value=int() as value) if not isinstance(value, bool):
             return sympy.Integer(value)
         case ast.Name(id=name):
             return symbol(name)

@@ -137,10 +137,8 @@ def call_aten(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) ->
 
 
 def _call(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) -> list[torch.Tensor]:
-    placed = list(operands)
-    for i, strides in enumerate(node.attrs["layouts"]):
-        if strides is not None:
-            placed[i] = restride(placed[i], ctx.shape(strides))
+    layouts = node.attrs["layouts"] or (None,) * len(operands)
+    placed = [x.contiguous() if s is None else restride(x, ctx.shape(s)) for x, s in zip(operands, layouts, strict=True)]
     args = fill_template(node.attrs["args"], placed, ctx)
     kwargs = {k: fill_template(v, placed, ctx) for k, v in node.attrs["kwargs"]}
     return flatten_results(resolve_aten(node.attrs["target"])(*args, **kwargs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 import torch
@@ -38,8 +38,8 @@ class TorchConst:
     name: str
 
 
-Attr = int | float | complex | bool | str | None | DType | sympy.Expr | Ref | TorchConst | tuple["Attr", ...]
-Attrs = Mapping[str, Any]
+Attrs: TypeAlias = Mapping[str, Any]
+"""Attribute values are numbers, strings, None, DType, sizes, Ref, TorchConst, and tuples of these."""
 
 
 class Trait(Enum):

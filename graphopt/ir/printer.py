@@ -65,6 +65,8 @@ def print_node(node: Node) -> str:
     printer = _Printer(canonical=False)
     for i, v in enumerate(node.operands):
         printer.names[v] = f"%{v.hint or i}"
+    printer.taken.update(name[1:] for name in printer.names.values())  # so that no result is called like an operand
+    printer.count = len(node.operands)
     return printer.node(node, "")[0].split("  // ")[0]
 
 

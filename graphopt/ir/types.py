@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import dtype as TorchDType
 
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Shape
@@ -64,12 +65,12 @@ class DType:
         return max(1, self.bits // 8)
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch(self) -> TorchDType:
         """The torch dtype; raises KeyError for a type that torch cannot hold (packed sub-byte types, tf32)."""
         return _TO_TORCH[self]
 
     @staticmethod
-    def of(dtype: torch.dtype) -> DType:
+    def of(dtype: TorchDType) -> DType:
         """The DType of a torch dtype; raises KeyError for one that the IR does not know (e.g. quantized types)."""
         return _FROM_TORCH[dtype]
 

@@ -196,8 +196,10 @@ class Matcher:
             case OpPattern():
                 node = v.producer
                 if node is None or node.op.name not in p.ops:
-                    found = node.op.name if node is not None else "an input"
-                    return self._fail(len(nodes), node, f"expected {' or '.join(p.ops)}, found {found}")
+                    seen = node.op.name if node is not None else "an input"
+                    return self._fail(len(nodes), node, f"expected {' or '.join(p.ops)}, found {seen}")
+                if p.operands is not None and len(p.operands) != len(node.operands):
+                    return self._fail(len(nodes), node, f"{node.op.name} has {len(node.operands)} operands, not {len(p.operands)}")
                 if p.one_use and not v.has_one_use:
                     return self._fail(len(nodes) + 1, node, f"the result of {node.op.name} has other uses")
                 yield from self._node(p, node, bound, nodes)
@@ -236,16 +238,16 @@ class Matcher:
         orders = [node.operands]
         if node.op.has(Trait.COMMUTATIVE) and node.operands[0] is not node.operands[1]:
             orders.append((node.operands[1], node.operands[0], *node.operands[2:]))
-        for operands in orders:
-            yield from self._all(p.operands, operands, bound, nodes)
+        for order in orders:
+            yield from self._all(p.operands, order, bound, nodes)
 
     def _all(self, patterns: tuple[Pattern, ...], values: tuple[Value, ...], bound: dict[str, Any],
              nodes: list[Node]) -> Iterator[tuple[dict[str, Any], list[Node]]]:  # fmt: skip
         if not patterns:
             yield bound, nodes
             return
-        for b, n in self._value(patterns[0], values[0], bound, nodes):
-            yield from self._all(patterns[1:], values[1:], b, n)
+        for b, covered in self._value(patterns[0], values[0], bound, nodes):
+            yield from self._all(patterns[1:], values[1:], b, covered)
 
 
 def scalar_of(v: Value) -> float | complex | None:

@@ -166,7 +166,8 @@ def assert_same_structure(actual: Graph, expected: Graph) -> None:
     """Assert that two graphs are the same but for names, source lines and the order of independent nodes."""
     verify(expected)
     if canonical_text(ordered(actual)) != canonical_text(ordered(expected)):
-        raise AssertionError(f"the graph is not as expected (- expected, + found):\n{diff(expected, actual)}\nfound:\n{print_graph(actual)}")
+        lines = diff(expected, actual)
+        raise AssertionError(f"the graph is not as expected (- expected, + found):\n{lines}\nfound:\n{print_graph(actual)}")
 
 
 def diff(expected: Graph, actual: Graph) -> str:
@@ -182,7 +183,7 @@ def ordered(g: Graph) -> Graph:
     order: dict[Node, None] = {}
     for root in (*(v for v in g.outputs), *(r for n in g.nodes() for r in n.results)):
         _visit(root, order)
-    order.update({n: None for n in g.nodes()})  # nodes without results
+    order.update(dict.fromkeys(g.nodes()))  # nodes without results
     out = Graph(g.name, g.symbols)
     mapping: dict[Value, Value] = {v: out.add_input(v.type, v.hint, v.weight) for v in g.inputs}
     copy_nodes(order, mapping, out)

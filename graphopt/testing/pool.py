@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -150,7 +150,7 @@ def broadcasts(a: Shape, b: Shape) -> bool:
     return max(len(a), len(b)) <= 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def supported(name: str, dtype: DType) -> bool:
     """Whether PyTorch computes a pointwise op or a reduction for a dtype, and inference admits it."""
     definition = OPS[name]

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.ir import Graph, Node
 from graphopt.testing.pool import Chooser, Drawn, Pool, Seeded
-from graphopt.testing.recipes import RECIPES, fuse_chain
+from graphopt.testing.recipes import IDIOMS, RECIPES, fuse_chain
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 
-def make_graph(chooser: Chooser, ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False) -> Graph:
+def make_graph(chooser: Chooser, ops: Sequence[str] | None, max_nodes: int, symbolic: bool, fusion: bool) -> Graph:
     """A random graph by a chooser's decisions; see :func:`random_graph`."""
     pool = Pool(chooser, symbolic)
     names = [n for n in RECIPES if ops is None or n in ops]
     for _ in range(chooser.integer(1, max_nodes)):
         last: Node | None = pool.values[-1].producer if pool.values else None
         if last is not None and pool.flag(12):  # the same node once more
-            pool.values.append(pool.builder.create(last.op.name, last.operands, last.attrs))
+            pool.values.append(pool.builder.create(last.op.name, last.operands, dict(last.attrs)))
+        elif ops is None and pool.flag(6):
+            pool.pick(IDIOMS)(pool)
         else:
             name = pool.pick(names)
             RECIPES[name](pool, name)

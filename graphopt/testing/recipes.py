@@ -7,8 +7,9 @@ only where the range is known. Every op of the table that has inference must hav
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from graphopt.ir import OPS, Graph, TensorType, Value, dims, types
+from graphopt.ir import OPS, Builder, Graph, TensorType, Value, dims, types
 from graphopt.ir.graph import copy_nodes
 from graphopt.ir.ops import Trait
 from graphopt.ir.ops import op as op_named
@@ -29,7 +30,7 @@ def recipe(*names: str) -> Callable[[Recipe], Recipe]:
     """Register a recipe for some ops."""
 
     def register(fn: Recipe) -> Recipe:
-        RECIPES.update({n: fn for n in names})
+        RECIPES.update(dict.fromkeys(names, fn))
         return fn
 
     return register
@@ -252,8 +253,8 @@ def _concat(pool: Pool, name: str) -> Value:
     axis = _axis(pool, x)
     parts = [x]
     for _ in range(pool.chooser.integer(0, 2)):
-        shape = (*x.shape[:axis], pool.size(), *x.shape[axis + 1 :])
-        parts.append(pool.value(lambda v: v.dtype == x.dtype and v.shape == x.shape, lambda: TensorType(x.dtype, shape)))
+        other = TensorType(x.dtype, (*x.shape[:axis], pool.size(), *x.shape[axis + 1 :]))
+        parts.append(pool.value(lambda v: v.type.logical == x.type.logical, partial(TensorType, other.dtype, other.shape)))
     return pool.add(name, parts, axis=axis)
 
 
@@ -277,6 +278,55 @@ def _gather(pool: Pool, name: str) -> Value:
     axis = _axis(pool, x)
     shape = (*x.shape[:axis], pool.size(), *x.shape[axis + 1 :])
     return pool.add(name, [x, pool.input(types.i64, shape, keep=False)], axis=axis)
+
+
+# --- idioms: what passes look for, and what random choice alone would seldom make ----------------------------------------
+
+
+def _spelled_out(pool: Pool) -> None:
+    """A composite by its definition, as a model may spell it."""
+    name = pool.pick(["softmax", "layer_norm", "rms_norm", "gelu", "silu", "rope", "log_softmax", "attention", "mean"])
+    value = RECIPES[name](pool, name)
+    node = value.producer
+    assert node is not None
+    pool.values[-1] = Builder(pool.graph, before=node).expand(node)
+    pool.graph.erase(node)
+
+
+def _conv_and_norm(pool: Pool) -> None:
+    x = _conv(pool, "conv")
+    channels = x.shape[1]
+    mean, var = pool.input(x.dtype, (channels,), keep=False), pool.input(x.dtype, (channels,), keep=False)
+    for v in (*x.producer.operands[1:], mean, var) if x.producer is not None else ():
+        v.weight = True
+    pool.add("batch_norm", [x, mean, var])
+
+
+def _linear(pool: Pool) -> None:
+    x = _matmul(pool, "matmul")
+    if x.producer is not None and x.producer.operands[1].type.is_static and x.producer.operands[1].type.rank == 2:
+        x.producer.operands[1].weight = True
+    y = pool.add("add", [x, pool.input(x.dtype, x.shape[-1:])])
+    pool.add(pool.pick(["relu", "gelu", "tanh"]), [y])
+
+
+def _there_and_back(pool: Pool) -> None:
+    x = pool.operand(FLOATS, least=2)
+    perm = (*range(x.type.rank - 2), x.type.rank - 1, x.type.rank - 2)
+    match pool.chooser.integer(0, 4):
+        case 0:
+            pool.add("transpose", [pool.add("transpose", [x], perm=perm)], perm=perm)
+        case 1:
+            pool.add("reshape", [pool.add("reshape", [x], shape=(dims.numel(x.shape),))], shape=x.shape)
+        case 2:
+            pool.add("cast", [pool.add("cast", [x], dtype=types.f64)], dtype=x.dtype)
+        case 3:
+            pool.add("neg", [pool.add("neg", [x])])
+        case 4:
+            pool.add("mul", [pool.add("mul", [x, pool.builder.constant(2.0, x.dtype)]), pool.builder.constant(0.5, x.dtype)])
+
+
+IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _spelled_out, _conv_and_norm)
 
 
 # --- fusion ------------------------------------------------------------------------------------------------------------

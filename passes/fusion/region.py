@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from graphopt.ir import dims
 from graphopt.ir.graph import Node, Value
-from graphopt.passes.fusion.roles import ROW_REDUCTIONS, Role, Rows, is_cheap, rereads, role, rows_of
+from graphopt.ir.ops import Trait
+from graphopt.passes.fusion.roles import ARG_REDUCTIONS, ROW_REDUCTIONS, Role, Rows, is_cheap, is_scalar, rereads, role, rows_of
 
 # A value may be computed through at most this many different index maps (x read plainly, shifted, flipped ...): each is a
 # copy of the work, and they multiply along a chain.
@@ -140,12 +141,11 @@ class Region:
             return None
         if part is Role.MOVER:
             return f"a {self.kind} kernel does not read through {node.op.name}"
+        if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
+            return None
         if self.kind == "matmul":
-            return None if part is Role.VIEW else self._matmul_rejects(node, users)
-        if self.kind == "rowwise":
-            assert self.rows is not None
-            return self._row_view_rejects(node, users) if part is Role.VIEW else _row_rejects(node, users, self.rows)
-        return None
+            return self._matmul_rejects(node, users)
+        return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None
 
     def _matmul_rejects(self, node: Node, users: list[Node]) -> str | None:
         matmul = self.anchors[0]
@@ -153,7 +153,7 @@ class Region:
             if user is matmul or role(user) is Role.VIEW:
                 what = "an operand of the matmul" if self._feeds_matmul(user) else "read through a view"
                 return f"it is {what}: it would be computed again for every tile"
-        if not dims.same_shape(node.results[0].shape, matmul.results[0].shape):
+        if not is_scalar(node.results[0].shape) and not dims.same_shape(node.results[0].shape, matmul.results[0].shape):
             return "its shape is not the matmul's: it would be computed again for every tile"
         return None
 
@@ -161,10 +161,6 @@ class Region:
         while role(user) is Role.VIEW:
             user = next(u for u in user.results[0].users if u in self.members)
         return user is self.anchors[0]
-
-    def _row_view_rejects(self, node: Node, users: list[Node]) -> str | None:
-        # a weight of layer_norm or rms_norm may be a view as well; it is read as it is
-        return None
 
     def _once_a_row(self, node: Node, users: list[Node]) -> bool:
         """Whether a node is computed once a row although full rows read it: a statistic, or what is made of one."""
@@ -219,7 +215,7 @@ class Region:
         for n in self.members:
             if role(n) is not Role.POINTWISE:
                 continue
-            if not dims.same_shape(n.results[0].shape, node.results[0].shape):
+            if not is_scalar(n.results[0].shape) and not dims.same_shape(n.results[0].shape, node.results[0].shape):
                 return f"{n.op.name} beside it has another shape"
             if any(role(u) is Role.VIEW for u in n.results[0].users if u in self.members):
                 return f"{n.op.name} beside it is read through a view"
@@ -246,7 +242,7 @@ class Region:
 
 
 def _reduces(node: Node) -> bool:
-    return "axes" in node.attrs and isinstance(node.attrs["axes"], tuple) or node.op.name in ("argmax", "argmin")
+    return node.op.has(Trait.REDUCTION) or node.op.name in ARG_REDUCTIONS
 
 
 def _row_rejects(node: Node, users: list[Node], rows: Rows) -> str | None:
@@ -266,7 +262,7 @@ def _reader_rejects(node: Node, users: list[Node], rows: Rows) -> str | None:
             if not one_a_row and not (user.op.name == "broadcast_to" and form == "kept" and theirs in ("kept", "full")):
                 return f"it is read through {user.op.name}, not row by row"
         elif role(user) is Role.POINTWISE:
-            if theirs is None or (form != theirs and not (form == "kept" and theirs == "full")):
+            if theirs is None or (form not in (theirs, "scalar") and not (form == "kept" and theirs == "full")):
                 return f"{user.op.name} reads it along other axes"
         elif user.operands[0] is not node.results[0] or form != "full":
             return f"it is the scale or shift of {user.op.name}"

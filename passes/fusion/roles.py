@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from graphopt.ir import dims
-from graphopt.ir.dims import Dim, Shape
+from graphopt.ir.dims import Shape
 from graphopt.ir.graph import Node
 from graphopt.ir.ops import Trait
 from graphopt.ir.types import DType
@@ -67,6 +67,11 @@ def is_cheap(node: Node) -> bool:
     return node.op.name in _CHEAP or node.op.has(Trait.VIEW, Trait.CREATION)
 
 
+def is_scalar(shape: Shape) -> bool:
+    """Whether a value of this shape is one number."""
+    return all(d == 1 for d in shape)
+
+
 @dataclass(frozen=True)
 class Rows:
     """The iteration space of a rowwise region: ``shape`` is rows and columns, the last ``columns`` axes are one row."""
@@ -85,11 +90,11 @@ class Rows:
         return (*self.reduced, *[1] * self.columns)
 
     def form(self, shape: Shape) -> str | None:
-        """``full``, ``kept`` or ``reduced``; None for a shape that is none of them."""
+        """``full``, ``kept``, ``reduced``, or ``scalar`` (one element in all); None for a shape that is none of them."""
         for name, wanted in (("full", self.shape), ("kept", self.kept), ("reduced", self.reduced)):
             if dims.same_shape(shape, wanted):
                 return name
-        return None
+        return "scalar" if is_scalar(shape) else None
 
     def same(self, other: Rows) -> bool:
         return self.columns == other.columns and dims.same_shape(self.shape, other.shape)
@@ -115,11 +120,7 @@ def rereads(user: Node, index: int) -> bool:
     """Whether a node reads elements of its operand ``index`` more than once."""
     operand, name = user.operands[index], user.op.name
     if user.op.has(Trait.POINTWISE) or name == "broadcast_to" or (name == "take" and index == 1):
-        return not dims.same(_count(operand.shape), _count(user.results[0].shape))
+        return not dims.same(dims.numel(operand.shape), dims.numel(user.results[0].shape))
     if name in ("take", "gather"):
         return index == 0
     return name == "matmul" or (name in ROW_OPS and index > 0)
-
-
-def _count(shape: Shape) -> Dim:
-    return dims.numel(shape)

@@ -1,0 +1,10 @@
+"""Passes that find composite operations in their primitive spellings."""
+
+from graphopt.passes.recompose.gelu import RecomposeGelu
+from graphopt.passes.recompose.layer_norm import RecomposeLayerNorm
+from graphopt.passes.recompose.rms_norm import RecomposeRmsNorm
+from graphopt.passes.recompose.rope import RecomposeRope
+from graphopt.passes.recompose.silu import RecomposeSilu
+from graphopt.passes.recompose.softmax import RecomposeSoftmax
+
+__all__ = ["RecomposeGelu", "RecomposeLayerNorm", "RecomposeRmsNorm", "RecomposeRope", "RecomposeSilu", "RecomposeSoftmax"]

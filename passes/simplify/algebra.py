@@ -184,7 +184,7 @@ class MergeClamps(Rule):
 class CollectTerms(Rule):
     """(x + c) + d => x + (c + d)"""
 
-    pattern = pat.add(pat.add(x, c).once(), d)
+    pattern = pat.add(d, pat.add(x, c).once())
     numerics = Numerics.REASSOCIATES
 
     def check(self, m: Match) -> Reject | None:
@@ -197,7 +197,7 @@ class CollectTerms(Rule):
 class CollectFactors(Rule):
     """(x * c) * d => x * (c * d)"""
 
-    pattern = pat.mul(pat.mul(x, c).once(), d)
+    pattern = pat.mul(d, pat.mul(x, c).once())
     numerics = Numerics.REASSOCIATES
 
     def check(self, m: Match) -> Reject | None:
@@ -213,6 +213,7 @@ class CommonFactor(Rule):
     z = value("z")
     pattern = pat.add(pat.mul(x, z).once(), pat.mul(y, z).once())
     numerics = Numerics.REASSOCIATES
+    near = 4  # two products without a common factor are no near miss
 
     def check(self, m: Match) -> Reject | None:
         if m[x].dtype.is_complex or m[x].dtype.is_bool:

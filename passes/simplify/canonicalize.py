@@ -6,7 +6,8 @@ When: always, where the new form gives the same bits. A division by a constant b
 constant is a power of two; so recognisers must accept both.
 Numerics: bitwise, up to the sign and payload of a nan, except for pow => sqrt, rsqrt (PyTorch itself takes that way for a
 Python exponent) and 1 / sqrt(x) => rsqrt(x), which may round differently in the last place.
-Reference: MLIR, "Operation Canonicalization", https://mlir.llvm.org/docs/Canonicalization/ ; IEEE 754-2019, section 6.3, for the signs of zeros.
+Reference: MLIR, "Operation Canonicalization", https://mlir.llvm.org/docs/Canonicalization/ ; IEEE 754-2019, section 6.3, on
+the signs of zeros.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphopt.errors import TypeInferenceError
-from graphopt.ir import OPS, Trait, Value
-from graphopt.ir import dims
+from graphopt.ir import OPS, Trait, Value, dims
 from graphopt.ir.ops import broadcast_shapes
 from graphopt.pass_manager import RewritePass
 from graphopt.passes.shared import NOT_THIS, POINTWISE, is_power_of_two, is_scalar, shaped
@@ -236,7 +236,9 @@ class ImplicitBroadcast(Rule):
         """The operands, each without the broadcast if the result's shape stays."""
         out = list(m.root.operands)
         for i, v in enumerate(out):
-            while (node := v.defined_by("broadcast_to", "reshape")) is not None and (node.name == "broadcast_to" or _prepends(node.operands[0], v)):
+            while (node := v.defined_by("broadcast_to", "reshape")) is not None:
+                if node.name == "reshape" and not _prepends(node.operands[0], v):
+                    break
                 v = node.operands[0]
                 shapes = [v.shape if j == i else w.shape for j, w in enumerate(out)]
                 try:

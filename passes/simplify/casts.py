@@ -32,7 +32,7 @@ def holds(wide: DType, narrow: DType) -> bool:
         return SIGNIFICANT[wide.name] >= magnitude and (1 << (EXPONENT[wide.name] - 1)) > magnitude
     if narrow.is_float:
         return False
-    return wide.bits > narrow.bits and (wide.kind == "i" or narrow.kind == "u") or (wide.kind == narrow.kind and wide.bits >= narrow.bits)
+    return (wide.bits > narrow.bits and (wide.kind == "i" or narrow.kind == "u")) or (wide.kind == narrow.kind and wide.bits >= narrow.bits)
 
 
 class IdentityCast(Rule):

@@ -17,8 +17,7 @@ from typing import Any
 import sympy
 import torch
 
-from graphopt.ir import Node, Value
-from graphopt.ir import dims
+from graphopt.ir import Node, Value, dims
 from graphopt.ir.ops import EvalContext
 from graphopt.pass_manager import RewritePass
 from graphopt.passes.shared import NOT_THIS, POINTWISE, is_scalar, shaped
@@ -50,14 +49,14 @@ class FoldScalars(Rule):
 
 
 def _evaluate(node: Node) -> float | None:
-    """The op's value: in f64 if it is a float, else in the operands' own dtypes. None where the op raises (1 // 0)."""
+    """The op's value: in f64 if it is a float, else in the operands' own dtypes. None where the op raises (1 // 0), or torch lacks the dtype."""
     wide = node.results[0].dtype.is_float
     ctx = EvalContext({}, wide=wide)
-    operands = [torch.tensor(scalar_of(v), dtype=ctx.dtype(v.dtype)) for v in node.operands]
     assert node.op.evaluate is not None
     try:
+        operands = [torch.tensor(scalar_of(v), dtype=ctx.dtype(v.dtype)) for v in node.operands]
         return node.op.evaluate(operands, node.attrs, ctx).item()  # type: ignore[no-any-return]
-    except (RuntimeError, ZeroDivisionError):
+    except (RuntimeError, ZeroDivisionError, KeyError):
         return None
 
 

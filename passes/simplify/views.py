@@ -32,7 +32,7 @@ class IdentityView(Rule):
             case "transpose":
                 idle = tuple(attrs["perm"]) == tuple(range(len(shape)))
             case "flip":
-                idle = all(shape[a] == 1 for a in attrs["axes"])
+                idle = not shape or all(shape[a] == 1 for a in attrs["axes"])
             case "pad":
                 idle = all(n == 0 for n in (*attrs["low"], *attrs["high"]))
             case _:
@@ -110,7 +110,7 @@ class FlipTwice(Rule):
     numerics = Numerics.BITWISE
 
     def check(self, m: Match) -> Reject | None:
-        rank = m[x].type.rank
+        rank = max(m[x].type.rank, 1)
         same = sorted(a % rank for a in m[p]) == sorted(a % rank for a in m[q])
         return None if same else Reject(f"the axes {m[p]} and {m[q]} differ", m.root)
 
@@ -152,7 +152,7 @@ class ReduceOnes(Rule):
     numerics = Numerics.BITWISE
 
     def check(self, m: Match) -> Reject | None:
-        return None if all(m[x].shape[a] == 1 for a in m.root.attrs["axes"]) else NOT_THIS
+        return None if not m[x].shape or all(m[x].shape[a] == 1 for a in m.root.attrs["axes"]) else NOT_THIS
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         return rw.reshape(m[x], shape=m.root.results[0].shape)
@@ -190,6 +190,7 @@ class CancelViews(Rule):
 
     pattern = op_in(("reshape", "transpose"), op_in(POINTWISE).once().named("f"))
     numerics = Numerics.BITWISE
+    near = 3  # a view of any pointwise result is no near miss
 
     def check(self, m: Match) -> Reject | None:
         f = m["f"].producer

@@ -63,7 +63,7 @@ def _relu6(b: Builder, x: Value) -> Value:
     return b.div(b.minimum(b.maximum(b.add(x, 3.0), 0.0), 6.0), 6.0)
 
 
-_activation("gelu", lambda x, approximate: F.gelu(x, approximate=approximate), _gelu, {"approximate": "none"},
+_activation("gelu", F.gelu, _gelu, {"approximate": "none"},
             doc="x * Phi(x); Hendrycks and Gimpel, arXiv:1606.08415")  # fmt: skip
 _activation("silu", F.silu, lambda b, x: b.mul(x, b.sigmoid(x)), doc="x * sigmoid(x)")
 _activation("softplus", F.softplus, _softplus, {"beta": 1.0, "threshold": 20.0}, doc="log(1 + exp(beta x)) / beta; x above threshold")

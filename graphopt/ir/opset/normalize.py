@@ -198,7 +198,11 @@ def _infer_attention(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]
 def _expand_attention(b: Builder, node: Node) -> Value:
     q, k, v, *bias = node.operands
     perm = (*range(k.type.rank - 2), k.type.rank - 1, k.type.rank - 2)
-    scores = b.matmul(b.mul(q, node.attrs["scale"]), b.transpose(k, perm=perm))
+    scale, late = node.attrs["scale"], q.dtype.bits >= 32
+    # scaling the scores costs no pass over q, as it joins the softmax's kernel; halves are scaled first, lest q k^T overflows
+    scores = b.matmul(q if late else b.mul(q, scale), b.transpose(k, perm=perm))
+    if late:
+        scores = b.mul(scores, scale)
     if bias:
         scores = b.add(scores, bias[0])
     if node.attrs["causal"]:

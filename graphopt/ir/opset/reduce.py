@@ -31,12 +31,14 @@ def _infer(name: str, dtype: DType | None = None, float_only: bool = False):  # 
             raise TypeInferenceError(f"{name}: an axis is named twice in {attrs['axes']}")
         if float_only and not (t.dtype.is_float or t.dtype.is_complex):
             raise TypeInferenceError(f"{name}: needs a float operand, got {t.dtype}")
+        if name == "var" and t.dtype.is_complex:
+            raise TypeInferenceError("var: needs real numbers")
         return [TensorType(dtype or t.dtype, reduced_shape(t.shape, axes, attrs["keepdims"]))]
 
     return infer
 
 
-def _reduction(name: str, fn: Callable[[torch.Tensor, list[int], bool], torch.Tensor], *, dtype: DType | None = None,
+def _reduction(name: str, fn: Callable[..., torch.Tensor], *, dtype: DType | None = None,
                expand: Callable[[Builder, Node], Value] | None = None, attrs: Attrs | None = None,
                float_only: bool = False, doc: str = "") -> None:  # fmt: skip
     def evaluate(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
@@ -108,12 +110,16 @@ def _infer_arg(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     return [TensorType(types.i64, reduced_shape(t.shape, [axis], attrs["keepdims"]))]
 
 
-for _name in ("argmax", "argmin"):
+def _define_arg(name: str, fn: Callable[..., torch.Tensor]) -> None:
     define(
-        _name, 1, attrs={"axis": REQUIRED, "keepdims": False}, infer=_infer_arg,
-        evaluate=lambda xs, attrs, ctx, fn=getattr(torch, _name): fn(xs[0], attrs["axis"], keepdim=attrs["keepdims"]),
+        name, 1, attrs={"axis": REQUIRED, "keepdims": False}, infer=_infer_arg,
+        evaluate=lambda xs, attrs, ctx: fn(xs[0], attrs["axis"], keepdim=attrs["keepdims"]),
         doc="index of the first extreme element along an axis (the first nan, if any)",
     )  # fmt: skip
+
+
+_define_arg("argmax", torch.argmax)
+_define_arg("argmin", torch.argmin)
 
 define(
     "cumsum", 1, attrs={"axis": REQUIRED}, infer=lambda ts, attrs: [ts[0].logical],

@@ -61,7 +61,8 @@ def slice_length(start: dims.Dim, stop: dims.Dim, step: int) -> dims.Dim:
 
 def _infer_slice(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     (t,) = ts
-    axis, start, stop, step = normalize_axis(attrs["axis"], t.rank, "slice"), attrs["start"], attrs["stop"], attrs["step"]
+    axis, start, stop, step = attrs["axis"], attrs["start"], attrs["stop"], attrs["step"]
+    axis = normalize_axis(axis, t.rank, "slice")
     if step < 1:
         raise TypeInferenceError(f"slice: step must be positive, got {step}")
     if dims.prove(start, "<=", stop) is False or dims.prove(stop, "<=", t.shape[axis]) is False or dims.prove(0, "<=", start) is False:

@@ -1,0 +1,95 @@
+"""Writing values element by element: a loop nest a value, vectorized along the innermost loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm.code import Code, Index
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.loops import Tuning, expand_index, merge_axes, run_space, vector_loop
+from graphopt.ir import dims
+from graphopt.ir.graph import Value
+
+HEAVY = {"exp": 4, "tanh": 8, "erf": 8, "gelu": 8, "sigmoid": 6, "silu": 6, "log": 6, "pow": 16, "sin": 16, "cos": 16, "fmod": 16, "remainder": 16}
+
+
+def weight_of(value: Value) -> int:
+    """Units of work an element: cheap ops count for little, transcendental ones for more."""
+    seen: dict[Value, None] = {}
+    stack, total = [value], 4
+    while stack:
+        v = stack.pop()
+        if v in seen or v.producer is None:
+            continue
+        seen[v] = None
+        total += HEAVY.get(v.producer.name, 1)
+        stack += v.producer.operands
+    return max(1, total // 4)
+
+
+class Probe:
+    """What evaluating a value at an index touches, without emitting it."""
+
+    def __init__(self, args: Arguments, sources: Mapping[Value, Source], value: Value) -> None:
+        self.args, self.sources, self.value = args, dict(sources), value
+        self.scalar_only = False
+
+    def __call__(self, index: Sequence[Index]) -> list[Any]:
+        expressions = Expressions(self.args, self.sources, probe=True)
+        expressions.at(self.value, index)
+        self.scalar_only = expressions.scalar_only
+        return expressions.addresses
+
+
+def write_value(args: Arguments, sources: Mapping[Value, Source], value: Value, tuning: Tuning, address: Callable[[Sequence[Index]], Index],
+                buffer: Any, stored: bool = True) -> None:  # fmt: skip
+    """Compute a value everywhere and store it.
+
+    Args:
+        address: where in the buffer an index of the value lies.
+        stored: whether the buffer holds the storage type (an output) or the type of expressions (scratch).
+    """
+    code: Code = args.code
+    shape = [code.size(d) for d in value.shape]
+    probe = Probe(args, sources, value)
+
+    def touched(index: Sequence[Index]) -> list[Any]:
+        return [*probe(index), address(index)]
+
+    axes = merge_axes(code, shape, touched, [0] * len(shape))
+    if not axes:
+        touched([0] * len(shape))
+    lanes = 1 if probe.scalar_only else tuning.lanes
+
+    def piece(outer: list[Index], start: Index, length: Index) -> None:
+        def element(i: Index) -> None:
+            index = expand_index(code, axes, [*outer, i][: len(axes)], shape)
+            result = Expressions(args, dict(sources)).at(value, index)
+            code.store(buffer, address(index), scalar.store(result, value.dtype) if stored else result)
+
+        vector_loop(code, start, length, lanes, element)
+
+    run_space(code, axes, tuning, weight_of(value), piece)
+
+
+def write_output(args: Arguments, sources: Mapping[Value, Source], k: int, tuning: Tuning) -> None:
+    """Compute output k of the region and store it in the caller's tensor."""
+    strides = args.output_strides(k)
+
+    def address(index: Sequence[Index]) -> Index:
+        at: Index = 0
+        for i, s in zip(index, strides, strict=True):
+            at = at + i * s
+        return args.code.simplify(at)
+
+    write_value(args, sources, args.graph.outputs[k], tuning, address, args.outputs[k])
+
+
+def scratch(args: Arguments, value: Value, dtype: str) -> tuple[Any, Callable[[Sequence[Index]], Index]]:
+    """A row-major scratch buffer for a value, and the address of an index in it."""
+    code = args.code
+    shape = [code.size(d) for d in value.shape]
+    buffer = code.alloc(code.size(dims.numel(value.shape)), dtype, "tmp", scope="global")
+    return buffer, lambda index: code.flatten(index, shape)

@@ -1,0 +1,86 @@
+"""The glue that launches a kernel's parallel loop in the OpenMP pool of this process, written as LLVM IR.
+
+``GOMP_parallel(body, c, 0, 0)`` runs ``body`` once in every thread of the team, whose size is the caller's: what
+``torch.set_num_threads`` set. Each thread calls the loop's function with its number and the team's size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from graphopt.backends.tvm.link import link
+from graphopt.backends.tvm.llvm_target import target_description
+from graphopt.errors import BuildError
+from graphopt.target import detect
+
+_IR = """target triple = "TRIPLE"
+%call = type { ptr, ptr }
+%env = type { ptr, i32 }
+declare i32 @omp_get_thread_num()
+declare i32 @omp_get_num_threads()
+declare void @GOMP_parallel(ptr, ptr, i32, i32)
+define internal void @member(ptr %c) {
+  %e = alloca %env
+  %task = call i32 @omp_get_thread_num()
+  %team = call i32 @omp_get_num_threads()
+  store ptr null, ptr %e
+  %tp = getelementptr %env, ptr %e, i32 0, i32 1
+  store i32 %team, ptr %tp
+  %f = load ptr, ptr %c
+  %dp = getelementptr %call, ptr %c, i32 0, i32 1
+  %d = load ptr, ptr %dp
+  %r = call i32 %f(i32 %task, ptr %e, ptr %d)
+  ret void
+}
+define i32 @graphopt_parallel_launch(ptr %f, ptr %d, i32 %n) {
+  %c = alloca %call
+  store ptr %f, ptr %c
+  %dp = getelementptr %call, ptr %c, i32 0, i32 1
+  store ptr %d, ptr %dp
+  call void @GOMP_parallel(ptr @member, ptr %c, i32 %n, i32 0)
+  ret i32 0
+}
+"""
+
+
+def launcher_file(directory: Path) -> Path:
+    """Where the built glue lies in a kernel cache."""
+    digest = hashlib.sha256((_IR + detect().arch).encode()).hexdigest()[:12]
+    return directory / f"launch-{digest}.so"
+
+
+def build_launcher(directory: Path) -> Path | None:
+    """Build the glue if it is not there (imports tvm). None if there is no linker."""
+    target, output = detect(), launcher_file(directory)
+    if output.exists():
+        return output
+    import tvm
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        source = Path(scratch) / "launch.ll"
+        source.write_text(_IR.replace("TRIPLE", target_description(target).get("mtriple", "")))
+        module = tvm.runtime.load_module(str(source))
+        module.write_to_file(str(source.with_suffix(".o")))
+        if link(source.with_suffix(".o"), source.with_suffix(".so"), target) is None:
+            return None
+        os.replace(source.with_suffix(".so"), output)
+    return output
+
+
+def launcher(directory: Path) -> tuple[Any, int] | None:
+    """(library, address of the launch function); None if it cannot be had."""
+    try:
+        path = launcher_file(directory)
+        if not path.exists() and build_launcher(directory) is None:
+            return None
+        library = ctypes.CDLL(str(path))
+        address = ctypes.cast(library.graphopt_parallel_launch, ctypes.c_void_p).value
+    except (OSError, AttributeError, BuildError):
+        return None
+    return (library, address) if address else None

@@ -1,0 +1,65 @@
+"""Any region, node by node: each reduction and product gets a loop nest of its own, everything else is computed in place.
+
+The template of pointwise and reduction regions, and the way out for forms that a special template declines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm.code import Code, Index
+from graphopt.backends.tvm.elementwise import scratch, write_output
+from graphopt.backends.tvm.expr import Arguments, Source
+from graphopt.backends.tvm.loops import Tuning
+from graphopt.backends.tvm.product import emit_product
+from graphopt.backends.tvm.reduce import Reduction
+from graphopt.backends.tvm.support import is_materialized
+from graphopt.ir.graph import Graph, Node, Value
+
+
+def emit_nest(graph: Graph, tuning: Tuning) -> Code:
+    """The kernel of a region whose composites are expanded."""
+    code = Code(graph.symbols)
+    args = Arguments(code, graph)
+    sources: dict[Value, Source] = {}
+    for node in graph.nodes():
+        if is_materialized(node):
+            _materialize(args, sources, node, tuning)
+    for k, v in enumerate(graph.outputs):
+        if _sole_output(graph, v) is None:
+            write_output(args, sources, k, tuning)
+    return code
+
+
+def _sole_output(graph: Graph, v: Value) -> int | None:
+    """Which output a computed node's result is, if it is used for nothing else."""
+    if v.producer is None or not is_materialized(v.producer) or len(v.uses) != 1 or v.uses[0][0] is not graph.ret:
+        return None
+    return v.uses[0][1]
+
+
+def _materialize(args: Arguments, sources: dict[Value, Source], node: Node, tuning: Tuning) -> None:
+    code, value = args.code, node.result
+    k = _sole_output(args.graph, value)
+    if k is not None:
+        def sink(index: Sequence[Index], v: Any) -> None:
+            args.store(k, index, v)
+    else:
+        dtype = scalar.STORAGE[value.dtype] if value.dtype.is_bool else scalar.COMPUTE[value.dtype]
+        buffer, address = scratch(args, value, dtype)
+
+        def sink(index: Sequence[Index], v: Any) -> None:
+            code.store(buffer, address(index), v.astype("uint8") if value.dtype.is_bool else v)
+
+        def source(index: Sequence[Index]) -> Any:
+            held = code.load(buffer, address(index))
+            return scalar.load(held, value.dtype) if value.dtype.is_bool else held
+
+        sources[value] = source
+    known = {v: s for v, s in sources.items() if v is not value}
+    if node.name == "matmul":
+        emit_product(args, known, node, tuning, sink)
+    else:
+        Reduction(args, known, node, tuning, sink).emit()

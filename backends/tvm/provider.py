@@ -1,0 +1,50 @@
+"""What the compiler asks for: loaded kernels, from the disk cache or built now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.tvm.build import KernelBuilder, load_kernel
+from graphopt.backends.tvm.cache import KernelCache
+from graphopt.backends.tvm.templates import entry_name
+from graphopt.target import Target
+
+
+@dataclass(frozen=True)
+class LoadedArtifact:
+    """A kernel that is ready to run, its file, and whether it was found or why it had to be built."""
+
+    name: str
+    kernel: Callable[..., Any]
+    path: Path
+    cache: str
+
+
+@lru_cache(maxsize=1)
+def _builder() -> KernelBuilder:
+    return KernelBuilder()
+
+
+def prestart(cache_dir: Path, target: Target, workers: int) -> None:
+    """Start build processes if there is nothing in the cache yet, so that they get ready while the passes run."""
+    if not any(cache_dir.glob("*.json")):
+        _builder().prestart(workers or target.cores)
+
+
+def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,
+                  progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact]:  # fmt: skip
+    """Kernels for jobs, in order. Raises BuildError with the region that could not be built."""
+    cache = KernelCache(cache_dir)
+    state = {job: "hit" if cache.find(*job, target) else f"built: {cache.why_missing(*job, target)}" for job in jobs}
+    tell = (lambda done, total: progress("build kernels", done, total)) if progress else None
+    paths = _builder().build_many(jobs, target, cache_dir, workers, tell)
+    out = []
+    for job, path in zip(jobs, paths, strict=True):
+        assert isinstance(path, Path)
+        out.append(LoadedArtifact(entry_name(*job), load_kernel(path, *job), path, state[job]))
+    return out

@@ -1,0 +1,127 @@
+"""The kernel templates: which regions each takes, its search space, and the emitter behind it. Needs no tvm until ``emit``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
+from graphopt.backends.base import KernelSource
+from graphopt.ir.graph import Graph
+from graphopt.target import Target
+
+
+def entry_name(w: Workload, s: Schedule) -> str:
+    """Entry point of a kernel: a C identifier, unique by workload and schedule."""
+    digest = hashlib.sha256(f"{w.kind}\n{w.text}\n{s.to_json()}".encode()).hexdigest()[:16]
+    kind = "".join(c if c.isalnum() else "_" for c in w.kind)
+    return f"{kind}_{digest}"
+
+
+def lanes_of(graph: Graph, t: Target) -> int:
+    """Elements a vector: by the widest float, or the widest result."""
+    values = [*graph.inputs, *(r for n in graph.nodes() for r in n.results)]
+    wide = any(v.dtype.is_float and v.dtype.bits == 64 for v in values) or any(v.dtype.bits == 64 for v in graph.outputs)
+    return max(1, t.lanes(8 if wide else 4))
+
+
+@dataclass(frozen=True)
+class Template:
+    """A kernel family of the backend.
+
+    Attributes:
+        name: as in ``Schedule.template``.
+        takes: why a region is not for this template, or None if it is. Looks at the IR only.
+        params: the knobs for a workload.
+        write: (workload, schedule, target) -> the emitted :class:`~graphopt.backends.tvm.code.Code`; imports tvm.
+    """
+
+    name: str
+    takes: Callable[[Workload, Target], str | None]
+    params: Callable[[Workload, Target], tuple[Param, ...]]
+    write: Callable[[Workload, Schedule, Target], Any]
+
+    def space(self, w: Workload, t: Target) -> SearchSpace:
+        """All schedules; the default needs no tuning."""
+        return SearchSpace(self.name, params=self.params(w, t))
+
+    def emit(self, w: Workload, s: Schedule, t: Target) -> KernelSource:
+        """The kernel as a TensorIR function; its text is TVMScript."""
+        name = entry_name(w, s)
+        function = self.write(w, s, t).function(name)
+        return KernelSource(name, "tvmscript", function.script(), function)
+
+
+# --- nest --------------------------------------------------------------------------------------------------------------
+
+
+def _nest_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    lanes = lanes_of(w.graph, t)
+    return (
+        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2))))),
+        Param("unroll", (4, 2, 8)),
+        Param("chunk", (4096, 1024, 16384)),
+        Param("parallel", (True, False)),
+    )
+
+
+def _write_nest(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.loops import Tuning
+    from graphopt.backends.tvm.nest import emit_nest
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    return emit_nest(expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], s["chunk"], s["parallel"]))
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _rows_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.shapes import row_shape
+
+    if w.kind not in ("rowwise", "reduction"):
+        return "not a region over rows"
+    shape = row_shape(expand_rows(w.graph))
+    if isinstance(shape, str):
+        return shape
+    if w.kind == "reduction" and isinstance(shape[0], int) and shape[0] < 64:
+        return "few rows"
+    return None
+
+
+def _rows_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.shapes import row_shape
+
+    shape = row_shape(expand_rows(w.graph))
+    columns = shape[1] if not isinstance(shape, str) and isinstance(shape[1], int) else 1024
+    step = max(1, min(16, 2048 // max(1, columns)))
+    lanes = lanes_of(w.graph, t)
+    return (
+        Param("lanes", (lanes,)),
+        Param("unroll", (4, 2, 8)),
+        Param("rows", tuple(dict.fromkeys((step, 1, 4, 16)))),
+        Param("parallel", (True, False)),
+    )
+
+
+def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.loops import Tuning
+    from graphopt.backends.tvm.nest import emit_nest
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.rows import RowKernel
+    from graphopt.errors import BuildError
+
+    graph, tuning = expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], parallel=s["parallel"])
+    try:
+        return RowKernel(graph, tuning, s["rows"]).emit()
+    except BuildError:  # a use across rows that shapes alone do not show
+        return emit_nest(graph, tuning)
+
+
+ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows)
+NEST = Template("nest", lambda w, t: None, _nest_params, _write_nest)
+TEMPLATES: tuple[Template, ...] = (ROWS, NEST)

@@ -1,0 +1,173 @@
+"""Contractions, normalizations, softmax and attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from graphopt.capture.aten import Context, Number, lowers
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Value
+
+# matrix products -------------------------------------------------------------------------------------------------------
+
+
+def _product(c: Context, a: Value, b: Value) -> Value:
+    """A matrix product of operands that eager accepts: one dtype, no bool."""
+    c.require(a.dtype == b.dtype and not a.dtype.is_bool)
+    return c.b.matmul(a, b)
+
+
+@lowers("mm", "bmm")
+def mm(c: Context, a: Value, b: Value) -> Value:
+    return _product(c, a, b)
+
+
+@lowers("matmul")
+def matmul(c: Context, a: Value, b: Value) -> Value:
+    """A vector counts as a row on the left, as a column on the right."""
+    left = a if a.type.rank > 1 else c.b.reshape(a, (1, *a.shape))
+    right = b if b.type.rank > 1 else c.b.reshape(b, (*b.shape, 1))
+    return c.b.reshape(_product(c, left, right), c.shape)
+
+
+@lowers("mv", "dot")
+def mv(c: Context, a: Value, b: Value) -> Value:
+    return matmul(c, a, b)
+
+
+@lowers("linear")
+def linear(c: Context, x: Value, w: Value, bias: Value | None = None) -> Value:
+    y = matmul(c, x, c.b.transpose(w, tuple(reversed(range(w.type.rank)))))
+    return y if bias is None else c.b.add(y, bias)
+
+
+def _added(c: Context, bias: Value, product: Value, beta: Number, alpha: Number) -> Value:
+    """beta * bias + alpha * product; a beta of zero does not read the bias, not even its nan."""
+    if alpha != 1:
+        product = c.b.mul(product, c.constant(alpha, c.dtype))
+    if beta == 0:
+        return product
+    c.require(bias.dtype == c.dtype and c.math_dtype(c.dtype) == c.dtype, "half precision is rounded once, after the sum")
+    if beta != 1:
+        bias = c.b.mul(bias, c.constant(beta, c.dtype))
+    return c.b.add(product, bias)
+
+
+@lowers("addmm", "baddbmm")
+def addmm(c: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alpha: Number = 1) -> Value:
+    c.require(c.dtype.is_float or (alpha == 1 and beta == 1))
+    return _added(c, bias, _product(c, a, b), beta, alpha)
+
+
+@lowers("addmv")
+def addmv(c: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alpha: Number = 1) -> Value:
+    c.require(c.dtype.is_float or (alpha == 1 and beta == 1))
+    return _added(c, bias, matmul(c, a, b), beta, alpha)
+
+
+# convolution -----------------------------------------------------------------------------------------------------------
+
+
+@lowers("convolution")
+def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Sequence[int], padding: Sequence[Dim],
+                dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int) -> Value:  # fmt: skip
+    n = x.type.rank - 2
+    c.require(not transposed and x.dtype.is_float and x.dtype == w.dtype and 1 <= n <= 3)
+    c.require(all(isinstance(v, int) for v in (*stride, *padding, *dilation, groups)) and not any(output_padding))
+    c.require(all(len(v) == n for v in (stride, padding, dilation)))
+    y = c.b.conv(x, w, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation), groups=groups)
+    if bias is None:
+        return y
+    c.require(c.math_dtype(c.dtype) == c.dtype, "half precision is rounded once, after the sum")
+    return c.b.add(y, c.b.reshape(bias, (bias.shape[0], *[1] * n)))
+
+
+# normalizations --------------------------------------------------------------------------------------------------------
+
+
+def _affine(c: Context, x: Value, weight: Value | None, bias: Value | None) -> list[Value]:
+    c.require(x.dtype.is_float and all(v is None or v.dtype == x.dtype for v in (weight, bias)), "mixed dtypes")
+    c.require(weight is not None or bias is None, "a shift without a scale")
+    return [v for v in (weight, bias) if v is not None]
+
+
+@lowers("native_layer_norm")
+def layer_norm(c: Context, x: Value, shape: Sequence[Dim], weight: Value | None, bias: Value | None, eps: float) -> list[Value | None]:
+    c.only_first()
+    return [c.b.layer_norm(x, *_affine(c, x, weight, bias), axes=len(shape), eps=eps), None, None]
+
+
+@lowers("_fused_rms_norm")
+def rms_norm(c: Context, x: Value, shape: Sequence[Dim], weight: Value | None, eps: float | None) -> list[Value | None]:
+    c.only_first()
+    c.require(eps is not None)
+    return [c.b.rms_norm(x, *_affine(c, x, weight, None), axes=len(shape), eps=eps), None]
+
+
+@lowers("native_group_norm")
+def group_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, n: Dim, channels: Dim, space: Dim, groups: int,
+               eps: float) -> list[Value | None]:  # fmt: skip
+    c.only_first()
+    c.require(x.type.rank >= 2 and x.shape[0] == n and x.shape[1] == channels)
+    return [c.b.group_norm(x, *_affine(c, x, weight, bias), groups=groups, eps=eps), None, None]
+
+
+@lowers("_native_batch_norm_legit_no_training")
+def batch_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, momentum: float,
+               eps: float) -> list[Value | None]:  # fmt: skip
+    c.only_first()
+    c.require(mean.dtype == var.dtype == x.dtype)
+    return [c.b.batch_norm(x, mean, var, *_affine(c, x, weight, bias), eps=eps), None, None]
+
+
+# softmax, attention ----------------------------------------------------------------------------------------------------
+
+
+def _rows(c: Context, op: str, x: Value, dim: int) -> Value:
+    c.require(x.dtype.is_float and x.type.rank > 0)
+    return c.b.create(op, [x], {"axis": dim % x.type.rank})
+
+
+@lowers("_softmax")
+def softmax(c: Context, x: Value, dim: int, half_to_float: bool = False) -> Value:
+    return _rows(c, "softmax", c.to(x, c.dtype), dim)
+
+
+@lowers("_log_softmax")
+def log_softmax(c: Context, x: Value, dim: int, half_to_float: bool = False) -> Value:
+    return _rows(c, "log_softmax", c.to(x, c.dtype), dim)
+
+
+@lowers("_safe_softmax")
+def safe_softmax(c: Context, x: Value, dim: int, dtype: Any = None) -> Value:
+    """Softmax, and zeros in a row of nothing but -inf."""
+    v = c.to(x, c.dtype)
+    rows = _rows(c, "softmax", v, dim)
+    masked = c.b.all(c.b.eq(v, -math.inf), axes=(dim % v.type.rank,), keepdims=True)
+    return c.b.where(masked, c.constant(0.0, c.dtype), rows)
+
+
+@lowers("_scaled_dot_product_flash_attention_for_cpu")
+def attention(c: Context, q: Value, k: Value, v: Value, dropout_p: float = 0.0, is_causal: bool = False, attn_mask: Value | None = None,
+              scale: float | None = None) -> list[Value | None]:  # fmt: skip
+    """Grouped queries: each head of k and v serves several heads of q."""
+    c.only_first()
+    c.require(dropout_p == 0 and q.type.rank == k.type.rank == v.type.rank == 4 and not (is_causal and attn_mask is not None))
+    c.require(attn_mask is None or attn_mask.dtype == q.dtype)
+    if scale is None:
+        c.require(isinstance(q.shape[-1], int))
+        scale = 1.0 / math.sqrt(q.shape[-1])  # type: ignore[arg-type]
+    heads = q.shape[1]
+    operands = [q, _shared(c, k, heads), _shared(c, v, heads)] + ([attn_mask] if attn_mask is not None else [])
+    return [c.b.attention(*operands, scale=float(scale), causal=is_causal), None]
+
+
+def _shared(c: Context, x: Value, heads: Dim) -> Value:
+    batch, own, *rest = x.shape
+    if own == heads:
+        return x
+    c.require(isinstance(own, int) and isinstance(heads, int) and heads % own == 0)
+    grouped = c.b.reshape(x, (batch, own, 1, *rest))
+    return c.b.reshape(c.b.broadcast_to(grouped, (batch, own, heads // own, *rest)), (batch, heads, *rest))  # type: ignore[operator]

@@ -1,0 +1,103 @@
+"""The ``torch.compile`` backend: Dynamo's graph goes through AOTAutograd to functional aten, is captured, and compiled.
+
+Inference graphs treat parameters, buffers and module attributes as frozen weights, watched for changes on every call. Training
+graphs (forward and, when it is first needed, backward) take them as ordinary inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from graphopt.capture.captured import Uncapturable
+from graphopt.capture.fx import capture_fx
+from graphopt.capture.source import clean_name
+from graphopt.options import Options
+
+Compiled = Callable[[list[Any]], Any]
+
+
+def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
+            options: Mapping[str, Any] | None = None) -> Callable[..., Any]:  # fmt: skip
+    """Entry point of ``torch.compile(..., backend="graphopt", mode=..., options={...})``."""
+    chosen = Options.make(mode, options)
+    label = graph_label(gm)
+    static = frozen_inputs(gm, example_inputs) if chosen.freeze else {}
+
+    def inference(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        return compile_graph(gm, chosen, label, inner_weights(gm, static))
+
+    def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        return compile_graph(gm, chosen, f"{label} (forward)", {})
+
+    def backward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        return _undisturbed(compile_graph(gm, chosen, f"{label} (backward)", {}), "compiled by graphopt")
+
+    with functorch_config.patch(unlift_effect_tokens=True):
+        compiled = aot_module_simplified(
+            gm, list(example_inputs), fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, decompositions={},
+            partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
+        )  # fmt: skip
+    return _undisturbed(compiled, "compiled by graphopt")
+
+
+def compile_graph(gm: torch.fx.GraphModule, options: Options, label: str, weights: Mapping[int, str]) -> Compiled:
+    """A functional aten graph, compiled; through library kernels where the IR cannot hold it."""
+    from graphopt import compiler  # the compiler imports this package's data types
+
+    try:
+        captured = capture_fx(gm, weights=weights, name=re.sub(r"\W+", "_", label).strip("_") or "main")
+    except Uncapturable as error:
+        return compiler.fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
+    return compiler.compile_captured(captured, options, label=label)
+
+
+def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
+    """Index and name of the Dynamo inputs that are parameters, buffers or tensor attributes of modules."""
+    found = {}
+    for i, (node, example) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
+        marks = node.meta.get("tensor_dict") or {}
+        if isinstance(example, torch.nn.Parameter) or (isinstance(example, torch.Tensor) and marks.get("_dynamo_static_input_type")):
+            source = getattr(node, "_dynamo_source", None)
+            found[i] = clean_name(source.name if source is not None else node.name)
+    return found
+
+
+def _undisturbed(compiled: Any, reason: str) -> Callable[..., Any]:
+    """Keep Dynamo from looking into what was compiled."""
+    wrapped = torch._dynamo.disable(compiled, reason=reason)  # type: ignore[no-untyped-call]
+    wrapped._boxed_call = getattr(compiled, "_boxed_call", False)  # the wrapper hides it from AOTAutograd
+    return wrapped  # type: ignore[no-any-return]
+
+
+def inner_weights(gm: torch.fx.GraphModule, static: Mapping[int, str]) -> dict[int, str]:
+    """The same for AOTAutograd's placeholders, which may be reordered; what the graph itself updates is no weight."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    updated = [n.args[0] for n in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)]
+    origins = [_origin(n) for n in placeholders]
+    if not any(o is not None for o in origins):  # a PyTorch that does not describe its placeholders: same order if same number
+        origins = list(range(len(placeholders)))
+    return {i: static[o] for i, (n, o) in enumerate(zip(placeholders, origins)) if o is not None and o in static and n not in updated}
+
+
+def _origin(node: torch.fx.Node) -> int | None:
+    """Which Dynamo input a placeholder is; None for one made up by AOTAutograd (the common base of overlapping inputs)."""
+    description = node.meta.get("desc")
+    return description.idx if type(description).__name__ == "PlainAOTInput" else None  # type: ignore[union-attr]
+
+
+def graph_label(gm: torch.fx.GraphModule) -> str:
+    """A name for reports: the outermost module's class, else the function that the graph comes from."""
+    for node in gm.graph.nodes:
+        for _, kind in (node.meta.get("nn_module_stack") or {}).values():
+            return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+        found = re.search(r'File "[^"]+", line \d+, in (\S+)', node.meta.get("stack_trace") or "")
+        if found and node.op == "call_function":
+            return found.group(1)
+    return "graph"

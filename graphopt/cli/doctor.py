@@ -1,0 +1,173 @@
+"""``graphopt doctor``: what is installed, what was found on this machine, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from graphopt.options import Options
+from graphopt.target import detect
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report.
+
+    Attributes:
+        status: ``ok``; ``warn``: works, but less well; ``missing``: something does not work.
+        hint: what to do about it.
+    """
+
+    item: str
+    status: Literal["ok", "warn", "missing"]
+    found: str
+    hint: str = ""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look at this machine: versions, devices, tools, the kernel cache; what is missing, and how to get it.
+
+    \b
+    graphopt doctor          a table; the exit status is 1 if something needed is missing
+    graphopt doctor --json   the same, for programs
+    """
+    found = list(examine())
+    if as_json:
+        typer.echo(json.dumps([asdict(f) for f in found], indent=2))
+    else:
+        for f in found:
+            typer.echo(f"{f.status:8} {f.item:18} {f.found}")
+            if f.hint:
+                typer.echo(f"{'':27} -> {f.hint}")
+    if any(f.status == "missing" for f in found):
+        raise typer.Exit(1)
+
+
+def examine() -> Iterator[Finding]:
+    """All findings, the most basic first."""
+    old = sys.version_info < (3, 10)
+    yield Finding("python", "missing" if old else "ok", platform.python_version(), "Python 3.10 or newer is needed" if old else "")
+    yield from _packages()
+    yield from _devices()
+    yield from _tools()
+    yield _threads()
+    yield _cache(Options().kernels_dir)
+
+
+# --- packages ----------------------------------------------------------------------------------------------------------
+
+_LOADED = {"apache-tvm": "tvm", "triton": "triton"}  # packages whose native library may fail to load
+_OPTIONAL = {"triton": "Triton kernels for GPUs", "transformers": "the demo and the benchmarks", "hypothesis": "graphopt.testing.graphs"}
+
+
+def _packages() -> Iterator[Finding]:
+    pins = {name: spec for name, spec in _requirements() if name in ("torch", "apache-tvm", "apache-tvm-ffi", *_OPTIONAL)}
+    for name in ("torch", "apache-tvm", "apache-tvm-ffi", *_OPTIONAL):
+        wanted = f"{name}{pins.get(name, '')}"
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            optional = name in _OPTIONAL
+            what = f"for {_OPTIONAL[name]}: " if optional else ""
+            yield Finding(name, "warn" if optional else "missing", "not installed", f"{what}pip install '{wanted}'")
+            continue
+        exact = re.fullmatch(r"==([\w.]+)", pins.get(name, ""))
+        if exact and exact[1] != version:
+            yield Finding(name, "missing", version, f"graphopt is made for {exact[1]}: pip install '{wanted}'")
+        elif name in _LOADED and (trouble := _load_trouble(_LOADED[name])):
+            status: Literal["warn", "missing"] = "warn" if name in _OPTIONAL else "missing"
+            yield Finding(name, status, f"{version}, does not load", f"{trouble}; pip install --force-reinstall '{wanted}'")
+        else:
+            yield Finding(name, "ok", version)
+
+
+def _requirements() -> Iterator[tuple[str, str]]:
+    """(name, version specifier) of what graphopt needs, extras included."""
+    try:
+        required = metadata.requires("graphopt") or []
+    except metadata.PackageNotFoundError:
+        required = []
+    for line in required:
+        match = re.match(r"([\w.-]+)\s*([^;\s]*)", line)
+        if match:
+            yield match[1], match[2]
+
+
+def _load_trouble(module: str) -> str:
+    """The last line of what importing a module in a process of its own complains about, or an empty string."""
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"import {module} ended with status {done.returncode}")
+
+
+# --- the machine -------------------------------------------------------------------------------------------------------
+
+
+_FEATURES = (
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
+    "asimd", "sve", "sve2", "bf16", "i8mm",
+)  # fmt: skip
+
+
+def _devices() -> Iterator[Finding]:
+    target = detect()
+    yield Finding("cpu", "ok", f"{target.model or target.arch}, {target.cores} cores, {target.vector_bits}-bit vectors")
+    features = [f for f in _FEATURES if target.has(f)]
+    yield Finding("cpu features", "ok" if features else "warn", ", ".join(features) or "none known",
+                  "" if features else "kernels will use the narrowest vectors")  # fmt: skip
+    yield Finding("cpu caches", "ok", ", ".join(f"{n} {size >> 10} KiB" for n, size in zip(("L1d", "L2", "L3"), target.cache, strict=True)))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            yield Finding(f"gpu {i}", "ok", f"{p.name}, {p.total_memory >> 30} GiB")
+    else:
+        build = "this torch is built without CUDA or ROCm" if not (torch.version.cuda or torch.version.hip) else "torch sees none"
+        yield Finding("gpu", "ok", f"none ({build})")
+
+
+def _tools() -> Iterator[Finding]:
+    linkers = [name for name in ("ld", "cc", "gcc", "clang") if shutil.which(name)]
+    yield Finding(
+        "linker", "ok" if linkers else "warn", ", ".join(linkers) or "none",
+        "" if linkers else "kernels are kept as object files, which load more slowly: install binutils or gcc",
+    )  # fmt: skip
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    yield Finding("c++ compiler", "ok", compiler or "none (not needed by graphopt; torch's own inductor wants one)")
+
+
+def _threads() -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    limit = os.environ.get("OMP_NUM_THREADS")
+    text = f"{threads} torch threads, {usable} processors usable, {detect().cores} cores" + (f", OMP_NUM_THREADS={limit}" if limit else "")
+    if threads > usable:
+        return Finding("threads", "warn", text, f"more threads than processors: torch.set_num_threads({detect().cores})")
+    return Finding("threads", "ok", text)
+
+
+def _cache(folder: Path) -> Finding:
+    if not folder.exists():
+        parent = next((p for p in folder.parents if p.exists()), None)
+        writable = parent is not None and os.access(parent, os.W_OK)
+        hint = "" if writable else "cannot be made: set cache_dir"
+        return Finding("kernel cache", "ok" if writable else "warn", f"{folder} (empty)", hint)
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    size = sum(p.stat().st_size for p in files)
+    writable = os.access(folder, os.W_OK)
+    text = f"{folder}: {len(files)} files, {size / (1 << 20):.1f} MiB"
+    return Finding("kernel cache", "ok" if writable else "warn", text, "" if writable else "cannot be written: set cache_dir")

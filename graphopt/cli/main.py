@@ -1,0 +1,83 @@
+"""The command ``graphopt``: puts the commands together, and turns errors into messages and exit statuses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from graphopt import __version__
+from graphopt.cli.doctor import doctor
+from graphopt.cli.explain import explain
+from graphopt.cli.opt import opt
+from graphopt.errors import GraphoptError
+
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+
+HELP = """A graph compiler for PyTorch that people can read, verify and tune.
+
+\b
+graphopt opt mlp.gir --pipeline canonicalize,fuse    run passes on IR text, print the result
+graphopt explain model.py:make                       compile a model, tell what was done and why
+graphopt doctor                                      what is installed, what was found, what is missing
+
+\b
+Exit status: 0 fine, 1 a check failed, 2 wrong request (unknown pass, option or file), 3 malformed IR text,
+4 a graph is not well-formed, 5 a pass changed what a graph computes, 6 a model could not be captured,
+7 a library fallback under --strict, 8 a kernel could not be built, 70 a fault in graphopt itself.
+"""
+
+
+class Commands(TyperGroup):
+    """The group of commands: errors made on purpose become one paragraph on stderr and their own exit status."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--debug" in args:  # may stand anywhere
+            args = ["--debug", *(a for a in args if a != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GraphoptError as error:
+            if ctx.params.get("debug"):
+                raise
+            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+            typer.echo(f"graphopt: error: {error}{notes}", err=True)
+            raise typer.Exit(error.exit_status) from error
+        except Exception as error:
+            if ctx.params.get("debug") or type(error).__module__.partition(".")[0] in ("click", "typer"):
+                raise
+            typer.echo(f"graphopt: internal error: {type(error).__name__}: {error}\nrun with --debug for the traceback", err=True)
+            raise typer.Exit(INTERNAL_ERROR) from error
+
+
+app = typer.Typer(
+    cls=Commands, help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)  # fmt: skip
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graphopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of all commands."""
+
+
+app.command("opt")(opt)
+app.command("explain")(explain)
+app.command("doctor")(doctor)
+
+
+def main() -> None:
+    """Entry point of the command ``graphopt``."""
+    app()

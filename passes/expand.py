@@ -1,0 +1,86 @@
+"""composite(x)  =>  its expansion, where no kernel takes the composite whole
+
+Why: attention, rope, group_norm and the like have no kernel of their own; their parts have, and fuse with what is around them.
+
+When: the op has an expansion and is not in ``keep``. A kept op over rows (softmax, layer_norm, mean, var ...) is expanded all
+the same if its rows are not the trailing axes: only there a kernel has a row at hand. Composites within an expansion are
+treated alike. Complex and 8-bit float composites are left to the library.
+
+Numerics: the expansion is the op's definition; sums may be taken in another order (REASSOCIATES).
+Reference: Vasilache et al., "Composable and Modular Code Generation in MLIR", arXiv:2202.03293, on progressive lowering.
+"""
+
+from __future__ import annotations
+
+from graphopt.errors import UsageError, nearest
+from graphopt.ir import OPS, Listener, Trait
+from graphopt.ir.graph import Graph, Node
+from graphopt.pass_manager import Pass
+from graphopt.passes.fusion.roles import ROW_OPS, ROW_REDUCTIONS, fusable_dtype, rows_of
+from graphopt.rewrite import PassContext, Rewriter, erase_dead
+
+_BY_ROWS = (*ROW_OPS, *ROW_REDUCTIONS)
+_ACTIVATIONS = tuple(name for name, op in OPS.items() if op.has(Trait.COMPOSITE) and op.has(Trait.POINTWISE))
+
+
+class Expand(Pass):
+    """Expand composites that no kernel takes whole. See the module's header.
+
+    Args:
+        keep: names of the composites that stay.
+    """
+
+    name = "expand"
+    keep: tuple[str, ...] = (*ROW_OPS, "mean", "var", *_ACTIVATIONS)
+
+    def requires(self, g: Graph) -> None:
+        for name in self.keep:
+            if name not in OPS:
+                raise UsageError(f"expand: keep names {name!r}, which is no op{nearest(name, OPS)}")
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        changed = False
+        for node in g.nodes():
+            waiting = [node]
+            while waiting:
+                current = waiting.pop()
+                if current.erased or (why := self._why(current)) is None:
+                    continue
+                number = ctx.fuel.take()
+                if number is None:
+                    continue
+                ctx.passed(self.name, f"{current.op.name} is expanded: {why}", current, number)
+                waiting += _expand(g, current)
+                changed = True
+        return changed
+
+    def _why(self, node: Node) -> str | None:
+        """The reason to expand a node, or None to leave it."""
+        if node.op.expand is None or not all(fusable_dtype(v.dtype) for v in (*node.operands, *node.results)):
+            return None
+        if node.op.name not in self.keep:
+            return "no kernel takes it whole"
+        if node.op.name in _BY_ROWS and rows_of(node) is None:
+            return "its rows are not the trailing axes"
+        return None
+
+
+class _Created(Listener):
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+
+    def created(self, node: Node) -> None:
+        self.nodes.append(node)
+
+
+def _expand(g: Graph, node: Node) -> list[Node]:
+    """Put a node's expansion in its place; returns the new nodes."""
+    created = _Created()
+    g.listeners.append(created)
+    try:
+        new = Rewriter(g, node).expand(node)
+    finally:
+        g.listeners.remove(created)
+    g.replace(node.results[0], new)
+    erase_dead(g, node)
+    return created.nodes

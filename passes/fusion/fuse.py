@@ -1,0 +1,169 @@
+"""pointwise chains, reductions with what feeds and follows them, matmul with epilogue  =>  one ``fusion`` node each
+
+Why: a value that stays inside of a region is neither written to memory nor read back, and a region is one kernel launch.
+
+When: nodes are visited once, users before producers. A node joins the region of its users if *all* of them are in that one
+region and the region's kind accepts it; else it is the root of a region of its own.
+
+- ``pointwise``: pointwise ops, views, concat, pad, take, gather, constant, iota.
+- ``reduction``: pointwise and views -> one reduction -> pointwise ops on the reduced shape.
+- ``rowwise``: softmax, log_softmax, layer_norm, rms_norm and reductions over the trailing axes, any number of them over the
+  same rows, with pointwise ops on full rows or on one element a row before, between and after.
+- ``matmul``: views on the operands, one matmul, pointwise ops of the result's shape after it.
+
+In the last two, cheap pointwise ops on single numbers (a scale, an epsilon) may stand beside.
+
+Constants, iota and views cost nothing to repeat: each region that reads one gets a copy, unless it only moves the cost
+elsewhere. Declined, with a remark: a value with other users; pointwise work before a matmul (each tile would do it again); work
+that is not cheap below a broadcast or below several index maps; a reduction over other rows; a region of ``max_nodes`` nodes or
+``max_inputs`` inputs; a move across a call that mutates. Staged values (of weights alone) are computed once and are inputs;
+only views of them join. Complex numbers and 8-bit floats, convolutions and library calls stay as they are. So do a view or a
+constant that no region takes.
+
+Legality, proven. Copying a constant or view for each reader keeps the graph acyclic and every value what it was. Afterwards each
+member of a region but its root has all of its users inside; so from every member a path leads to the root *within* the region,
+and every path that leaves the region leaves it from the root. If a path left and came back, it would lead from the root to some
+member m; from m a path leads to the root; together they would be a cycle in the graph, which has none. So the region can
+be one node, and since each of its inputs is defined before the member that reads it, which stands before the root, the
+place of the root is a right place for it. Outlining one region leaves the others' members and users as they were, so the
+argument holds for all of them at once. Work: every edge is looked at a bounded number of times, and asking a region costs at
+most ``max_nodes``.
+
+Numerics: bitwise in the IR; a kernel may keep intermediate values in registers at higher precision.
+Reference: Li et al., "The Deep Learning Compiler: A Comprehensive Survey", arXiv:2002.03794, section 4.3; for the kinds,
+Chen et al., TVM, OSDI 2018, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from graphopt.errors import UsageError
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Graph, Node
+from graphopt.ir.stage import Staged, staged_values
+from graphopt.pass_manager import Pass
+from graphopt.passes.fusion.outline import outline
+from graphopt.passes.fusion.region import Limits, Region
+from graphopt.passes.fusion.roles import Role, role
+from graphopt.rewrite import PassContext, erase_dead
+
+
+class Fuse(Pass):
+    """Group nodes into fusion regions. See the module's header.
+
+    Args:
+        max_nodes: nodes of a region, constants aside.
+        max_inputs: values that a region reads.
+    """
+
+    name = "fuse"
+    max_nodes: int = 64
+    max_inputs: int = 24
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        if self.max_nodes < 1 or self.max_inputs < 1:
+            raise UsageError(f"{self}: max_nodes and max_inputs must be positive")
+        plan = Plan(g, Limits(self.max_nodes, self.max_inputs))
+        for node, reason in reversed(plan.cut):
+            ctx.missed(self.name, f"{node.op.name} is not fused with its reader: {reason}", node)
+        changed = False
+        for region in reversed(plan.regions):
+            number = ctx.fuel.take()
+            if number is None:
+                continue
+            nodes = list(reversed(region.members))
+            ctx.passed(self.name, describe(region), region.root, number)
+            outline(g, nodes, region.kind)
+            erase_dead(g, region.root)
+            changed = True
+        return changed
+
+
+class Plan:
+    """Which node goes where.
+
+    Attributes:
+        regions: in reverse execution order of their roots.
+        cut: fusable nodes that a fusable reader did not take, and why.
+    """
+
+    def __init__(self, graph: Graph, limits: Limits) -> None:
+        self.limits, self.staged = limits, staged_values(graph)
+        self.regions: list[Region] = []
+        self.cut: list[tuple[Node, str]] = []
+        self._placed: dict[Node, list[Region]] = {}
+        self._alone: dict[Node, None] = {graph.ret: None}
+        epoch = 0  # counted from the end
+        for node in reversed(graph):
+            if node.attrs.get("effect") == "mutates":
+                epoch -= 1
+            self._visit(node, epoch, self.staged)
+
+    def _visit(self, node: Node, epoch: int, staged: Staged) -> None:
+        part = role(node)
+        dead = not any(r.uses for r in node.results)
+        if dead or part is Role.OTHER or (staged.node(node) and part not in (Role.VIEW, Role.CREATION)):
+            self._alone[node] = None
+            return
+        readers = self._readers(node.results[0].users)
+        outside = any(u in self._alone for u in node.results[0].users)
+        if part in (Role.VIEW, Role.CREATION):
+            self._place_copies(node, epoch, readers, outside)
+            return
+        if len(readers) == 1 and not outside:
+            reason = readers[0].reject(node, epoch, self.limits)
+            if reason is None:
+                self._placed[node] = readers
+                return
+            self.cut.append((node, reason))
+        elif readers:
+            others = "something that stays outside of regions" if outside else "other regions"
+            self.cut.append((node, f"its result is also used by {others}"))
+        self._open(node, epoch)
+
+    def _place_copies(self, node: Node, epoch: int, readers: list[Region], outside: bool) -> None:
+        """A constant or a view joins every region that reads it; the original stays for the rest."""
+        taken = [r for r in readers if r.reject(node, epoch, self.limits) is None]
+        self._placed[node] = taken
+        if not outside and len(taken) == len(readers):
+            return
+        if node.op.name == "flip" and not self.staged.node(node):  # no strides can express it
+            self._open(node, epoch)
+        else:
+            self._alone[node] = None
+
+    def _open(self, node: Node, epoch: int) -> None:
+        region = Region.at(node, epoch)
+        self.regions.append(region)
+        self._placed[node] = [*self._placed.get(node, ()), region]
+
+    def _readers(self, users: Iterable[Node]) -> list[Region]:
+        found: dict[int, Region] = {}
+        for user in users:
+            for region in self._placed.get(user, ()):
+                found[id(region)] = region
+        return list(found.values())
+
+
+def describe(region: Region) -> str:
+    """What a region saves, in words."""
+    inner = [n for n in region.members if n is not region.root and role(n) not in (Role.VIEW, Role.CREATION)]
+    names = ", ".join(n.op.name for n in reversed(region.members) if role(n) is not Role.CREATION)
+    text = f"{region.kind} region: {names}"
+    if not inner:
+        return text
+    saved: Dim = 0
+    for n in inner:
+        saved = dims.add(saved, dims.mul(2, n.results[0].type.nbytes()))
+    return f"{text}; saves {len(inner)} launches and {_size(saved)} of memory traffic"
+
+
+def _size(n: Dim) -> str:
+    if not isinstance(n, int):
+        return f"{dims.format_dim(n)} bytes"
+    for unit, step in (("MB", 1 << 20), ("KB", 1 << 10)):
+        if n >= step:
+            return f"{n / step:.1f} {unit}"
+    return f"{n} bytes"

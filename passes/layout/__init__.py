@@ -1,0 +1,6 @@
+"""Layouts: how tensors lie in memory so that kernels read them straight."""
+
+from graphopt.passes.layout.pack_weights import PackWeights
+from graphopt.passes.layout.unflatten import Unflatten
+
+__all__ = ["PackWeights", "Unflatten"]

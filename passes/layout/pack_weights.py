@@ -1,0 +1,189 @@
+"""matmul(x, w[K, N])  =>  matmul(x, unpack(pack(w))),  pack(w)[j, k, i] = w[k, j * nr + i],  w padded to a multiple of nr
+
+Why: a matmul kernel reads ``nr`` columns of w for one k at a time. Packed, that is one straight stream, without the strides of a
+transposed weight, and no tile needs a copy of its own. ``pack`` depends on the weight alone: it is computed once, at the first
+call, and again when the weight changes.
+
+When: after ``fuse``, for a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix, plain or
+transposed. An operand that is no weight is left in silence; declined with a remark are batches of matrices, other dtypes,
+weights behind other views, and N of less than one vector register. ``nr`` is three registers: with four rows that makes twelve
+accumulators, which hide the latency of the multiply-add and leave registers for the operands.
+
+The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR and the kernel
+reads the packed form wherever it knows it::
+
+    wp = transpose(reshape(pad(w), [K, ceil(N / nr), nr]), (1, 0, 2))
+    w  = slice(reshape(transpose(wp, (1, 0, 2)), [K, ceil(N / nr) * nr]), axis=1, stop=N)
+
+Numerics: bitwise.
+Reference: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 34(3), 2008.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphopt.errors import UsageError
+from graphopt.ir import Builder, Graph, types
+from graphopt.ir.graph import Node, Value, copy_nodes, is_view
+from graphopt.ir.ops import op
+from graphopt.ir.stage import Staged, staged_values
+from graphopt.pass_manager import Pass
+from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
+
+_REGISTERS = 3  # vector registers that nr columns fill
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A matmul whose second operand can be packed."""
+
+    fusion: Node
+    matmul: Node  # in the body
+    input: int  # which operand of the fusion holds the weight
+    transposed: bool  # the body reads it transposed
+
+
+class PackWeights(Pass):
+    """Pack the weights of matmul regions. See the module's header.
+
+    Args:
+        lanes: f32 elements of a vector register; None asks the target.
+    """
+
+    name = "pack-weights"
+    lanes: int | None = None
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        if self.lanes is not None and self.lanes < 1:
+            raise UsageError(f"pack-weights: lanes must be positive, got {self.lanes}")
+        sites = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "matmul"]
+        lanes = self._lanes(ctx)
+        if lanes is None or not sites:
+            return False
+        staged, packed, changed = staged_values(g), dict[tuple[Value, bool], Value](), False
+        for node in sites:
+            site = _site(node, staged, lanes)
+            if isinstance(site, Reject):
+                if site.reason:
+                    ctx.missed(self.name, f"the weight is not packed: {site.reason}", node)
+                continue
+            number = ctx.fuel.take()
+            if number is None:
+                continue
+            w, nr = node.operands[site.input], _REGISTERS * lanes
+            key = (w, site.transposed)
+            if key not in packed:
+                packed[key] = pack(Rewriter(g, node), w, site.transposed, nr)
+            ctx.passed(self.name, f"weight {w!r} packed by {nr} columns: {packed[key].type}", node, number)
+            _rebuild(g, site, packed[key])
+            changed = True
+        return changed
+
+    def _lanes(self, ctx: PassContext) -> int | None:
+        if self.lanes is not None:
+            return self.lanes
+        if ctx.target is None or ctx.target.kind != "cpu":
+            ctx.analysis(self.name, "weights stay as they are: the target is no CPU" if ctx.target else "no target is given")
+            return None
+        return int(ctx.target.lanes(types.f32.itemsize))
+
+
+def pack(b: Builder, w: Value, transposed: bool, nr: int) -> Value:
+    """``[K, N]`` (``[N, K]`` if transposed) to ``[ceil(N / nr), K, nr]``, zeros behind the last column."""
+    if transposed:
+        w = b.transpose(w, perm=(1, 0))
+    k, n = (int(d) for d in w.shape)
+    blocks = -(-n // nr)
+    if blocks * nr != n:
+        w = b.pad(w, low=(0, 0), high=(0, blocks * nr - n), value=0.0)
+    return b.transpose(b.reshape(w, shape=(k, blocks, nr)), perm=(1, 0, 2))
+
+
+def unpack(b: Builder, wp: Value, n: int) -> Value:
+    """The inverse of :func:`pack`: ``[blocks, K, nr]`` to ``[K, N]``."""
+    blocks, k, nr = (int(d) for d in wp.shape)
+    wide = b.reshape(b.transpose(wp, perm=(1, 0, 2)), shape=(k, blocks * nr))
+    return b.create("slice", [wide], {"axis": 1, "stop": n})  # type: ignore[no-any-return]
+
+
+def _site(fusion: Node, staged: Staged, lanes: int) -> _Site | Reject:
+    body = fusion.body
+    assert body is not None
+    matmul = next(n for n in body.nodes() if n.op.name == "matmul")
+    weight = matmul.operands[1]
+    if weight.defined_by("slice") and _is_unpack(weight):
+        return Reject("")
+    view = weight.defined_by("transpose")
+    transposed = view is not None and view.attrs["perm"] == (1, 0)
+    source = view.operands[0] if view is not None and transposed else weight
+    origin = _origin(weight)
+    if origin is None or fusion.operands[origin.index] not in staged:
+        return Reject("")
+    if weight.type.rank != 2:
+        return Reject(f"it is a batch of matrices, {weight.type}", weight)
+    if not source.is_input:
+        return Reject("it is read through more views than a transpose", weight)
+    if weight.dtype != types.f32:
+        return Reject(f"weights of dtype {weight.dtype} are not packed, only f32", weight)
+    k, n = (int(d) for d in weight.shape)
+    if n < lanes or k == 0:
+        return Reject(f"{n} columns do not fill a vector register of {lanes}", weight)
+    return _Site(fusion, matmul, source.index, transposed)
+
+
+def _origin(weight: Value) -> Value | None:
+    """The input of the body that a value is a view of."""
+    while weight.producer is not None:
+        if not is_view(weight.producer):
+            return None
+        weight = weight.producer.operands[0]
+    return weight
+
+
+def _is_unpack(weight: Value) -> bool:
+    node = weight.producer
+    for name in ("slice", "reshape", "transpose"):
+        if node is None or node.op.name != name:
+            return False
+        node = node.operands[0].producer
+    return node is None
+
+
+def _rebuild(g: Graph, site: _Site, wp: Value) -> None:
+    """The same region, reading the packed weight in the place of the plain one."""
+    old = site.fusion.body
+    assert old is not None
+    body, operands = Graph("body", old.symbols), []
+    mapping: dict[Value, Value] = {}
+    plain = old.inputs[site.input]
+    for v, operand in zip(old.inputs, site.fusion.operands, strict=True):
+        if v is plain:
+            unpacked = unpack(Builder(body), body.add_input(wp.type, v.hint), int(site.matmul.operands[1].shape[1]))
+            operands.append(wp)
+        if v is not plain or _other_uses(plain, site):
+            mapping[v] = body.add_input(v.type, v.hint)
+            operands.append(operand)
+    weight = site.matmul.operands[1]
+    for node in old.nodes():
+        if weight.producer is node and len(weight.uses) == 1:
+            continue
+        if node is site.matmul:
+            mapping[weight], kept = unpacked, mapping.get(weight)
+            copy_nodes([node], mapping, body)
+            if kept is not None:
+                mapping[weight] = kept
+        else:
+            copy_nodes([node], mapping, body)
+    body.set_outputs([mapping[v] for v in old.outputs])
+    new = g.create(op("fusion"), operands, site.fusion.attrs, before=site.fusion, loc=site.fusion.loc, body=body)
+    g.replace(site.fusion.results[0], new.results[0])
+    erase_dead(g, site.fusion)
+
+
+def _other_uses(plain: Value, site: _Site) -> bool:
+    """Whether the body reads the plain weight besides for the matmul's second operand."""
+    weight = site.matmul.operands[1]
+    if len(weight.uses) > 1:
+        return True
+    return weight is not plain and len(plain.uses) > 1

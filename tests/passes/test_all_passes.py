@@ -1,0 +1,72 @@
+"""Every registered pass on random graphs over the whole op table: sound, equivalent, honest, settled on the second run."""
+
+from __future__ import annotations
+
+import pytest
+
+import graphopt.passes  # noqa: F401  (registers the passes)
+from graphopt.errors import EquivalenceError, GraphoptError
+from graphopt.ir import Graph, structural_hash, verify
+from graphopt.pass_manager import PASSES, PassContext, make_pass, run_passes
+from graphopt.passes.pipelines import default_pipeline
+from graphopt.target import detect
+from graphopt.testing import check_settled, random_graph
+from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
+
+NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
+
+
+def check_on(name: str, seed: int) -> bool:
+    """Check a pass on one random graph; whether it fired. Graphs that the pass does not take are left out."""
+    g = random_graph(seed, max_nodes=10, symbolic=seed % 3 != 0, fusion=seed % 4 == 3)
+    p, new, ctx = make_pass(name), g.clone(), PassContext(target=detect(), pass_name=name)
+    try:
+        p.requires(new)
+    except GraphoptError:
+        return False
+    try:
+        changed = p.run(new, ctx)
+        p.ensures(new)
+        verify(new)
+        check_changed(p, structural_hash(g), new, changed)
+        if changed:
+            check_equivalent(g, new, numerics=numerics_of(p), what=f"pass {name}")
+            check_settled(p, new)
+    except (AssertionError, GraphoptError) as error:
+        raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}\non\n{g}") from error
+    return changed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_keeps_random_graphs_right(name: str) -> None:
+    for seed in range(40):
+        check_on(name, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_keeps_1000_random_graphs_right(name: str) -> None:
+    for seed in range(40, 1040):
+        check_on(name, seed)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_pipelines_keep_random_graphs_right(level: int) -> None:
+    for seed in range(25):
+        check_pipeline(level, random_graph(seed, max_nodes=10, symbolic=seed % 3 != 0), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_pipelines_keep_1000_random_graphs_right(level: int) -> None:
+    for seed in range(40, 1040):
+        check_pipeline(level, random_graph(seed, max_nodes=12, symbolic=seed % 3 != 0), seed)
+
+
+def check_pipeline(level: int, g: Graph, seed: int) -> None:
+    before = g.clone()
+    try:
+        run_passes(g, default_pipeline(level), PassContext(target=detect()), [ValueCheck()])
+        check_equivalent(before, g, what=f"pipeline {level}")
+    except EquivalenceError as error:
+        raise AssertionError(f"seed {seed}: {error}\non\n{before}") from error

@@ -1,0 +1,81 @@
+"""expand: which composites go, and that their expansion computes the same."""
+
+from __future__ import annotations
+
+import pytest
+from fusing import run
+
+from graphopt.errors import UsageError
+from graphopt.ir import Graph, parse_graph
+from graphopt.pass_manager import make_pass, run_passes
+from graphopt.passes.expand import Expand
+from graphopt.testing import check_pass
+
+
+def ops(g: Graph) -> list[str]:
+    return [n.op.name for n in g.nodes()]
+
+
+def one(inputs: str, node: str, result: str) -> Graph:
+    return parse_graph(f"graph @g({inputs}) -> {result} where 1 <= B {{\n %0: {result} = {node}\n return %0 }}")
+
+
+def test_rope() -> None:
+    check_pass(Expand(), """
+        graph @g(%x: f32[B, 4], %c: f32[B, 4], %s: f32[B, 4]) -> f32[B, 4] where 1 <= B {
+          %0: f32[B, 4] = rope(%x, %c, %s)
+          return %0
+        }""", """
+        graph @g(%x: f32[B, 4], %c: f32[B, 4], %s: f32[B, 4]) -> f32[B, 4] where 1 <= B {
+          %0: f32[B, 2] = slice(%x) {axis = 1, stop = 2}
+          %1: f32[B, 2] = slice(%x) {axis = 1, start = 2, stop = 4}
+          %2: f32[B, 2] = neg(%1)
+          %3: f32[B, 4] = concat(%2, %0) {axis = 1}
+          %4: f32[B, 4] = mul(%x, %c)
+          %5: f32[B, 4] = mul(%3, %s)
+          %6: f32[B, 4] = add(%4, %5)
+          return %6
+        }""")  # fmt: skip
+
+
+GONE = {
+    "attention": ("%q: f32[B, 2, 4], %k: f32[B, 3, 4], %m: f32[B, 2, 3]", "attention(%q, %k, %k, %m) {scale = 0.5}", "f32[B, 2, 4]"),
+    "causal attention": ("%q: f32[B, 3, 4]", "attention(%q, %q, %q) {scale = 0.5, causal = true}", "f32[B, 3, 4]"),
+    "batch norm": ("%x: f32[B, 3, 4], %m: f32[3]", "batch_norm(%x, %m, %m) {eps = 9.0}", "f32[B, 3, 4]"),
+    "group norm": ("%x: f32[B, 4, 5], %w: f32[4]", "group_norm(%x, %w, %w) {groups = 2}", "f32[B, 4, 5]"),
+    "softmax of columns": ("%x: f32[B, 4, 5]", "softmax(%x) {axis = 1}", "f32[B, 4, 5]"),
+    "log_softmax of columns": ("%x: f32[4, B]", "log_softmax(%x) {axis = 0}", "f32[4, B]"),
+    "variance of columns": ("%x: f32[4, B]", "var(%x) {axes = [0]}", "f32[B]"),
+    "mean of columns": ("%x: f32[4, B]", "mean(%x) {axes = [0]}", "f32[B]"),
+}
+STAYS = {
+    "softmax": ("%x: f32[B, 4]", "softmax(%x) {axis = -1}", "f32[B, 4]"),
+    "layer_norm": ("%x: f32[B, 4, 5]", "layer_norm(%x) {axes = 2}", "f32[B, 4, 5]"),
+    "gelu": ("%x: f32[B, 4]", "gelu(%x)", "f32[B, 4]"),
+    "mean": ("%x: f32[B, 4]", "mean(%x) {axes = [1]}", "f32[B]"),
+    "complex": ("%x: c64[4, B]", "mean(%x) {axes = [0]}", "c64[B]"),
+}
+
+
+@pytest.mark.parametrize("case", GONE)
+def test_expanded(case: str) -> None:
+    g = one(*GONE[case])
+    name = GONE[case][1].split("(")[0]
+    ctx = run(g, [Expand()])
+    assert name not in ops(g)
+    assert all(Expand()._why(n) is None for n in g.nodes())
+    assert any(name in r.message for r in ctx.remarks)
+
+
+@pytest.mark.parametrize("case", STAYS)
+def test_kept(case: str) -> None:
+    g = one(*STAYS[case])
+    assert not run_passes(g, [Expand()])
+
+
+def test_keep_is_an_option() -> None:
+    g = one(*STAYS["gelu"])
+    assert run_passes(g, [make_pass("expand", {"keep": ()})])
+    assert "erf" in ops(g) and "gelu" not in ops(g)
+    with pytest.raises(UsageError, match="did you mean 'softmax'"):
+        run_passes(g, [Expand(keep=("sofmax",))])

@@ -1,0 +1,333 @@
+"""fuse: what comes together, and what must not."""
+
+from __future__ import annotations
+
+import pytest
+from fusing import fused, regions, run, unfused
+
+from graphopt.errors import UsageError
+from graphopt.ir import parse_graph
+from graphopt.pass_manager import run_passes
+from graphopt.passes.fusion import Fuse
+from graphopt.rewrite import Fuel, PassContext
+from graphopt.testing import check_pass
+
+HEAD = "graph @g(%x: f32[B, 4, 8], %y: f32[B, 4, 8], %z: f32[B, 8, 4], weight %w: f32[8, 8], weight %b: f32[8], %i: i64[5])"
+
+
+def graph(body: str, result: str, returns: str) -> str:
+    return f"{HEAD} -> {result} where 1 <= B <= 16 {{\n{body}\n return {returns} }}"
+
+
+def fuse(body: str, result: str, returns: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    return fused(graph(body, result, returns), Fuse())
+
+
+def test_before_and_after() -> None:
+    check_pass(Fuse(), """
+        graph @g(%x: f32[B, 4]) -> f32[B, 4] where 1 <= B {
+          %c: f32[] = constant() {value = 2.0}
+          %0: f32[B, 4] = mul(%x, %c)
+          %1: f32[B, 4] = tanh(%0)
+          return %1
+        }""", """
+        graph @g(%x: f32[B, 4]) -> f32[B, 4] where 1 <= B {
+          %0: f32[B, 4] = fusion(%x) body (%x: f32[B, 4]) -> f32[B, 4] where 1 <= B {
+            %c: f32[] = constant() {value = 2.0}
+            %0: f32[B, 4] = mul(%x, %c)
+            %1: f32[B, 4] = tanh(%0)
+            return %1
+          }
+          return %0
+        }""")  # fmt: skip
+
+
+# --- each kind ---------------------------------------------------------------------------------------------------------
+
+
+def test_pointwise_through_views_and_movers() -> None:
+    found, missed = fuse("""
+        %0: f32[B, 4, 8] = exp(%x)
+        %1: f32[B, 8, 4] = transpose(%0) {perm = [0, 2, 1]}
+        %2: f32[B, 8, 8] = concat(%1, %z) {axis = 2}
+        %3: f32[B, 8, 8] = neg(%2)""", "f32[B, 8, 8]", "%3")  # fmt: skip
+    assert found == [("pointwise", ["exp", "transpose", "concat", "neg"])] and not missed
+
+
+def test_embedding() -> None:
+    found, _ = fuse("%0: f32[5, 8] = take(%w, %i)\n %1: f32[5, 8] = add(%0, %b)", "f32[5, 8]", "%1")
+    assert found == [("pointwise", ["take", "add"])]
+
+
+@pytest.mark.parametrize("axes, shape", [("[0]", "4, 8"), ("[1]", "B, 8"), ("[2]", "B, 4")])
+def test_reduction_with_prologue_and_epilogue(axes: str, shape: str) -> None:
+    found, missed = fuse(f"""
+        %0: f32[B, 4, 8] = exp(%x)
+        %1: f32[{shape}] = sum(%0) {{axes = {axes}}}
+        %2: f32[{shape}] = sqrt(%1)""", f"f32[{shape}]", "%2")  # fmt: skip
+    assert found == [("reduction", ["exp", "sum", "sqrt"])] and not missed
+
+
+def test_argmax_is_a_reduction() -> None:
+    found, _ = fuse("%0: f32[B, 4, 8] = neg(%x)\n %1: i64[B, 8] = argmax(%0) {axis = 1}", "i64[B, 8]", "%1")
+    assert found == [("reduction", ["neg", "argmax"])]
+
+
+def test_masked_scaled_softmax() -> None:
+    found, _ = fuse("""
+        %c: f32[] = constant() {value = 0.5}
+        %0: f32[B, 4, 8] = mul(%x, %c)
+        %1: f32[B, 4, 8] = add(%0, %y)
+        %2: f32[B, 4, 8] = softmax(%1) {axis = 2}""", "f32[B, 4, 8]", "%2")  # fmt: skip
+    assert found == [("rowwise", ["mul", "add", "softmax"])]
+
+
+def test_softmax_in_parts_is_one_region() -> None:
+    found, missed = fuse("""
+        %0: f32[B, 4, 1] = max(%x) {axes = [2], keepdims = true}
+        %1: f32[B, 4, 8] = sub(%x, %0)
+        %2: f32[B, 4, 8] = exp(%1)
+        %3: f32[B, 4, 1] = sum(%2) {axes = [2], keepdims = true}
+        %4: f32[B, 4, 8] = div(%2, %3)""", "f32[B, 4, 8]", "%4")  # fmt: skip
+    assert found == [("rowwise", ["max", "sub", "exp", "sum", "div"])] and not missed
+
+
+def test_norm_in_parts_computes_its_statistic_once_a_row() -> None:
+    found, _ = fuse("""
+        %0: f32[B, 4, 8] = mul(%x, %x)
+        %1: f32[B, 4] = mean(%0) {axes = [2]}
+        %2: f32[B, 4, 1] = reshape(%1) {shape = [B, 4, 1]}
+        %3: f32[B, 4, 1] = rsqrt(%2)
+        %4: f32[B, 4, 8] = mul(%x, %3)""", "f32[B, 4, 8]", "%4")  # fmt: skip
+    assert found == [("rowwise", ["mul", "mean", "reshape", "rsqrt", "mul"])]
+
+
+def test_a_number_that_is_computed_joins_rows() -> None:
+    """With dynamic shapes an epsilon arrives as a tensor of rank 0."""
+    g = parse_graph("""
+        graph @g(%x: f32[B, 4], %eps: f64[], %w: f32[4, 4]) -> (f32[B, 4], f32[B, 4]) where 1 <= B {
+          %0: f32[] = cast(%eps) {dtype = f32}
+          %1: f32[B, 4] = mul(%x, %x)
+          %2: f32[B, 1] = mean(%1) {axes = [1], keepdims = true}
+          %3: f32[B, 1] = add(%2, %0)
+          %4: f32[B, 1] = rsqrt(%3)
+          %5: f32[B, 4] = mul(%x, %4)
+          %6: f32[] = cast(%eps) {dtype = f32}
+          %7: f32[B, 4] = matmul(%5, %w)
+          %8: f32[B, 4] = mul(%7, %6)
+          return %5, %8
+        }""")
+    run(g, [Fuse()])
+    assert regions(g) == [("rowwise", ["cast", "mul", "mean", "add", "rsqrt", "mul"]), ("matmul", ["cast", "matmul", "mul"])]
+
+
+def test_residual_layer_norm_and_row_chain() -> None:
+    found, _ = fuse("""
+        %0: f32[B, 4, 8] = add(%x, %y)
+        %1: f32[B, 4, 8] = layer_norm(%0, %b, %b)
+        %2: f32[B, 4, 8] = softmax(%1) {axis = 2}""", "f32[B, 4, 8]", "%2")  # fmt: skip
+    assert found == [("rowwise", ["add", "layer_norm", "softmax"])]
+
+
+def test_matmul_with_epilogue_and_views() -> None:
+    found, missed = fuse("""
+        %0: f32[8, 8] = transpose(%w) {perm = [1, 0]}
+        %1: f32[B, 4, 8] = transpose(%z) {perm = [0, 2, 1]}
+        %2: f32[B, 4, 8] = matmul(%1, %0)
+        %3: f32[B, 4, 8] = add(%2, %b)
+        %4: f32[B, 4, 8] = gelu(%3)
+        %5: f32[B, 4, 8] = add(%4, %y)
+        %6: f16[B, 4, 8] = cast(%5) {dtype = f16}""", "f16[B, 4, 8]", "%6")  # fmt: skip
+    assert found == [("matmul", ["transpose", "transpose", "matmul", "add", "gelu", "add", "cast"])] and not missed
+
+
+# --- copies ------------------------------------------------------------------------------------------------------------
+
+
+def test_view_and_constant_are_copied_into_each_region_and_kept_for_an_output() -> None:
+    g = parse_graph(graph("""
+        %c: f32[] = constant() {value = 3.0}
+        %0: f32[B, 8, 4] = transpose(%x) {perm = [0, 2, 1]}
+        %1: f32[B, 8, 4] = mul(%0, %c)
+        %2: f32[B, 8] = sum(%0) {axes = [2]}
+        %3: f32[B, 8] = add(%2, %c)""", "(f32[B, 8, 4], f32[B, 8], f32[B, 8, 4])", "%1, %3, %0"))  # fmt: skip
+    run(g, [Fuse()])
+    assert regions(g) == [("pointwise", ["transpose", "mul"]), ("reduction", ["transpose", "sum", "add"])]
+    assert unfused(g) == ["transpose"]
+
+
+def test_view_of_a_matmul_joins_its_reader_as_an_index_map() -> None:
+    found, missed = fuse("""
+        %0: f32[B, 4, 4] = matmul(%x, %z)
+        %1: f32[B, 4, 4] = transpose(%0) {perm = [0, 2, 1]}
+        %2: f32[B, 4, 4] = neg(%1)""", "f32[B, 4, 4]", "%2")  # fmt: skip
+    assert found == [("matmul", ["matmul"]), ("pointwise", ["transpose", "neg"])]
+    assert missed == ["matmul is not fused with its reader: transpose after it is no pointwise op of its shape"]
+
+
+def test_staged_values_are_inputs_but_their_views_join() -> None:
+    g = parse_graph(graph("""
+        %0: f32[8] = exp(%b)
+        %1: f32[1, 8] = reshape(%0) {shape = [1, 8]}
+        %2: f32[B, 4, 8] = mul(%x, %1)""", "f32[B, 4, 8]", "%2"))  # fmt: skip
+    run(g, [Fuse()])
+    assert regions(g) == [("pointwise", ["reshape", "mul"])] and unfused(g) == ["exp"]
+
+
+def test_strides_and_symbols_of_a_body() -> None:
+    g = parse_graph("""
+        graph @g(%x: f32[B, 4; 1, B], %y: f32[C, 4; 4, 1]) -> (f32[B, 4], f32[C, 4]) where 1 <= B, 1 <= C, 1 <= D {
+          %0: f32[B, 4] = neg(%x)
+          %1: f32[C, 4] = neg(%y)
+          return %0, %1
+        }""")
+    run(g, [Fuse()])
+    first, second = (n.body for n in g.nodes())
+    assert first is not None and second is not None
+    assert str(first.inputs[0].type) == "f32[B, 4; 1, B]" and list(first.symbols) == ["B"]
+    assert str(second.inputs[0].type) == "f32[C, 4]" and list(second.symbols) == ["C"]
+
+
+# --- must not fuse -----------------------------------------------------------------------------------------------------
+
+DECLINED = {
+    "other users": ("""
+        %0: f32[B, 4, 8] = exp(%x)
+        %1: f32[B, 4, 8] = softmax(%0) {axis = 2}
+        %2: f32[B, 8] = sum(%0) {axes = [1]}""", "(f32[B, 4, 8], f32[B, 8])", "%1, %2", 3, "also used by other regions"),
+    "an output": ("""
+        %0: f32[B, 4, 8] = exp(%x)
+        %1: f32[B, 4, 8] = neg(%0)""", "(f32[B, 4, 8], f32[B, 4, 8])", "%0, %1", 2, "stays outside of regions"),
+    "prologue of a matmul": ("""
+        %0: f32[B, 4, 8] = relu(%x)
+        %1: f32[B, 4, 8] = matmul(%0, %w)""", "f32[B, 4, 8]", "%1", 2, "an operand of the matmul"),
+    "prologue below a view": ("""
+        %0: f32[B, 8, 4] = relu(%z)
+        %1: f32[B, 4, 8] = transpose(%0) {perm = [0, 2, 1]}
+        %2: f32[B, 4, 8] = matmul(%1, %w)""", "f32[B, 4, 8]", "%2", 2, "an operand of the matmul"),
+    "two matmuls": ("""
+        %0: f32[B, 4, 8] = matmul(%x, %w)
+        %1: f32[B, 4, 8] = matmul(%y, %w)
+        %2: f32[B, 4, 8] = add(%0, %1)""", "f32[B, 4, 8]", "%2", 2, "a matmul kernel already"),
+    "softmax and matmul": ("""
+        %0: f32[B, 4, 8] = softmax(%x) {axis = 2}
+        %1: f32[B, 4, 8] = matmul(%0, %w)""", "f32[B, 4, 8]", "%1", 2, "a matmul kernel already"),
+    "matmul and softmax": ("""
+        %0: f32[B, 4, 8] = matmul(%x, %w)
+        %1: f32[B, 4, 8] = softmax(%0) {axis = 2}""", "f32[B, 4, 8]", "%1", 2, "a rowwise kernel already"),
+    "dear work below a broadcast": ("""
+        %0: f32[B, 4, 1] = slice(%x) {axis = 2, stop = 1}
+        %1: f32[B, 4, 1] = exp(%0)
+        %2: f32[B, 4, 8] = broadcast_to(%1) {shape = [B, 4, 8]}
+        %3: f32[B, 4, 8] = mul(%2, %y)""", "f32[B, 4, 8]", "%3", 2, "exp would be computed again"),
+    "dear work below take": ("""
+        %0: f32[B, 4, 8] = tanh(%x)
+        %1: f32[B, 4, 5] = take(%0, %i) {axis = 2}""", "f32[B, 4, 5]", "%1", 2, "tanh would be computed again"),
+    "dear work through two index maps": ("""
+        %0: f32[B, 4, 8] = tanh(%x)
+        %1: f32[B, 4, 8] = flip(%0) {axes = [2]}
+        %2: f32[B, 4, 8] = add(%0, %1)""", "f32[B, 4, 8]", "%2", 2, "through 2 index maps"),
+    "rows differ": ("""
+        %0: f32[B, 4, 8] = softmax(%x) {axis = 2}
+        %1: f32[B] = sum(%0) {axes = [1, 2]}""", "f32[B]", "%1", 2, "not those of the reduction"),
+    "reduction over other axes": ("""
+        %0: f32[B, 1, 8] = max(%x) {axes = [1], keepdims = true}
+        %1: f32[B, 4, 8] = sub(%x, %0)""", "f32[B, 4, 8]", "%1", 2, "does not reduce the trailing axes"),
+    "one row only": ("""
+        %0: f32[1, 1, 1] = sum(%x) {axes = [0, 1, 2], keepdims = true}
+        %1: f32[B, 4, 8] = sub(%x, %0)""", "f32[B, 4, 8]", "%1", 2, "one row only"),
+    "reduction of a reduction": ("""
+        %0: f32[B, 4] = sum(%x) {axes = [2]}
+        %1: f32[B] = max(%0) {axes = [1]}""", "f32[B]", "%1", 2, "not those of the reduction"),
+    "row read along other axes": ("""
+        %0: f32[B, 4, 8] = exp(%x)
+        %1: f32[B, 8, 4] = transpose(%0) {perm = [0, 2, 1]}
+        %2: f32[B, 8, 4] = softmax(%1) {axis = 2}""", "f32[B, 8, 4]", "%2", 2, "neither that of the rows"),
+    "a mover in front of a matmul's epilogue": ("""
+        %0: f32[B, 4, 8] = matmul(%x, %w)
+        %s: f32[B, 4, 4] = slice(%y) {axis = 2, stop = 4}
+        %1: f32[B, 4, 8] = pad(%s) {low = [0, 0, 0], high = [0, 0, 4], value = 1.0}
+        %2: f32[B, 4, 8] = add(%0, %1)""", "f32[B, 4, 8]", "%2", 2, "does not read through pad"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_must_not_fuse(case: str) -> None:
+    body, result, returns, kernels, reason = DECLINED[case]
+    found, missed = fuse(body, result, returns)
+    assert len(found) == kernels
+    assert any(reason in m for m in missed), missed
+
+
+def test_square_rows_are_not_mistaken_for_columns() -> None:
+    """A [4] vector broadcast along the columns of [4, 4] has the shape of one element a row, but is none."""
+    g = parse_graph("""
+        graph @g(%x: f32[4, 4], %v: f32[4]) -> f32[4, 4] {
+          %0: f32[4] = neg(%v)
+          %1: f32[4, 4] = add(%x, %0)
+          %2: f32[4, 4] = softmax(%1) {axis = 1}
+          return %2
+        }""")
+    run(g, [Fuse()])
+    assert regions(g) == [("pointwise", ["neg"]), ("rowwise", ["add", "softmax"])]
+
+
+def test_complex_and_library_calls_stay() -> None:
+    g = parse_graph("""
+        graph @g(%x: c64[4], %y: f32[4]) -> (c64[4], f32[4], f32[4]) {
+          %0: c64[4] = exp(%x)
+          %1: f32[4] = neg(%y)
+          %2: f32[4] = aten(%1) {target = "aten.tanh.default", args = [$0]}
+          %3: f32[4] = cumsum(%2) {axis = 0}
+          %4: f32[4] = neg(%3)
+          return %0, %2, %4
+        }""")
+    run(g, [Fuse()])
+    assert unfused(g) == ["exp", "aten", "cumsum"] and len(regions(g)) == 2
+
+
+def test_nothing_moves_across_a_mutation() -> None:
+    g = parse_graph("""
+        graph @g(%x: f32[4], %y: f32[4]) -> f32[4] {
+          %0: f32[4] = neg(%x)
+          %1: f32[4] = aten(%x, %y) {target = "aten.add_.Tensor", args = [$0, $1], effect = "mutates"}
+          %2: f32[4] = mul(%0, %1)
+          return %2
+        }""")
+    run_passes(g, [Fuse()], ctx := PassContext())
+    assert [n.op.name for n in g.nodes()] == ["fusion", "aten", "fusion"]
+    assert any("mutates" in r.message for r in ctx.remarks)
+
+
+def test_limits() -> None:
+    text = graph("\n".join(["%0: f32[B, 4, 8] = neg(%x)", *(f"%{i}: f32[B, 4, 8] = neg(%{i - 1})" for i in range(1, 10))]),
+                 "f32[B, 4, 8]", "%9")  # fmt: skip
+    found, missed = fused(text, Fuse(max_nodes=4))
+    assert [len(ops) for _, ops in found] == [2, 4, 4] and "4 nodes, the most allowed" in missed[0]
+    three = graph("%0: f32[B, 4, 8] = mul(%x, %y)\n %1: f32[B, 4, 8] = add(%0, %b)", "f32[B, 4, 8]", "%1")
+    found, missed = fused(three, Fuse(max_inputs=2))
+    assert len(found) == 2 and "over 2 values" in missed[0]
+    with pytest.raises(UsageError, match="must be positive"):
+        run_passes(parse_graph(text), [Fuse(max_nodes=0)])
+
+
+def test_index_maps_do_not_multiply() -> None:
+    """Each step reads the last one plainly and flipped: without a limit the last value would be computed 2 ** 12 times."""
+    lines = ["%a0: f32[B, 4, 8] = neg(%x)"]
+    for i in range(12):
+        lines += [f"%f{i}: f32[B, 4, 8] = flip(%a{i}) {{axes = [2]}}", f"%a{i + 1}: f32[B, 4, 8] = add(%a{i}, %f{i})"]
+    found, missed = fuse("\n".join(lines), "f32[B, 4, 8]", "%a12")
+    assert 3 <= len(found) <= 8 and any("different index maps" in m for m in missed)
+
+
+def test_fuel_leaves_regions_out() -> None:
+    text = graph("%0: f32[B, 4, 8] = softmax(%x) {axis = 2}\n %1: f32[B, 4, 8] = matmul(%0, %w)", "f32[B, 4, 8]", "%1")
+    g = parse_graph(text)
+    run_passes(g, [Fuse()], PassContext(fuel=Fuel(skip=[1])))
+    assert [n.op.name for n in g.nodes()] == ["softmax", "fusion"]
+
+
+def test_remarks_say_what_is_saved() -> None:
+    g = parse_graph(graph("%0: f32[B, 4, 8] = exp(%x)\n %1: f32[B, 4, 8] = neg(%0)", "f32[B, 4, 8]", "%1"))
+    ctx = run(g, [Fuse()])
+    assert [r.message for r in ctx.remarks] == ["pointwise region: exp, neg; saves 1 launches and 256*B bytes of memory traffic"]

@@ -1,0 +1,121 @@
+"""pack-weights: the packed form, and which weights are left."""
+
+from __future__ import annotations
+
+import pytest
+from fusing import assert_same_values, run
+from models import bert, llama
+
+from graphopt.errors import UsageError
+from graphopt.ir import Graph, parse_graph
+from graphopt.pass_manager import run_passes
+from graphopt.passes.expand import Expand
+from graphopt.passes.fusion import Fuse
+from graphopt.passes.layout import PackWeights
+from graphopt.rewrite import PassContext
+from graphopt.target import Target
+from graphopt.testing import check_pass
+
+BEFORE = """
+    graph @g(%x: f32[B, 4], weight %w: f32[8, 4], %b: f32[8]) -> f32[B, 8] where 1 <= B {
+      %0: f32[B, 8] = fusion(%x, %w, %b) {kind = "matmul"} body (%x: f32[B, 4], %w: f32[8, 4], %b: f32[8]) -> f32[B, 8] where 1 <= B {
+        %0: f32[4, 8] = transpose(%w) {perm = [1, 0]}
+        %1: f32[B, 8] = matmul(%x, %0)
+        %2: f32[B, 8] = add(%1, %b)
+        return %2
+      }
+      return %0
+    }"""
+AFTER = """
+    graph @g(%x: f32[B, 4], weight %w: f32[8, 4], %b: f32[8]) -> f32[B, 8] where 1 <= B {
+      %0: f32[4, 8] = transpose(%w) {perm = [1, 0]}
+      %1: f32[4, 12] = pad(%0) {low = [0, 0], high = [0, 4]}
+      %2: f32[4, 2, 6] = reshape(%1) {shape = [4, 2, 6]}
+      %3: f32[2, 4, 6] = transpose(%2) {perm = [1, 0, 2]}
+      %4: f32[B, 8] = fusion(%x, %3, %b) {kind = "matmul"} body (%x: f32[B, 4], %w: f32[2, 4, 6], %b: f32[8]) -> f32[B, 8] where 1 <= B {
+        %0: f32[4, 2, 6] = transpose(%w) {perm = [1, 0, 2]}
+        %1: f32[4, 12] = reshape(%0) {shape = [4, 12]}
+        %2: f32[4, 8] = slice(%1) {axis = 1, stop = 8}
+        %3: f32[B, 8] = matmul(%x, %2)
+        %4: f32[B, 8] = add(%3, %b)
+        return %4
+      }
+      return %4
+    }"""
+
+
+def test_before_and_after() -> None:
+    check_pass(PackWeights(lanes=2), BEFORE, AFTER)
+
+
+def packed(text: str, lanes: int = 2) -> tuple[Graph, list[str]]:
+    g = parse_graph(text)
+    ctx = run(g, [Fuse(), PackWeights(lanes=lanes)])
+    return g, [r.message for r in ctx.remarks if r.kind == "missed" and r.pass_name == "pack-weights"]
+
+
+def matmul(inputs: str, w: str, result: str, extra: str = "") -> str:
+    return f"graph @g({inputs}) -> {result} where 1 <= B {{\n{extra}\n %r: {result} = matmul(%x, {w})\n return %r }}"
+
+
+def test_a_weight_of_two_matmuls_is_packed_once_and_an_exact_fit_needs_no_padding() -> None:
+    g, missed = packed("""
+        graph @g(%x: f32[B, 4], %y: f32[B, 4], weight %w: f32[4, 6]) -> (f32[B, 6], f32[B, 6]) where 1 <= B {
+          %0: f32[B, 6] = matmul(%x, %w)
+          %1: f32[B, 6] = matmul(%y, %w)
+          return %0, %1
+        }""")
+    assert [n.op.name for n in g.nodes()] == ["reshape", "transpose", "fusion", "fusion"] and not missed
+
+
+def test_a_weight_that_the_epilogue_reads_too_is_kept() -> None:
+    g, _ = packed("""
+        graph @g(%x: f32[6, 6], weight %w: f32[6, 6]) -> f32[6, 6] {
+          %0: f32[6, 6] = transpose(%w) {perm = [1, 0]}
+          %1: f32[6, 6] = matmul(%x, %0)
+          %2: f32[6, 6] = add(%1, %w)
+          %3: f32[6, 6] = add(%2, %0)
+          return %3
+        }""")
+    region = next(n for n in g.nodes() if n.body is not None)
+    assert [v.type.rank for v in region.operands].count(3) == 1 and len(region.operands) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (matmul("%x: f32[B, 4], %w: f32[4, 8]", "%w", "f32[B, 8]"), None),
+        (matmul("%x: f16[B, 4], weight %w: f16[4, 8]", "%w", "f16[B, 8]"), "only f32"),
+        (matmul("%x: f32[B, 3, 4], weight %w: f32[5, 4, 8]", "%v", "f32[1, 3, 8]",
+                "%v: f32[1, 4, 8] = slice(%w) {axis = 0, stop = 1}").replace("f32[B, 3, 4]", "f32[1, 3, 4]"), "batch of matrices"),
+        (matmul("%x: f32[B, 4], weight %w: f32[4, 1]", "%w", "f32[B, 1]"), "do not fill a vector register"),
+        (matmul("%x: f32[B, 4], weight %w: f32[32]", "%v", "f32[B, 8]", "%v: f32[4, 8] = reshape(%w) {shape = [4, 8]}"), "more views"),
+    ],
+)  # fmt: skip
+def test_declines(text: str, reason: str | None) -> None:
+    g, missed = packed(text)
+    assert all(n.op.name != "pad" for n in g.nodes())
+    assert not missed if reason is None else reason in missed[0]
+
+
+def test_lanes_come_from_the_target() -> None:
+    g = parse_graph(BEFORE)
+    run_passes(g, [PackWeights()], PassContext(target=Target("cpu", "x86_64", features=("avx512f",))))
+    assert not any(n.op.name == "pad" for n in g.nodes())  # 8 columns do not fill 16 lanes
+    run_passes(g, [PackWeights()], PassContext(target=Target("cpu", "x86_64", features=("avx2",))))
+    assert next(n for n in g.nodes() if n.body is not None).operands[1].shape == (1, 4, 24)
+    g = parse_graph(BEFORE)
+    assert not run_passes(g, [PackWeights()], ctx := PassContext(target=Target("cuda", "sm_90")))
+    assert ctx.remarks[0].kind == "analysis"
+    with pytest.raises(UsageError, match="lanes"):
+        run_passes(g, [PackWeights(lanes=0)])
+
+
+@pytest.mark.parametrize("model", [bert, llama])
+def test_models(model: object) -> None:
+    g = model(2, symbolic=True)  # type: ignore[operator]
+    before = g.clone()
+    run_passes(g, [Expand(), Fuse(), PackWeights(lanes=4)])
+    assert_same_values(before, g)
+    weights = sum(v.weight and v.type.rank == 2 for v in g.inputs)
+    assert sum(n.op.name == "pad" or n.op.name == "reshape" for n in g.nodes()) >= weights

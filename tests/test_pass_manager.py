@@ -1,0 +1,135 @@
+"""Passes and pipelines: options, contracts, order, honest errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from graphopt.errors import GraphoptError, UsageError, VerifyError
+from graphopt.ir import Builder, Graph, TensorType, parse_graph, types
+from graphopt.pass_manager import PASSES, Instrument, Pass, PassContext, make_pass, parse_pipeline, run_passes
+
+TEXT = "graph @g(%x: f32[2]) -> f32[2] {\n%0: f32[2] = exp(%x)\nreturn %0\n}"
+
+
+class Append(Pass):
+    """Appends unused nodes."""
+
+    name = "test-append"
+    op: str = "neg"
+    count: int = 1
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        for _ in range(self.count):
+            Builder(g).create(self.op, [g.inputs[0]])
+        return self.count > 0
+
+
+class Damage(Pass):
+    """Breaks a type."""
+
+    name = "test-damage"
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        next(iter(g)).result.type = TensorType(types.f16, (2,))
+        return True
+
+
+class Picky(Append):
+    """Requires a sine before, and promises a cosine after."""
+
+    name = "test-picky"
+
+    def requires(self, g: Graph) -> None:
+        if not any(n.op.name == "sin" for n in g):
+            raise GraphoptError("there must be a sine")
+
+    def ensures(self, g: Graph) -> None:
+        if not any(n.op.name == "cos" for n in g):
+            raise GraphoptError("there should be a cosine now")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unregister() -> Iterator[None]:
+    yield
+    for name in [n for n in PASSES if n.startswith("test-")]:
+        del PASSES[name]
+
+
+def test_a_pass_is_a_frozen_dataclass_of_its_options() -> None:
+    p = Append(op="sin")
+    assert p == Append(op="sin") and p != Append() and str(p) == "test-append{op='sin'}" and str(Append()) == "test-append"
+    with pytest.raises(AttributeError):
+        p.op = "cos"  # type: ignore[misc]
+    assert "class Append" in p.key() and p.key() != Append().key()
+
+
+def test_passes_run_in_order_and_are_timed() -> None:
+    g, ctx = parse_graph(TEXT), PassContext()
+    assert run_passes(g, [Append("sin"), Append("cos", 2), Append(count=0)], ctx) is True
+    assert [n.op.name for n in g] == ["exp", "sin", "cos", "cos"]
+    assert [(name, changed) for name, _, changed in ctx.seconds] == [("test-append", True), ("test-append", True), ("test-append", False)]
+    assert all(seconds >= 0 for _, seconds, _ in ctx.seconds)
+    assert run_passes(g, []) is False
+
+
+def test_structure_is_verified_and_the_pass_named() -> None:
+    with pytest.raises(VerifyError) as caught:
+        run_passes(parse_graph(TEXT), [Append(), Damage()])
+    assert "in pass test-damage" in caught.value.__notes__
+    run_passes(parse_graph(TEXT), [Damage()], structure=False)
+
+
+def test_requires_and_ensures() -> None:
+    with pytest.raises(GraphoptError, match="there must be a sine"):
+        run_passes(parse_graph(TEXT), [Picky()])
+    with pytest.raises(GraphoptError, match="there should be a cosine"):
+        run_passes(parse_graph(TEXT), [Append("sin"), Picky()])
+    run_passes(parse_graph(TEXT), [Append("sin"), Picky("cos")])
+
+
+def test_instruments_see_before_and_after() -> None:
+    seen: list[str] = []
+
+    class Ear(Instrument):
+        def before(self, p: Pass, g: Graph, ctx: PassContext) -> None:
+            seen.append(f"before {p} {len(g)}")
+
+        def after(self, p: Pass, g: Graph, ctx: PassContext, changed: bool) -> None:
+            seen.append(f"after {p} {len(g)} {changed}")
+
+    run_passes(parse_graph(TEXT), [Append(), Append(count=0)], instruments=[Ear()])
+    assert seen[:2] == ["before test-append 1", "after test-append 2 True"]
+    assert seen[2:] == ["before test-append{count=0} 2", "after test-append{count=0} 2 False"]
+
+
+def test_pipelines_by_name() -> None:
+    text = 'test-append, test-append{op="sin", count=3},test-append{op=cos}'
+    assert parse_pipeline(text) == [Append(), Append("sin", 3), Append("cos")]
+    assert parse_pipeline("") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("test-apend", "there is no pass 'test-apend' (did you mean 'test-append'?)"),
+        ("test-append{cuont=1}", "pass test-append has no option 'cuont' (did you mean 'count'?); it has: op, count"),
+        ("test-append{count}", "'count' is not of the form option=value"),
+        ("test-append;test-append", "expected a pass such as name{option=value}"),
+        ("test-append{count=1", "expected a pass such as name{option=value}"),
+    ],
+)
+def test_a_wrong_pipeline_is_explained(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_pipeline(text)
+    assert message in str(caught.value)
+
+
+def test_a_pass_without_a_name_is_not_registered() -> None:
+    class Nameless(Append):
+        """Inherits a name but has none of its own."""
+
+    assert PASSES["test-append"] is Append
+    with pytest.raises(UsageError):
+        make_pass("nameless")
