@@ -186,10 +186,16 @@ class Code:
         self.emit(tirx.Bind(var, value))
         return var
 
-    def bind_index(self, value: Index, name: str = "i") -> Index:
-        return value if isinstance(value, int) or isinstance(value, tirx.Var) else self.bind(value, name, hidden=False)
+    def bind_index(self, value: Index, name: str = "i", extent: Index | None = None) -> Index:
+        """Name an index; with an extent, it is known to lie in ``0 .. extent - 1``."""
+        if isinstance(value, int | tirx.Var):
+            return value
+        var = self.bind(value, name, hidden=False)
+        if extent is not None:
+            self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(extent)))
+        return var
 
-    def alloc(self, size: Index, dtype: str, name: str, scope: str = "local") -> Any:
+    def alloc(self, size: Index, dtype: str, name: str, scope: str = "global") -> Any:
         """A flat scratch buffer in the current block."""
         buffer = tirx.decl_buffer((i64(size),), dtype, self.fresh(name), scope=scope, layout=None)
         self.emit(tirx.stmt.AllocBuffer(buffer))

@@ -148,8 +148,8 @@ def run_space(code: Code, axes: Sequence[Axis], tuning: Tuning, weight: int, bod
 
     def nest(kind: str) -> None:
         with code.loop(steps, kind if not (isinstance(steps, int) and steps == 1) else "serial", "task") as task:
-            at = code.unflatten(task, [*(a.size for a in outer), pieces])
-            at = [code.bind_index(i, "o") if not isinstance(task, int) else i for i in at]
+            sizes = [*(a.size for a in outer), pieces]
+            at = [code.bind_index(i, "o", n) for i, n in zip(code.unflatten(task, sizes), sizes, strict=True)]
             start: Index = code.simplify(at[-1] * chunk)
             length = chunk if not long else code.least(inner - start, chunk)
             if long and isinstance(inner, int) and inner % chunk == 0:

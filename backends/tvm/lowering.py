@@ -18,7 +18,7 @@ def compile_functions(functions: Mapping[str, Any], target: Target) -> Any:
     mod = tvm.IRModule(dict(functions))
     mod = tirx.transform.BindTarget(host.with_host(host))(mod)
     passes = [
-        tirx.transform.FlattenBuffer(), tirx.transform.StmtSimplify(), tirx.transform.VectorizeLoop(True), tirx.transform.UnrollLoop(),
+        tirx.transform.VectorizeLoop(True), tirx.transform.UnrollLoop(),
         tirx.transform.AnnotateEntryFunc(), tirx.transform.SplitHostDevice(), tirx.transform.MakePackedAPI(),
         tirx.transform.LowerTVMBuiltin(), tirx.transform.LowerIntrin(),
     ]  # fmt: skip

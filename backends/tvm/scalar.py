@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from tvm import tirx
 
 from graphopt.backends.tvm import vecmath
@@ -34,8 +35,6 @@ def constant(value: Any, dtype: DType) -> Any:
         bits = dtype.bits
         wrapped = int(value) % (1 << bits)
         return tirx.const(wrapped - (1 << bits) if dtype.kind == "i" and wrapped >> (bits - 1) else wrapped, name)
-    import torch
-
     number = float(torch.tensor(float(value), dtype=torch.float64).to(dtype.torch))
     # zero and one are folded by TVM as if there were neither nan nor -0.0: hide them
     plain = tirx.const(number, name)

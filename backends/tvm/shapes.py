@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.backends.tvm.support import REDUCTIONS
+from graphopt.backends.tvm.support import REDUCTIONS, is_materialized
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Value
@@ -38,3 +38,19 @@ def row_shape(graph: Graph) -> tuple[Dim, Dim] | str:
         if v.is_input or not (dims.same(v.type.numel, dims.mul(*found)) or dims.same(v.type.numel, found[0])):
             return f"an output of shape {v.type} beside rows of {dims.format_dim(found[1])}"
     return found
+
+
+def product_of(graph: Graph) -> str | None:
+    """Why a region is not one product with an epilogue of its shape, or None if it is."""
+    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    if len(nodes) != 1 or nodes[0].name != "matmul":
+        return "not exactly one matmul"
+    node = nodes[0]
+    if not node.result.dtype.is_float:
+        return f"a product of {node.result.dtype}"
+    if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
+        return "a product without elements"
+    for v in graph.outputs:
+        if not dims.same_shape(v.shape, node.result.shape):
+            return f"the output {v.type} has not the product's shape"
+    return None

@@ -9,7 +9,8 @@ from typing import Any
 
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
-from graphopt.ir.graph import Graph
+from graphopt.errors import BuildError
+from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
 
 
@@ -113,7 +114,6 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.nest import emit_nest
     from graphopt.backends.tvm.prepare import expand_rows
     from graphopt.backends.tvm.rows import RowKernel
-    from graphopt.errors import BuildError
 
     graph, tuning = expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], parallel=s["parallel"])
     try:
@@ -122,6 +122,56 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
         return emit_nest(graph, tuning)
 
 
+# --- matmul ------------------------------------------------------------------------------------------------------------
+
+
+def _tile_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.shapes import product_of
+
+    return product_of(expand_rows(w.graph)) if w.kind == "matmul" else "not a matmul region"
+
+
+def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    node = next(n for n in w.graph.nodes() if n.name == "matmul")
+    lanes = max(1, t.lanes(8 if node.result.dtype.bits == 64 else 4))
+    rows, columns = node.result.shape[-2:]
+    wide = t.vector_bits >= 512  # 32 vector registers; else 16
+    mr, vectors = (8, 3) if wide else (4, 3)
+    if isinstance(rows, int) and rows < mr:
+        mr, vectors = rows, (4 if rows == 1 else 3)
+    if isinstance(columns, int) and columns % (3 * lanes) and columns % (2 * lanes) == 0 and vectors == 3 and not _is_packed(node.operands[1]):
+        vectors = 2
+    nr = lanes * vectors
+    while isinstance(columns, int) and nr > lanes and columns <= nr - lanes:
+        nr -= lanes
+    if isinstance(columns, int) and columns < lanes:
+        nr = columns
+    if _is_packed(node.operands[1]):
+        nr = 3 * lanes
+    return (
+        Param("lanes", (lanes,)),
+        Param("mr", tuple(dict.fromkeys((mr, *(r for r in (4, 6, 8) if not isinstance(rows, int) or r <= rows))))),
+        Param("nr", tuple(dict.fromkeys((nr, lanes, 2 * lanes, 3 * lanes)))),
+        Param("unroll", (4, 1, 2, 8)),
+        Param("parallel", (True, False)),
+    )
+
+
+def _is_packed(v: Value) -> bool:
+    """Whether a factor is written as columns packed in panels: slice(reshape(transpose(wp)))."""
+    node = v.producer
+    return node is not None and node.name == "slice" and node.operands[0].defined_by("reshape") is not None
+
+
+def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.tile import TileKernel
+
+    return TileKernel(expand_rows(w.graph), s["lanes"], s["mr"], s["nr"], s["unroll"], s["parallel"]).emit()
+
+
+TILE = Template("tile", _tile_refuse, _tile_params, _write_tile)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows)
 NEST = Template("nest", lambda w, t: None, _nest_params, _write_nest)
-TEMPLATES: tuple[Template, ...] = (ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (TILE, ROWS, NEST)

@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.backend import template_named
 from graphopt.backends.tvm.cache import KernelCache
@@ -75,7 +77,6 @@ def main(parent: int) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    import torch
     import tvm
 
     torch.set_num_threads(1)

@@ -70,6 +70,12 @@ def convert_element_type(c: Context, x: Value, dtype: Any) -> Value:
     return c.to(x, c.dtype)
 
 
+@lowers("copy")
+def copy(c: Context, x: Value, source: Value, non_blocking: bool = False) -> Value:
+    """What an in-place copy leaves in x."""
+    return c.b.broadcast_to(c.to(source, c.dtype), c.shape)
+
+
 @lowers("logical_not")
 def logical_not(c: Context, x: Value) -> Value:
     return c.b.logical_not(c.to(x, types.b1))

@@ -235,6 +235,7 @@ def constant_pad(c: Context, x: Value, pad: Sequence[Dim], value: float = 0) -> 
         low[axis], high[axis] = (before if signs[0] else 0), (after if signs[1] else 0)
     if not any(p != 0 for p in (*low, *high)):
         return x
+    c.require(not isinstance(value, complex))
     fill = bool(value) if x.dtype.is_bool else int(value) if x.dtype.is_integer else float(value)
     return c.b.pad(x, low=tuple(low), high=tuple(high), value=fill)
 

@@ -1,4 +1,4 @@
-"""The user's source line of an FX node: the deepest frame that is neither PyTorch's nor, if there is one, a library's."""
+"""The source line of an FX node: the deepest frame that is not PyTorch's own, be it the user's file or a model library's."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def location(meta: dict[str, Any]) -> Loc | None:
     frames = [f for f in _FRAME.findall(meta.get("stack_trace") or "") if not f[0].startswith((_TORCH, "<"))]
     if not frames:
         return None
-    own = [f for f in frames if not f[0].startswith(_SITE)]
-    file, line, function = (own or frames)[-1]
+    file, line, function = frames[-1]
     return Loc(short_path(file), int(line), module_path(meta) or function)
 
 

@@ -303,10 +303,19 @@ def _conv_and_norm(pool: Pool) -> None:
 
 
 def _linear(pool: Pool) -> None:
-    x = _matmul(pool, "matmul")
-    if x.producer is not None and x.producer.operands[1].type.is_static and x.producer.operands[1].type.rank == 2:
-        x.producer.operands[1].weight = True
-    y = pool.add("add", [x, pool.input(x.dtype, x.shape[-1:])])
+    """A linear layer as capture sees it: leading axes flattened, a weight, a bias, an activation."""
+    x = pool.operand(FLOATS, least=2, most=3)
+    lead, width = x.shape[:-1], pool.pick([pool.static_size(), 48, 70])
+    if isinstance(x.shape[-1], int):
+        w = pool.input(x.dtype, (width, x.shape[-1]), keep=False)
+        w.type, w.weight = w.type.logical, True
+        w = pool.builder.transpose(w, (1, 0))
+    else:
+        w = pool.input(x.dtype, (x.shape[-1], width), keep=False)
+    y = pool.add("matmul", [pool.builder.reshape(x, (dims.numel(lead), x.shape[-1])), w])
+    y = pool.add("add", [y, pool.input(x.dtype, (width,))])
+    if pool.flag():
+        y = pool.add("reshape", [y], shape=(*lead, width))
     pool.add(pool.pick(["relu", "gelu", "tanh"]), [y])
 
 

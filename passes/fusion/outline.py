@@ -23,6 +23,7 @@ def outline(graph: Graph, nodes: Sequence[Node], kind: str) -> Node:
     Returns:
         The fusion node. Its operands are in the order in which the body first reads them, each one once.
     """
+    nodes = in_operand_order(nodes)
     root, inside = nodes[-1], dict.fromkeys(nodes)
     body = Graph("body")
     outer = list(dict.fromkeys(v for n in nodes for v in n.operands if v.producer is None or v.producer not in inside))
@@ -34,6 +35,25 @@ def outline(graph: Graph, nodes: Sequence[Node], kind: str) -> Node:
     fusion = graph.create(op("fusion"), outer, {"kind": kind}, before=root, loc=root.loc, body=body)
     graph.replace(root.results[0], fusion.result)
     return fusion
+
+
+def in_operand_order(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes in the order in which the last one's operands, left to right, need them.
+
+    Equal regions then read equal, however the graph around them was ordered, and share one kernel.
+    """
+    inside, out = dict.fromkeys(nodes), dict[Node, None]()
+    stack: list[tuple[Node, bool]] = [(nodes[-1], False)]
+    while stack:
+        node, ready = stack.pop()
+        if node in out:
+            continue
+        if ready:
+            out[node] = None
+            continue
+        stack.append((node, True))
+        stack += [(v.producer, False) for v in reversed(node.operands) if v.producer in inside and v.producer not in out]  # type: ignore[misc]
+    return list(out)
 
 
 def _body_type(t: TensorType) -> TensorType:

@@ -49,7 +49,10 @@ class FoldScalars(Rule):
 
 
 def _evaluate(node: Node) -> float | None:
-    """The op's value: in f64 if it is a float, else in the operands' own dtypes. None where the op raises (1 // 0), or torch lacks the dtype."""
+    """The op's value: in f64 if it is a float, else in the operands' own dtypes.
+
+    None where the op raises (1 // 0), or torch lacks the dtype.
+    """
     wide = node.results[0].dtype.is_float
     ctx = EvalContext({}, wide=wide)
     assert node.op.evaluate is not None

@@ -33,7 +33,8 @@ def check(fn: Callable[..., Any], *args: Any, library: tuple[str, ...] = (), **k
         got = compiled(fn, **kwargs)(*mine)
     text = difference(want, got) or difference(plain, mine)
     assert not text, text
-    assert set(library_calls()) == set(library)
+    called = sorted(set(library_calls()))
+    assert called == sorted(library), called
 
 
 def library_calls() -> list[str]:

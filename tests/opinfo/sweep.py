@@ -1,6 +1,7 @@
 """The OpInfo sweep: every operator, in worker processes, so that a crash or a hang costs one operator and is reported.
 
-    python -m tests.opinfo.sweep --dtype float32 --samples 3 --shard 0/4 [--backend graphopt] [--ops 'nn.functional.*,add'] [--json FILE]
+    python -m tests.opinfo.sweep --dtype float32 --samples 3 --shard 0/4 [--backend graphopt] [--ops 'nn.functional.*,add']
+        [--options '{"backend": "eager"}'] [--json FILE]
 
 An operator fails when a sample does not give eager's result, and does under ``aot_eager``. Exit status 1 if any fails.
 """
@@ -30,8 +31,8 @@ ROOT = Path(__file__).parents[2]
 class Worker:
     """A process that runs operators by name, one JSON line an outcome."""
 
-    def __init__(self, dtype: str, samples: int, backend: str) -> None:
-        request = ["--worker", "--dtype", dtype, "--samples", str(samples), "--backend", backend]
+    def __init__(self, dtype: str, samples: int, backend: str, options: str) -> None:
+        request = ["--worker", "--dtype", dtype, "--samples", str(samples), "--backend", backend, "--options", options]
         command = [sys.executable, "-m", "tests.opinfo.sweep", *request]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT,
@@ -74,7 +75,7 @@ class Worker:
         self.process.wait()
 
 
-def serve(dtype: str, samples: int, backend: str) -> None:
+def serve(dtype: str, samples: int, backend: str, options: dict[str, Any]) -> None:
     """The worker's side."""
     out = os.fdopen(os.dup(1), "w", buffering=1)  # operators may print: the protocol has its own stream
     os.dup2(2, 1)
@@ -82,17 +83,17 @@ def serve(dtype: str, samples: int, backend: str) -> None:
     known = operators(getattr(torch, dtype))
     for line in sys.stdin:
         name = line.strip()
-        for outcome in run(name, known[name], getattr(torch, dtype), samples, backend):
+        for outcome in run(name, known[name], getattr(torch, dtype), samples, backend, options or None):
             out.write(json.dumps(asdict(outcome)) + "\n")
         out.write(json.dumps({"done": name}) + "\n")
 
 
-def outcomes_of(names: list[str], dtype: str, samples: int, backend: str, timeout: float = 120.0) -> list[Outcome]:
+def outcomes_of(names: list[str], dtype: str, samples: int, backend: str, options: str = "", timeout: float = 120.0) -> list[Outcome]:
     """Run operators one after another, replacing the worker when it dies or hangs."""
     found: list[Outcome] = []
     worker: Worker | None = None
     for name in names:
-        worker = worker or Worker(dtype, samples, backend)
+        worker = worker or Worker(dtype, samples, backend, options)
         outcomes, good = worker.outcomes(name, timeout)
         found += outcomes
         if not good:
@@ -104,11 +105,11 @@ def outcomes_of(names: list[str], dtype: str, samples: int, backend: str, timeou
 
 
 def sweep(dtype: str, samples: int, shard: tuple[int, int] = (0, 1), backend: str = "graphopt",
-          patterns: str = "*") -> tuple[list[Outcome], list[Outcome]]:  # fmt: skip
+          patterns: str = "*", options: str = "") -> tuple[list[Outcome], list[Outcome]]:  # fmt: skip
     """All outcomes of a shard, and those that fail here but not under ``aot_eager``."""
     wanted = patterns.split(",")
     names = [n for n in operators(getattr(torch, dtype)) if any(fnmatch.fnmatchcase(n, p) for p in wanted)][shard[0] :: shard[1]]
-    found = outcomes_of(names, dtype, samples, backend)
+    found = outcomes_of(names, dtype, samples, backend, options)
     suspects = [o for o in found if not o.passed]
     reference = outcomes_of(list(dict.fromkeys(o.op for o in suspects)), dtype, samples, "aot_eager")
     fails_too = {(o.op, o.sample) for o in reference if not o.passed}
@@ -122,15 +123,16 @@ def main() -> int:
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--backend", default="graphopt")
     parser.add_argument("--ops", default="*")
+    parser.add_argument("--options", default="", help="of the backend, as JSON")
     parser.add_argument("--json", default="")
     parser.add_argument("--worker", action="store_true")
     a = parser.parse_args()
     if a.worker:
-        serve(a.dtype, a.samples, a.backend)
+        serve(a.dtype, a.samples, a.backend, json.loads(a.options or "{}"))
         return 0
     index, count = map(int, a.shard.split("/"))
     start = time.monotonic()
-    found, failures = sweep(a.dtype, a.samples, (index, count), a.backend, a.ops)
+    found, failures = sweep(a.dtype, a.samples, (index, count), a.backend, a.ops, a.options)
     tally = dict(collections.Counter(o.status for o in found))
     print(f"{a.backend} {a.dtype} shard {a.shard}: {tally}, {len(failures)} failures, {time.monotonic() - start:.0f} s")
     for outcome in failures:

@@ -15,10 +15,14 @@ from graphopt.verification import ValueCheck, check_changed, check_equivalent, n
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
 
+FIRST = {"pack-weights": ("fuse",)}  # passes that look for what another one makes
+
 
 def check_on(name: str, seed: int) -> bool:
     """Check a pass on one random graph; whether it fired. Graphs that the pass does not take are left out."""
     g = random_graph(seed, max_nodes=10, symbolic=seed % 3 != 0, fusion=seed % 4 == 3)
+    for earlier in FIRST.get(name, ()):
+        make_pass(earlier).run(g, PassContext(target=detect()))
     p, new, ctx = make_pass(name), g.clone(), PassContext(target=detect(), pass_name=name)
     try:
         p.requires(new)
@@ -46,8 +50,8 @@ def test_a_pass_keeps_random_graphs_right(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pass_keeps_1000_random_graphs_right(name: str) -> None:
-    for seed in range(40, 1040):
-        check_on(name, seed)
+    fired = sum(check_on(name, seed) for seed in range(40, 1040))
+    assert fired > 0, "random graphs hold nothing for this pass: add an idiom to graphopt.testing.recipes"
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])

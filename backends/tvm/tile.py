@@ -1,0 +1,186 @@
+"""Matrix products by register tiles: mr rows by nr columns are summed in registers over the whole depth.
+
+Rows and columns that do not fill a tile are computed on clamped indices and not stored. The second factor may be packed
+(``[ceil(N / nr), K, nr]`` behind the views that the packing pass writes): the expression layer reduces those views to one
+contiguous address, so packed and plain factors are read by the same code. The epilogue is evaluated where the tile is
+stored, in rolled loops over its vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+
+from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.elementwise import Probe
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.loops import SMALL, product
+from graphopt.backends.tvm.product import operand_index
+from graphopt.backends.tvm.support import is_materialized
+from graphopt.errors import BuildError
+from graphopt.ir.graph import Graph, Value
+
+BLOCK = 256  # terms that are summed before the sum is added to the total
+
+
+class TileKernel:
+    """Emits a region with one matmul and a pointwise epilogue of the product's shape.
+
+    Args:
+        rows, columns: the tile; columns are a multiple of lanes, or fewer than lanes.
+        unroll: steps of the summed axis that are unrolled.
+    """
+
+    def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, parallel: bool) -> None:
+        self.graph, self.mr, self.nr, self.unroll, self.parallel = graph, rows, columns, unroll, parallel
+        self.lanes = min(lanes, columns)
+        (self.node,) = [n for n in graph.nodes() if is_materialized(n)]
+        self.code = Code(graph.symbols)
+        self.args = Arguments(self.code, graph)
+        *batch, self.m, self.n = [self.code.size(d) for d in self.node.result.shape]
+        self.batch = batch
+        self.k = self.code.size(self.node.operands[0].shape[-1])
+        self.held = scalar.COMPUTE[self.node.result.dtype]
+
+    def emit(self) -> Code:
+        code = self.code
+        blocks = [*self.batch, code.ceildiv(self.n, self.nr), code.ceildiv(self.m, self.mr)]
+        work = product(code, [*self.batch, self.m, self.n, self.k])
+        steps = product(code, blocks)
+        serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
+        with code.loop(steps, "serial" if serial else "parallel", "tile") as tile:
+            *lead, jo, io = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(tile, blocks), blocks, strict=True)]
+            row, column = code.simplify(io * self.mr), code.simplify(jo * self.nr)
+            self._store(lead, row, column, self._sum(lead, row, column))
+        return code
+
+    def _clamped(self, i: Index, size: Index, tile: int) -> Index:
+        """An index that is surely inside, unless tiles fit the size."""
+        if isinstance(size, int) and size % tile == 0:
+            return i
+        return self.code.least(i, size - 1)
+
+    def _sum(self, lead: Sequence[Index], row: Index, column: Index) -> Any:
+        """Sum the tile; returns the buffer that holds it.
+
+        A long sum is taken in blocks, so that its rounding error stays that of a library's.
+        """
+        code, (a, b) = self.code, self.node.operands
+        zero = tirx.const(0, self.held)
+        vectors = self.nr // self.lanes
+        acc = code.alloc(self.mr * self.nr, self.held, "acc")
+        blocked = not (isinstance(self.k, int) and self.k <= BLOCK)
+        total = code.alloc(self.mr * self.nr, self.held, "total") if blocked else acc
+
+        def everywhere(body: Any) -> None:
+            for q in range(self.mr * vectors):
+                with code.loop(self.lanes, "vectorized", "v") as v:
+                    body(code.simplify(q * self.lanes + v))
+
+        rows = [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
+        ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
+        contiguous = self._packed_width() if ragged else 0
+
+        def step(k: Index) -> None:
+            # the row's elements are scalars: loaded once, used by every vector of the tile
+            xs = [code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a") for r in rows]
+            for u in range(vectors):
+                with code.loop(self.lanes, "vectorized", "v") as v:
+                    j = code.simplify(column + u * self.lanes + v)
+                    if ragged and not contiguous:
+                        j = code.least(j, self.n - 1)
+                    y = Expressions(self.args, {}).at(b, operand_index(lead, b, k, j))
+                    for i in range(self.mr):
+                        at = code.simplify(i * self.nr + u * self.lanes + v)
+                        code.store(acc, at, self._fma(xs[i], y, code.load(acc, at)))
+
+        def span(first: Index, length: Index) -> None:
+            whole = code.div(length, self.unroll)
+            if not (isinstance(whole, int) and whole == 0):
+                with code.loop(whole, "serial", "k") as k:
+                    for q in range(self.unroll):
+                        step(code.simplify(first + k * self.unroll + q))
+            rest = code.mod(length, self.unroll)
+            if not (isinstance(rest, int) and rest == 0):
+                with code.loop(rest, "serial", "k") as k:
+                    step(code.simplify(first + whole * self.unroll + k))
+
+        everywhere(lambda l: code.store(total, l, zero))
+        if not blocked:
+            span(0, self.k)
+            return total
+        with code.loop(code.ceildiv(self.k, BLOCK), "serial", "block") as block:
+            everywhere(lambda l: code.store(acc, l, zero))
+            even = isinstance(self.k, int) and self.k % BLOCK == 0
+            span(code.simplify(block * BLOCK), BLOCK if even else code.bind_index(code.least(self.k - block * BLOCK, BLOCK)))
+            everywhere(lambda l: code.store(total, l, code.load(total, l) + code.load(acc, l)))
+        return total
+
+    def _fma(self, x: Any, y: Any, acc: Any) -> Any:
+        return acc + x * y
+
+    def _packed_width(self) -> int:
+        """Whether columns beyond the last are there to be read: the second factor is a slice of padded packed columns."""
+        b = self.node.operands[1]
+        if b.producer is None or b.producer.name != "slice":
+            return 0
+        attrs, x = b.producer.attrs, b.producer.operands[0]
+        if attrs["axis"] % x.type.rank != x.type.rank - 1 or attrs["start"] != 0 or attrs["step"] != 1:
+            return 0
+        width = x.shape[-1]
+        return width if isinstance(width, int) and width % self.nr == 0 else 0
+
+    def _store(self, lead: Sequence[Index], row: Index, column: Index, acc: Any) -> None:
+        """Write the tile: all of its vectors, or element by element where the tile is cut off by the edge."""
+        code = self.code
+        fits_columns = isinstance(self.n, int) and self.n % self.nr == 0
+        fits_rows = isinstance(self.m, int) and self.m % self.mr == 0
+        count = self.mr if fits_rows else code.bind_index(code.least(self.m - row, self.mr), "rows")
+
+        def lines(width: int) -> None:
+            with code.loop(count, "serial", "i") as i:
+                if width:
+                    with code.loop(self.nr // width, "serial", "u") as u, code.loop(width, "vectorized", "v") as v:
+                        self._element(lead, row, column, i, code.simplify(u * width + v), acc)
+                else:
+                    with code.loop(code.least(self.n - column, self.nr), "serial", "j") as j:
+                        self._element(lead, row, column, i, j, acc)
+
+        lanes = self._store_lanes(lead)
+        if fits_columns:
+            lines(lanes)
+            return
+        full = i64(code.simplify(column + self.nr)) <= i64(self.n)
+        if not isinstance(self.n, int) or self.n >= self.nr:
+            with code.when(full):
+                lines(lanes)
+        with code.when(tirx.Not(full)):
+            lines(0)
+
+    def _store_lanes(self, lead: Sequence[Index]) -> int:
+        def zero(index: Sequence[Index]) -> Any:
+            return tirx.const(0, self.held)
+
+        for v in self.graph.outputs:
+            probe = Probe(self.args, {self.node.result: zero}, v)
+            probe([*lead, 0, 0])
+            if probe.scalar_only:
+                return 1
+        return self.lanes
+
+    def _element(self, lead: Sequence[Index], row: Index, column: Index, i: Index, j: Index, acc: Any) -> None:
+        code = self.code
+        at = [*lead, code.simplify(row + i), code.simplify(column + j)]
+        value = scalar.rounded(code.bind(code.load(acc, code.simplify(i * self.nr + j))), self.node.result.dtype)
+
+        def source(index: Sequence[Index]) -> Any:
+            if not all(code.equal(p, q) for p, q in zip(index, at, strict=True)):
+                raise BuildError("the product is used at another place than its own")
+            return value
+
+        sources: dict[Value, Source] = {self.node.result: source}
+        for k, v in enumerate(self.graph.outputs):
+            self.args.store(k, at, Expressions(self.args, sources).at(v, at))
