@@ -173,15 +173,19 @@ class Code:
 
     def bind(self, value: Any, name: str = "v", hidden: bool = True) -> Any:
         """Give an expression a name in the current block."""
+        if hasattr(value, "asobject"):  # `==` and `!=` give a deferred comparison
+            value = value.asobject()
         if value.ty.dtype == "bool":  # TVM's analyzer cannot hold vectors of bool
             bit = tirx.Select(value, tirx.const(1, "int32"), tirx.const(0, "int32"))
-            return self.bind(bit, name) != tirx.const(0, "int32")
+            return tirx.NE(self.bind(bit, name), tirx.const(0, "int32"))
         if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
             # a call hides it from TVM's analyzer, whose interval sets of chained selections grow without bound
             if str(value.ty.dtype).startswith("float"):
                 value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
             elif hidden:
-                value = tirx.bitwise_xor(value, tirx.const(0, value.ty))
+                name_of = str(value.ty.dtype)
+                other = name_of[1:] if name_of.startswith("u") else f"u{name_of}"
+                return tirx.reinterpret(name_of, self.bind(tirx.reinterpret(other, value), name))
         var = tirx.Var(self.fresh(name), value.ty)
         self.emit(tirx.Bind(var, value))
         return var

@@ -48,6 +48,6 @@ def emit_product(args: Arguments, sources: Mapping[Value, Source], node: Node, t
                 else:
                     code.store(acc, 0, scalar.wrapping(False, held, scalar.wrapping(True, x, y, dtype), dtype))
             held = code.bind(code.load(acc, 0))
-            sink([*lead, i, j], held != tirx.const(0, "uint8") if dtype.is_bool else scalar.rounded(held, dtype))
+            sink([*lead, i, j], tirx.NE(held, tirx.const(0, "uint8")) if dtype.is_bool else scalar.rounded(held, dtype))
 
         vector_loop(code, 0, columns, 1, column)

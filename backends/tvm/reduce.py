@@ -166,7 +166,7 @@ class Reduction:
             n = i64(self.count if count is None else count).astype(total.ty.dtype)
             total = total / n
         if dtype.is_bool:
-            return total != tirx.const(0, "uint8")
+            return tirx.NE(total, tirx.const(0, "uint8"))
         name = scalar.COMPUTE[dtype]
         return scalar.rounded(self.code.bind(total if total.ty.dtype == name else total.astype(name)), dtype) if dtype.is_float else total
 

@@ -263,7 +263,7 @@ def _finish(code: Code, node: Node, total: Any, count: Index) -> Any:
     if node.name == "mean":
         total = total / i64(count).astype(total.ty.dtype)
     if dtype.is_bool:
-        return total != tirx.const(0, "uint8")
+        return tirx.NE(total, tirx.const(0, "uint8"))
     if not dtype.is_float:
         return total
     name = scalar.COMPUTE[dtype]

@@ -44,7 +44,7 @@ def constant(value: Any, dtype: DType) -> Any:
 def load(raw: Any, dtype: DType) -> Any:
     """A stored element as it is held in expressions."""
     if dtype == types.b1:
-        return raw != tirx.const(0, "uint8")
+        return tirx.NE(raw, tirx.const(0, "uint8"))
     if dtype == types.f16:
         return raw.astype("float32")
     if dtype == types.bf16:
@@ -85,7 +85,7 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
     if source == to:
         return x
     if to.is_bool:
-        return x != tirx.const(0, COMPUTE[source])
+        return tirx.NE(x, tirx.const(0, COMPUTE[source]))
     if source.is_float:
         if to.is_float:
             return rounded(x if COMPUTE[source] == name else let(x.astype(name)), to)
@@ -105,8 +105,13 @@ def _unsigned(fn: Callable[[Any, Any], Any], a: Any, b: Any, dtype: DType) -> An
     if dtype.kind == "u":
         return fn(a, b)
     name = COMPUTE[dtype]
-    u = "u" + name
-    return tirx.reinterpret(name, fn(tirx.reinterpret(u, a), tirx.reinterpret(u, b)))
+
+    def bits(x: Any) -> Any:
+        if isinstance(x, tirx.IntImm):
+            return tirx.const(int(x.value) % (1 << dtype.bits), "u" + name)
+        return tirx.reinterpret("u" + name, x)
+
+    return tirx.reinterpret(name, fn(bits(a), bits(b)))
 
 
 def _divisor(b: Any, dtype: DType) -> int:
@@ -235,12 +240,12 @@ class Ops:
         x, y, zero, one = a[0], a[1], constant(0, d), tirx.const(1.0, COMPUTE[d])
         rest = self.let(self._fmod(a, d, raw))
         quotient = (x - rest) / y
-        opposite = tirx.And(rest != zero, (y < zero) != (rest < zero))
+        opposite = tirx.And(tirx.NE(rest, zero), _differ(y < zero, rest < zero))
         quotient = self.let(tirx.Select(opposite, quotient - one, quotient))
         whole = self.let(vecmath.intrinsic("llvm.floor", COMPUTE[d], quotient))
         whole = tirx.Select(quotient - whole > tirx.const(0.5, COMPUTE[d]), whole + one, whole)
         signed_zero = vecmath.intrinsic("llvm.copysign", COMPUTE[d], zero, x / y)
-        return tirx.Select(y == zero, x / y, tirx.Select(quotient == zero, signed_zero, whole))
+        return tirx.Select(tirx.EQ(y, zero), x / y, tirx.Select(tirx.EQ(quotient, zero), signed_zero, whole))
 
     def _trunc_div(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._trunc([a[0] / a[1]], d, raw) if d.is_float else _int_division("trunc_div", a[0], a[1], d)
@@ -249,7 +254,7 @@ class Ops:
         if not d.is_float:
             return _int_division("remainder", a[0], a[1], d)
         zero, rest = constant(0, d), self.let(self._fmod(a, d, raw))
-        opposite = tirx.And(rest != zero, (a[1] < zero) != (rest < zero))
+        opposite = tirx.And(tirx.NE(rest, zero), _differ(a[1] < zero, rest < zero))
         return tirx.Select(opposite, rest + a[1], rest)
 
     def _fmod(self, a: list[Any], d: DType, raw: Any) -> Any:
@@ -360,7 +365,7 @@ class Ops:
     def _isinf(self, a: list[Any], d: DType, raw: Any) -> Any:
         if not d.is_float:
             return tirx.const(False, "bool")
-        return vecmath.intrinsic("llvm.fabs", COMPUTE[d], a[0]) == tirx.const(float("inf"), COMPUTE[d])
+        return tirx.EQ(vecmath.intrinsic("llvm.fabs", COMPUTE[d], a[0]), tirx.const(float("inf"), COMPUTE[d]))
 
     def _logical_not(self, a: list[Any], d: DType, raw: Any) -> Any:
         return tirx.Not(cast(a[0], d, types.b1))
@@ -422,7 +427,7 @@ def _differ(a: Any, b: Any) -> Any:
 
 
 for _name, _fn in {
-    "eq": lambda x, y: x == y, "ne": lambda x, y: x != y, "lt": lambda x, y: x < y,
+    "eq": tirx.EQ, "ne": tirx.NE, "lt": lambda x, y: x < y,
     "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
 }.items():  # fmt: skip
     setattr(Ops, f"_{_name}", _comparison(_fn))

@@ -35,7 +35,7 @@ def fence(x: Any, dtype: str) -> Any:
 
 def isnan(x: Any, dtype: str = "float32") -> Any:
     """Whether x is nan; the fence hides the operand from TVM, which takes x != x for false."""
-    return fence(x, str(x.ty.dtype)) != x
+    return tirx.NE(fence(x, str(x.ty.dtype)), x)
 
 
 def horner(x: Any, *coefficients: float) -> Any:
@@ -152,5 +152,5 @@ def log(let: Let, x: Any) -> Any:
     r = fma(n, const(0.693359375), f + t)
     inf = const(float("inf"))
     r = tirx.Select(x < inf, r, x)  # inf and nan stay
-    r = tirx.Select(x == const(0.0), const(float("-inf")), r)
+    r = tirx.Select(tirx.EQ(x, const(0.0)), const(float("-inf")), r)
     return tirx.Select(x < const(0.0), const(float("nan")), r)

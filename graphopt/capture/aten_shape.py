@@ -62,6 +62,20 @@ def bounds(c: Context, size: Dim, start: Dim | None, stop: Dim | None) -> tuple[
     return first, last
 
 
+def traced_bounds(c: Context, size: Dim, start: Dim | None, stop: Dim | None, length: Dim | None) -> tuple[Dim, Dim]:
+    """As :func:`bounds`, but a traced length of stop - start also shows that neither was clamped: tracing guarded on it."""
+    first, last = (d if isinstance(d, int) and d >= 0 else _from_end(c, size, d) for d in (0 if start is None else start, stop or 0))
+    if length is not None and first is not None and last is not None and dims.same(dims.sub(last, first), length):
+        if not isinstance(length, int) or length > 0:
+            return first, last
+    return bounds(c, size, start, stop)
+
+
+def _from_end(c: Context, size: Dim, at: Dim) -> Dim | None:
+    negative = dims.prove(at, "<", 0, c.b.graph.symbols)
+    return None if negative is None else dims.add(size, at) if negative else at
+
+
 def _clamped(c: Context, size: Dim, at: Dim) -> Dim:
     symbols = c.b.graph.symbols
     if isinstance(at, int) and at >= 2**62:
@@ -82,8 +96,8 @@ def _clamped(c: Context, size: Dim, at: Dim) -> Dim:
 @lowers("slice.Tensor", "slice_copy.Tensor")
 def slice_(c: Context, x: Value, dim: int = 0, start: Dim | None = None, end: Dim | None = None, step: int = 1) -> Value:
     axis = dim % x.type.rank
-    first, last = bounds(c, x.shape[axis], start, end)
     c.require(isinstance(step, int))
+    first, last = traced_bounds(c, x.shape[axis], start, end, c.shape[axis] if step == 1 else None)
     return cut(c, x, axis, first, last, step)
 
 

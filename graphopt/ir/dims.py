@@ -49,6 +49,8 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
             return sympy.Integer(int(a) // int(b))
         if a == b and b.is_positive:
             return sympy.Integer(1)
+        if isinstance(a, FloorDiv) and all(d.is_Integer and d > 0 for d in (b, a.args[1])):
+            return FloorDiv(a.args[0], a.args[1] * b)
         if b.is_Integer and b != 0:
             terms = sympy.Add.make_args(a)
             whole = [t for t in terms if (t / b).is_integer]

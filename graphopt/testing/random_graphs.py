@@ -21,20 +21,25 @@ def make_graph(chooser: Chooser, ops: Sequence[str] | None, max_nodes: int, symb
     pool = Pool(chooser, symbolic)
     names = [n for n in RECIPES if ops is None or n in ops]
     for _ in range(chooser.integer(1, max_nodes)):
-        last: Node | None = pool.values[-1].producer if pool.values else None
-        if last is not None and pool.flag(12):  # the same node once more
-            pool.values.append(pool.builder.create(last.op.name, last.operands, dict(last.attrs)))
-        elif ops is None and pool.flag(6):
-            pool.pick(IDIOMS)(pool)
-        else:
-            name = pool.pick(names)
-            RECIPES[name](pool, name)
+        _step(pool, names, ops is None)
     made = [v for v in pool.values if v.producer is not None] or pool.values
     outputs = [made[-1], *(pool.pick(pool.values) for _ in range(chooser.integer(0, 2)))]
     pool.graph.set_outputs(outputs)
     if fusion:
         fuse_chain(pool)
     return pool.graph
+
+
+def _step(pool: Pool, names: Sequence[str], idioms: bool) -> None:
+    """Add a node, or a few."""
+    last: Node | None = pool.values[-1].producer if pool.values else None
+    if last is not None and pool.flag(12):  # the same node once more
+        pool.values.append(pool.builder.create(last.op.name, last.operands, dict(last.attrs)))
+    elif idioms and pool.flag(6):
+        pool.pick(IDIOMS)(pool)
+    else:
+        name = pool.pick(names)
+        RECIPES[name](pool, name)
 
 
 def random_graph(seed: int, *, ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False) -> Graph:

@@ -237,7 +237,7 @@ class ImplicitBroadcast(Rule):
         out = list(m.root.operands)
         for i, v in enumerate(out):
             while (node := v.defined_by("broadcast_to", "reshape")) is not None:
-                if node.name == "reshape" and not _prepends(node.operands[0], v):
+                if node.name == "reshape" and not _prepends(node.operands[0], v, m.root.results[0]):
                     break
                 v = node.operands[0]
                 shapes = [v.shape if j == i else w.shape for j, w in enumerate(out)]
@@ -257,10 +257,14 @@ class ImplicitBroadcast(Rule):
         return rw.create(m.root.name, self.operands(m), dict(m.root.attrs))  # type: ignore[no-any-return]
 
 
-def _prepends(before: Value, after: Value) -> bool:
-    """Whether the second shape is the first with axes of size 1 put before."""
+def _prepends(before: Value, after: Value, result: Value) -> bool:
+    """Whether the second shape is the first with axes of size 1 put before, and the result repeats it.
+
+    A reshape of a value that is not repeated stays: its other users read the reshaped value too, and patterns must see
+    that it is one value.
+    """
     extra = after.type.rank - before.type.rank
-    return extra > 0 and after.shape == (*[1] * extra, *before.shape)
+    return extra > 0 and after.shape == (*[1] * extra, *before.shape) and not dims.same(before.type.numel, result.type.numel)
 
 
 class Canonicalize(RewritePass):

@@ -1,0 +1,30 @@
+"""The judgement of a kernel: its error against f64, with eager's own error as the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from graphopt.ir.graph import Graph
+from graphopt.ir.interpreter import evaluate
+
+Run = Callable[[Sequence[torch.Tensor], "dict[str, int] | None"], "list[torch.Tensor]"]
+
+
+def check(graph: Graph, run: Run, inputs: Sequence[torch.Tensor], bindings: dict[str, int] | None = None, factor: float = 2.0) -> None:
+    """The error against f64 is at most ``factor`` times eager's own, plus a few units in the last place."""
+    wide, eager = (evaluate(graph, inputs, bindings=bindings, wide=w) for w in (True, False))
+    for got, true, own in zip(run(inputs, bindings), wide, eager, strict=True):
+        if not got.dtype.is_floating_point:
+            assert torch.equal(got, own), f"{graph}\n{got}\n{own}"
+            continue
+        finite = torch.isfinite(own)
+        assert torch.equal(torch.isnan(got), torch.isnan(own)), f"{graph}\n{got}\n{own}"
+        same = (got == own) | torch.isnan(own) | finite
+        assert bool(same.all()), f"{graph}\n{got[~same]}\n{own[~same]}"
+        error, allowed = (got.double() - true).abs(), (own.double() - true).abs()
+        scale = true.abs().clamp_min(torch.finfo(got.dtype).tiny) * torch.finfo(got.dtype).eps
+        limit = factor * allowed[finite].max() if finite.any() else torch.tensor(0.0)
+        bad = finite & (error > torch.maximum(limit, 4 * scale))
+        assert not bool(bad.any()), f"{graph}\n{got[bad][:5]}\n{own[bad][:5]}\n{true[bad][:5]}"
