@@ -178,14 +178,15 @@ class Code:
         if value.ty.dtype == "bool":  # TVM's analyzer cannot hold vectors of bool
             bit = tirx.Select(value, tirx.const(1, "int32"), tirx.const(0, "int32"))
             return tirx.NE(self.bind(bit, name), tirx.const(0, "int32"))
-        if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
-            # a call hides it from TVM's analyzer, whose interval sets of chained selections grow without bound
-            if str(value.ty.dtype).startswith("float"):
+        # Calls hide values from TVM's analyzer: its interval sets of chained selections grow without bound, and it cannot
+        # hold vectors of bool. Calls are opaque to it already.
+        held = str(value.ty.dtype)
+        if held.startswith("float"):
+            if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
                 value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
-            elif hidden:
-                name_of = str(value.ty.dtype)
-                other = name_of[1:] if name_of.startswith("u") else f"u{name_of}"
-                return tirx.reinterpret(name_of, self.bind(tirx.reinterpret(other, value), name))
+        elif hidden and not isinstance(value, tvm.ir.Call):
+            other = held[1:] if held.startswith("u") else f"u{held}"
+            return tirx.reinterpret(held, self.bind(tirx.reinterpret(other, value), name))
         var = tirx.Var(self.fresh(name), value.ty)
         self.emit(tirx.Bind(var, value))
         return var

@@ -85,7 +85,7 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
     if source == to:
         return x
     if to.is_bool:
-        return tirx.NE(x, tirx.const(0, COMPUTE[source]))
+        return _nonzero(x, source)
     if source.is_float:
         if to.is_float:
             return rounded(x if COMPUTE[source] == name else let(x.astype(name)), to)
@@ -96,6 +96,11 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
         wide = x.astype("int32")
         return wide if to == types.i32 else wide.astype(name)
     return rounded(let(x.astype(name)), to)
+
+
+def _nonzero(x: Any, dtype: DType) -> Any:
+    """Whether x is not zero; nan is not. (TVM's NE on floats is false for nan.)"""
+    return tirx.Not(tirx.EQ(x, tirx.const(0, COMPUTE[dtype])))
 
 
 # --- integers ----------------------------------------------------------------------------------------------------------
@@ -240,7 +245,7 @@ class Ops:
         x, y, zero, one = a[0], a[1], constant(0, d), tirx.const(1.0, COMPUTE[d])
         rest = self.let(self._fmod(a, d, raw))
         quotient = (x - rest) / y
-        opposite = tirx.And(tirx.NE(rest, zero), _differ(y < zero, rest < zero))
+        opposite = tirx.And(tirx.Not(tirx.EQ(rest, zero)), _differ(y < zero, rest < zero))
         quotient = self.let(tirx.Select(opposite, quotient - one, quotient))
         whole = self.let(vecmath.intrinsic("llvm.floor", COMPUTE[d], quotient))
         whole = tirx.Select(quotient - whole > tirx.const(0.5, COMPUTE[d]), whole + one, whole)
@@ -254,7 +259,7 @@ class Ops:
         if not d.is_float:
             return _int_division("remainder", a[0], a[1], d)
         zero, rest = constant(0, d), self.let(self._fmod(a, d, raw))
-        opposite = tirx.And(tirx.NE(rest, zero), _differ(a[1] < zero, rest < zero))
+        opposite = tirx.And(tirx.Not(tirx.EQ(rest, zero)), _differ(a[1] < zero, rest < zero))
         return tirx.Select(opposite, rest + a[1], rest)
 
     def _fmod(self, a: list[Any], d: DType, raw: Any) -> Any:
@@ -396,6 +401,8 @@ extreme = _extreme
 def _comparison(fn: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def compare(self: Ops, a: list[Any], d: DType, raw: Any) -> Any:
         # TVM takes x == x for true, whatever x is
+        if d.is_bool:
+            return fn(*(tirx.Select(x, tirx.const(1, "int32"), tirx.const(0, "int32")) for x in a))
         return fn(vecmath.fence(a[0], COMPUTE[d]) if d.is_float else a[0], a[1])
 
     return compare
@@ -427,7 +434,7 @@ def _differ(a: Any, b: Any) -> Any:
 
 
 for _name, _fn in {
-    "eq": tirx.EQ, "ne": tirx.NE, "lt": lambda x, y: x < y,
+    "eq": tirx.EQ, "ne": lambda x, y: tirx.Not(tirx.EQ(x, y)), "lt": lambda x, y: x < y,
     "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
 }.items():  # fmt: skip
     setattr(Ops, f"_{_name}", _comparison(_fn))

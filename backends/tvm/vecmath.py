@@ -35,7 +35,7 @@ def fence(x: Any, dtype: str) -> Any:
 
 def isnan(x: Any, dtype: str = "float32") -> Any:
     """Whether x is nan; the fence hides the operand from TVM, which takes x != x for false."""
-    return tirx.NE(fence(x, str(x.ty.dtype)), x)
+    return tirx.Not(tirx.EQ(fence(x, str(x.ty.dtype)), x))
 
 
 def horner(x: Any, *coefficients: float) -> Any:

@@ -93,6 +93,11 @@ def _affine(c: Context, x: Value, weight: Value | None, bias: Value | None) -> l
     return [v for v in (weight, bias) if v is not None]
 
 
+def _widened(c: Context, operands: Sequence[Value]) -> list[Value]:
+    """Operands in f32 for half precision: these ops are taken apart by passes, and only the result may be rounded."""
+    return [c.to(v, c.math_dtype(v.dtype)) for v in operands]
+
+
 @lowers("native_layer_norm")
 def layer_norm(c: Context, x: Value, shape: Sequence[Dim], weight: Value | None, bias: Value | None, eps: float) -> list[Value | None]:
     c.only_first()
@@ -111,7 +116,8 @@ def group_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, n
                eps: float) -> list[Value | None]:  # fmt: skip
     c.only_first()
     c.require(x.type.rank >= 2 and x.shape[0] == n and x.shape[1] == channels)
-    return [c.b.group_norm(x, *_affine(c, x, weight, bias), groups=groups, eps=eps), None, None]
+    operands = _widened(c, [x, *_affine(c, x, weight, bias)])
+    return [c.to(c.b.group_norm(*operands, groups=groups, eps=eps), c.dtype), None, None]
 
 
 @lowers("_native_batch_norm_legit_no_training")
@@ -119,7 +125,8 @@ def batch_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, m
                eps: float) -> list[Value | None]:  # fmt: skip
     c.only_first()
     c.require(mean.dtype == var.dtype == x.dtype)
-    return [c.b.batch_norm(x, mean, var, *_affine(c, x, weight, bias), eps=eps), None, None]
+    operands = _widened(c, [x, mean, var, *_affine(c, x, weight, bias)])
+    return [c.to(c.b.batch_norm(*operands, eps=eps), c.dtype), None, None]
 
 
 # softmax, attention ----------------------------------------------------------------------------------------------------

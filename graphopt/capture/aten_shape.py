@@ -64,10 +64,11 @@ def bounds(c: Context, size: Dim, start: Dim | None, stop: Dim | None) -> tuple[
 
 def traced_bounds(c: Context, size: Dim, start: Dim | None, stop: Dim | None, length: Dim | None) -> tuple[Dim, Dim]:
     """As :func:`bounds`, but a traced length of stop - start also shows that neither was clamped: tracing guarded on it."""
-    first, last = (d if isinstance(d, int) and d >= 0 else _from_end(c, size, d) for d in (0 if start is None else start, stop or 0))
-    if length is not None and first is not None and last is not None and dims.same(dims.sub(last, first), length):
-        if not isinstance(length, int) or length > 0:
-            return first, last
+    if length is None or stop is None or length == 0:
+        return bounds(c, size, start, stop)
+    first, last = _from_end(c, size, 0 if start is None else start), _from_end(c, size, stop)
+    if first is not None and last is not None and dims.same(dims.sub(last, first), length):
+        return first, last
     return bounds(c, size, start, stop)
 
 
