@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
-
 from graphopt.target import Target
 
 

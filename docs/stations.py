@@ -48,12 +48,12 @@ def stations() -> dict[str, tuple[str, str]]:
     kernel = Path(matmul.path).with_suffix(".txt").read_text()
     remarks = [str(r) for r in report.remarks if r.rule in ("ErfGelu", "RecomposeGelu", "fuse", "pack-weights") or r.kind == "missed"]
     return {
-        "model": ("python", MODEL),
+        "model": ("text", MODEL),
         "captured": ("text", report.text_before),
         "optimized": ("text", report.text_after),
         "remarks": ("text", "\n".join(remarks[:8])),
-        "kernel": ("python", kernel),
-        "program": ("python", report.program),
+        "kernel": ("text", kernel),
+        "program": ("text", report.program),
     }
 
 

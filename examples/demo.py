@@ -95,6 +95,7 @@ def main() -> int:
     args = parser.parse_args()
     names = args.models.split(",")
     console = Console()
+    console.width = max(console.width, 118)  # the table is no use when its cells are broken
     table = Table("model", "error vs eager", "error vs f64", "eager vs f64", "eager ms", "graphopt ms", "speed-up", "kernel calls",
                   "library calls", "compile s", title="torch.compile(model, backend='graphopt'), f32, batch 1")  # fmt: skip
     summary, wrong = "", []

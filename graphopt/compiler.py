@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from graphopt.capture.fx import capture_fx
 from graphopt.errors import FallbackError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
+from graphopt.ir.hashing import canonical_text
 from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
 from graphopt.options import Options
-from graphopt.passes import pipelines
 from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
+from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.program import Program, bind_symbols_fast
 from graphopt.report import Fallback, KernelInfo, Report, record
 from graphopt.target import Target, detect
@@ -116,7 +119,10 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
     start = time.perf_counter()
     ctx = PassContext(target=target, fuel=Fuel(options.fuel, options.skip_rewrites))
     instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
-    pipeline = pipelines.edit_pipeline(pipelines.default_pipeline(), options.pipeline)
+    pipeline = edit_pipeline(default_pipeline(), options.pipeline)
+    report.pipeline = [str(p) for p in pipeline]
+    ingredients = [canonical_text(graph), target.fingerprint, *(p.key() for p in pipeline)]
+    report.key = hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
     report.passes, report.remarks = ctx.seconds, ctx.remarks
     report.seconds["passes"] = time.perf_counter() - start
@@ -138,9 +144,7 @@ def choose_backend(target: Target, options: Options) -> tuple[Any, str]:
 
 def provider() -> Any:
     """The module that builds and loads TVM kernels; imported when it is first needed."""
-    from graphopt.backends.tvm import provider as module  # tvm is an optional package
-
-    return module
+    return import_module("graphopt.backends.tvm.provider")  # tvm is an optional package
 
 
 def build_kernels(lowered: Lowered, target: Target, cache_dir: Path, options: Options, report: Report,

@@ -56,7 +56,7 @@ class Pass(ABC):
         try:
             source = inspect.getsource(type(self))
         except (OSError, TypeError):
-            source = repr(type(self).__dict__.get("run"))
+            source = repr({k: v.__code__.co_code for k, v in vars(type(self)).items() if hasattr(v, "__code__")})
         return f"{self}\n{source}"
 
     def __str__(self) -> str:

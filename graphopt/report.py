@@ -66,6 +66,8 @@ class Report:
         seconds: stage -> seconds (``passes``, ``lower``, ``build``, ``total``).
         memory: ``planned`` (arena bytes), ``unplanned`` (sum of all intermediate buffers), ``staged`` (bytes kept for
             values computed from weights), ``outputs``; None where sizes are symbolic.
+        pipeline: the passes, with their options.
+        key: identity of the compilation: captured graph, target, and the code and options of every pass.
         text_before, text_after: the IR as captured and as lowered.
         program: the straight-line program.
     """
@@ -79,6 +81,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     memory: dict[str, int | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    pipeline: list[str] = field(default_factory=list)
+    key: str = ""
     text_before: str = ""
     text_after: str = ""
     program: str = ""

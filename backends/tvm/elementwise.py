@@ -12,7 +12,20 @@ from graphopt.backends.tvm.loops import Tuning, expand_index, merge_axes, run_sp
 from graphopt.ir import dims
 from graphopt.ir.graph import Value
 
-HEAVY = {"exp": 4, "tanh": 8, "erf": 8, "gelu": 8, "sigmoid": 6, "silu": 6, "log": 6, "pow": 16, "sin": 16, "cos": 16, "fmod": 16, "remainder": 16}
+HEAVY = {
+    "exp": 4,
+    "tanh": 8,
+    "erf": 8,
+    "gelu": 8,
+    "sigmoid": 6,
+    "silu": 6,
+    "log": 6,
+    "pow": 16,
+    "sin": 16,
+    "cos": 16,
+    "fmod": 16,
+    "remainder": 16,
+}
 
 
 def weight_of(value: Value) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.tvm import scalar, vecmath
+from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.support import constant_of
 from graphopt.errors import BuildError

@@ -44,6 +44,7 @@ def _materialize(args: Arguments, sources: dict[Value, Source], node: Node, tuni
     code, value = args.code, node.result
     k = _sole_output(args.graph, value)
     if k is not None:
+
         def sink(index: Sequence[Index], v: Any) -> None:
             args.store(k, index, v)
     else:

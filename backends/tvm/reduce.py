@@ -134,7 +134,11 @@ class Reduction:
         shape = [self.code.size(d) for d in self.node.result.shape]
         axes = [Axis([k], n) for k, n in enumerate(shape)]
         assert self.monoid is not None
-        value = vecmath.fence(tirx.const(float("nan"), self.monoid.held), self.monoid.held) if self.op == "mean" else self._constant(self.monoid.start)
+        value = (
+            vecmath.fence(tirx.const(float("nan"), self.monoid.held), self.monoid.held)
+            if self.op == "mean"
+            else self._constant(self.monoid.start)
+        )
 
         def piece(outer: list[Index], start: Index, length: Index) -> None:
             vector_loop(self.code, start, length, 1, lambda i: self.sink([*outer, i][: len(axes)], self._final(value, 1)))
@@ -155,7 +159,7 @@ class Reduction:
         at = dict(zip((id(a) for a in self.kept), kept, strict=True)) | dict(zip((id(a) for a in self.inner), reduced, strict=True))
         index = expand_index(self.code, self.axes, [at[id(a)] for a in self.axes], self.shape)
         value = Expressions(self.args, self.sources).at(self.x, index)
-        if self.monoid is not None and self.monoid.held == "uint8" and self.x.dtype != types.u8 or self.op in ("any", "all"):
+        if (self.monoid is not None and self.monoid.held == "uint8" and self.x.dtype != types.u8) or self.op in ("any", "all"):
             return scalar.cast(value, self.x.dtype, types.b1).astype("uint8")
         return value
 

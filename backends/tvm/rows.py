@@ -243,7 +243,9 @@ def _nan_shows_anyway(node: Node) -> bool:
             return False
         exps = [u for u in shifted.result.users if u.name == "exp"]
         sums = [u for e in exps for u in e.result.users if u.name == "sum" and u.attrs["axes"] == node.attrs["axes"]]
-        others = [u for u in shifted.result.users if u.name not in ("exp", "sub")] + [u for e in exps for u in e.result.users if u.name not in ("sum", "div")]
+        others = [u for u in shifted.result.users if u.name not in ("exp", "sub")] + [
+            u for e in exps for u in e.result.users if u.name not in ("sum", "div")
+        ]
         if not sums or others:
             return False
     return True

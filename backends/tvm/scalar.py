@@ -86,6 +86,8 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
         return x
     if to.is_bool:
         return _nonzero(x, source)
+    if source.is_bool:
+        return tirx.Select(x, tirx.const(1, name), tirx.const(0, name))
     if source.is_float:
         if to.is_float:
             return rounded(x if COMPUTE[source] == name else let(x.astype(name)), to)
@@ -110,11 +112,13 @@ def _unsigned(fn: Callable[[Any, Any], Any], a: Any, b: Any, dtype: DType) -> An
     if dtype.kind == "u":
         return fn(a, b)
     name = COMPUTE[dtype]
+    lanes = str(a.ty.dtype).partition("x")[2]  # vectors come here from the joining of partial results
+    name += f"x{lanes}" if lanes else ""
 
     def bits(x: Any) -> Any:
         if isinstance(x, tirx.IntImm):
-            return tirx.const(int(x.value) % (1 << dtype.bits), "u" + name)
-        return tirx.reinterpret("u" + name, x)
+            return tirx.const(int(x.value) % (1 << dtype.bits), f"u{COMPUTE[dtype]}")
+        return tirx.reinterpret(f"u{name}", x)
 
     return tirx.reinterpret(name, fn(bits(a), bits(b)))
 
@@ -128,7 +132,11 @@ def _divisor(b: Any, dtype: DType) -> int:
 def _int_division(name: str, a: Any, b: Any, dtype: DType) -> Any:
     d = _divisor(b, dtype)
     if d == -1:  # the least integer has no negative: x86 would trap
-        return _unsigned(lambda x, y: y - x, a, constant(0, dtype), dtype) if name in ("floor_div", "trunc_div") else constant(0, dtype)
+        return (
+            _unsigned(lambda x, one: tirx.bitwise_not(x) + one, a, constant(1, dtype), dtype)
+            if name in ("floor_div", "trunc_div")
+            else constant(0, dtype)
+        )
     fn = {"floor_div": tirx.floordiv, "remainder": tirx.floormod, "trunc_div": tirx.truncdiv, "fmod": tirx.truncmod}[name]
     return fn(a, b)
 
@@ -197,12 +205,16 @@ class Ops:
     def _neg(self, a: list[Any], d: DType, raw: Any) -> Any:
         if d.is_float:
             return a[0] * tirx.const(-1.0, COMPUTE[d])
-        return _unsigned(lambda x, y: x - y, constant(0, d), a[0], d)
+        return _unsigned(lambda x, one: tirx.bitwise_not(x) + one, a[0], constant(1, d), d)
 
     def _abs(self, a: list[Any], d: DType, raw: Any) -> Any:
         if d.kind in "ub":
             return a[0]
-        return vecmath.intrinsic("llvm.fabs", COMPUTE[d], a[0]) if d.is_float else tirx.Select(a[0] < constant(0, d), self._neg(a, d, raw), a[0])
+        return (
+            vecmath.intrinsic("llvm.fabs", COMPUTE[d], a[0])
+            if d.is_float
+            else tirx.Select(a[0] < constant(0, d), self._neg(a, d, raw), a[0])
+        )
 
     def _sign(self, a: list[Any], d: DType, raw: Any) -> Any:
         if d.is_bool:
@@ -351,12 +363,16 @@ class Ops:
         return tirx.Select(x > tirx.const(0.0, COMPUTE[d]), x, x * constant(negative_slope, d))
 
     def _hardsigmoid(self, a: list[Any], d: DType, raw: Any) -> Any:
-        c = lambda v: tirx.const(v, COMPUTE[d])
+        def c(v: float) -> Any:
+            return tirx.const(v, COMPUTE[d])
+
         up = _extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
         return _extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
 
     def _hardswish(self, a: list[Any], d: DType, raw: Any) -> Any:
-        c = lambda v: tirx.const(v, COMPUTE[d])
+        def c(v: float) -> Any:
+            return tirx.const(v, COMPUTE[d])
+
         up = _extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
         return a[0] * _extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
 
@@ -438,12 +454,12 @@ for _name, _fn in {
     "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
 }.items():  # fmt: skip
     setattr(Ops, f"_{_name}", _comparison(_fn))
-setattr(Ops, "_logical_and", _logical(tirx.And))
-setattr(Ops, "_logical_or", _logical(tirx.Or))
-setattr(Ops, "_logical_xor", _logical(_differ))
-setattr(Ops, "_bitwise_and", _bits(tirx.And, tirx.bitwise_and))
-setattr(Ops, "_bitwise_or", _bits(tirx.Or, tirx.bitwise_or))
-setattr(Ops, "_bitwise_xor", _bits(_differ, tirx.bitwise_xor))
+Ops._logical_and = _logical(tirx.And)
+Ops._logical_or = _logical(tirx.Or)
+Ops._logical_xor = _logical(_differ)
+Ops._bitwise_and = _bits(tirx.And, tirx.bitwise_and)
+Ops._bitwise_or = _bits(tirx.Or, tirx.bitwise_or)
+Ops._bitwise_xor = _bits(_differ, tirx.bitwise_xor)
 for _name in ("expm1", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
               "atanh", "erfc"):  # fmt: skip
     setattr(Ops, f"_{_name}", _from_libm(_name))

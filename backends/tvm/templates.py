@@ -140,7 +140,13 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
     mr, vectors = (8, 3) if wide else (4, 3)
     if isinstance(rows, int) and rows < mr:
         mr, vectors = rows, (4 if rows == 1 else 3)
-    if isinstance(columns, int) and columns % (3 * lanes) and columns % (2 * lanes) == 0 and vectors == 3 and not _is_packed(node.operands[1]):
+    if (
+        isinstance(columns, int)
+        and columns % (3 * lanes)
+        and columns % (2 * lanes) == 0
+        and vectors == 3
+        and not _is_packed(node.operands[1])
+    ):
         vectors = 2
     nr = lanes * vectors
     while isinstance(columns, int) and nr > lanes and columns <= nr - lanes:

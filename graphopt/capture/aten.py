@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
-from graphopt.ir import dims, types
+from graphopt.ir import types
 from graphopt.ir.builder import Builder
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Value
@@ -118,9 +118,6 @@ class Context:
         """PyTorch computes half precision scalars and compositions in f32 and rounds once, at the end."""
         return types.f32 if dtype in (types.f16, types.bf16) else dtype
 
-    def size(self, d: Dim | None, default: Dim) -> Dim:
-        return default if d is None else d
-
 
 def is_number(x: Any) -> bool:
     return isinstance(x, bool | int | float | complex | sympy.Expr)
@@ -182,7 +179,3 @@ def axes_of(dim: Any, rank: int) -> tuple[int, ...]:
         return tuple(range(rank))
     several = dim if isinstance(dim, list | tuple) else (dim,)
     return tuple(sorted({int(a) % rank for a in several})) if rank else ()
-
-
-def product(sizes: Sequence[Dim]) -> Dim:
-    return dims.numel(sizes)

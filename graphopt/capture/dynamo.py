@@ -14,10 +14,10 @@ import torch
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils._python_dispatch import _disable_current_modes
 
-from graphopt.capture.captured import Uncapturable
-from graphopt.capture.fx import capture_fx
 from graphopt.capture.source import clean_name
+from graphopt.compiler import compile_fx
 from graphopt.options import Options
 
 Compiled = Callable[[list[Any]], Any]
@@ -48,14 +48,9 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
 
 
 def compile_graph(gm: torch.fx.GraphModule, options: Options, label: str, weights: Mapping[int, str]) -> Compiled:
-    """A functional aten graph, compiled; through library kernels where the IR cannot hold it."""
-    from graphopt import compiler  # the compiler imports this package's data types
-
-    try:
-        captured = capture_fx(gm, weights=weights, name=re.sub(r"\W+", "_", label).strip("_") or "main")
-    except Uncapturable as error:
-        return compiler.fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
-    return compiler.compile_captured(captured, options, label=label)
+    """Compile outside of the tracer's modes: under its fake tensors, checking a pass by value would compute nothing."""
+    with _disable_current_modes():
+        return compile_fx(gm, weights, options, label=label)
 
 
 def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:

@@ -63,7 +63,7 @@ class _Capture:
         self.symbols = SymbolTable()
         self.symbols.ranges = self.graph.symbols
         self.env: dict[torch.fx.Node, Any] = {}
-        self.fakes: dict[Value, torch.Tensor] = {}
+        self.fakes: dict[Value, torch.Tensor] = {}  # traced tensors of the operands of the node at hand
         self.arguments: list[Argument] = []
         self.placeholders: dict[torch.fx.Node, int] = {}
         self.mutated: list[tuple[int, Value]] = []  # argument, new value
@@ -116,7 +116,7 @@ class _Capture:
         value = self.graph.add_input(t, clean_name(name or node.name), weight=name is not None)
         if name is not None:
             self.weight_names[value.index] = clean_name(name)
-        self.bind(node, value)
+        self.env[node] = value
         self.arguments.append(TensorArgument(value.index))
 
     def literal(self, node: torch.fx.Node) -> None:
@@ -137,11 +137,7 @@ class _Capture:
             value = self.graph.add_input(t, clean_name(str(node.target)), weight=True)
             self.literals.append((value, tensor))
         self.env[node] = value
-        self.fakes.setdefault(value, tensor)
-
-    def bind(self, node: torch.fx.Node, value: Value) -> None:
-        self.env[node] = value
-        self.fakes.setdefault(value, node.meta["val"])
+        self.fakes[value] = tensor
 
     def type_of(self, val: Any, strided: bool = False) -> TensorType:
         """The type of a traced tensor; with strides where they are not row-major."""
@@ -172,8 +168,6 @@ class _Capture:
         if target is operator.getitem:
             source = self.env[node.args[0]]  # type: ignore[index]
             self.env[node] = source[node.args[1]]
-            if isinstance(self.env[node], Value):
-                self.fakes.setdefault(self.env[node], val)
             return
         if str(target) in _IGNORED or isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):
             return  # sizes are read from the traced values
@@ -190,8 +184,6 @@ class _Capture:
         several = isinstance(val, list | tuple)
         results = self.operator(node, target, node.args, node.kwargs, list(val) if several else [val])
         self.env[node] = results if several else results[0]
-        if not several and isinstance(results[0], Value):
-            self.fakes.setdefault(results[0], val)
 
     def mutation(self, node: torch.fx.Node) -> None:
         """``copy_`` into an argument: the last thing that happens to it."""
@@ -270,6 +262,8 @@ class _Capture:
             value = self.env.get(arg)
             if not isinstance(value, Value | list):
                 raise Uncapturable(f"the value of {arg.name} is no tensor")
+            if isinstance(value, Value) and isinstance(val, torch.Tensor):
+                self.fakes[value] = val  # of this very node: a dropped copy has other strides than what it copied
             return value
         if isinstance(arg, list | tuple):
             return [self.convert(a) for a in arg]
@@ -311,6 +305,7 @@ class _Capture:
         extent = sum((n - 1) * s for n, s in zip(root.shape, root.stride()))
         if offset < 0 or (reach > extent and 0 not in size):
             raise Uncapturable("as_strided reads outside of its operand")
+        self.fakes[self.env[n]] = root
         return [self.env[n], size, stride, offset]
 
     # --- results ------------------------------------------------------------------------------------------------------

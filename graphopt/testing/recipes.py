@@ -125,7 +125,7 @@ def _matmul(pool: Pool, name: str) -> Value:
 
 
 @recipe("conv")
-def _conv(pool: Pool, name: str) -> Value:
+def _conv(pool: Pool, name: str, last: bool | None = None) -> Value:
     x = pool.value(
         lambda v: v.dtype.is_float and v.type.rank in (3, 4) and isinstance(v.shape[1], int),
         lambda: TensorType(types.f32, (pool.size(), pool.pick([2, 4]), *pool.shape(1, 2))),
@@ -134,8 +134,13 @@ def _conv(pool: Pool, name: str) -> Value:
     assert isinstance(channels, int)
     groups = 2 if channels % 2 == 0 and pool.flag(3) else 1
     kernel = pool.pick([1, 3])
-    w = pool.input(x.dtype, (2 * pool.pick([1, 2]), channels // groups, *[kernel] * n))
-    return pool.add(name, [x, w], stride=(pool.pick([1, 2]),) * n, padding=(kernel // 2,) * n, dilation=(1,) * n, groups=groups)
+    filters, attrs = 2 * pool.pick([1, 2]), {"padding": (kernel // 2,) * n, "dilation": (1,) * n, "groups": groups}
+    if pool.flag(3) if last is None else last:
+        x = pool.add("transpose", [x], perm=(0, *range(2, n + 2), 1))
+        w = pool.input(x.dtype, (*[kernel] * n, channels // groups, filters))
+        return pool.add(name, [x, w], stride=(pool.pick([1, 2]),) * n, channels_last=True, **attrs)
+    w = pool.input(x.dtype, (filters, channels // groups, *[kernel] * n))
+    return pool.add(name, [x, w], stride=(pool.pick([1, 2]),) * n, **attrs)
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ def _spelled_out(pool: Pool) -> None:
 
 
 def _conv_and_norm(pool: Pool) -> None:
-    x = _conv(pool, "conv")
+    x = _conv(pool, "conv", last=False)
     channels = x.shape[1]
     mean, var = pool.input(x.dtype, (channels,), keep=False), pool.input(x.dtype, (channels,), keep=False)
     for v in (*x.producer.operands[1:], mean, var) if x.producer is not None else ():

@@ -66,6 +66,8 @@ def check(norm: Node, product: Node | None, bias: Value | None, staged: Staged) 
         return Reject(f"the result of the {product.name} has other uses", product)
     if product.name == "matmul" and (x.type.rank != 2 or product.operands[1].type.rank != 2):
         return Reject("its channels are not the columns of the matmul", norm)
+    if product.name == "conv" and product.attrs["channels_last"]:
+        return Reject("its channels are not those of the convolution", norm)
     for what, v in (("the weight", product.operands[1]), *(("a parameter of the norm", v) for v in norm.operands[1:])):
         if v not in staged:
             return Reject(f"{what} is not frozen", norm)

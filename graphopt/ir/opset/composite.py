@@ -68,7 +68,7 @@ _activation("gelu", F.gelu, _gelu, {"approximate": "none"},
 _activation("silu", F.silu, lambda b, x: b.mul(x, b.sigmoid(x)), doc="x * sigmoid(x)")
 _activation("softplus", F.softplus, _softplus, {"beta": 1.0, "threshold": 20.0}, doc="log(1 + exp(beta x)) / beta; x above threshold")
 _activation(
-    "elu", lambda x, alpha, scale, input_scale: torch.ops.aten.elu(x, alpha, scale, input_scale), _elu,
+    "elu", torch.ops.aten.elu, _elu,
     {"alpha": 1.0, "scale": 1.0, "input_scale": 1.0}, doc="scale * (x if x > 0 else alpha * (exp(input_scale x) - 1))",
 )  # fmt: skip
 _activation(

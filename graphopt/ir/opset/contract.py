@@ -35,25 +35,32 @@ def _infer_conv(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     dtype, n = same_dtype(ts, "conv"), x.rank - 2
     if n < 1 or w.rank != x.rank or any(len(attrs[k]) != n for k in ("stride", "padding", "dilation")):
         raise TypeInferenceError(f"conv: {x}, {w} and stride, padding, dilation do not agree in rank")
-    if dims.prove(dims.mul(w.shape[1], attrs["groups"]), "==", x.shape[1]) is False:
+    last = attrs["channels_last"]
+    channels, space = (x.shape[-1], x.shape[1:-1]) if last else (x.shape[1], x.shape[2:])
+    filters, inner, kernel = (w.shape[-1], w.shape[-2], w.shape[:-2]) if last else (w.shape[0], w.shape[1], w.shape[2:])
+    if dims.prove(dims.mul(inner, attrs["groups"]), "==", channels) is False:
         raise TypeInferenceError(f"conv: {x} has not the channels of {w} in {attrs['groups']} groups")
     out: list[dims.Dim] = []
     for i in range(n):
-        span = dims.add(dims.mul(dims.sub(w.shape[i + 2], 1), attrs["dilation"][i]), 1)
-        room = dims.sub(dims.add(x.shape[i + 2], 2 * attrs["padding"][i]), span)
+        span = dims.add(dims.mul(dims.sub(kernel[i], 1), attrs["dilation"][i]), 1)
+        room = dims.sub(dims.add(space[i], 2 * attrs["padding"][i]), span)
         out.append(dims.add(dims.floordiv(room, attrs["stride"][i]), 1))
-    return [TensorType(dtype, (x.shape[0], w.shape[0], *out))]
+    return [TensorType(dtype, (x.shape[0], *out, filters) if last else (x.shape[0], filters, *out))]
 
 
 def _evaluate_conv(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
-    n = xs[0].dim() - 2
-    return torch.convolution(
-        xs[0], xs[1], None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]), False, [0] * n, attrs["groups"]
+    (x, w), n = xs, xs[0].dim() - 2
+    if attrs["channels_last"]:
+        x, w = x.movedim(-1, 1), w.permute(n + 1, n, *range(n))
+    y = torch.convolution(
+        x, w, None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]), False, [0] * n, attrs["groups"]
     )
+    return y.movedim(1, -1) if attrs["channels_last"] else y
 
 
 define(
     "conv", 2, traits=(Trait.CONTRACTION,), infer=_infer_conv, evaluate=_evaluate_conv,
-    attrs={"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1},
-    doc="cross-correlation, x [N, C, *S] with w [O, C/groups, *K] -> [N, O, *S']; 1 to 3 spatial axes",
+    attrs={"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1, "channels_last": False},
+    doc="cross-correlation, x [N, C, *S] with w [O, C/groups, *K] -> [N, O, *S']; 1 to 3 spatial axes; channels_last: "
+    "x [N, *S, C] with w [*K, C/groups, O] -> [N, *S', O]",
 )  # fmt: skip

@@ -65,8 +65,10 @@ def _infer_slice(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     axis = normalize_axis(axis, t.rank, "slice")
     if step < 1:
         raise TypeInferenceError(f"slice: step must be positive, got {step}")
-    if dims.prove(start, "<=", stop) is False or dims.prove(stop, "<=", t.shape[axis]) is False or dims.prove(0, "<=", start) is False:
-        raise TypeInferenceError(f"slice: {dims.format_dim(start)}:{dims.format_dim(stop)} is not within axis {axis} of {t}")
+    order = ((0, start), (start, stop), (stop, t.shape[axis]))
+    if any(dims.prove(a, "<=", b) is False for a, b in order):
+        bounds = f"{dims.format_dim(start)}:{dims.format_dim(stop)}"
+        raise TypeInferenceError(f"slice: {bounds} is not within axis {axis} of {t}")
     return [t.with_shape((*t.shape[:axis], slice_length(start, stop, step), *t.shape[axis + 1 :]))]
 
 
@@ -92,7 +94,8 @@ def _infer_concat(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     dtype, axis = same_dtype(ts, "concat"), normalize_axis(attrs["axis"], ts[0].rank, "concat")
     total: dims.Dim = 0
     for t in ts:
-        if t.rank != ts[0].rank or any(i != axis and not dims.same(a, b) for i, (a, b) in enumerate(zip(t.shape, ts[0].shape, strict=True))):
+        beside = [shape[:axis] + shape[axis + 1 :] for shape in (t.shape, ts[0].shape)]
+        if t.rank != ts[0].rank or not dims.same_shape(*beside):
             raise TypeInferenceError(f"concat: {t} and {ts[0]} differ beside axis {axis}")
         total = dims.add(total, t.shape[axis])
     return [TensorType(dtype, (*ts[0].shape[:axis], total, *ts[0].shape[axis + 1 :]))]

@@ -57,7 +57,9 @@ def compile_all(builder: KernelBuilder, kernels_dir: Path) -> Callable[[Sequence
 def _runner(graph: Graph, kernel: Any) -> Run:
     def run(inputs: Sequence[torch.Tensor], bindings: dict[str, int] | None = None) -> list[torch.Tensor]:
         expected = evaluate(graph, inputs, bindings=bindings)
-        outputs = [torch.full(e.shape, 77, dtype=e.dtype) if e.dtype != torch.bool else torch.ones(e.shape, dtype=e.dtype) for e in expected]
+        outputs = [
+            torch.full(e.shape, 77, dtype=e.dtype) if e.dtype != torch.bool else torch.ones(e.shape, dtype=e.dtype) for e in expected
+        ]
         if all(o.numel() for o in outputs):
             kernel(*inputs, *outputs, *(v for _, v in sorted((bindings or {}).items())))
         return outputs

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tvm_check import check
 
 from graphopt.backends.tvm.support import refusal
-from graphopt.ir import types
+from graphopt.ir import dims, types
 from graphopt.ir.builder import Builder
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpreter import evaluate
@@ -15,13 +16,12 @@ from graphopt.ir.text import parse_graph
 from graphopt.ir.types import DType, TensorType
 from graphopt.target import detect
 
-from tvm_check import check
-
 DTYPES = (types.f32, types.f64, types.f16, types.bf16, types.i64, types.i32, types.i8, types.u8, types.b1)
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.0, 1e-40, -1e-40, 1e-30, 88.5, -88.0,
            104.0, -104.0, 1e4, -1e4, 0.62, 0.93, 2**-20, 7.0, 20.5, -3.5]  # fmt: skip
 # what another rounding of the same formula may differ by, in units of the last place of f32 or f64
-ULPS = {"default": 4, "tan": 8, "gelu": 64, "mish": 16, "silu": 8}
+ULPS = {"default": 4}
+CANCELS = {"gelu": 4.0}  # the formula adds numbers of this size, in eager too
 
 
 def values(dtype: DType, n: int, seed: int) -> torch.Tensor:
@@ -78,21 +78,25 @@ def test_every_op_at_every_dtype(compile_all) -> None:
         (got,), (own,), (true,) = run(xs, None), evaluate(graph, xs), evaluate(graph, xs, wide=True)
         if not agree(name, dtype, got, own, true):
             bad = ~torch.isclose(got.double(), own.double(), rtol=1e-6, atol=0, equal_nan=True)
-            failed.append(f"{name} {dtype}: at {[x[bad][:4].tolist() for x in xs]} got {got[bad][:4].tolist()} torch {own[bad][:4].tolist()}")
+            failed.append(
+                f"{name} {dtype}: at {[x[bad][:4].tolist() for x in xs]} got {got[bad][:4].tolist()} torch {own[bad][:4].tolist()}"
+            )
     assert not failed, "\n".join(failed)
 
 
 def agree(name: str, dtype: DType, got: torch.Tensor, own: torch.Tensor, true: torch.Tensor) -> bool:
     if not got.dtype.is_floating_point:
         return torch.equal(got, own)
-    if not torch.equal(torch.isnan(got), torch.isnan(own)):
+    # where torch's vector code gives nan for a value that is defined (gelu(inf), fmod of denormals), the true value is right
+    target = torch.where(own.isnan() & ~true.isnan(), true.to(own.dtype), own)
+    if not torch.equal(torch.isnan(got), torch.isnan(target)):
         return False
-    finite = torch.isfinite(own) & torch.isfinite(got)
-    if not torch.equal(torch.where(finite | own.isnan(), 0, got), torch.where(finite | own.isnan(), 0, own)):
+    finite = torch.isfinite(target) & torch.isfinite(got)
+    if not torch.equal(torch.where(finite | target.isnan(), 0, got), torch.where(finite | target.isnan(), 0, target)):
         return False
-    unit = torch.finfo(got.dtype).eps * true.abs().clamp_min(torch.finfo(got.dtype).tiny)
-    ulps = ULPS.get(name, ULPS["default"]) if dtype.bits > 16 else 1
-    allowed = torch.maximum(ulps * unit, 2 * (own.double() - true).abs())
+    unit = torch.finfo(got.dtype).eps * true.abs().clamp_min(CANCELS.get(name, torch.finfo(got.dtype).tiny))
+    ulps = ULPS["default"] if dtype.bits > 16 else 1
+    allowed = torch.maximum(ulps * unit, 2 * (own.double() - true).abs().nan_to_num())
     return bool(((got.double() - true).abs() <= allowed)[finite].all())
 
 
@@ -148,7 +152,7 @@ def inputs_for(graph: Graph, seed: int = 0, **bindings: int) -> list[torch.Tenso
     generator = torch.Generator().manual_seed(seed)
     out = []
     for v in graph.inputs:
-        shape = [d if isinstance(d, int) else int(d.subs(bindings)) for d in v.shape]
+        shape = [d if isinstance(d, int) else dims.evaluate(d, bindings) for d in v.shape]
         if v.dtype.is_integer:
             out.append(torch.randint(0, 10, shape, generator=generator).to(v.dtype.torch))
             continue

@@ -26,5 +26,7 @@ def check(graph: Graph, run: Run, inputs: Sequence[torch.Tensor], bindings: dict
         error, allowed = (got.double() - true).abs(), (own.double() - true).abs()
         scale = true.abs().clamp_min(torch.finfo(got.dtype).tiny) * torch.finfo(got.dtype).eps
         limit = factor * allowed[finite].max() if finite.any() else torch.tensor(0.0)
+        if got.dtype == torch.float64 and finite.any():  # eager is its own reference: another order of summation is allowed
+            limit = torch.maximum(limit, 64 * torch.finfo(got.dtype).eps * true[finite].abs().max())
         bad = finite & (error > torch.maximum(limit, 4 * scale))
         assert not bool(bad.any()), f"{graph}\n{got[bad][:5]}\n{own[bad][:5]}\n{true[bad][:5]}"

@@ -1,0 +1,84 @@
+"""Reductions, row kernels and products: error against f64 with eager's own as the yardstick; sizes that divide nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tvm_check import check
+
+from graphopt.ir import dims
+from graphopt.ir.text import parse_graph
+
+REDUCTIONS = {
+    f"{op} {axes}": f"graph @g(%x: f32[9, 37, 50]) -> {dtype}[{shape}] {{\n %0: {dtype}[{shape}] = {op}(%x) {{axes = [{axes}]}}\n return %0\n}}"
+    for op, dtype in (("sum", "f32"), ("mean", "f32"), ("max", "f32"), ("min", "f32"), ("prod", "f32"), ("any", "b1"), ("all", "b1"))
+    for axes, shape in (("0, 1, 2", ""), ("2", "9, 37"), ("1", "9, 50"), ("0", "37, 50"), ("0, 2", "37"), ("0, 1", "50"), ("1, 2", "9"))
+}
+REDUCTIONS |= {
+    "argmax": "graph @g(%x: f32[9, 37]) -> i64[9] {\n %0: i64[9] = argmax(%x) {axis = 1}\n return %0\n}",
+    "argmin": "graph @g(%x: f32[9, 37]) -> i64[37] {\n %0: i64[37] = argmin(%x) {axis = 0}\n return %0\n}",
+    "long": "graph @g(%x: f32[300000]) -> f32[] {\n %0: f32[] = sum(%x) {axes = [0]}\n return %0\n}",
+    "tall": "graph @g(%x: f32[5000, 40]) -> f32[40] {\n %0: f32[40] = sum(%x) {axes = [0]}\n return %0\n}",
+    "epilogue": "graph @g(%x: f32[80, 40]) -> f32[80, 1] {\n %0: f32[80, 40] = mul(%x, %x)\n"
+    " %1: f32[80, 1] = mean(%0) {axes = [1], keepdims = true}\n %2: f32[80, 1] = rsqrt(%1)\n return %2\n}",
+    "integers": "graph @g(%x: i64[80, 40]) -> i64[80] {\n %0: i64[80] = sum(%x) {axes = [1]}\n return %0\n}",
+}
+ROWS = {
+    "softmax": "(%x: f32[5, 7, C]) -> f32[5, 7, C] {\n %0: f32[5, 7, C] = softmax(%x) {axis = 2}\n return %0\n}",
+    "log_softmax": "(%x: f32[5, 7, C]) -> f32[5, 7, C] {\n %0: f32[5, 7, C] = log_softmax(%x) {axis = 2}\n return %0\n}",
+    "layer_norm": "(%x: f32[5, 7, C], %r: f32[5, 7, C], %w: f32[C], %b: f32[C]) -> f32[5, 7, C] {\n %0: f32[5, 7, C] = add(%x, %r)\n"
+    " %1: f32[5, 7, C] = layer_norm(%0, %w, %b)\n return %1\n}",
+    "rms_norm": "(%x: f32[5, 7, C], %w: f32[C]) -> f32[5, 7, C] {\n %0: f32[5, 7, C] = rms_norm(%x, %w)\n return %0\n}",
+    "var": "(%x: f32[5, 7, C]) -> f32[5, 7] {\n %0: f32[5, 7] = var(%x) {axes = [2]}\n return %0\n}",
+}
+
+
+def inputs(graph, **bindings):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [([d if isinstance(d, int) else dims.evaluate(d, bindings) for d in v.shape], v.dtype.torch) for v in graph.inputs]
+    return [
+        torch.randn(s, generator=generator).to(t) if t.is_floating_point else torch.randint(-99, 99, s, generator=generator)
+        for s, t in shapes
+    ]
+
+
+def test_reductions(compile_all) -> None:
+    graphs = [parse_graph(t) for t in REDUCTIONS.values()]
+    for graph, run in zip(graphs, compile_all([(g, "reduction") for g in graphs]), strict=True):
+        check(graph, run, inputs(graph), factor=4.0)
+
+
+@pytest.mark.parametrize("template", [0, 1])
+def test_rows_of_any_length(compile_all, template: int) -> None:
+    graphs = [parse_graph("graph @g" + t.replace("C", str(c))) for t in ROWS.values() for c in (3, 16, 127, 768)]
+    for graph, run in zip(graphs, compile_all([(g, "rowwise") for g in graphs], template), strict=True):
+        check(graph, run, inputs(graph), factor=4.0)
+
+
+def test_symbolic_rows(compile_all) -> None:
+    graph = parse_graph(
+        "graph @g(%x: f32[B, S, S]) -> f32[B, S, S]\nwhere 1 <= B, 1 <= S {\n %0: f32[B, S, S] = softmax(%x) {axis = 2}\n return %0\n}"
+    )
+    (run,) = compile_all([(graph, "rowwise")])
+    for b, s in ((1, 1), (2, 5), (3, 67), (1, 130)):
+        check(graph, run, inputs(graph, B=b, S=s), {"B": b, "S": s}, factor=4.0)
+
+
+def test_products(compile_all) -> None:
+    forms = [f"(%x: {d}[{m}, {k}], %y: {d}[{k}, {n}]) -> {d}[{m}, {n}] {{\n %0: {d}[{m}, {n}] = matmul(%x, %y)\n return %0\n}}"
+             for d in ("f32", "f64", "bf16", "f16") for m, k, n in ((1, 300, 100), (13, 17, 5), (64, 600, 48), (9, 1, 70))]  # fmt: skip
+    forms.append("(%x: f32[2, 3, 9, 20], %y: f32[3, 33, 20], %b: f32[33]) -> f32[2, 3, 9, 33] {\n"
+                 " %t: f32[3, 20, 33] = transpose(%y) {perm = [0, 2, 1]}\n %0: f32[2, 3, 9, 33] = matmul(%x, %t)\n"
+                 " %1: f32[2, 3, 9, 33] = add(%0, %b)\n %2: f32[2, 3, 9, 33] = gelu(%1)\n return %2\n}")  # fmt: skip
+    graphs = [parse_graph("graph @g" + t) for t in forms]
+    for graph, run in zip(graphs, compile_all([(g, "matmul") for g in graphs]), strict=True):
+        check(graph, run, inputs(graph), factor=4.0)
+
+
+def test_symbolic_product(compile_all) -> None:
+    graph = parse_graph(
+        "graph @g(%x: f32[M, 70], %y: f32[70, 50]) -> f32[M, 50]\nwhere 1 <= M {\n %0: f32[M, 50] = matmul(%x, %y)\n return %0\n}"
+    )
+    (run,) = compile_all([(graph, "matmul")])
+    for m in (1, 7, 8, 65):
+        check(graph, run, inputs(graph, M=m), {"M": m}, factor=4.0)
