@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from graphopt.backends.eager import LibraryCall
+from graphopt.guards import InputError, InputGuard
 from graphopt.ir import Graph, evaluate, parse_graph
 from graphopt.lower import lower
 from graphopt.memory import Lifetime, plan
-from graphopt.program import Program, check_index
+from graphopt.program import Program
+from graphopt.program_writer import check_index
 from graphopt.target import Target
 
 CPU = torch.device("cpu")
@@ -139,3 +141,25 @@ def test_plan_shares_memory_only_between_disjoint_lifetimes() -> None:
             if a.start <= b.end and b.start <= a.end:
                 assert result.offsets[i] + a.size <= result.offsets[j] or result.offsets[j] + b.size <= result.offsets[i]
     assert result.peak < result.total
+
+
+def test_inputs_are_what_the_program_was_compiled_for() -> None:
+    graph = parse_graph("""graph @g(%x: f32[B, 4], weight %w: f32[4], %t: f32[2, 3; 1, 2]) -> f32[B, 4]
+    where 1 <= B {
+      %0: f32[B, 4] = mul(%x, %w)
+      return %0
+    }""")
+    guard = InputGuard(graph, CPU)
+    x, w, t = torch.randn(3, 4), torch.randn(4), torch.randn(3, 2).t()
+    assert guard([x, w, t])[0] is x
+    assert guard([x, w, t])[1] is w
+    strided = torch.randn(4, 3).t()
+    laid_out = guard([strided, w, t.contiguous()])
+    assert laid_out[0].is_contiguous() and torch.equal(laid_out[0], strided)
+    assert laid_out[2].stride() == (1, 2)
+    for wrong in ([x.double(), w, t], [x, torch.randn(5), t], [x[0], w, t], [x, w.to("meta"), t]):
+        with pytest.raises(InputError, match="compiled for"):
+            guard(wrong)
+    w.data = torch.randn(7)  # the same object with another shape
+    with pytest.raises(InputError, match="w is"):
+        guard([x, w, t])

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm import pointwise, scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.support import constant_of
 from graphopt.errors import BuildError
@@ -62,7 +62,7 @@ class Expressions:
 
     def __init__(self, args: Arguments, sources: dict[Value, Source], probe: bool = False) -> None:
         self.args, self.code, self.sources, self.probe = args, args.code, sources, probe
-        self.ops = scalar.Ops(self.let)
+        self.ops = pointwise.Ops(self.let)
         self.addresses: list[Any] = []
         self._memo: dict[tuple[Value, tuple[Any, ...]], Any] = {}
         self._alive: list[Any] = []  # keeps index objects alive while their ids are keys
@@ -245,7 +245,8 @@ def reshape_groups(old: dims.Shape, new: dims.Shape) -> list[tuple[list[int], li
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         a: dims.Dim = 1
         b: dims.Dim = 1
         while True:

@@ -9,7 +9,6 @@ run in parallel.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -19,72 +18,14 @@ from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, expand_index, merge_axes, product, vector_loop
+from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.ir import types
 from graphopt.ir.graph import Node, Value
-from graphopt.ir.types import DType
 
 BLOCK = 1 << 13  # elements a lane-split float sum takes before it is added to an f64 total
 ROWS = 256  # the same for sums along an outer axis, an element a lane
 PIECES = 64  # at most so many pieces of one reduction run in parallel
 Sink = Callable[[Sequence[Index], Any], None]
-
-
-@dataclass(frozen=True)
-class Monoid:
-    """What a reduction does to accumulators.
-
-    Attributes:
-        held: element type of an accumulator; ``total``: of the sum of blocks.
-        start: the neutral element.
-        join: combine two accumulators of one type.
-    """
-
-    held: str
-    total: str
-    start: Any
-    join: Callable[[Any, Any], Any]
-
-    @staticmethod
-    def of(op: str, dtype: DType, nan_matters: bool = True) -> Monoid:
-        if dtype.is_bool or op in ("any", "all"):
-            some = op in ("any", "sum", "max", "mean")
-            return Monoid("uint8", "uint8", 0 if some else 1, tirx.max if some else tirx.min)
-        name = scalar.COMPUTE[dtype]
-        if op in ("sum", "mean", "prod"):
-            start = 1 if op == "prod" else 0
-            if not dtype.is_float:
-                return Monoid(name, name, start, lambda a, b: scalar.wrapping(op == "prod", a, b, dtype))
-            return Monoid(name, "float64", start, (lambda a, b: a * b) if op == "prod" else (lambda a, b: a + b))
-        larger = op == "max"
-        if dtype.is_float:
-            start = float("-inf") if larger else float("inf")
-        else:
-            low = -(1 << (dtype.bits - 1)) if dtype.kind == "i" else 0
-            start = low if larger else low + (1 << dtype.bits) - 1
-        if not nan_matters:
-            return Monoid(name, name, start, tirx.max if larger else tirx.min)
-        kind = types.f64 if name == "float64" else types.f32 if dtype.is_float else dtype
-        return Monoid(name, name, start, lambda a, b: scalar.extreme(a, b, kind, larger))
-
-
-def combine(code: Code, acc: Any, width: int, lanes: int, m: Monoid) -> Any:
-    """All accumulators of a buffer joined into one value, in registers: vectors first, then halves of a vector."""
-    if lanes == 1:
-        parts = [code.load(acc, k) for k in range(width)]
-    else:
-        parts = [acc[tirx.Ramp(i64(k), i64(1), lanes)] for k in range(0, width, lanes)]
-    while len(parts) > 1:
-        half = (len(parts) + 1) // 2
-        parts = [code.bind(m.join(parts[k], parts[k + half])) if k + half < len(parts) else parts[k] for k in range(half)]
-    value = code.bind(parts[0])
-    while lanes > 1:
-        lanes //= 2
-        name = m.held if lanes == 1 else f"{m.held}x{lanes}"
-        low, high = (tirx.Shuffle([value], list(range(k, k + lanes))) for k in (0, lanes)) if lanes > 1 else (
-            tirx.Shuffle([value], [0]), tirx.Shuffle([value], [1]))  # fmt: skip
-        assert str(low.ty.dtype) == name
-        value = code.bind(m.join(code.bind(low), code.bind(high)))
-    return value
 
 
 class Reduction:

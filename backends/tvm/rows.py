@@ -16,7 +16,8 @@ from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import HEAVY, Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, Tuning, product, vector_loop
-from graphopt.backends.tvm.reduce import BLOCK, Monoid, combine
+from graphopt.backends.tvm.monoid import Monoid, combine
+from graphopt.backends.tvm.reduce import BLOCK
 from graphopt.backends.tvm.shapes import row_shape
 from graphopt.backends.tvm.support import REDUCTIONS, VIEWS
 from graphopt.errors import BuildError
@@ -216,7 +217,7 @@ class RowKernel:
     def _write(self, k: int, v: Value) -> None:
         """Store an output's part of this row."""
         code = self.code
-        if dims.same(v.type.numel, dims.numel([d for d in v.shape])) and not self._is_full(v):
+        if dims.same(v.type.numel, dims.numel(list(v.shape))) and not self._is_full(v):
             index = code.unflatten(self.row, [code.size(d) for d in v.shape])
             self.args.store(k, index, Expressions(self.args, self.sources).at(v, index))
             return

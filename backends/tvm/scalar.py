@@ -1,6 +1,6 @@
-"""Pointwise ops on scalar expressions, with PyTorch's semantics.
+"""Single elements: how each element type is held in expressions, loaded, stored, converted and combined.
 
-How element types are held: f32 and f64 as they are; f16 and bf16 as f32 rounded to the narrow type after every op, as
+f32 and f64 as they are; f16 and bf16 as f32 rounded to the narrow type after every op, as
 eager rounds every result; b1 as ``bool``; integers as they are, with wrap-around done in unsigned arithmetic, because
 LLVM may assume that signed arithmetic does not overflow.
 """
@@ -8,14 +8,13 @@ LLVM may assume that signed arithmetic does not overflow.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tvm import tirx
 
 from graphopt.backends.tvm import vecmath
-from graphopt.errors import BuildError
 from graphopt.ir import types
 from graphopt.ir.types import DType
 
@@ -108,7 +107,7 @@ def _nonzero(x: Any, dtype: DType) -> Any:
 # --- integers ----------------------------------------------------------------------------------------------------------
 
 
-def _unsigned(fn: Callable[[Any, Any], Any], a: Any, b: Any, dtype: DType) -> Any:
+def unsigned(fn: Callable[[Any, Any], Any], a: Any, b: Any, dtype: DType) -> Any:
     if dtype.kind == "u":
         return fn(a, b)
     name = COMPUTE[dtype]
@@ -123,286 +122,7 @@ def _unsigned(fn: Callable[[Any, Any], Any], a: Any, b: Any, dtype: DType) -> An
     return tirx.reinterpret(name, fn(bits(a), bits(b)))
 
 
-def _divisor(b: Any, dtype: DType) -> int:
-    if not isinstance(b, tirx.IntImm):
-        raise BuildError(f"division on {dtype} needs a constant divisor")
-    return int(b.value)
-
-
-def _int_division(name: str, a: Any, b: Any, dtype: DType) -> Any:
-    d = _divisor(b, dtype)
-    if d == -1:  # the least integer has no negative: x86 would trap
-        return (
-            _unsigned(lambda x, one: tirx.bitwise_not(x) + one, a, constant(1, dtype), dtype)
-            if name in ("floor_div", "trunc_div")
-            else constant(0, dtype)
-        )
-    fn = {"floor_div": tirx.floordiv, "remainder": tirx.floormod, "trunc_div": tirx.truncdiv, "fmod": tirx.truncmod}[name]
-    return fn(a, b)
-
-
-def _power(x: Any, n: int, times: Callable[[Any, Any], Any], one: Any) -> Any:
-    total = None
-    while n:
-        if n & 1:
-            total = x if total is None else times(total, x)
-        n >>= 1
-        if n:
-            x = times(x, x)
-    return one if total is None else total
-
-
-# --- floats ------------------------------------------------------------------------------------------------------------
-
-
-class Ops:
-    """Pointwise ops at one dtype. ``scalar_only`` is set when an op was used that only libm has."""
-
-    def __init__(self, let: vecmath.Let) -> None:
-        self.let = let
-        self.scalar_only = False
-
-    def apply(self, name: str, args: list[Any], dtype: DType, result: DType, attrs: Mapping[str, Any], raw: list[Any]) -> Any:
-        """The op's value.
-
-        Args:
-            dtype, result: element types of the (last) operand and of the result.
-            raw: constant value of each operand, or None.
-        """
-        if name == "cast":
-            return cast(args[0], dtype, result, self.let)
-        if name == "where":
-            return tirx.Select(args[0], args[1], args[2])
-        fn = getattr(self, f"_{name}", None)
-        if fn is None:
-            raise BuildError(f"{name} has no expression on {dtype}")
-        value = fn(args, dtype, raw, **attrs)
-        return rounded(self.let(value), result) if result in (types.f16, types.bf16) and name not in _EXACT else value
-
-    def libm(self, name: str, dtype: DType, *args: Any) -> Any:
-        """A call of the C library's function: right to an ulp, but one lane at a time."""
-        self.scalar_only = True
-        wide = dtype == types.f64
-        return tirx.call_pure_extern("float64" if wide else "float32", name if wide else name + "f", *args)
-
-    # arithmetic
-    def _add(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if d.is_bool:
-            return tirx.Or(a[0], a[1])
-        return a[0] + a[1] if d.is_float else _unsigned(lambda x, y: x + y, a[0], a[1], d)
-
-    def _sub(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return a[0] - a[1] if d.is_float else _unsigned(lambda x, y: x - y, a[0], a[1], d)
-
-    def _mul(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if d.is_bool:
-            return tirx.And(a[0], a[1])
-        return vecmath.fence(a[0] * a[1], COMPUTE[d]) if d.is_float else _unsigned(lambda x, y: x * y, a[0], a[1], d)
-
-    def _div(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return a[0] / a[1]
-
-    def _neg(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if d.is_float:
-            return a[0] * tirx.const(-1.0, COMPUTE[d])
-        return _unsigned(lambda x, one: tirx.bitwise_not(x) + one, a[0], constant(1, d), d)
-
-    def _abs(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if d.kind in "ub":
-            return a[0]
-        return (
-            vecmath.intrinsic("llvm.fabs", COMPUTE[d], a[0])
-            if d.is_float
-            else tirx.Select(a[0] < constant(0, d), self._neg(a, d, raw), a[0])
-        )
-
-    def _sign(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if d.is_bool:
-            return a[0]
-        x, one, zero = a[0], tirx.const(1, COMPUTE[d]), tirx.const(0, COMPUTE[d])
-        positive = tirx.Select(x > zero, one, zero)
-        return positive if d.kind == "u" else tirx.Select(x < zero, tirx.const(-1, COMPUTE[d]), positive)
-
-    def _rounding(self, which: str, a: list[Any], d: DType) -> Any:
-        return vecmath.intrinsic(f"llvm.{which}", COMPUTE[d], a[0]) if d.is_float else a[0]
-
-    def _floor(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._rounding("floor", a, d)
-
-    def _ceil(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._rounding("ceil", a, d)
-
-    def _trunc(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._rounding("trunc", a, d)
-
-    def _round(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._rounding("nearbyint", a, d)
-
-    def _relu(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if d.kind in "ub":
-            return a[0]
-        zero = constant(0, d)
-        return tirx.Select(a[0] < zero, zero, a[0])
-
-    def _maximum(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return _extreme(a[0], a[1], d, larger=True)
-
-    def _minimum(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return _extreme(a[0], a[1], d, larger=False)
-
-    # division and powers
-    def _floor_div(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if not d.is_float:
-            return _int_division("floor_div", a[0], a[1], d)
-        x, y, zero, one = a[0], a[1], constant(0, d), tirx.const(1.0, COMPUTE[d])
-        rest = self.let(self._fmod(a, d, raw))
-        quotient = (x - rest) / y
-        opposite = tirx.And(tirx.Not(tirx.EQ(rest, zero)), _differ(y < zero, rest < zero))
-        quotient = self.let(tirx.Select(opposite, quotient - one, quotient))
-        whole = self.let(vecmath.intrinsic("llvm.floor", COMPUTE[d], quotient))
-        whole = tirx.Select(quotient - whole > tirx.const(0.5, COMPUTE[d]), whole + one, whole)
-        signed_zero = vecmath.intrinsic("llvm.copysign", COMPUTE[d], zero, x / y)
-        return tirx.Select(tirx.EQ(y, zero), x / y, tirx.Select(tirx.EQ(quotient, zero), signed_zero, whole))
-
-    def _trunc_div(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._trunc([a[0] / a[1]], d, raw) if d.is_float else _int_division("trunc_div", a[0], a[1], d)
-
-    def _remainder(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if not d.is_float:
-            return _int_division("remainder", a[0], a[1], d)
-        zero, rest = constant(0, d), self.let(self._fmod(a, d, raw))
-        opposite = tirx.And(tirx.Not(tirx.EQ(rest, zero)), _differ(a[1] < zero, rest < zero))
-        return tirx.Select(opposite, rest + a[1], rest)
-
-    def _fmod(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self.libm("fmod", d, *a) if d.is_float else _int_division("fmod", a[0], a[1], d)
-
-    def _pow(self, a: list[Any], d: DType, raw: Any) -> Any:
-        exponent = raw[1]
-        if not d.is_float:
-            return _power(a[0], int(exponent), lambda x, y: _unsigned(lambda p, q: p * q, x, y, d), constant(1, d))
-        x, times = a[0], lambda p, q: vecmath.fence(p * q, COMPUTE[d])
-        one = tirx.const(1.0, COMPUTE[d])
-        match exponent:
-            case 2.0:
-                return times(x, x)
-            case 3.0:
-                return times(times(x, x), x)
-            case 0.5:
-                return _root(x, d)
-            case -0.5:
-                return one / _root(x, d)
-            case -1.0:
-                return one / x
-            case -2.0:
-                return one / times(x, x)
-        return self.libm("pow", d, *a)
-
-    def _reciprocal(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return tirx.const(1.0, COMPUTE[d]) / a[0]
-
-    def _sqrt(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return _root(a[0], d)
-
-    def _rsqrt(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return tirx.const(1.0, COMPUTE[d]) / _root(a[0], d)
-
-    # transcendental
-    def _vector(self, name: str, fn: Callable[[vecmath.Let, Any], Any], a: list[Any], d: DType) -> Any:
-        return self.libm(name, d, a[0]) if d == types.f64 else fn(self.let, a[0])
-
-    def _exp(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("exp", vecmath.exp, a, d)
-
-    def _exp2(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("exp2", vecmath.exp2, a, d)
-
-    def _log(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("log", vecmath.log, a, d)
-
-    def _tanh(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("tanh", vecmath.tanh, a, d)
-
-    def _erf(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("erf", vecmath.erf, a, d)
-
-    def _sigmoid(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if d == types.f64:
-            one = tirx.const(1.0, "float64")
-            return one / (one + self.libm("exp", d, a[0] * tirx.const(-1.0, "float64")))
-        return vecmath.sigmoid(self.let, a[0])
-
-    def _atan2(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self.libm("atan2", d, *a)
-
-    # activations
-    def _gelu(self, a: list[Any], d: DType, raw: Any, approximate: str) -> Any:
-        x, c = a[0], lambda v: tirx.const(v, COMPUTE[d])
-        if approximate == "tanh":
-            inner = self.let(c(math.sqrt(2 / math.pi)) * (x + c(0.044715) * x * x * x))
-            return c(0.5) * x * (c(1.0) + self._tanh([inner], d, raw))
-        return c(0.5) * x * (c(1.0) + self._erf([self.let(x * c(math.sqrt(0.5)))], d, raw))
-
-    def _silu(self, a: list[Any], d: DType, raw: Any) -> Any:
-        x, one = a[0], tirx.const(1.0, COMPUTE[d])
-        return x / (one + self._exp([self.let(x * tirx.const(-1.0, COMPUTE[d]))], d, raw))
-
-    def _softplus(self, a: list[Any], d: DType, raw: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-        x, b = a[0], tirx.const(beta, COMPUTE[d])
-        scaled = self.let(x * b)
-        value = self.libm("log1p", d, self.let(self._exp([scaled], d, raw))) / b
-        return tirx.Select(scaled > tirx.const(threshold, COMPUTE[d]), x, value)
-
-    def _elu(self, a: list[Any], d: DType, raw: Any, alpha: float, scale: float, input_scale: float) -> Any:
-        x, c = a[0], lambda v: tirx.const(v, COMPUTE[d])
-        negative = self.libm("expm1", d, x * c(input_scale)) * c(alpha * scale)
-        return tirx.Select(x > c(0.0), x * c(scale), negative)
-
-    def _leaky_relu(self, a: list[Any], d: DType, raw: Any, negative_slope: float) -> Any:
-        x = a[0]
-        return tirx.Select(x > tirx.const(0.0, COMPUTE[d]), x, x * constant(negative_slope, d))
-
-    def _hardsigmoid(self, a: list[Any], d: DType, raw: Any) -> Any:
-        def c(v: float) -> Any:
-            return tirx.const(v, COMPUTE[d])
-
-        up = _extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
-        return _extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
-
-    def _hardswish(self, a: list[Any], d: DType, raw: Any) -> Any:
-        def c(v: float) -> Any:
-            return tirx.const(v, COMPUTE[d])
-
-        up = _extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
-        return a[0] * _extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
-
-    def _mish(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return a[0] * self._tanh([self.let(self._softplus(a, d, raw))], d, raw)
-
-    # predicates and bits
-    def _isnan(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return vecmath.isnan(a[0], COMPUTE[d]) if d.is_float else tirx.const(False, "bool")
-
-    def _isinf(self, a: list[Any], d: DType, raw: Any) -> Any:
-        if not d.is_float:
-            return tirx.const(False, "bool")
-        return tirx.EQ(vecmath.intrinsic("llvm.fabs", COMPUTE[d], a[0]), tirx.const(float("inf"), COMPUTE[d]))
-
-    def _logical_not(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return tirx.Not(cast(a[0], d, types.b1))
-
-    def _bitwise_not(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return tirx.Not(a[0]) if d.is_bool else tirx.bitwise_not(a[0])
-
-
-def _root(x: Any, d: DType) -> Any:
-    return vecmath.intrinsic("llvm.sqrt", COMPUTE[d], x)
-
-
-_EXACT = ("neg", "abs", "sign", "relu", "maximum", "minimum", "floor", "ceil", "trunc", "round", "where")
-
-
-def _extreme(a: Any, b: Any, d: DType, larger: bool) -> Any:
+def extreme(a: Any, b: Any, d: DType, larger: bool) -> Any:
     """Maximum or minimum; nan if either is."""
     if d.is_bool:
         return tirx.Or(a, b) if larger else tirx.And(a, b)
@@ -411,60 +131,6 @@ def _extreme(a: Any, b: Any, d: DType, larger: bool) -> Any:
     return tirx.Select(a > b if larger else a < b, a, b)
 
 
-extreme = _extreme
-
-
-def _comparison(fn: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def compare(self: Ops, a: list[Any], d: DType, raw: Any) -> Any:
-        # TVM takes x == x for true, whatever x is
-        if d.is_bool:
-            return fn(*(tirx.Select(x, tirx.const(1, "int32"), tirx.const(0, "int32")) for x in a))
-        return fn(vecmath.fence(a[0], COMPUTE[d]) if d.is_float else a[0], a[1])
-
-    return compare
-
-
-def _logical(fn: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def logical(self: Ops, a: list[Any], d: DType, raw: Any) -> Any:
-        return fn(cast(a[0], d, types.b1), cast(a[1], d, types.b1))
-
-    return logical
-
-
-def _bits(boolean: Callable[[Any, Any], Any], integer: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def bitwise(self: Ops, a: list[Any], d: DType, raw: Any) -> Any:
-        return boolean(a[0], a[1]) if d.is_bool else integer(a[0], a[1])
-
-    return bitwise
-
-
-def _from_libm(name: str) -> Callable[..., Any]:
-    def call(self: Ops, a: list[Any], d: DType, raw: Any) -> Any:
-        return self.libm(name, d, a[0])
-
-    return call
-
-
-def _differ(a: Any, b: Any) -> Any:
-    return tirx.Or(tirx.And(a, tirx.Not(b)), tirx.And(b, tirx.Not(a)))
-
-
-for _name, _fn in {
-    "eq": tirx.EQ, "ne": lambda x, y: tirx.Not(tirx.EQ(x, y)), "lt": lambda x, y: x < y,
-    "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
-}.items():  # fmt: skip
-    setattr(Ops, f"_{_name}", _comparison(_fn))
-Ops._logical_and = _logical(tirx.And)
-Ops._logical_or = _logical(tirx.Or)
-Ops._logical_xor = _logical(_differ)
-Ops._bitwise_and = _bits(tirx.And, tirx.bitwise_and)
-Ops._bitwise_or = _bits(tirx.Or, tirx.bitwise_or)
-Ops._bitwise_xor = _bits(_differ, tirx.bitwise_xor)
-for _name in ("expm1", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
-              "atanh", "erfc"):  # fmt: skip
-    setattr(Ops, f"_{_name}", _from_libm(_name))
-
-
 def wrapping(product: bool, a: Any, b: Any, dtype: DType) -> Any:
     """Sum or product of integers with wrap-around."""
-    return _unsigned((lambda x, y: x * y) if product else (lambda x, y: x + y), a, b, dtype)
+    return unsigned((lambda x, y: x * y) if product else (lambda x, y: x + y), a, b, dtype)
