@@ -46,6 +46,22 @@ class Target:
         """Elements of a size in bytes that one vector register holds."""
         return self.vector_bits // (8 * itemsize)
 
+    @property
+    def vector_registers(self) -> int:
+        """Vector registers of the instruction set in use."""
+        return 32 if self.arch == "aarch64" or self.vector_bits >= 512 else 16
+
+    def panel_width(self, columns: int, itemsize: int) -> int:
+        """Columns of a panel of a packed factor: two to four vectors (two or three with 16 registers), as waste least.
+
+        Fewer columns than fill a vector are one panel.
+        """
+        lanes = self.lanes(itemsize)
+        if columns < lanes:
+            return columns
+        choices = (3, 4, 2) if self.vector_registers == 32 else (3, 2)
+        return lanes * min(choices, key=lambda v: -(-columns // (v * lanes)) * v)
+
     def has(self, feature: str) -> bool:
         return feature in self.features
 

@@ -13,7 +13,7 @@ _CLEAN_UP = ("canonicalize", "fold-constants", "casts", "algebra", "views", "cse
 _RECOMPOSE = (
     "recompose-softmax", "recompose-layer-norm", "recompose-rms-norm", "recompose-gelu", "recompose-silu", "recompose-rope",
 )  # fmt: skip
-_LAYOUT = ("unflatten", "views", "dce")
+_LAYOUT = ("conv-layout", "unflatten", "views", "dce")
 
 LEVELS: Mapping[int, tuple[str, ...]] = {
     0: ("expand", "fuse"),
@@ -21,7 +21,7 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
     # composites are found before anything takes their parts for other ends, batch norms are folded while they are one node,
     # and what expansion leaves is cleaned up again before fusion looks at who uses what; views move reshapes down, unflatten
     # moves the ones that are left in fusion's way up again
-    2: (*_CLEAN_UP, *_RECOMPOSE, "fold-batch-norm", "dce", "expand", *_CLEAN_UP, *_LAYOUT, "fuse", "pack-weights"),
+    2: (*_CLEAN_UP, *_RECOMPOSE, "fold-batch-norm", "dce", "expand", *_CLEAN_UP, *_LAYOUT, "fuse", "pack-weights", "pack-filters"),
 }
 
 _EDITS = ("before", "after", "replace")

@@ -32,6 +32,7 @@ class LibraryCall:
         self._device = device
         self._static = EvalContext({}, device=device)
         self._call = None
+        self._dtypes = [r.dtype.torch for r in node.results]
         simple = node.op.name == "aten" and not any(node.attrs["layouts"])
         if simple:
             self._target = resolve_aten(node.attrs["target"])
@@ -49,6 +50,10 @@ class LibraryCall:
             args = list(self._args)
             for position, operand in self._slots:
                 args[position] = operands[operand].contiguous()  # what operators may rely on; see the op `aten`
-            return flatten_results(self._call(*args, **self._kwargs))
+            return self._as_declared(flatten_results(self._call(*args, **self._kwargs)))
         context = EvalContext(sizes, device=self._device) if sizes else self._static
-        return evaluate_node(self._node, operands, context)
+        return self._as_declared(evaluate_node(self._node, operands, context))
+
+    def _as_declared(self, results: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Some operators return another dtype than they are traced with (batch norm's half precision statistics)."""
+        return [y if y.dtype == t else y.to(t) for y, t in zip(results, self._dtypes, strict=True)]

@@ -11,7 +11,7 @@ from graphopt.backends.tvm.support import refusal
 from graphopt.backends.tvm.templates import TEMPLATES, Template
 from graphopt.target import Target
 
-KINDS = ("pointwise", "reduction", "rowwise", "matmul")
+KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv")
 
 
 class TvmBackend:

@@ -36,7 +36,7 @@ class Monoid:
             return Monoid("uint8", "uint8", 0 if some else 1, tirx.max if some else tirx.min)
         name = scalar.COMPUTE[dtype]
         if op in ("sum", "mean", "prod"):
-            start = 1 if op == "prod" else 0
+            start: float = 1 if op == "prod" else 0
             if not dtype.is_float:
                 return Monoid(name, name, start, lambda a, b: scalar.wrapping(op == "prod", a, b, dtype))
             return Monoid(name, "float64", start, (lambda a, b: a * b) if op == "prod" else (lambda a, b: a + b))

@@ -68,10 +68,10 @@ class Ops:
             return cast(args[0], dtype, result, self.let)
         if name == "where":
             return tirx.Select(args[0], args[1], args[2])
-        fn = getattr(self, f"_{name}", None)
+        fn = getattr(type(self), f"_{name}", None) or _TABLE.get(name)
         if fn is None:
             raise BuildError(f"{name} has no expression on {dtype}")
-        value = fn(args, dtype, raw, **attrs)
+        value = fn(self, args, dtype, raw, **attrs)
         return rounded(self.let(value), result) if result in (types.f16, types.bf16) and name not in _EXACT else value
 
     def libm(self, name: str, dtype: DType, *args: Any) -> Any:
@@ -176,8 +176,11 @@ class Ops:
         exponent = raw[1]
         if not d.is_float:
             return _power(a[0], int(exponent), lambda x, y: unsigned(lambda p, q: p * q, x, y, d), constant(1, d))
-        x, times = a[0], lambda p, q: vecmath.fence(p * q, COMPUTE[d])
-        one = tirx.const(1.0, COMPUTE[d])
+        x, one = a[0], tirx.const(1.0, COMPUTE[d])
+
+        def times(p: Any, q: Any) -> Any:
+            return vecmath.fence(p * q, COMPUTE[d])
+
         match exponent:
             case 2.0:
                 return times(x, x)
@@ -232,7 +235,7 @@ class Ops:
 
     # activations
     def _gelu(self, a: list[Any], d: DType, raw: Any, approximate: str) -> Any:
-        x, c = a[0], lambda v: tirx.const(v, COMPUTE[d])
+        x, c = a[0], _constants(d)
         if approximate == "tanh":
             inner = self.let(c(math.sqrt(2 / math.pi)) * (x + c(0.044715) * x * x * x))
             return c(0.5) * x * (c(1.0) + self._tanh([inner], d, raw))
@@ -249,7 +252,7 @@ class Ops:
         return tirx.Select(scaled > tirx.const(threshold, COMPUTE[d]), x, value)
 
     def _elu(self, a: list[Any], d: DType, raw: Any, alpha: float, scale: float, input_scale: float) -> Any:
-        x, c = a[0], lambda v: tirx.const(v, COMPUTE[d])
+        x, c = a[0], _constants(d)
         negative = self.libm("expm1", d, x * c(input_scale)) * c(alpha * scale)
         return tirx.Select(x > c(0.0), x * c(scale), negative)
 
@@ -258,16 +261,12 @@ class Ops:
         return tirx.Select(x > tirx.const(0.0, COMPUTE[d]), x, x * constant(negative_slope, d))
 
     def _hardsigmoid(self, a: list[Any], d: DType, raw: Any) -> Any:
-        def c(v: float) -> Any:
-            return tirx.const(v, COMPUTE[d])
-
+        c = _constants(d)
         up = extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
         return extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
 
     def _hardswish(self, a: list[Any], d: DType, raw: Any) -> Any:
-        def c(v: float) -> Any:
-            return tirx.const(v, COMPUTE[d])
-
+        c = _constants(d)
         up = extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
         return a[0] * extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
 
@@ -288,6 +287,10 @@ class Ops:
 
     def _bitwise_not(self, a: list[Any], d: DType, raw: Any) -> Any:
         return tirx.Not(a[0]) if d.is_bool else tirx.bitwise_not(a[0])
+
+
+def _constants(d: DType) -> Callable[[float], Any]:
+    return lambda v: tirx.const(v, COMPUTE[d])
 
 
 def _root(x: Any, d: DType) -> Any:
@@ -329,19 +332,16 @@ def _differ(a: Any, b: Any) -> Any:
     return tirx.Or(tirx.And(a, tirx.Not(b)), tirx.And(b, tirx.Not(a)))
 
 
-for _name, _fn in {
-    "eq": tirx.EQ, "ne": lambda x, y: tirx.Not(tirx.EQ(x, y)), "lt": lambda x, y: x < y,
-    "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
-}.items():  # fmt: skip
-    setattr(Ops, f"_{_name}", _comparison(_fn))
-Ops._logical_and = _logical(tirx.And)
-Ops._logical_or = _logical(tirx.Or)
-Ops._logical_xor = _logical(_differ)
-Ops._bitwise_and = _bits(tirx.And, tirx.bitwise_and)
-Ops._bitwise_or = _bits(tirx.Or, tirx.bitwise_or)
-Ops._bitwise_xor = _bits(_differ, tirx.bitwise_xor)
-for _name in ("expm1", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
-              "atanh", "erfc"):  # fmt: skip
-    setattr(Ops, f"_{_name}", _from_libm(_name))
-
-
+_TABLE: dict[str, Callable[..., Any]] = {
+    "eq": _comparison(tirx.EQ), "ne": _comparison(lambda x, y: tirx.Not(tirx.EQ(x, y))),
+    "lt": _comparison(lambda x, y: x < y), "le": _comparison(lambda x, y: x <= y),
+    "gt": _comparison(lambda x, y: x > y), "ge": _comparison(lambda x, y: x >= y),
+    "logical_and": _logical(tirx.And), "logical_or": _logical(tirx.Or), "logical_xor": _logical(_differ),
+    "bitwise_and": _bits(tirx.And, tirx.bitwise_and), "bitwise_or": _bits(tirx.Or, tirx.bitwise_or),
+    "bitwise_xor": _bits(_differ, tirx.bitwise_xor),
+}  # fmt: skip
+_TABLE |= {
+    name: _from_libm(name)
+    for name in ("expm1", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
+                 "atanh", "erfc")
+}  # fmt: skip

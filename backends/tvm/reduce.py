@@ -14,10 +14,10 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.tvm import scalar, vecmath
-from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.code import Index, i64
 from graphopt.backends.tvm.elementwise import Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, expand_index, merge_axes, product, vector_loop
+from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, expand_index, merge_axes, product, run_space, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.ir import types
 from graphopt.ir.graph import Node, Value
@@ -70,8 +70,6 @@ class Reduction:
 
     def _empty(self) -> None:
         """The reduced axes are empty: the neutral element everywhere."""
-        from graphopt.backends.tvm.loops import run_space
-
         shape = [self.code.size(d) for d in self.node.result.shape]
         axes = [Axis([k], n) for k, n in enumerate(shape)]
         assert self.monoid is not None

@@ -12,6 +12,7 @@ DTYPES = (types.f64, types.f32, types.f16, types.bf16, types.i64, types.i32, typ
 VIEWS = ("reshape", "transpose", "broadcast_to", "slice", "flip")
 MOVES = (*VIEWS, "concat", "pad", "take", "gather", "constant", "iota")
 REDUCTIONS = ("sum", "prod", "max", "min", "any", "all", "mean", "argmax", "argmin")
+PRODUCTS = ("matmul", "conv")
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "var")
 ACTIVATIONS = ("gelu", "silu", "softplus", "elu", "leaky_relu", "hardsigmoid", "hardswish", "mish")
 _INTEGER_DIVISIONS = ("floor_div", "trunc_div", "remainder", "fmod")
@@ -50,7 +51,7 @@ def _node(node: Node, target: Target) -> str | None:
             return f"{name}: {why}"
     if node.op.has(Trait.POINTWISE):
         return _pointwise(node)
-    if name in MOVES or name in REDUCTIONS or name in ROW_OPS or name == "matmul":
+    if name in MOVES or name in REDUCTIONS or name in ROW_OPS or name in PRODUCTS:
         if name == "constant" and isinstance(node.attrs["value"], complex):
             return "a complex constant"
         return None
@@ -87,7 +88,7 @@ def constant_of(v: Value) -> float | int | bool | None:
 
 def is_materialized(node: Node) -> bool:
     """Whether a node's result must be computed by loops of its own: a reduction or a product."""
-    return node.name in REDUCTIONS or node.name == "matmul"
+    return node.name in REDUCTIONS or node.name in PRODUCTS
 
 
 def work(graph: Graph) -> dims.Dim:

@@ -177,7 +177,46 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
     return TileKernel(expand_rows(w.graph), s["lanes"], s["mr"], s["nr"], s["unroll"], s["parallel"]).emit()
 
 
+# --- convolution -------------------------------------------------------------------------------------------------------
+
+
+def _conv_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.convform import conv_of
+
+    form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
+    return form if isinstance(form, str) else None
+
+
+def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.convform import ConvForm, conv_of, tile_rows
+
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    itemsize = max(4, form.node.result.dtype.itemsize)
+    lanes = max(1, t.lanes(itemsize))
+    columns = int(form.packed.shape[-1]) if form.packed is not None else t.panel_width(form.filters, itemsize)
+    rows = tile_rows(form, max(1, columns // lanes), t)
+    return (
+        Param("lanes", (min(lanes, columns),)),
+        Param("rows", rows),
+        Param("columns", (columns,)),
+        Param("unroll", (4, 2, 8)),
+        Param("tiles", (12, 4, 6, 24, 48)),
+        Param("parallel", (True, False)),
+    )
+
+
+def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.conv import ConvKernel
+    from graphopt.backends.tvm.convform import ConvForm, conv_of
+
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    return ConvKernel(w.graph, form, s["lanes"], s["rows"], s["columns"], s["unroll"], s["tiles"], s["parallel"]).emit()
+
+
+CONV = Template("conv", _conv_refuse, _conv_params, _write_conv)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows)
 NEST = Template("nest", lambda w, t: None, _nest_params, _write_nest)
-TEMPLATES: tuple[Template, ...] = (TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (CONV, TILE, ROWS, NEST)

@@ -10,6 +10,7 @@ region and the region's kind accepts it; else it is the root of a region of its 
 - ``rowwise``: softmax, log_softmax, layer_norm, rms_norm and reductions over the trailing axes, any number of them over the
   same rows, with pointwise ops on full rows or on one element a row before, between and after.
 - ``matmul``: views on the operands, one matmul, pointwise ops of the result's shape after it.
+- ``conv``: the same with one convolution whose channels come last.
 
 In the last two, cheap pointwise ops on single numbers (a scale, an epsilon) may stand beside.
 
@@ -17,7 +18,7 @@ Constants, iota and views cost nothing to repeat: each region that reads one get
 elsewhere. Declined, with a remark: a value with other users; pointwise work before a matmul (each tile would do it again); work
 that is not cheap below a broadcast or below several index maps; a reduction over other rows; a region of ``max_nodes`` nodes or
 ``max_inputs`` inputs; a move across a call that mutates. Staged values (of weights alone) are computed once and are inputs;
-only views of them join. Complex numbers and 8-bit floats, convolutions and library calls stay as they are. So do a view or a
+only views of them join. Complex numbers and 8-bit floats, other convolutions and library calls stay as they are. So do a view or a
 constant that no region takes.
 
 Legality, proven. Copying a constant or view for each reader keeps the graph acyclic and every value what it was. Afterwards each

@@ -1,6 +1,6 @@
 """Regions under construction: who may join, and in words why not.
 
-A region grows from its root towards the inputs. Its kind is settled by its *anchors* (reductions, row ops, a matmul); until
+A region grows from its root towards the inputs. Its kind is settled by its *anchors* (reductions, row ops, a matmul or convolution); until
 one joins it is pointwise. ``reject`` answers for one node whose users in the region are all known.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from graphopt.ir import dims
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
-from graphopt.passes.fusion.roles import ARG_REDUCTIONS, ROW_REDUCTIONS, Role, Rows, is_cheap, is_scalar, rereads, role, rows_of
+from graphopt.passes.fusion.roles import ARG_REDUCTIONS, PRODUCTS, ROW_REDUCTIONS, Role, Rows, is_cheap, is_scalar, rereads, role, rows_of
 
 # A value may be computed through at most this many different index maps (x read plainly, shifted, flipped ...): each is a
 # copy of the work, and they multiply along a chain.
@@ -38,7 +38,7 @@ class Region:
     """A region under construction.
 
     Attributes:
-        kind: ``pointwise``, ``reduction``, ``rowwise`` or ``matmul``.
+        kind: ``pointwise``, ``reduction``, ``rowwise``, ``matmul`` or ``conv``.
         epoch: number of mutating calls before the root; nothing is moved across one.
         members: node -> the index maps through which the root reads it, root first, in reverse execution order.
         repeated: members whose elements a broadcast computes again.
@@ -64,8 +64,8 @@ class Region:
         if role(root) is Role.ANCHOR:
             region.anchors.append(root)
             region.rows = rows_of(root)
-            if root.op.name == "matmul":
-                region.kind = "matmul"
+            if root.op.name in PRODUCTS:
+                region.kind = root.op.name
             else:
                 region.kind = "reduction" if _reduces(root) and root.op.name != "var" else "rowwise"
         return region
@@ -117,7 +117,7 @@ class Region:
     def _frames(self, uses: Iterable[tuple[Node, int]]) -> tuple[Frame, ...]:
         found: dict[Frame, None] = {}
         for user, i in uses:
-            own = role(user) in (Role.VIEW, Role.MOVER) or user.op.name == "matmul"
+            own = role(user) in (Role.VIEW, Role.MOVER) or user.op.name in PRODUCTS
             for frame in self.members[user]:
                 found[(user, i, frame) if own else frame] = None
         return tuple(found)
@@ -143,21 +143,21 @@ class Region:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
-        if self.kind == "matmul":
-            return self._matmul_rejects(node, users)
+        if self.kind in PRODUCTS:
+            return self._product_rejects(node, users)
         return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None
 
-    def _matmul_rejects(self, node: Node, users: list[Node]) -> str | None:
-        matmul = self.anchors[0]
+    def _product_rejects(self, node: Node, users: list[Node]) -> str | None:
+        product = self.anchors[0]
         for user in users:
-            if user is matmul or role(user) is Role.VIEW:
-                what = "an operand of the matmul" if self._feeds_matmul(user) else "read through a view"
+            if user is product or role(user) is Role.VIEW:
+                what = f"an operand of the {self.kind}" if self._feeds_product(user) else "read through a view"
                 return f"it is {what}: it would be computed again for every tile"
-        if not is_scalar(node.results[0].shape) and not dims.same_shape(node.results[0].shape, matmul.results[0].shape):
-            return "its shape is not the matmul's: it would be computed again for every tile"
+        if not is_scalar(node.results[0].shape) and not dims.same_shape(node.results[0].shape, product.results[0].shape):
+            return f"its shape is not the {self.kind}'s: it would be computed again for every tile"
         return None
 
-    def _feeds_matmul(self, user: Node) -> bool:
+    def _feeds_product(self, user: Node) -> bool:
         while role(user) is Role.VIEW:
             user = next(u for u in user.results[0].users if u in self.members)
         return user is self.anchors[0]
@@ -186,9 +186,9 @@ class Region:
     def _admit_anchor(self, node: Node, uses: list[tuple[Node, int]]) -> str | None:
         after, shape, rows = self._downstream(uses), node.results[0].shape, rows_of(node)
         plain = all(role(n) is Role.POINTWISE and dims.same_shape(n.results[0].shape, shape) for n in after)
-        if node.op.name == "matmul":
-            reason = self._matmul_unfit(node, after, plain)
-            kind = "matmul"
+        if node.op.name in PRODUCTS:
+            reason = self._product_unfit(node, after, plain)
+            kind = node.op.name
         elif self.kind == "pointwise" and _reduces(node) and node.op.name != "var" and plain:
             reason, kind = self._mover_in("reduction"), "reduction"
         else:
@@ -204,13 +204,13 @@ class Region:
         mover = next((n for n in self.members if role(n) is Role.MOVER), None)
         return f"a {kind} kernel does not read through {mover.op.name}" if mover else None
 
-    def _matmul_unfit(self, node: Node, after: list[Node], plain: bool) -> str | None:
+    def _product_unfit(self, node: Node, after: list[Node], plain: bool) -> str | None:
         if self.anchors:
             return f"its reader is a {self.kind} kernel already"
         if not plain:
             odd = next(n for n in after if role(n) is not Role.POINTWISE or not dims.same_shape(n.results[0].shape, node.results[0].shape))
             return f"{odd.op.name} after it is no pointwise op of its shape"
-        if reason := self._mover_in("matmul"):
+        if reason := self._mover_in(node.op.name):
             return reason
         for n in self.members:
             if role(n) is not Role.POINTWISE:
@@ -222,8 +222,8 @@ class Region:
         return None
 
     def _rowwise_unfit(self, node: Node, rows: Rows | None) -> str | None:
-        if self.kind == "matmul":
-            return "its reader is a matmul kernel already"
+        if self.kind in PRODUCTS:
+            return f"its reader is a {self.kind} kernel already"
         if rows is None:
             return f"{node.op.name} does not reduce the trailing axes, and what follows is not of its shape"
         if any(a.op.name not in ROW_REDUCTIONS and _reduces(a) for a in self.anchors):

@@ -19,11 +19,12 @@ class Role(Enum):
     VIEW = "view"  # moves elements by an index map that costs nothing
     MOVER = "mover"  # moves elements and has work to do: concat, pad, take, gather
     CREATION = "creation"  # constant, iota
-    ANCHOR = "anchor"  # a reduction, row op or matmul: decides the kind of its region
+    ANCHOR = "anchor"  # a reduction, row op, matmul or convolution: decides the kind of its region
     OTHER = "other"  # never in a region
 
 
 MOVERS = ("concat", "pad", "take", "gather")
+PRODUCTS = ("matmul", "conv")
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
 ROW_REDUCTIONS = ("sum", "mean", "max", "min", "var")
 ARG_REDUCTIONS = ("argmax", "argmin")
@@ -52,7 +53,7 @@ def role(node: Node) -> Role:
         found = Role.CREATION
     elif op.name in MOVERS:
         found = Role.MOVER
-    elif op.name == "matmul" or op.has(Trait.REDUCTION) or op.name in ARG_REDUCTIONS or (op.name in ROW_OPS and rows_of(node)):
+    elif _is_product(node) or op.has(Trait.REDUCTION) or op.name in ARG_REDUCTIONS or (op.name in ROW_OPS and rows_of(node)):
         found = Role.ANCHOR
     else:
         return Role.OTHER
@@ -60,6 +61,11 @@ def role(node: Node) -> Role:
         return Role.OTHER
     fits = all(fusable_dtype(v.dtype) for v in (*node.operands, *node.results))
     return found if fits else Role.OTHER
+
+
+def _is_product(node: Node) -> bool:
+    """A matmul, or a convolution in the layout that kernels take."""
+    return node.op.name == "matmul" or (node.op.name == "conv" and node.attrs["channels_last"])
 
 
 def is_cheap(node: Node) -> bool:
@@ -123,4 +129,4 @@ def rereads(user: Node, index: int) -> bool:
         return not dims.same(dims.numel(operand.shape), dims.numel(user.results[0].shape))
     if name in ("take", "gather"):
         return index == 0
-    return name == "matmul" or (name in ROW_OPS and index > 0)
+    return name in PRODUCTS or (name in ROW_OPS and index > 0)

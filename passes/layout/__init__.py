@@ -1,6 +1,8 @@
 """Layouts: how tensors lie in memory so that kernels read them straight."""
 
+from graphopt.passes.layout.conv_layout import ConvLayout
+from graphopt.passes.layout.pack_filters import PackFilters
 from graphopt.passes.layout.pack_weights import PackWeights
 from graphopt.passes.layout.unflatten import Unflatten
 
-__all__ = ["PackWeights", "Unflatten"]
+__all__ = ["ConvLayout", "PackFilters", "PackWeights", "Unflatten"]

@@ -1,0 +1,320 @@
+"""Convolution by register tiles: ``rows`` pixels by ``columns`` channels are summed in registers (an implicit matrix product).
+
+Images are channels-last. One tap of the kernel along the last spatial axis and the channels below it are one contiguous
+run of products for every pixel, so the loop over them is that of a matrix product whose rows start anywhere. Padding is
+not tested for: a padded image is copied to scratch memory first, in a form that every tile reads without a condition; an
+image without padding is read in place. The weight is read in panels of ``columns`` channels; if the region does not hold
+it packed, it is packed first.
+
+Long sums are taken in blocks, and within a block all tiles of a task are computed before the next one: the block of the
+weight stays in the cache, and the rounding error that of a library's.
+
+Reference: Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures", SC 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from tvm import tirx
+
+from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.convform import ConvForm
+from graphopt.backends.tvm.elementwise import Probe
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.errors import BuildError
+from graphopt.ir.graph import Graph, Value
+
+BLOCK = 128  # products summed before the sum is added to the total
+
+
+class ConvKernel:
+    """Emits a region with one channels-last convolution and a pointwise epilogue of its shape.
+
+    Args:
+        lanes: elements of a vector.
+        rows, columns: the tile; columns are a multiple of lanes.
+        unroll: steps of the summed axis that are unrolled, at most.
+        tiles: tiles of a task.
+    """
+
+    def __init__(self, graph: Graph, form: ConvForm, lanes: int, rows: int, columns: int, unroll: int, tiles: int, parallel: bool) -> None:
+        self.graph, self.form, self.lanes, self.mr, self.nr, self.tiles = graph, form, lanes, rows, columns, tiles
+        self.code = code = Code(graph.symbols)
+        self.args = Arguments(code, graph)
+        self.parallel = parallel
+        self.held = scalar.COMPUTE[form.node.result.dtype]
+        self.out = [code.size(d) for d in form.node.result.shape[:-1]]  # N, *S'
+        self.pixels = product(code, self.out)
+        self.panels = -(-form.filters // columns)  # of a group
+        stride, padding, dilation = form.attrs
+        self.space = [code.size(d) for d in form.x.shape[1:-1]]
+        self.padded = [code.simplify(n + 2 * p) for n, p in zip(self.space, padding, strict=True)]
+        # a run of contiguous products: the channels, and with them the taps of the last axis
+        joined = dilation[-1] == 1 and form.groups == 1
+        self.taps = form.kernel[:-1] if joined else form.kernel
+        self.run = form.depth // prod(self.taps)
+        self.unroll = max((u for u in range(2, 2 * unroll + 1) if self.run % u == 0), default=unroll) if self.run < 64 else unroll
+
+    def emit(self) -> Code:
+        code = self.code
+        weight, image = self._weight(), self._image()
+        count = code.ceildiv(self.pixels, self.mr)
+        chunks, length, blocks = self._blocks()
+        per_task = self._tiles_a_task(count)
+        pieces = code.ceildiv(count, per_task)
+        panels = self.form.groups * self.panels
+        steps = product(code, [panels, pieces])
+        with code.loop(steps, self._kind(steps), "task") as task:
+            j, piece = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [panels, pieces]), [panels, pieces], strict=True)]
+            first = code.simplify(piece * per_task)
+            here = code.bind_index(code.least(count - first, per_task), "tiles")
+            if blocks == 1:
+                acc = code.alloc(self.mr * self.nr, self.held, "acc")
+                with code.loop(here, "serial", "tile") as tile:
+                    row = code.simplify((first + tile) * self.mr)
+                    self._sum(acc, weight, image, j, row, 0, prod(self.taps), 0, self.run)
+                    self._store(acc, 0, j, row)
+                return code
+            total = code.alloc(per_task * self.mr * self.nr, self.held, "total")
+            acc = code.alloc(self.mr * self.nr, self.held, "acc")
+            self._each(code.simplify(per_task * self.mr * self.nr), lambda at: self._set(total, at, self._zero()))
+            with code.loop(blocks, "serial", "block") as block, code.loop(here, "serial", "tile") as tile:
+                row = code.simplify((first + tile) * self.mr)
+                if chunks > 1:
+                    tap, start = code.div(block, chunks), code.simplify(code.mod(block, chunks) * length)
+                    size = length if self.run % length == 0 else code.bind_index(code.least(self.run - start, length))
+                    self._sum(acc, weight, image, j, row, tap, 1, start, size)
+                else:
+                    tap, all_taps = code.simplify(block * length), prod(self.taps)
+                    taps = length if all_taps % length == 0 else code.bind_index(code.least(all_taps - tap, length))
+                    self._sum(acc, weight, image, j, row, tap, taps, 0, self.run)
+                base = code.simplify(tile * (self.mr * self.nr))
+                for q in range(0, self.mr * self.nr, self.lanes):
+                    self._set(total, base + q, self._vector(total, base + q) + self._vector(acc, q))
+            with code.loop(here, "serial", "tile") as tile:
+                self._store(total, code.simplify(tile * (self.mr * self.nr)), j, code.simplify((first + tile) * self.mr))
+        return code
+
+    def _blocks(self) -> tuple[int, int, int]:
+        """(chunks of a run, their length, blocks in all); or with one chunk: (1, taps of a block, blocks)."""
+        taps = prod(self.taps)
+        if self.run * taps <= BLOCK * 3 // 2:
+            return 1, taps, 1
+        if self.run > BLOCK * 3 // 2:
+            chunks = -(-self.run // BLOCK)
+            length = -(-self.run // chunks)
+            length = -(-length // self.unroll) * self.unroll
+            return -(-self.run // length), length, taps * -(-self.run // length)
+        group = max(1, BLOCK * 3 // 2 // self.run)
+        group = next((g for g in range(group, 0, -1) if taps % g == 0 and 2 * g > group), group)
+        return 1, group, -(-taps // group)
+
+    def _tiles_a_task(self, count: Index) -> int:
+        """As many tiles as wanted, but tasks enough for many threads."""
+        if not isinstance(count, int):
+            return self.tiles
+        wanted = max(1, 32 // (self.form.groups * self.panels))
+        pieces = max(wanted, -(-count // self.tiles))
+        return max(1, -(-count // pieces))
+
+    def _kind(self, steps: Index) -> str:
+        work = product(self.code, [self.pixels, self.form.filters * self.form.groups, self.form.depth])
+        small = isinstance(work, int) and work < 4 * SMALL
+        return "serial" if not self.parallel or small or (isinstance(steps, int) and steps == 1) else "parallel"
+
+    # --- vectors --------------------------------------------------------------------------------------------------------
+
+    def _zero(self) -> Any:
+        return tirx.Broadcast(tirx.const(0, self.held), self.lanes)
+
+    def _vector(self, buffer: Any, at: Index) -> Any:
+        return buffer[tirx.Ramp(i64(at), i64(1), self.lanes)]
+
+    def _set(self, buffer: Any, at: Index, value: Any) -> None:
+        self.code.emit(tirx.BufferStore(buffer, value, [tirx.Ramp(i64(at), i64(1), self.lanes)]))
+
+    def _each(self, size: int, body: Any) -> None:
+        with self.code.loop(size // self.lanes, "serial", "q") as q:
+            body(self.code.simplify(q * self.lanes))
+
+    # --- operands -------------------------------------------------------------------------------------------------------
+
+    def _weight(self) -> Any:
+        """A buffer with the weight in panels [groups * panels, depth, columns]."""
+        form, code = self.form, self.code
+        if form.packed is not None and form.packed.shape[-1] == self.nr and form.packed.dtype == form.node.result.dtype:
+            return self.args.inputs[form.packed]
+        panels, depth = form.groups * self.panels, form.depth
+        buffer = code.alloc(panels * depth * self.nr, self.held, "weights")
+        with code.loop(panels * depth, "parallel" if panels * depth * self.nr > SMALL and self.parallel else "serial", "k") as step:
+            j, k = code.unflatten(step, [panels, depth])
+            at = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(k, self.form.w.shape[:-1]), self.form.w.shape[:-1], strict=True)]
+            group, column = code.div(j, self.panels), code.simplify(code.mod(j, self.panels) * self.nr)
+            with code.loop(self.nr, "serial", "v") as v:
+                o = code.simplify(column + v)
+                inside = code.simplify(group * form.filters + code.least(o, form.filters - 1))
+                value = Expressions(self.args, {}).at(form.w, [*at, inside])
+                code.store(buffer, step * self.nr + v, tirx.Select(i64(o) < i64(form.filters), value, tirx.const(0, self.held)))
+        return buffer
+
+    def _image(self) -> Any:
+        """A buffer with the padded images, [N, *padded, C]."""
+        form, code = self.form, self.code
+        if form.plain:
+            return self.args.inputs[form.x]
+        channels = form.groups * form.inner
+        _, padding, _ = form.attrs
+        lines = [self.out[0], *self.padded[:-1]]
+        buffer = code.alloc(product(code, [*lines, self.padded[-1], channels]), self.held, "image")
+        probe = Probe(self.args, {}, form.x)
+        probe([0] * form.x.type.rank)
+        lanes = 1 if probe.scalar_only else min(self.lanes, channels)
+        count, zero = product(code, lines), tirx.const(0, self.held)
+        size = product(code, [count, self.padded[-1], channels])
+        small = isinstance(size, int) and size < SMALL
+        with code.loop(count, "serial" if small or not self.parallel else "parallel", "line") as line:
+            n, *at = [code.bind_index(i, "i", m) for i, m in zip(code.unflatten(line, lines), lines, strict=True)]
+            source = [code.bind_index(code.simplify(i - p), "s") for i, p in zip(at, padding, strict=False)]
+            tests = [
+                c for i, s, p in zip(source, self.space, padding, strict=False) if p for c in (i64(i) >= i64(0), i64(i) < i64(s))
+            ]
+            inside = tests[0] if tests else None
+            for c in tests[1:]:
+                inside = tirx.And(inside, c)
+            start = code.simplify(line * self.padded[-1] * channels)
+
+            def fill(first: Index, length: Index, start: Index = start) -> None:
+                vector_loop(code, code.simplify(start + first), length, self.lanes, lambda i: code.store(buffer, i, zero))
+
+            def copy(n: Index = n, source: Sequence[Index] = source, start: Index = start) -> None:
+                pad = padding[-1] * channels
+                fill(0, pad)
+                with code.loop(self.space[-1], "serial", "w") as w:
+                    base = code.simplify(start + pad + w * channels)
+
+                    def element(c: Index) -> None:
+                        code.store(buffer, base + c, Expressions(self.args, {}).at(form.x, [n, *source, w, c]))
+
+                    vector_loop(code, 0, channels, lanes, element)
+                fill(code.simplify(pad + self.space[-1] * channels), pad)
+
+            if inside is None:
+                copy()
+            else:
+                with code.when(inside):
+                    copy()
+                with code.when(tirx.Not(inside)):
+                    fill(0, code.simplify(self.padded[-1] * channels))
+        return buffer
+
+    # --- the tile -------------------------------------------------------------------------------------------------------
+
+    def _pixel(self, row: Index) -> list[Index]:
+        """The index [n, *s] of a pixel."""
+        code = self.code
+        return [code.bind_index(i, "p", n) for i, n in zip(code.unflatten(row, self.out), self.out, strict=True)]
+
+    def _start(self, row: Index, group: Index) -> Index:
+        """Where the first product of a pixel lies in the image."""
+        code, form = self.code, self.form
+        stride, padding, _ = form.attrs
+        channels = form.groups * form.inner
+        if all(k == 1 for k in form.kernel) and all(s == 1 for s in stride) and not any(padding):
+            return code.simplify(row * channels + group * form.inner)
+        n, *at = self._pixel(row)
+        flat = code.flatten([n, *(code.simplify(i * s) for i, s in zip(at, stride, strict=True))], [self.out[0], *self.padded])
+        return code.simplify(flat * channels + group * form.inner)
+
+    def _sum(self, acc: Any, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index) -> None:
+        """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile."""
+        code, form, lanes = self.code, self.form, self.lanes
+        vectors = self.nr // lanes
+        group = code.div(j, self.panels) if form.groups > 1 else 0
+        exact = isinstance(self.pixels, int) and self.pixels % self.mr == 0
+        rows = []
+        for i in range(self.mr):
+            r = code.simplify(row + i)
+            rows.append(code.bind_index(self._start(r if exact else code.bind_index(code.least(r, self.pixels - 1), "r"), group), "x"))
+        for q in range(0, self.mr * self.nr, lanes):
+            self._set(acc, q, self._zero())
+        channels = form.groups * form.inner
+        dilation = form.attrs[2]
+        with code.loop(taps, "serial", "tap") as t:
+            which = code.simplify(tap + t)
+            at = code.unflatten(which, self.taps) if self.taps else []
+            steps = [code.simplify(i * d) for i, d in zip(at, dilation, strict=False)]
+            steps += [0] * (len(form.kernel) - len(steps))
+            offset = code.bind_index(code.simplify(code.flatten(steps, self.padded) * channels + start), "dx")
+            base = code.bind_index(code.simplify((j * form.depth + which * self.run + start) * self.nr), "dw")
+
+            def step(k: Index) -> None:
+                ws = [code.bind(self._vector(weight, code.simplify(base + k * self.nr + u * lanes)), "w") for u in range(vectors)]
+                for i, r in enumerate(rows):
+                    x = tirx.Broadcast(code.bind(code.load(image, code.simplify(r + offset + k)), "a"), lanes)
+                    for u, w in enumerate(ws):
+                        q = i * self.nr + u * lanes
+                        self._set(acc, q, self._vector(acc, q) + x * w)
+
+            whole, rest = code.div(length, self.unroll), code.mod(length, self.unroll)
+            with code.loop(whole, "serial", "k") as k:
+                for q in range(self.unroll):
+                    step(code.simplify(k * self.unroll + q))
+            if not (isinstance(rest, int) and rest == 0):
+                with code.loop(rest, "serial", "k") as k:
+                    step(code.simplify(whole * self.unroll + k))
+
+    # --- the epilogue -----------------------------------------------------------------------------------------------------
+
+    def _store(self, acc: Any, base: Index, j: Index, row: Index) -> None:
+        """Write the tile, pixel by pixel: whole vectors of channels, and single ones where they end."""
+        code, filters, lanes = self.code, self.form.filters, self._store_lanes()
+        exact = isinstance(self.pixels, int) and self.pixels % self.mr == 0
+        count = self.mr if exact else code.bind_index(code.least(self.pixels - row, self.mr), "rows")
+        column = code.simplify(code.mod(j, self.panels) * self.nr)
+        shift = code.simplify(code.div(j, self.panels) * filters) if self.form.groups > 1 else 0
+        with code.loop(count, "serial", "i") as i:
+            pixel = self._pixel(code.simplify(row + i))
+            line = code.simplify(base + i * self.nr)
+
+            def one(c: Index) -> None:
+                self._element(acc, code.simplify(line + c), [*pixel, code.simplify(shift + column + c)])
+
+            def vector(u: Index) -> None:
+                with code.loop(lanes, "vectorized", "v") as v:
+                    one(code.simplify(u * lanes + v))
+
+            if filters % self.nr == 0:
+                with code.loop(self.nr // lanes, "serial", "u") as u:
+                    vector(u)
+                return
+            left = code.bind_index(code.least(filters - column, self.nr), "left")
+            whole = code.div(left, lanes)
+            with code.loop(whole, "serial", "u") as u:
+                vector(u)
+            with code.loop(code.simplify(left - whole * lanes), "serial", "c") as c:
+                one(code.simplify(whole * lanes + c))
+
+    def _store_lanes(self) -> int:
+        for v in self.graph.outputs:
+            probe = Probe(self.args, {self.form.node.result: lambda index: tirx.const(0, self.held)}, v)
+            probe([0] * v.type.rank)
+            if probe.scalar_only:
+                return 1
+        return self.lanes
+
+    def _element(self, acc: Any, at: Index, index: list[Index]) -> None:
+        value = scalar.rounded(self.code.bind(self.code.load(acc, at)), self.form.node.result.dtype)
+
+        def source(asked: Sequence[Index]) -> Any:
+            if not all(self.code.equal(p, q) for p, q in zip(asked, index, strict=True)):
+                raise BuildError("the convolution is used at another place than its own")
+            return value
+
+        sources: dict[Value, Source] = {self.form.node.result: source}
+        for k, v in enumerate(self.graph.outputs):
+            self.args.store(k, index, Expressions(self.args, sources).at(v, index))

@@ -1,0 +1,127 @@
+"""What a convolution region looks like to its kernels: sizes, packed weights, register tiles. Looks at the IR only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+from graphopt.backends.tvm.support import is_materialized
+from graphopt.ir import dims, types
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.target import Target
+
+_UNPACK = ("reshape", "slice", "reshape", "transpose", "reshape")
+
+
+@dataclass(frozen=True)
+class ConvForm:
+    """A channels-last convolution: x [N, *S, C] with w [*K, C / groups, O].
+
+    Attributes:
+        packed: the input that holds the weight in panels ``[groups * ceil(O / groups / nr), K * C / groups, nr]``, if it is.
+    """
+
+    node: Node
+    packed: Value | None
+
+    @property
+    def x(self) -> Value:
+        return self.node.operands[0]
+
+    @property
+    def w(self) -> Value:
+        return self.node.operands[1]
+
+    @property
+    def groups(self) -> int:
+        return int(self.node.attrs["groups"])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return cast("tuple[int, ...]", self.w.shape[:-2])
+
+    @property
+    def inner(self) -> int:
+        """Channels that one output reads."""
+        return cast(int, self.w.shape[-2])
+
+    @property
+    def filters(self) -> int:
+        """Output channels of a group."""
+        return cast(int, self.w.shape[-1]) // self.groups
+
+    @property
+    def depth(self) -> int:
+        """Products summed for one output."""
+        return prod(self.kernel) * self.inner
+
+    @property
+    def pixels(self) -> Dim:
+        """Outputs of one channel, of all images."""
+        return dims.numel(self.node.result.shape[:-1])
+
+    @property
+    def attrs(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """stride, padding, dilation"""
+        a = self.node.attrs
+        return a["stride"], a["padding"], a["dilation"]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a kernel can read x in place: row-major, as it computes, and without padding."""
+        _, padding, _ = self.attrs
+        x = self.x
+        return x.is_input and x.type.strides is None and x.dtype in (types.f32, types.f64) and not any(padding)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each output channel reads one input channel, the one of its own number."""
+        return self.inner == 1 and self.filters == 1 and self.groups > 1
+
+
+def conv_of(graph: Graph) -> ConvForm | str:
+    """The convolution of a region, or why the region is none that the kernels take."""
+    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    if len(nodes) != 1 or nodes[0].name != "conv":
+        return "not exactly one conv"
+    (node,) = nodes
+    if not node.attrs["channels_last"]:
+        return "a convolution with its channels before the spatial axes"
+    if not node.result.dtype.is_float:
+        return f"a convolution of {node.result.dtype}"
+    if not dims.is_static(node.operands[1].shape) or not isinstance(node.operands[0].shape[-1], int):
+        return "weights of unknown size"
+    if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
+        return "a convolution without elements"
+    for v in graph.outputs:
+        if not dims.same_shape(v.shape, node.result.shape):
+            return f"the output {v.type} has not the convolution's shape"
+    return ConvForm(node, _packed(node.operands[1]))
+
+
+def _packed(w: Value) -> Value | None:
+    """The packed weight behind the views that the packing pass writes."""
+    v = w
+    for name in _UNPACK:
+        node = v.producer
+        if node is None or node.name != name:
+            return None
+        v = node.operands[0]
+    return v if v.is_input and v.type.strides is None and v.type.rank == 3 and v.dtype in (types.f32, types.f64) else None
+
+
+def tile_rows(form: ConvForm, vectors: int, t: Target) -> tuple[int, ...]:
+    """Numbers of pixels a tile can have beside so many vectors of channels, the best one first.
+
+    A step of a tile takes ``rows * vectors`` multiply-adds and two of overhead; pixels beyond the last are wasted.
+    """
+    most = max(1, min(16, (t.vector_registers - 2 - vectors) // vectors))
+    pixels = form.pixels
+
+    def cost(rows: int) -> float:
+        tiles = -(-pixels // rows) if isinstance(pixels, int) else 1000 / rows
+        return float(tiles * (rows * vectors + 2))
+
+    return tuple(sorted(range(1, most + 1), key=lambda r: (cost(r), -r)))

@@ -1,0 +1,175 @@
+"""conv(x, w)  =>  to_first(conv(to_last(x), to_last(w), channels_last)),  f(to_first(y), ...)  =>  to_first(f(y, to_last(...)))
+
+Why: with the channels innermost, every tap of a kernel is a product of contiguous rows, a 1x1 convolution is a matrix
+product as it stands, and all vectors of a pixel are full whatever the image's size. ``to_last`` and ``to_first`` are
+transposes; where a channels-last value is read by the next convolution they cancel, so that a whole network runs in that
+layout and only its ends are transposed.
+
+When: a convolution with 1 to 3 spatial axes, and a weight and a number of channels of known size, for a CPU. What follows is
+carried along as far as it goes: pointwise ops (other operands broadcast along the same axes), sums, means and extremes,
+max_pool, pad, slice, and concat if half of its operands are in the layout. Everything else reads the value through the
+transpose. Declined, with a remark: unknown sizes, and integers.
+
+Numerics: bitwise in the IR; a kernel may sum in another order.
+Reference: Liu et al., "Optimizing CNN Model Inference on CPUs", USENIX ATC 2019, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from graphopt.ir import Trait, dims
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.pass_manager import Pass
+from graphopt.rewrite import PassContext, Rewriter, erase_dead
+
+_REDUCTIONS = ("sum", "prod", "mean", "max", "min", "any", "all", "var")
+
+
+def last_perm(rank: int) -> tuple[int, ...]:
+    """From [N, C, *S] to [N, *S, C]."""
+    return (0, *range(2, rank), 1)
+
+
+def first_perm(rank: int) -> tuple[int, ...]:
+    """From [N, *S, C] to [N, C, *S]."""
+    return (0, rank - 1, *range(1, rank - 1))
+
+
+class ConvLayout(Pass):
+    """Compute convolutions, and what follows them, with the channels last. See the module's header."""
+
+    name = "conv-layout"
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        if ctx.target is not None and ctx.target.kind != "cpu":
+            return False
+        walk = _Walk(g)
+        changed = False
+        for node in g.nodes():
+            if node.erased:
+                continue
+            if node.op.name == "conv" and (reason := _declined(node)):
+                ctx.missed(self.name, f"the convolution keeps its layout: {reason}", node)
+                continue
+            make = walk.maker(node)
+            if make is None or (number := ctx.fuel.take()) is None:
+                continue
+            ctx.passed(self.name, f"{node.op.name} is computed with its channels last", node, number)
+            walk.replace(node, make)
+            changed = True
+        return changed
+
+
+def _declined(conv: Node) -> str | None:
+    x, w = conv.operands
+    if not dims.is_static(w.shape) or not isinstance(x.shape[1], int):
+        return "its weight or its channels are of unknown size"
+    return None if x.dtype.is_float else f"its dtype is {x.dtype}"
+
+
+Make = Callable[[Rewriter], Value]
+
+
+class _Walk:
+    """The values that are views of channels-last ones, and how to go on from them."""
+
+    def __init__(self, g: Graph) -> None:
+        self.graph = g
+        self.twins: dict[Value, Value] = {}  # [N, C, *S] -> the same as [N, *S, C]
+
+    def maker(self, node: Node) -> Make | None:
+        """How to compute a node with the channels last, if it is one for that."""
+        name = node.op.name
+        if name == "conv":
+            return None if node.attrs["channels_last"] else lambda rw: self._conv(rw, node)
+        if len(node.results) != 1 or not any(v in self.twins for v in node.operands):
+            return None
+        if node.op.has(Trait.POINTWISE):
+            return (lambda rw: self._pointwise(rw, node)) if self._lined_up(node) else None
+        if name in _REDUCTIONS:
+            return (lambda rw: self._reduction(rw, node)) if self._keeps_order(node) else None
+        if name == "concat":
+            ready = sum(v in self.twins for v in node.operands)
+            return (lambda rw: self._concat(rw, node)) if 2 * ready >= len(node.operands) else None
+        makers: dict[str, Make] = {
+            "pad": lambda rw: self._pad(rw, node), "slice": lambda rw: self._slice(rw, node), "max_pool": lambda rw: self._pool(rw, node),
+        }  # fmt: skip
+        return makers.get(name)
+
+    def replace(self, node: Node, make: Make) -> None:
+        """Put the channels-last computation in the node's place."""
+        rw, old = Rewriter(self.graph, node), node.results[0]
+        new = make(rw)
+        if new.type.rank != old.type.rank:  # reduced to [N, C]: the order of its axes is that of before
+            view = new
+        else:
+            view = rw.transpose(new, perm=first_perm(new.type.rank))
+            self.twins[view] = new
+        self.graph.replace(old, view)
+        erase_dead(self.graph, node)
+
+    def last(self, rw: Rewriter, v: Value) -> Value:
+        """The channels-last form of a value of full rank."""
+        if v not in self.twins:
+            self.twins[v] = rw.transpose(v, perm=last_perm(v.type.rank))
+        return self.twins[v]
+
+    # --- nodes ----------------------------------------------------------------------------------------------------------
+
+    def _conv(self, rw: Rewriter, node: Node) -> Value:
+        x, w = node.operands
+        n = x.type.rank - 2
+        weight = rw.transpose(w, perm=(*range(2, n + 2), 1, 0))
+        return rw.create("conv", [self.last(rw, x), weight], {**node.attrs, "channels_last": True})  # type: ignore[no-any-return]
+
+    def _lined_up(self, node: Node) -> bool:
+        """Whether all operands have the rank of the result, or broadcast along the axes below it."""
+        rank = node.results[0].type.rank
+        return any(v in self.twins and v.type.rank == rank for v in node.operands) and all(v.type.rank <= rank for v in node.operands)
+
+    def _pointwise(self, rw: Rewriter, node: Node) -> Value:
+        rank = node.results[0].type.rank
+        return rw.create(node.op.name, [self._operand(rw, v, rank) for v in node.operands], dict(node.attrs))  # type: ignore[no-any-return]
+
+    def _operand(self, rw: Rewriter, v: Value, rank: int) -> Value:
+        shape = (*[1] * (rank - v.type.rank), *v.shape)
+        if v.type.rank == 0:
+            return v
+        if all(d == 1 for d in (shape[0], *shape[2:])):  # a vector over the channels
+            return rw.reshape(v, shape=(shape[1],))
+        if v.type.rank == rank:
+            return self.last(rw, v)
+        return rw.transpose(rw.reshape(v, shape=shape), perm=last_perm(rank))
+
+    def _keeps_order(self, node: Node) -> bool:
+        """Whether what is left of the axes stands in the same order in both layouts."""
+        if node.attrs["keepdims"]:
+            return True
+        rank = node.operands[0].type.rank
+        gone = [a % rank for a in node.attrs["axes"]]
+        return 1 in gone or all(a in gone for a in range(2, rank))
+
+    def _reduction(self, rw: Rewriter, node: Node) -> Value:
+        x = node.operands[0]
+        place = last_perm(x.type.rank)
+        axes = tuple(sorted(place.index(a % x.type.rank) for a in node.attrs["axes"]))
+        return rw.create(node.op.name, [self.last(rw, x)], {**node.attrs, "axes": axes})  # type: ignore[no-any-return]
+
+    def _concat(self, rw: Rewriter, node: Node) -> Value:
+        rank = node.results[0].type.rank
+        axis = last_perm(rank).index(node.attrs["axis"] % rank)
+        return rw.create("concat", [self.last(rw, v) for v in node.operands], {"axis": axis})  # type: ignore[no-any-return]
+
+    def _pad(self, rw: Rewriter, node: Node) -> Value:
+        perm = last_perm(node.results[0].type.rank)
+        sides = {side: tuple(node.attrs[side][p] for p in perm) for side in ("low", "high")}
+        return rw.create("pad", [self.last(rw, node.operands[0])], {**node.attrs, **sides})  # type: ignore[no-any-return]
+
+    def _slice(self, rw: Rewriter, node: Node) -> Value:
+        rank = node.results[0].type.rank
+        axis = last_perm(rank).index(node.attrs["axis"] % rank)
+        return rw.create("slice", [self.last(rw, node.operands[0])], {**node.attrs, "axis": axis})  # type: ignore[no-any-return]
+
+    def _pool(self, rw: Rewriter, node: Node) -> Value:
+        return rw.create("max_pool", [self.last(rw, node.operands[0])], {**node.attrs, "channels_last": True})  # type: ignore[no-any-return]

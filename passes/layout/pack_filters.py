@@ -1,0 +1,176 @@
+"""conv(x, w[*K, C, O])  =>  conv(x, unpack(pack(w))),  pack(w)[j, k, i] = w[k, j * nr + i],  k over taps and channels
+
+Why: a convolution kernel reads ``nr`` output channels for one tap and one input channel at a time. Packed, that is one
+straight stream. ``pack`` depends on the weight alone: it is computed once, at the first call, and again when the weight
+changes.
+
+When: after ``fuse``, for a region of kind ``conv`` whose weight is a staged (weight-only) f32 value behind views. The
+groups of a grouped convolution are packed one after the other. A depthwise convolution reads its weight as it is, with the
+channels last: only the views in front of it move out of the region. An operand that is no weight is left in silence;
+declined with a remark are other dtypes.
+
+The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR::
+
+    wp = reshape(transpose(reshape(pad(reshape(w, [K, g, O / g])), [K, g, J, nr]), (1, 2, 0, 3)), [g * J, K, nr])
+    w  = reshape(slice(reshape(transpose(reshape(wp, [g, J, K, nr]), (2, 0, 1, 3)), [K, g, J * nr]), axis=2, stop=O / g), ..)
+
+Numerics: bitwise.
+Reference: Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures", SC 2018.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from graphopt.ir import Builder, Graph, types
+from graphopt.ir.graph import Node, Value, copy_nodes, is_view
+from graphopt.ir.ops import op
+from graphopt.ir.stage import Staged, staged_values
+from graphopt.pass_manager import Pass
+from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
+
+
+class PackFilters(Pass):
+    """Pack the weights of convolution regions. See the module's header.
+
+    Args:
+        width: output channels of a panel; None asks the target.
+    """
+
+    name = "pack-filters"
+    width: int | None = None
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        sites = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "conv"]
+        if not sites or (self.width is None and (ctx.target is None or ctx.target.kind != "cpu")):
+            return False
+        staged, changed = staged_values(g), False
+        packed: dict[tuple[object, ...], Value] = {}
+        for fusion in sites:
+            found = _chain(fusion, staged)
+            if isinstance(found, Reject):
+                if found.reason:
+                    ctx.missed(self.name, f"the weight is not packed: {found.reason}", fusion)
+                continue
+            if (number := ctx.fuel.take()) is None:
+                continue
+            conv, chain = found
+            groups, w = int(conv.attrs["groups"]), conv.operands[1]
+            source = fusion.operands[_input(w).index]
+            key = (source, groups, *((n.op.name, *n.attrs.values()) for n in chain))
+            filters = int(w.shape[-1]) // groups
+            nr = None if _depthwise(conv) else self.width or ctx.target.panel_width(filters, types.f32.itemsize)
+            if key not in packed:
+                rw = Rewriter(g, fusion)
+                mapping = {_input(w): source}
+                copy_nodes(chain, mapping, g, fusion)
+                packed[key] = mapping[w] if nr is None else pack(rw, mapping[w], groups, nr)
+            ctx.passed(self.name, f"weight {source!r} becomes {packed[key].type}", fusion, number)
+            _rebuild(g, fusion, conv, packed[key], nr is not None)
+            changed = True
+        return changed
+
+
+def _depthwise(conv: Node) -> bool:
+    w, groups = conv.operands[1], conv.attrs["groups"]
+    return bool(groups > 1 and w.shape[-2] == 1 and w.shape[-1] == groups)
+
+
+def pack(b: Builder, w: Value, groups: int, nr: int) -> Value:
+    """``[*K, C, O]`` to ``[groups * ceil(O / groups / nr), K * C, nr]``, zeros behind the last channel of a group."""
+    depth, filters = prod(int(d) for d in w.shape[:-1]), int(w.shape[-1]) // groups
+    panels = -(-filters // nr)
+    w = b.reshape(w, shape=(depth, groups, filters))
+    if panels * nr != filters:
+        w = b.pad(w, low=(0, 0, 0), high=(0, 0, panels * nr - filters), value=0.0)
+    w = b.transpose(b.reshape(w, shape=(depth, groups, panels, nr)), perm=(1, 2, 0, 3))
+    return b.reshape(w, shape=(groups * panels, depth, nr))
+
+
+def unpack(b: Builder, wp: Value, groups: int, shape: tuple[int, ...]) -> Value:
+    """The inverse of :func:`pack`; always the same five nodes."""
+    blocks, depth, nr = (int(d) for d in wp.shape)
+    panels = blocks // groups
+    v = b.create("reshape", [wp], {"shape": (groups, panels, depth, nr)})
+    v = b.create("transpose", [v], {"perm": (2, 0, 1, 3)})
+    v = b.create("reshape", [v], {"shape": (depth, groups, panels * nr)})
+    v = b.create("slice", [v], {"axis": 2, "stop": shape[-1] // groups})
+    return b.create("reshape", [v], {"shape": shape})  # type: ignore[no-any-return]
+
+
+def _input(v: Value) -> Value:
+    """The input of the body that a value is a view of, or the value that is no view."""
+    while v.producer is not None and is_view(v.producer):
+        v = v.producer.operands[0]
+    return v
+
+
+def _chain(fusion: Node, staged: Staged) -> tuple[Node, list[Node]] | Reject:
+    """The convolution, and the views between the body's input and its weight."""
+    assert fusion.body is not None
+    conv = next(n for n in fusion.body.nodes() if n.op.name == "conv")
+    w = conv.operands[1]
+    origin = _input(w)
+    if not origin.is_input or fusion.operands[origin.index] not in staged:
+        return Reject("")
+    chain: list[Node] = []
+    v = w
+    while v.producer is not None:
+        chain.append(v.producer)
+        v = v.producer.operands[0]
+    if [n.op.name for n in chain] == ["reshape", "slice", "reshape", "transpose", "reshape"] or (_depthwise(conv) and not chain):
+        return Reject("")
+    if w.dtype != types.f32:
+        return Reject(f"weights of dtype {w.dtype} are not packed, only f32", fusion)
+    return conv, chain[::-1]
+
+
+def _rebuild(g: Graph, fusion: Node, conv: Node, wp: Value, packed: bool) -> None:
+    """The same region, reading the prepared weight in the place of the plain one."""
+    old = fusion.body
+    assert old is not None
+    weight = conv.operands[1]
+    plain = _input(weight)
+    new_body, operands = Graph("body", old.symbols), []
+    mapping: dict[Value, Value] = {}
+    others = _other_uses(weight)
+    for v, operand in zip(old.inputs, fusion.operands, strict=True):
+        if v is plain:
+            w = new_body.add_input(wp.type.logical, v.hint)
+            unpacked = unpack(Builder(new_body), w, int(conv.attrs["groups"]), weight.shape) if packed else w  # type: ignore[arg-type]
+            operands.append(wp)
+        if v is not plain or others:
+            mapping[v] = new_body.add_input(v.type, v.hint)
+            operands.append(operand)
+    gone = dict.fromkeys(()) if others else _path(weight)
+    for node in old.nodes():
+        if node in gone:
+            continue
+        kept = mapping.get(weight)
+        if node is conv:
+            mapping[weight] = unpacked
+        copy_nodes([node], mapping, new_body)
+        if node is conv and kept is not None:
+            mapping[weight] = kept
+    new_body.set_outputs([mapping[v] for v in old.outputs])
+    new = g.create(op("fusion"), operands, fusion.attrs, before=fusion, loc=fusion.loc, body=new_body)
+    g.replace(fusion.results[0], new.results[0])
+    erase_dead(g, fusion)
+
+
+def _path(weight: Value) -> dict[Node, None]:
+    found: dict[Node, None] = {}
+    while weight.producer is not None:
+        found[weight.producer] = None
+        weight = weight.producer.operands[0]
+    return found
+
+
+def _other_uses(weight: Value) -> bool:
+    """Whether the body reads the plain weight, or a view on the way, besides for the convolution."""
+    while True:
+        if len(weight.uses) > 1:
+            return True
+        if weight.producer is None:
+            return False
+        weight = weight.producer.operands[0]
