@@ -17,7 +17,7 @@ from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.eager import LibraryCall
 from graphopt.capture.captured import Captured, TensorArgument, Uncapturable, ValueResult, bind_sizes, make_result
 from graphopt.capture.fx import capture_fx
-from graphopt.errors import FallbackError
+from graphopt.errors import BuildError, FallbackError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.hashing import canonical_text
@@ -85,12 +85,11 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     lowering = time.perf_counter()
     lowered = lower(graph, target, backend, why_none, asked=options.backend == "eager")
     report.text_after = str(graph)
-    report.fallbacks = [_fallback(s) for s in lowered.steps if isinstance(s, LibraryStep) and s.node.op.name != "constant"]
-    if options.strict and report.unasked_fallbacks:
-        raise FallbackError(_strict_message(report))
+    report_fallbacks(report, lowered, options)  # before time is spent on building
     building = time.perf_counter()
     report.seconds["lower"] = building - lowering
     kernels = build_kernels(lowered, target, cache_dir, options, report, progress)
+    report_fallbacks(report, lowered, options)
     report.seconds["build"] = time.perf_counter() - building
     program = Program(lowered, kernels, lambda node: LibraryCall(node, device), device)
     report.program = program.source
@@ -149,19 +148,32 @@ def provider() -> Any:
 
 def build_kernels(lowered: Lowered, target: Target, cache_dir: Path, options: Options, report: Report,
                   progress: Progress | None) -> list[Callable[..., Any]]:  # fmt: skip
-    """One loaded kernel a KernelStep; equal workloads share one."""
-    steps = [s for s in lowered.steps if isinstance(s, KernelStep)]
-    if not steps:
-        return []
+    """One loaded kernel a KernelStep; equal workloads share one. A step whose kernel cannot be built becomes a library call."""
     wanted: dict[tuple[Workload, Schedule], list[KernelStep]] = {}
-    for s in steps:
-        wanted.setdefault((s.workload, s.schedule), []).append(s)
+    for s in lowered.steps:
+        if isinstance(s, KernelStep):
+            wanted.setdefault((s.workload, s.schedule), []).append(s)
+    if not wanted:
+        return []
     built = provider().load_or_build(list(wanted), target, cache_dir, options.workers, progress)
-    loaded = {}
+    loaded: dict[tuple[Workload, Schedule], Callable[..., Any]] = {}
+    failed: dict[tuple[Workload, Schedule], str] = {}
     for (key, users), artifact in zip(wanted.items(), built, strict=True):
-        loaded[key] = artifact.kernel
-        report.kernels.append(_kernel_info(users, artifact))
-    return [loaded[s.workload, s.schedule] for s in steps]
+        if isinstance(artifact, BuildError):
+            failed[key] = str(artifact).splitlines()[0]
+            report.notes.append(f"a kernel could not be built; please report this: {artifact}")
+        else:
+            loaded[key] = artifact.kernel
+            report.kernels.append(_kernel_info(users, artifact))
+    kernels = []
+    for i, s in enumerate(lowered.steps):
+        if isinstance(s, KernelStep):
+            key = s.workload, s.schedule
+            if key in failed:
+                lowered.steps[i] = LibraryStep(s.node, f"its kernel could not be built: {failed[key]}")
+            else:
+                kernels.append(loaded[key])
+    return kernels
 
 
 def _kernel_info(users: Sequence[KernelStep], artifact: Any) -> KernelInfo:
@@ -171,6 +183,13 @@ def _kernel_info(users: Sequence[KernelStep], artifact: Any) -> KernelInfo:
     ops = tuple(n.op.name for n in body if n.op.name != "constant")
     return KernelInfo(artifact.name, users[0].backend, users[0].workload.kind, len(users), artifact.cache, users[0].schedule.to_json(),
                       locs, ops, str(artifact.path))  # fmt: skip
+
+
+def report_fallbacks(report: Report, lowered: Lowered, options: Options) -> None:
+    """List the library calls. Raises FallbackError under ``strict`` for one that was not asked for."""
+    report.fallbacks = [_fallback(s) for s in lowered.steps if isinstance(s, LibraryStep) and s.node.op.name != "constant"]
+    if options.strict and report.unasked_fallbacks:
+        raise FallbackError(_strict_message(report))
 
 
 def _fallback(step: LibraryStep) -> Fallback:

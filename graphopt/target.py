@@ -52,14 +52,14 @@ class Target:
         return 32 if self.arch == "aarch64" or self.vector_bits >= 512 else 16
 
     def panel_width(self, columns: int, itemsize: int) -> int:
-        """Columns of a panel of a packed factor: two to four vectors (two or three with 16 registers), as waste least.
+        """Columns of a panel of a packed factor: one to four vectors (to three with 16 registers), as waste least.
 
-        Fewer columns than fill a vector are one panel.
+        Fewer columns than fill a vector are one panel: the power of two that holds them.
         """
         lanes = self.lanes(itemsize)
-        if columns < lanes:
-            return columns
-        choices = (3, 4, 2) if self.vector_registers == 32 else (3, 2)
+        if columns <= lanes // 2:
+            return 1 << (columns - 1).bit_length()
+        choices = (3, 4, 2, 1) if self.vector_registers == 32 else (3, 2, 1)
         return lanes * min(choices, key=lambda v: -(-columns // (v * lanes)) * v)
 
     def has(self, feature: str) -> bool:

@@ -8,10 +8,10 @@ from functools import lru_cache
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
 from graphopt.backends.tvm.support import refusal
-from graphopt.backends.tvm.templates import TEMPLATES, Template
+from graphopt.backends.tvm.templates import CONV, TEMPLATES, Template
 from graphopt.target import Target
 
-KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv")
+KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "max_pool")
 
 
 class TvmBackend:
@@ -38,7 +38,10 @@ class TvmBackend:
 def _refusal(w: Workload, t: Target) -> str | None:
     if w.kind not in KINDS:
         return f"there is no family of kernels for {w.kind} regions"
-    return refusal(w.graph, t)
+    reason = refusal(w.graph, t)
+    if reason is None and w.kind == "conv":
+        return CONV.takes(w, t)
+    return reason
 
 
 def template_named(name: str) -> Template:

@@ -49,6 +49,7 @@ class Code:
         self.params: list[Any] = []
         self._blocks: list[list[Any]] = [[]]
         self._names: dict[str, int] = {}
+        self._in_vector = 0
 
     # --- names, sizes and index arithmetic -----------------------------------------------------------------------------
 
@@ -103,7 +104,13 @@ class Code:
         return 0 if _is(b, 1) else self.simplify(tirx.floormod(i64(a), i64(b)))
 
     def ceildiv(self, a: Index, b: int) -> Index:
-        return self.div(a + (b - 1), b)
+        """ceil(a / b), by a name of its own where it is symbolic: divisions by divisions are hard to reason about."""
+        count = self.div(a + (b - 1), b)
+        if isinstance(count, int | tirx.Var):
+            return count
+        var = self._veil(count, "count")
+        self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(2**40)))
+        return var
 
     def least(self, a: Index, b: Index) -> Index:
         return min(a, b) if isinstance(a, int) and isinstance(b, int) else self.simplify(tirx.min(i64(a), i64(b)))
@@ -155,8 +162,11 @@ class Code:
             return
         var = tirx.Var(self.fresh(name), "int64")
         self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(start), i64(extent)))
+        start, extent = (x if isinstance(x, int | tirx.Var) else self._veil(x, name) for x in (start, extent))
         self._blocks.append([])
+        self._in_vector += kind == "vectorized"
         yield var
+        self._in_vector -= kind == "vectorized"
         self.emit_loop(var, start, extent, kind)
 
     def emit_loop(self, var: Any, start: Index, extent: Index, kind: str) -> None:
@@ -166,10 +176,15 @@ class Code:
     @contextmanager
     def when(self, condition: Any) -> Iterator[None]:
         """Statements that run only if the condition holds."""
+        held = condition
+        if self.symbols:  # see _veil
+            twin = tirx.Var(self.fresh("holds"), "uint32")
+            self.emit(tirx.Bind(twin, tirx.Select(truncating(condition), tirx.const(1, "uint32"), tirx.const(0, "uint32"))))
+            held = tirx.NE(twin, tirx.const(0, "uint32"))
         self._blocks.append([])
         with self.analyzer.constraint_scope(condition):
             yield
-        self.emit(tirx.IfThenElse(condition, self._close(), None))
+        self.emit(tirx.IfThenElse(held, self._close(), None))
 
     def bind(self, value: Any, name: str = "v", hidden: bool = True) -> Any:
         """Give an expression a name in the current block."""
@@ -184,6 +199,12 @@ class Code:
         if held.startswith("float"):
             if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
                 value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
+        elif self.symbols and not self._in_vector:
+            # among symbolic sizes even hidden integers are reasoned about; what is read from memory is not, and LLVM
+            # turns the memory into a register again
+            cell = self.alloc(1, held, f"{name}_cell", scope="local")
+            self.store(cell, 0, value)
+            return self.load(cell, 0)
         elif hidden and not isinstance(value, tvm.ir.Call):
             other = held[1:] if held.startswith("u") else f"u{held}"
             return tirx.reinterpret(held, self.bind(tirx.reinterpret(other, value), name))
@@ -195,9 +216,24 @@ class Code:
         """Name an index; with an extent, it is known to lie in ``0 .. extent - 1``."""
         if isinstance(value, int | tirx.Var):
             return value
-        var = self.bind(value, name, hidden=False)
+        var = self._veil(value, name)
         if extent is not None:
             self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(extent)))
+        return var
+
+    def _veil(self, value: Any, name: str) -> Any:
+        """Name an index in two steps, through an unsigned twin, when sizes are symbolic.
+
+        TVM's later passes put an index's definition in the place of its name whenever they reason about it; definitions
+        by symbolic sizes grow without bound that way (minutes for a small kernel). They do not look through the twin, and
+        what the names' ranges tell has been used here already.
+        """
+        if not self.symbols:
+            return self.bind(value, name, hidden=False)
+        twin = tirx.Var(self.fresh(f"{name}_bits"), "uint64")
+        self.emit(tirx.Bind(twin, tirx.reinterpret("uint64", truncating(i64(value)))))
+        var = tirx.Var(self.fresh(name), "int64")
+        self.emit(tirx.Bind(var, tirx.reinterpret("int64", twin)))
         return var
 
     def alloc(self, size: Index, dtype: str, name: str, scope: str = "global") -> Any:
@@ -218,10 +254,13 @@ class Code:
         return buffer
 
     def load(self, buffer: Any, at: Index) -> Any:
-        return buffer[i64(at)]
+        return buffer[self._address(at)]
 
     def store(self, buffer: Any, at: Index, value: Any) -> None:
-        self.emit(tirx.BufferStore(buffer, value, [i64(at)]))
+        self.emit(tirx.BufferStore(buffer, value, [self._address(at)]))
+
+    def _address(self, at: Index) -> Any:
+        return truncating(i64(at)) if self.symbols else i64(at)
 
     def function(self, name: str) -> Any:
         """The finished kernel."""
@@ -230,6 +269,22 @@ class Code:
             body = tirx.AttrStmt(tirx.const(0, "int32"), key, tirx.const(value, "int32"), body)
         func = tirx.PrimFunc([*self.params, *self.symbols.values()], body)
         return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+
+
+_BINARY = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Min, tirx.Max, tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or)
+
+
+def truncating(e: Any) -> Any:
+    """An index expression with divisions that round toward zero, which is the same: no index is negative.
+
+    TVM lowers a division that rounds down, where it cannot prove signs, to selections that its simplifier then takes apart
+    case by case: minutes where divisions by symbolic sizes are nested.
+    """
+    if isinstance(e, tirx.FloorDiv):
+        return tirx.Div(truncating(e.a), truncating(e.b))
+    if isinstance(e, tirx.FloorMod):
+        return tirx.Mod(truncating(e.a), truncating(e.b))
+    return type(e)(truncating(e.a), truncating(e.b)) if isinstance(e, _BINARY) else e
 
 
 def _fold(parts: Sequence[Index], fn: Any) -> Index:

@@ -30,6 +30,8 @@ from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
 BLOCK = 128  # products summed before the sum is added to the total
+LINE = 64  # bytes of a cache line
+STAYS = 1 << 40  # bytes of a weight that a core's cache may still hold from the last call
 
 
 class ConvKernel:
@@ -47,13 +49,14 @@ class ConvKernel:
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)
         self.parallel = parallel
+        self.ahead = 0  # lines of the next block's weight that a step of a tile fetches
         self.held = scalar.COMPUTE[form.node.result.dtype]
-        self.out = [code.size(d) for d in form.node.result.shape[:-1]]  # N, *S'
-        self.pixels = product(code, self.out)
+        self.out = [code.bind_index(code.size(d), "size") for d in form.node.result.shape[:-1]]  # N, *S'
+        self.pixels = code.bind_index(product(code, self.out), "pixels")
         self.panels = -(-form.filters // columns)  # of a group
-        stride, padding, dilation = form.attrs
+        _, padding, dilation = form.attrs
         self.space = [code.size(d) for d in form.x.shape[1:-1]]
-        self.padded = [code.simplify(n + 2 * p) for n, p in zip(self.space, padding, strict=True)]
+        self.padded = [code.bind_index(code.simplify(n + 2 * p), "padded") for n, p in zip(self.space, padding, strict=True)]
         # a run of contiguous products: the channels, and with them the taps of the last axis
         joined = dilation[-1] == 1 and form.groups == 1
         self.taps = form.kernel[:-1] if joined else form.kernel
@@ -63,10 +66,10 @@ class ConvKernel:
     def emit(self) -> Code:
         code = self.code
         weight, image = self._weight(), self._image()
-        count = code.ceildiv(self.pixels, self.mr)
+        count = code.bind_index(code.ceildiv(self.pixels, self.mr), "tiles")
         chunks, length, blocks = self._blocks()
         per_task = self._tiles_a_task(count)
-        pieces = code.ceildiv(count, per_task)
+        pieces = code.bind_index(code.ceildiv(count, per_task), "pieces")
         panels = self.form.groups * self.panels
         steps = product(code, [panels, pieces])
         with code.loop(steps, self._kind(steps), "task") as task:
@@ -80,6 +83,9 @@ class ConvKernel:
                     self._sum(acc, weight, image, j, row, 0, prod(self.taps), 0, self.run)
                     self._store(acc, 0, j, row)
                 return code
+            # the tiles of a task together ask for all of the next block's weight while they compute this one's
+            big = panels * self.form.depth * self.nr * 4 > STAYS and isinstance(per_task, int)
+            self.ahead = -(-self.unroll * self.nr * 4 // (LINE * per_task)) if big else 0
             total = code.alloc(per_task * self.mr * self.nr, self.held, "total")
             acc = code.alloc(self.mr * self.nr, self.held, "acc")
             self._each(code.simplify(per_task * self.mr * self.nr), lambda at: self._set(total, at, self._zero()))
@@ -88,11 +94,11 @@ class ConvKernel:
                 if chunks > 1:
                     tap, start = code.div(block, chunks), code.simplify(code.mod(block, chunks) * length)
                     size = length if self.run % length == 0 else code.bind_index(code.least(self.run - start, length))
-                    self._sum(acc, weight, image, j, row, tap, 1, start, size)
+                    self._sum(acc, weight, image, j, row, tap, 1, start, size, tile)
                 else:
                     tap, all_taps = code.simplify(block * length), prod(self.taps)
                     taps = length if all_taps % length == 0 else code.bind_index(code.least(all_taps - tap, length))
-                    self._sum(acc, weight, image, j, row, tap, taps, 0, self.run)
+                    self._sum(acc, weight, image, j, row, tap, taps, 0, self.run, tile)
                 base = code.simplify(tile * (self.mr * self.nr))
                 for q in range(0, self.mr * self.nr, self.lanes):
                     self._set(total, base + q, self._vector(total, base + q) + self._vector(acc, q))
@@ -130,13 +136,19 @@ class ConvKernel:
     # --- vectors --------------------------------------------------------------------------------------------------------
 
     def _zero(self) -> Any:
-        return tirx.Broadcast(tirx.const(0, self.held), self.lanes)
+        return self._wide(tirx.const(0, self.held))
+
+    def _wide(self, value: Any) -> Any:
+        return value if self.lanes == 1 else tirx.Broadcast(value, self.lanes)
+
+    def _place(self, at: Index) -> Any:
+        return i64(at) if self.lanes == 1 else tirx.Ramp(i64(at), i64(1), self.lanes)
 
     def _vector(self, buffer: Any, at: Index) -> Any:
-        return buffer[tirx.Ramp(i64(at), i64(1), self.lanes)]
+        return buffer[self._place(at)]
 
     def _set(self, buffer: Any, at: Index, value: Any) -> None:
-        self.code.emit(tirx.BufferStore(buffer, value, [tirx.Ramp(i64(at), i64(1), self.lanes)]))
+        self.code.emit(tirx.BufferStore(buffer, value, [self._place(at)]))
 
     def _each(self, size: int, body: Any) -> None:
         with self.code.loop(size // self.lanes, "serial", "q") as q:
@@ -153,7 +165,8 @@ class ConvKernel:
         buffer = code.alloc(panels * depth * self.nr, self.held, "weights")
         with code.loop(panels * depth, "parallel" if panels * depth * self.nr > SMALL and self.parallel else "serial", "k") as step:
             j, k = code.unflatten(step, [panels, depth])
-            at = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(k, self.form.w.shape[:-1]), self.form.w.shape[:-1], strict=True)]
+            sizes = [*form.kernel, form.inner]
+            at = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(k, sizes), sizes, strict=True)]
             group, column = code.div(j, self.panels), code.simplify(code.mod(j, self.panels) * self.nr)
             with code.loop(self.nr, "serial", "v") as v:
                 o = code.simplify(column + v)
@@ -177,12 +190,11 @@ class ConvKernel:
         count, zero = product(code, lines), tirx.const(0, self.held)
         size = product(code, [count, self.padded[-1], channels])
         small = isinstance(size, int) and size < SMALL
+        count = code.bind_index(count, "lines")
         with code.loop(count, "serial" if small or not self.parallel else "parallel", "line") as line:
             n, *at = [code.bind_index(i, "i", m) for i, m in zip(code.unflatten(line, lines), lines, strict=True)]
             source = [code.bind_index(code.simplify(i - p), "s") for i, p in zip(at, padding, strict=False)]
-            tests = [
-                c for i, s, p in zip(source, self.space, padding, strict=False) if p for c in (i64(i) >= i64(0), i64(i) < i64(s))
-            ]
+            tests = [c for i, s, p in zip(source, self.space, padding, strict=False) if p for c in (i64(i) >= i64(0), i64(i) < i64(s))]
             inside = tests[0] if tests else None
             for c in tests[1:]:
                 inside = tirx.And(inside, c)
@@ -217,7 +229,14 @@ class ConvKernel:
     def _pixel(self, row: Index) -> list[Index]:
         """The index [n, *s] of a pixel."""
         code = self.code
-        return [code.bind_index(i, "p", n) for i, n in zip(code.unflatten(row, self.out), self.out, strict=True)]
+        if all(isinstance(n, int) for n in self.out[1:]):
+            return [code.bind_index(i, "p", n) for i, n in zip(code.unflatten(row, self.out), self.out, strict=True)]
+        at, left = [], code.bind_index(row, "r")
+        for n in reversed(self.out[1:]):  # nothing is negative, which a floor division by an unknown size would allow for
+            whole = code.bind_index(tirx.truncdiv(i64(left), i64(n)), "q")
+            at.append(code.bind_index(left - whole * n, "p"))
+            left = whole
+        return [left, *reversed(at)]
 
     def _start(self, row: Index, group: Index) -> Index:
         """Where the first product of a pixel lies in the image."""
@@ -230,8 +249,12 @@ class ConvKernel:
         flat = code.flatten([n, *(code.simplify(i * s) for i, s in zip(at, stride, strict=True))], [self.out[0], *self.padded])
         return code.simplify(flat * channels + group * form.inner)
 
-    def _sum(self, acc: Any, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index) -> None:
-        """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile."""
+    def _sum(self, acc: Any, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index,
+             tile: Index | None = None) -> None:  # fmt: skip
+        """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile.
+
+        ``tile``: its number in the task, if each of the task's tiles is to fetch a part of the next block's weight.
+        """
         code, form, lanes = self.code, self.form, self.lanes
         vectors = self.nr // lanes
         group = code.div(j, self.panels) if form.groups > 1 else 0
@@ -255,18 +278,27 @@ class ConvKernel:
             def step(k: Index) -> None:
                 ws = [code.bind(self._vector(weight, code.simplify(base + k * self.nr + u * lanes)), "w") for u in range(vectors)]
                 for i, r in enumerate(rows):
-                    x = tirx.Broadcast(code.bind(code.load(image, code.simplify(r + offset + k)), "a"), lanes)
+                    x = self._wide(code.bind(code.load(image, code.simplify(r + offset + k)), "a"))
                     for u, w in enumerate(ws):
                         q = i * self.nr + u * lanes
                         self._set(acc, q, self._vector(acc, q) + x * w)
 
             whole, rest = code.div(length, self.unroll), code.mod(length, self.unroll)
             with code.loop(whole, "serial", "k") as k:
+                if tile is not None and self.ahead:
+                    self._fetch(weight, code.simplify(base + length * taps * self.nr), code.simplify(((tile * taps + t) * whole + k) * self.ahead))
                 for q in range(self.unroll):
                     step(code.simplify(k * self.unroll + q))
             if not (isinstance(rest, int) and rest == 0):
                 with code.loop(rest, "serial", "k") as k:
                     step(code.simplify(whole * self.unroll + k))
+
+    def _fetch(self, weight: Any, base: Index, line: Index) -> None:
+        """Ask for some lines of the weight before they are needed."""
+        elements = LINE // 4
+        for q in range(self.ahead):
+            address = tirx.address_of(weight[i64(self.code.simplify(base + (line + q) * elements))])
+            self.code.emit(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1)))
 
     # --- the epilogue -----------------------------------------------------------------------------------------------------
 

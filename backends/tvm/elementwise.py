@@ -9,6 +9,7 @@ from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import Tuning, expand_index, merge_axes, run_space, vector_loop
+from graphopt.backends.tvm.squares import find_crossing, write_squares
 from graphopt.ir import dims
 from graphopt.ir.graph import Value
 
@@ -57,34 +58,50 @@ class Probe:
 
 
 def write_value(args: Arguments, sources: Mapping[Value, Source], value: Value, tuning: Tuning, address: Callable[[Sequence[Index]], Index],
-                buffer: Any, stored: bool = True) -> None:  # fmt: skip
+                buffer: Any, stored: bool = True, order: Sequence[int] | None = None) -> None:  # fmt: skip
     """Compute a value everywhere and store it.
 
     Args:
         address: where in the buffer an index of the value lies.
         stored: whether the buffer holds the storage type (an output) or the type of expressions (scratch).
+        order: the value's axes, outermost loop first; in memory order, neighbouring lanes write neighbouring places.
     """
     code: Code = args.code
-    shape = [code.size(d) for d in value.shape]
+    order = range(value.type.rank) if order is None else order
+    shape = [code.size(value.shape[k]) for k in order]
     probe = Probe(args, sources, value)
 
+    def placed(index: Sequence[Index]) -> list[Index]:
+        """The value's index from an index in loop order."""
+        out: list[Index] = [0] * len(shape)
+        for k, i in zip(order, index, strict=True):
+            out[k] = i
+        return out
+
     def touched(index: Sequence[Index]) -> list[Any]:
-        return [*probe(index), address(index)]
+        return [*probe(placed(index)), address(placed(index))]
 
     axes = merge_axes(code, shape, touched, [0] * len(shape))
     if not axes:
         touched([0] * len(shape))
     lanes = 1 if probe.scalar_only else tuning.lanes
 
+    def index_of(at: Sequence[Index]) -> list[Index]:
+        return placed(expand_index(code, axes, at, shape))
+
+    def element(at: Sequence[Index], known: Mapping[Value, Source]) -> None:
+        index = index_of(at)
+        result = Expressions(args, dict(known)).at(value, index)
+        code.store(buffer, address(index), scalar.store(result, value.dtype) if stored else result)
+
     def piece(outer: list[Index], start: Index, length: Index) -> None:
-        def element(i: Index) -> None:
-            index = expand_index(code, axes, [*outer, i][: len(axes)], shape)
-            result = Expressions(args, dict(sources)).at(value, index)
-            code.store(buffer, address(index), scalar.store(result, value.dtype) if stored else result)
+        vector_loop(code, start, length, lanes, lambda i: element([*outer, i][: len(axes)], sources))
 
-        vector_loop(code, start, length, lanes, element)
-
-    run_space(code, axes, tuning, weight_of(value), piece)
+    crossing = find_crossing(args, sources, value, axes, index_of, lanes)
+    if crossing is not None:
+        write_squares(args, sources, axes, crossing, lanes, tuning.parallel, weight_of(value), element)
+    else:
+        run_space(code, axes, tuning, weight_of(value), piece)
 
 
 def write_output(args: Arguments, sources: Mapping[Value, Source], k: int, tuning: Tuning) -> None:
@@ -97,7 +114,10 @@ def write_output(args: Arguments, sources: Mapping[Value, Source], k: int, tunin
             at = at + i * s
         return args.code.simplify(at)
 
-    write_value(args, sources, args.graph.outputs[k], tuning, address, args.outputs[k])
+    order = list(range(len(strides)))
+    if all(isinstance(s, int) for s in strides):
+        order.sort(key=lambda axis: -strides[axis])  # stable: axes of one stride stay in place
+    write_value(args, sources, args.graph.outputs[k], tuning, address, args.outputs[k], order=order)
 
 
 def scratch(args: Arguments, value: Value, dtype: str) -> tuple[Any, Callable[[Sequence[Index]], Index]]:

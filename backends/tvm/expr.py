@@ -57,13 +57,15 @@ class Expressions:
 
     Args:
         sources: how to read values that are already computed.
-        probe: only find out what would be read: nothing is bound, and every address goes to ``addresses``.
+        probe: only find out what would be read: nothing is bound, every address goes to ``addresses``, and those of inputs,
+            with the input, to ``reads``.
     """
 
     def __init__(self, args: Arguments, sources: dict[Value, Source], probe: bool = False) -> None:
         self.args, self.code, self.sources, self.probe = args, args.code, sources, probe
         self.ops = pointwise.Ops(self.let)
         self.addresses: list[Any] = []
+        self.reads: list[tuple[Value, Any]] = []
         self._memo: dict[tuple[Value, tuple[Any, ...]], Any] = {}
         self._alive: list[Any] = []  # keeps index objects alive while their ids are keys
 
@@ -94,6 +96,7 @@ class Expressions:
         if node is None:
             at = _address(self.code, index, self.args.strides(v))
             self.addresses.append(at)
+            self.reads.append((v, at))
             return scalar.load(self.code.load(self.args.inputs[v], at), v.dtype)
         move = _MOVES.get(node.name)
         if move is not None:

@@ -12,6 +12,7 @@ from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.templates import entry_name
+from graphopt.errors import BuildError
 from graphopt.target import Target
 
 
@@ -37,14 +38,19 @@ def prestart(cache_dir: Path, target: Target, workers: int) -> None:
 
 
 def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,
-                  progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact]:  # fmt: skip
-    """Kernels for jobs, in order. Raises BuildError with the region that could not be built."""
+                  progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact | BuildError]:  # fmt: skip
+    """Kernels for jobs, in order; for one that could not be built or loaded, the error."""
     cache = KernelCache(cache_dir)
     state = {job: "hit" if cache.find(*job, target) else f"built: {cache.why_missing(*job, target)}" for job in jobs}
     tell = (lambda done, total: progress("build kernels", done, total)) if progress else None
-    paths = _builder().build_many(jobs, target, cache_dir, workers, tell)
-    out = []
-    for job, path in zip(jobs, paths, strict=True):
-        assert isinstance(path, Path)
-        out.append(LoadedArtifact(entry_name(*job), load_kernel(path, *job), path, state[job]))
-    return out
+    paths = _builder().build_many(jobs, target, cache_dir, workers, tell, errors="return")
+    return [_load(job, path, state[job]) for job, path in zip(jobs, paths, strict=True)]
+
+
+def _load(job: tuple[Workload, Schedule], path: Path | BuildError, cache: str) -> LoadedArtifact | BuildError:
+    if isinstance(path, BuildError):
+        return path
+    try:
+        return LoadedArtifact(entry_name(*job), load_kernel(path, *job), path, cache)
+    except BuildError as error:
+        return error

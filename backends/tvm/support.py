@@ -12,7 +12,7 @@ DTYPES = (types.f64, types.f32, types.f16, types.bf16, types.i64, types.i32, typ
 VIEWS = ("reshape", "transpose", "broadcast_to", "slice", "flip")
 MOVES = (*VIEWS, "concat", "pad", "take", "gather", "constant", "iota")
 REDUCTIONS = ("sum", "prod", "max", "min", "any", "all", "mean", "argmax", "argmin")
-PRODUCTS = ("matmul", "conv")
+PRODUCTS = ("matmul", "conv", "max_pool")
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "var")
 ACTIVATIONS = ("gelu", "silu", "softplus", "elu", "leaky_relu", "hardsigmoid", "hardswish", "mish")
 _INTEGER_DIVISIONS = ("floor_div", "trunc_div", "remainder", "fmod")
@@ -87,7 +87,7 @@ def constant_of(v: Value) -> float | int | bool | None:
 
 
 def is_materialized(node: Node) -> bool:
-    """Whether a node's result must be computed by loops of its own: a reduction or a product."""
+    """Whether a node's result must be computed by loops of its own: a reduction, a product or a window."""
     return node.name in REDUCTIONS or node.name in PRODUCTS
 
 

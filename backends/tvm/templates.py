@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,8 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
     mr, vectors = (8, 3) if wide else (4, 3)
     if isinstance(rows, int) and rows < mr:
         mr, vectors = rows, (4 if rows == 1 else 3)
+    elif isinstance(rows, int):
+        mr = -(-rows // -(-rows // mr))  # the same number of tiles, filled evenly
     if (
         isinstance(columns, int)
         and columns % (3 * lanes)
@@ -160,8 +163,21 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
         Param("mr", tuple(dict.fromkeys((mr, *(r for r in (4, 6, 8) if not isinstance(rows, int) or r <= rows))))),
         Param("nr", tuple(dict.fromkeys((nr, lanes, 2 * lanes, 3 * lanes)))),
         Param("unroll", (4, 1, 2, 8)),
+        Param("group", tuple(dict.fromkeys((_row_group(node.result, mr, nr, t), 1, 4, 16, 64)))),
         Param("parallel", (True, False)),
     )
+
+
+def _row_group(result: Value, mr: int, nr: int, t: Target) -> int:
+    """Row tiles that share a copied panel: as many as leave each core a few steps, a power of two."""
+    sizes = [d if isinstance(d, int) else 16 for d in result.shape]
+    *batch, rows, columns = sizes
+    tiles = -(-rows // mr)
+    others = math.prod(batch) * -(-columns // nr)
+    group = 64
+    while group > 4 and (group >= 2 * tiles or others * -(-tiles // group) < 4 * t.cores):
+        group //= 2
+    return group
 
 
 def _is_packed(v: Value) -> bool:
@@ -174,7 +190,7 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.prepare import expand_rows
     from graphopt.backends.tvm.tile import TileKernel
 
-    return TileKernel(expand_rows(w.graph), s["lanes"], s["mr"], s["nr"], s["unroll"], s["parallel"]).emit()
+    return TileKernel(expand_rows(w.graph), s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["parallel"]).emit()
 
 
 # --- convolution -------------------------------------------------------------------------------------------------------
@@ -187,6 +203,34 @@ def _conv_refuse(w: Workload, t: Target) -> str | None:
     return form if isinstance(form, str) else None
 
 
+def _depthwise_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.convform import conv_of
+
+    form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
+    return form if isinstance(form, str) else None if form.depthwise else "not one channel a group"
+
+
+def _depthwise_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.convform import ConvForm, conv_of
+
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    lanes = max(1, t.lanes(max(4, form.node.result.dtype.itemsize)))
+    while lanes > form.groups:
+        lanes //= 2
+    pixels = (8, 4, 6, 12) if t.vector_registers == 32 else (4, 6, 2)
+    return (Param("lanes", (lanes,)), Param("pixels", pixels), Param("parallel", (True, False)))
+
+
+def _write_depthwise(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.convform import ConvForm, conv_of
+    from graphopt.backends.tvm.depthwise import DepthwiseKernel
+
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    return DepthwiseKernel(w.graph, form, s["lanes"], s["pixels"], s["parallel"]).emit()
+
+
 def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     from graphopt.backends.tvm.convform import ConvForm, conv_of, tile_rows
 
@@ -197,7 +241,7 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     columns = int(form.packed.shape[-1]) if form.packed is not None else t.panel_width(form.filters, itemsize)
     rows = tile_rows(form, max(1, columns // lanes), t)
     return (
-        Param("lanes", (min(lanes, columns),)),
+        Param("lanes", (lanes if columns % lanes == 0 else columns,)),
         Param("rows", rows),
         Param("columns", (columns,)),
         Param("unroll", (4, 2, 8)),
@@ -215,8 +259,9 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
     return ConvKernel(w.graph, form, s["lanes"], s["rows"], s["columns"], s["unroll"], s["tiles"], s["parallel"]).emit()
 
 
+DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows)
-NEST = Template("nest", lambda w, t: None, _nest_params, _write_nest)
-TEMPLATES: tuple[Template, ...] = (CONV, TILE, ROWS, NEST)
+NEST = Template("nest", lambda w, t: "a convolution" if w.kind == "conv" else None, _nest_params, _write_nest)
+TEMPLATES: tuple[Template, ...] = (DEPTHWISE, CONV, TILE, ROWS, NEST)

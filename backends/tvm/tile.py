@@ -15,9 +15,11 @@ from tvm import tirx
 
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.dots import sum_dots
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, product
+from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.support import is_materialized
 from graphopt.errors import BuildError
@@ -32,11 +34,12 @@ class TileKernel:
     Args:
         rows, columns: the tile; columns are a multiple of lanes, or fewer than lanes.
         unroll: steps of the summed axis that are unrolled.
+        group: row tiles that share a copied panel of the second factor, where it has to be copied.
     """
 
-    def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, parallel: bool) -> None:
+    def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, group: int, parallel: bool) -> None:
         self.graph, self.mr, self.nr, self.unroll, self.parallel = graph, rows, columns, unroll, parallel
-        self.lanes = min(lanes, columns)
+        self.lanes, self.vector = min(lanes, columns), lanes
         (self.node,) = [n for n in graph.nodes() if is_materialized(n)]
         self.code = Code(graph.symbols)
         self.args = Arguments(self.code, graph)
@@ -44,17 +47,32 @@ class TileKernel:
         self.batch = batch
         self.k = self.code.size(self.node.operands[0].shape[-1])
         self.held = scalar.COMPUTE[self.node.result.dtype]
+        ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
+        self.factor = Factor(self.args, self.node.operands[1], self.nr, clamp=ragged and not self._packed_width())
+        one_tile = isinstance(self.m, int) and self.m <= self.mr and isinstance(self.k, int) and self.k >= 4 * self.vector
+        rows = Probe(self.args, {}, self.node.operands[0])
+        rows([0] * self.node.operands[0].type.rank)
+        vectors = self.vector > 1 and not (rows.scalar_only or self.factor.scalar_only)
+        self.dots = self.factor.unit == "depth" and one_tile and vectors
+        self.copied = (self.factor.unit != "column" or self.factor.scalar_only) and not self.dots
+        self.group = group if self.copied else 1
 
     def emit(self) -> Code:
         code = self.code
-        blocks = [*self.batch, code.ceildiv(self.n, self.nr), code.ceildiv(self.m, self.mr)]
+        tiles = code.ceildiv(self.m, self.mr)
+        blocks = [*self.batch, code.ceildiv(self.n, self.nr), code.ceildiv(tiles, self.group)]
         work = product(code, [*self.batch, self.m, self.n, self.k])
         steps = product(code, blocks)
         serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
         with code.loop(steps, "serial" if serial else "parallel", "tile") as tile:
-            *lead, jo, io = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(tile, blocks), blocks, strict=True)]
-            row, column = code.simplify(io * self.mr), code.simplify(jo * self.nr)
-            self._store(lead, row, column, self._sum(lead, row, column))
+            *lead, jo, go = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(tile, blocks), blocks, strict=True)]
+            column = code.simplify(jo * self.nr)
+            panel = self.factor.copy(lead, column, self.lanes, self.held) if self.copied else None
+            first = code.simplify(go * self.group)
+            even = isinstance(tiles, int) and tiles % self.group == 0
+            with code.loop(self.group if even else code.bind_index(code.least(tiles - first, self.group)), "serial", "io") as io:
+                row = code.simplify((first + io) * self.mr)
+                self._store(lead, row, column, self._sum(lead, row, column, panel))
         return code
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
@@ -63,15 +81,26 @@ class TileKernel:
             return i
         return self.code.least(i, size - 1)
 
-    def _sum(self, lead: Sequence[Index], row: Index, column: Index) -> Any:
+    def _sum(self, lead: Sequence[Index], row: Index, column: Index, panel: Any) -> Any:
         """Sum the tile; returns the buffer that holds it.
 
         A long sum is taken in blocks, so that its rounding error stays that of a library's.
         """
-        code, (a, b) = self.code, self.node.operands
+        code, a = self.code, self.node.operands[0]
+        rows = [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
+        if self.dots:
+
+            def left(r: Index, k: Index) -> Any:
+                return Expressions(self.args, {}).at(a, operand_index(lead, a, r, k))
+
+            def right(k: Index, j: Index) -> Any:
+                return self.factor.at(lead, k, code.simplify(column + j))
+
+            return sum_dots(code, self.k, rows, self.nr, self.vector, self.node.result.dtype, self.held, left, right)
         zero = tirx.const(0, self.held)
         vectors = self.nr // self.lanes
         acc = code.alloc(self.mr * self.nr, self.held, "acc")
+        line = code.alloc(self.nr, self.held, "line")
         blocked = not (isinstance(self.k, int) and self.k <= BLOCK)
         total = code.alloc(self.mr * self.nr, self.held, "total") if blocked else acc
 
@@ -80,22 +109,21 @@ class TileKernel:
                 with code.loop(self.lanes, "vectorized", "v") as v:
                     body(code.simplify(q * self.lanes + v))
 
-        rows = [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
-        ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
-        contiguous = self._packed_width() if ragged else 0
-
         def step(k: Index) -> None:
-            # the row's elements are scalars: loaded once, used by every vector of the tile
-            xs = [code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a") for r in rows]
+            # the factor's vectors are read first; then a row's element is needed once, by neighbouring instructions, so that
+            # accumulators, vectors and one broadcast element fit into the registers
             for u in range(vectors):
                 with code.loop(self.lanes, "vectorized", "v") as v:
-                    j = code.simplify(column + u * self.lanes + v)
-                    if ragged and not contiguous:
-                        j = code.least(j, self.n - 1)
-                    y = Expressions(self.args, {}).at(b, operand_index(lead, b, k, j))
-                    for i in range(self.mr):
-                        at = code.simplify(i * self.nr + u * self.lanes + v)
-                        code.store(acc, at, self._fma(xs[i], y, code.load(acc, at)))
+                    at = code.simplify(u * self.lanes + v)
+                    inside = code.load(panel, code.simplify(k * self.nr + at)) if panel is not None else None
+                    code.store(line, at, inside if inside is not None else self.factor.at(lead, k, code.simplify(column + at)))
+            for i, r in enumerate(rows):
+                x = code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a")
+                for u in range(vectors):
+                    with code.loop(self.lanes, "vectorized", "v") as v:
+                        at = code.simplify(u * self.lanes + v)
+                        held = code.simplify(i * self.nr + at)
+                        code.store(acc, held, code.load(acc, held) + x * code.load(line, at))
 
         def span(first: Index, length: Index) -> None:
             whole = code.div(length, self.unroll)
@@ -118,9 +146,6 @@ class TileKernel:
             span(code.simplify(block * BLOCK), BLOCK if even else code.bind_index(code.least(self.k - block * BLOCK, BLOCK)))
             everywhere(lambda l: code.store(total, l, code.load(total, l) + code.load(acc, l)))
         return total
-
-    def _fma(self, x: Any, y: Any, acc: Any) -> Any:
-        return acc + x * y
 
     def _packed_width(self) -> int:
         """Whether columns beyond the last are there to be read: the second factor is a slice of padded packed columns."""

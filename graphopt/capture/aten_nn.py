@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from graphopt.capture.aten import Context, Number, lowers
+from graphopt.capture.aten import Context, Number, entry, lowers
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Value
 
@@ -82,6 +83,21 @@ def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Sequ
         return y
     c.require(c.math_dtype(c.dtype) == c.dtype, "half precision is rounded once, after the sum")
     return c.b.add(y, c.b.reshape(bias, (bias.shape[0], *[1] * n)))
+
+
+def _max_pool(c: Context, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+              dilation: Sequence[int] = (1,), ceil_mode: bool = False, *, n: int) -> list[Value | None]:  # fmt: skip
+    """The values alone; an image without a batch axis gets one for the time."""
+    c.only_first()
+    c.require(x.dtype.is_float and not ceil_mode and x.type.rank in (n + 1, n + 2))
+    window = [tuple(v) * n if len(v) == 1 else tuple(v) for v in (kernel, stride or kernel, padding, dilation)]
+    attrs = dict(zip(("kernel", "stride", "padding", "dilation"), window, strict=True))
+    batched = x if x.type.rank == n + 2 else c.b.reshape(x, (1, *x.shape))
+    return [c.b.reshape(c.b.create("max_pool", [batched], attrs), c.shape), None]
+
+
+entry("max_pool2d", partial(_max_pool, n=2), "max_pool2d_with_indices")
+entry("max_pool3d", partial(_max_pool, n=3), "max_pool3d_with_indices")
 
 
 # normalizations --------------------------------------------------------------------------------------------------------

@@ -125,7 +125,11 @@ def _matmul(pool: Pool, name: str) -> Value:
 
 
 @recipe("conv")
-def _conv(pool: Pool, name: str, last: bool | None = None) -> Value:
+def _conv(pool: Pool, name: str) -> Value:
+    return _convolution(pool, pool.flag(3))
+
+
+def _convolution(pool: Pool, last: bool) -> Value:
     x = pool.value(
         lambda v: v.dtype.is_float and v.type.rank in (3, 4) and isinstance(v.shape[1], int),
         lambda: TensorType(types.f32, (pool.size(), pool.pick([2, 4]), *pool.shape(1, 2))),
@@ -135,12 +139,23 @@ def _conv(pool: Pool, name: str, last: bool | None = None) -> Value:
     groups = 2 if channels % 2 == 0 and pool.flag(3) else 1
     kernel = pool.pick([1, 3])
     filters, attrs = 2 * pool.pick([1, 2]), {"padding": (kernel // 2,) * n, "dilation": (1,) * n, "groups": groups}
-    if pool.flag(3) if last is None else last:
+    if last:
         x = pool.add("transpose", [x], perm=(0, *range(2, n + 2), 1))
         w = pool.input(x.dtype, (*[kernel] * n, channels // groups, filters))
-        return pool.add(name, [x, w], stride=(pool.pick([1, 2]),) * n, channels_last=True, **attrs)
+        return pool.add("conv", [x, w], stride=(pool.pick([1, 2]),) * n, channels_last=True, **attrs)
     w = pool.input(x.dtype, (filters, channels // groups, *[kernel] * n))
-    return pool.add(name, [x, w], stride=(pool.pick([1, 2]),) * n, **attrs)
+    return pool.add("conv", [x, w], stride=(pool.pick([1, 2]),) * n, **attrs)
+
+
+@recipe("max_pool")
+def _max_pool(pool: Pool, name: str) -> Value:
+    x = pool.value(
+        lambda v: v.dtype.is_float and v.type.rank in (3, 4),
+        lambda: TensorType(types.f32, (pool.size(), pool.pick([2, 4]), *pool.shape(1, 2))),
+    )
+    n, kernel = x.type.rank - 2, pool.pick([1, 2])
+    attrs = {"kernel": (kernel,) * n, "padding": (kernel // 2,) * n, "dilation": (1,) * n, "stride": (pool.pick([1, 2]),) * n}
+    return pool.add(name, [x], channels_last=pool.flag(3), **attrs)
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------
@@ -299,7 +314,7 @@ def _spelled_out(pool: Pool) -> None:
 
 
 def _conv_and_norm(pool: Pool) -> None:
-    x = _conv(pool, "conv", last=False)
+    x = _convolution(pool, False)
     channels = x.shape[1]
     mean, var = pool.input(x.dtype, (channels,), keep=False), pool.input(x.dtype, (channels,), keep=False)
     for v in (*x.producer.operands[1:], mean, var) if x.producer is not None else ():

@@ -24,7 +24,7 @@ class Role(Enum):
 
 
 MOVERS = ("concat", "pad", "take", "gather")
-PRODUCTS = ("matmul", "conv")
+PRODUCTS = ("matmul", "conv", "max_pool")  # read an element for many results; each has a kind of region of its name
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
 ROW_REDUCTIONS = ("sum", "mean", "max", "min", "var")
 ARG_REDUCTIONS = ("argmax", "argmin")
@@ -64,8 +64,11 @@ def role(node: Node) -> Role:
 
 
 def _is_product(node: Node) -> bool:
-    """A matmul, or a convolution in the layout that kernels take."""
-    return node.op.name == "matmul" or (node.op.name == "conv" and node.attrs["channels_last"])
+    """A matmul, a window over an image, or a convolution of known size in the layout that kernels take."""
+    if node.op.name == "conv":
+        x, w = node.operands
+        return bool(node.attrs["channels_last"]) and dims.is_static(w.shape) and isinstance(x.shape[-1], int)
+    return node.op.name in PRODUCTS
 
 
 def is_cheap(node: Node) -> bool:

@@ -101,7 +101,7 @@ class _Walk:
         """Put the channels-last computation in the node's place."""
         rw, old = Rewriter(self.graph, node), node.results[0]
         new = make(rw)
-        if new.type.rank != old.type.rank:  # reduced to [N, C]: the order of its axes is that of before
+        if node.op.name in _REDUCTIONS and not node.attrs["keepdims"]:  # what is left of the axes stands as before
             view = new
         else:
             view = rw.transpose(new, perm=first_perm(new.type.rank))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from math import prod
 
+from graphopt.errors import UsageError
 from graphopt.ir import Builder, Graph, types
 from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
@@ -41,6 +42,8 @@ class PackFilters(Pass):
     width: int | None = None
 
     def run(self, g: Graph, ctx: PassContext) -> bool:
+        if self.width is not None and self.width < 1:
+            raise UsageError(f"pack-filters: width must be positive, got {self.width}")
         sites = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "conv"]
         if not sites or (self.width is None and (ctx.target is None or ctx.target.kind != "cpu")):
             return False

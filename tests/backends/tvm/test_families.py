@@ -10,7 +10,8 @@ from graphopt.ir import dims
 from graphopt.ir.text import parse_graph
 
 REDUCTIONS = {
-    f"{op} {axes}": f"graph @g(%x: f32[9, 37, 50]) -> {dtype}[{shape}] {{\n %0: {dtype}[{shape}] = {op}(%x) {{axes = [{axes}]}}\n return %0\n}}"
+    f"{op} {axes}": f"graph @g(%x: f32[9, 37, 50]) -> {dtype}[{shape}] {{\n"
+    f" %0: {dtype}[{shape}] = {op}(%x) {{axes = [{axes}]}}\n return %0\n}}"
     for op, dtype in (("sum", "f32"), ("mean", "f32"), ("max", "f32"), ("min", "f32"), ("prod", "f32"), ("any", "b1"), ("all", "b1"))
     for axes, shape in (("0, 1, 2", ""), ("2", "9, 37"), ("1", "9, 50"), ("0", "37, 50"), ("0, 2", "37"), ("0, 1", "50"), ("1, 2", "9"))
 }
@@ -70,6 +71,27 @@ def test_products(compile_all) -> None:
     forms.append("(%x: f32[2, 3, 9, 20], %y: f32[3, 33, 20], %b: f32[33]) -> f32[2, 3, 9, 33] {\n"
                  " %t: f32[3, 20, 33] = transpose(%y) {perm = [0, 2, 1]}\n %0: f32[2, 3, 9, 33] = matmul(%x, %t)\n"
                  " %1: f32[2, 3, 9, 33] = add(%0, %b)\n %2: f32[2, 3, 9, 33] = gelu(%1)\n return %2\n}")  # fmt: skip
+    # the second factor transposed: few rows are dot products, many rows use copied panels; sizes that fill no tile
+    forms += [
+        f"(%x: {d}[2, {m}, {k}], %y: {d}[2, {n}, {k}]) -> {d}[2, {m}, {n}] {{\n"
+        f" %t: {d}[2, {k}, {n}] = transpose(%y) {{perm = [0, 2, 1]}}\n %0: {d}[2, {m}, {n}] = matmul(%x, %t)\n return %0\n}}"
+        for d, sizes in {
+            "f32": ((1, 100, 70), (1, 64, 5), (3, 131, 49), (8, 64, 64), (9, 40, 33), (33, 21, 100), (70, 300, 7)),
+            "f64": ((1, 90, 20), (30, 30, 30)),
+            "bf16": ((1, 200, 40), (20, 64, 40)),
+            "f16": ((5, 70, 3),),
+        }.items()
+        for m, k, n in sizes
+    ]
+    # functions without a vector form on either side
+    forms += [
+        f"(%x: f64[{m}, 40], %y: f64[30, 40]) -> f64[{m}, 30] {{\n %0: f64[{m}, 40] = {f}(%x)\n %1: f64[30, 40] = {g}(%y)\n"
+        f" %2: f64[40, 30] = transpose(%1) {{perm = [1, 0]}}\n %3: f64[{m}, 30] = matmul(%0, %2)\n return %3\n}}"
+        for m in (1, 20)
+        for f, g in (("tanh", "relu"), ("relu", "tanh"))
+    ]
+    forms.append("(%x: f64[9, 40], %y: f64[40, 30]) -> f64[9, 30] {\n %0: f64[40, 30] = erf(%y)\n"
+                 " %1: f64[9, 30] = matmul(%x, %0)\n return %1\n}")  # fmt: skip
     graphs = [parse_graph("graph @g" + t) for t in forms]
     for graph, run in zip(graphs, compile_all([(g, "matmul") for g in graphs]), strict=True):
         check(graph, run, inputs(graph), factor=4.0)
@@ -82,3 +104,14 @@ def test_symbolic_product(compile_all) -> None:
     (run,) = compile_all([(graph, "matmul")])
     for m in (1, 7, 8, 65):
         check(graph, run, inputs(graph, M=m), {"M": m}, factor=4.0)
+
+
+def test_symbolic_depth_and_columns(compile_all) -> None:
+    graph = parse_graph(
+        "graph @g(%x: f32[3, M, K], %y: f32[3, N, K]) -> f32[3, M, N]\nwhere 1 <= M, 1 <= N, 1 <= K {\n"
+        " %t: f32[3, K, N] = transpose(%y) {perm = [0, 2, 1]}\n %0: f32[3, M, N] = matmul(%x, %t)\n return %0\n}"
+    )
+    (run,) = compile_all([(graph, "matmul")])
+    for m, k, n in ((1, 1, 1), (5, 40, 100), (20, 16, 48), (9, 300, 17)):
+        bindings = {"M": m, "K": k, "N": n}
+        check(graph, run, inputs(graph, **bindings), bindings, factor=4.0)

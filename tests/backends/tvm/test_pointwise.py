@@ -17,7 +17,8 @@ from graphopt.ir.types import DType, TensorType
 from graphopt.target import detect
 
 DTYPES = (types.f32, types.f64, types.f16, types.bf16, types.i64, types.i32, types.i8, types.u8, types.b1)
-SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.0, 1e-40, -1e-40, 1e-30, 88.5, -88.0,
+SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.0,
+           1e-40, -1e-40, 1e-30, 88.5, -88.0,
            104.0, -104.0, 1e4, -1e4, 0.62, 0.93, 2**-20, 7.0, 20.5, -3.5]  # fmt: skip
 # what another rounding of the same formula may differ by, in units of the last place of f32 or f64
 ULPS = {"default": 4}
@@ -138,7 +139,8 @@ BODIES = {
              "%2: b1[4, 20] = gt(%1, %x)\n return %2"),
     "scalar": ("(%x: f32[]) -> f32[]", "%0: f32[] = exp(%x)\n return %0"),
     "two outputs": ("(%x: f32[7, 33]) -> (f32[7, 33], i64[33, 7])",
-                    "%0: f32[7, 33] = exp(%x)\n %1: f32[33, 7] = transpose(%x) {perm = [1, 0]}\n %2: i64[33, 7] = cast(%1) {dtype = i64}\n return %0, %2"),
+                    "%0: f32[7, 33] = exp(%x)\n"
+                    " %1: f32[33, 7] = transpose(%x) {perm = [1, 0]}\n %2: i64[33, 7] = cast(%1) {dtype = i64}\n return %0, %2"),
     "output strides": ("(%x: f32[7, 33]) -> f32[7, 33; 1, 7]", "%0: f32[7, 33] = neg(%x)\n return %0"),
 }  # fmt: skip
 

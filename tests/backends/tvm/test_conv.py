@@ -1,0 +1,192 @@
+"""Convolutions and pooling: error against f64 with eager's own as the yardstick; sizes that divide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tvm_check import check
+
+from graphopt.autotune.space import Workload
+from graphopt.backends.tvm.backend import TvmBackend
+from graphopt.backends.tvm.convform import ConvForm, conv_of, tile_rows
+from graphopt.ir import Builder, Graph, TensorType, Value, dims, types
+from graphopt.passes.layout.pack_filters import pack, unpack
+from graphopt.target import Target, detect
+
+B, H = dims.symbol("B"), dims.symbol("H")
+
+
+def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, nr: int = 0,
+         dtype: types.DType = types.f32, epilogue: bool = False, residual: bool = False, seen: Sequence[int] = ()) -> Graph:  # fmt: skip
+    """A region with one channels-last convolution; ``nr``: its weight is packed so; ``seen``: x is a transposed input."""
+    g = Graph("body")
+    b, n = Builder(g), len(x) - 2
+    for s in x:
+        if not isinstance(s, int):
+            g.symbols[s.name] = dims.Range(1, None)
+    if seen:
+        source = [x[0]] * len(x)
+        for i, p in enumerate(seen):
+            source[p] = x[i]
+        image: Value = b.transpose(g.add_input(TensorType(dtype, tuple(source)), "x"), perm=tuple(seen))
+    else:
+        image = g.add_input(TensorType(dtype, tuple(x)), "x")
+    if nr:
+        sample = Graph("sample")
+        packed = pack(Builder(sample), sample.add_input(TensorType(dtype, tuple(w))), groups, nr)
+        weight = unpack(b, g.add_input(packed.type.logical, "w"), groups, tuple(w))
+    else:
+        weight = g.add_input(TensorType(dtype, tuple(w)), "w")
+    y = b.conv(image, weight, stride=(stride,) * n, padding=(padding,) * n, dilation=(dilation,) * n, groups=groups, channels_last=True)
+    if epilogue:
+        y = b.gelu(b.add(y, g.add_input(TensorType(dtype, (w[-1],)), "b")))
+    if residual:
+        y = b.relu(b.add(y, g.add_input(y.type, "r")))
+    g.set_outputs([y])
+    return g
+
+
+CASES: dict[str, Graph] = {
+    "3x3": conv((2, 9, 11, 5), (3, 3, 5, 20), padding=1, epilogue=True),
+    "3x3 packed": conv((1, 14, 14, 32), (3, 3, 32, 70), padding=1, nr=48, epilogue=True, residual=True),
+    "1x1": conv((3, 7, 7, 40), (1, 1, 40, 64), nr=64, epilogue=True, residual=True),
+    "1x1 strided": conv((1, 9, 9, 40), (1, 1, 40, 33), stride=2, nr=48),
+    "first layer": conv((1, 37, 41, 3), (7, 7, 3, 24), stride=2, padding=3, nr=32, epilogue=True, seen=(0, 2, 3, 1)),
+    "patches": conv((2, 32, 32, 3), (8, 8, 3, 40), stride=8, nr=48, seen=(0, 2, 3, 1)),
+    "dilated": conv((1, 13, 15, 6), (3, 3, 6, 10), padding=2, dilation=2),
+    "strided, dilated": conv((2, 16, 15, 7), (3, 2, 7, 17), stride=3, padding=1, dilation=3),
+    "long": conv((1, 5, 6, 700), (3, 3, 700, 18), padding=1, nr=32),
+    "grouped": conv((2, 8, 9, 12), (3, 3, 4, 15), padding=1, groups=3, epilogue=True),
+    "grouped, packed": conv((1, 8, 8, 64), (3, 3, 32, 72), padding=1, groups=2, nr=48),
+    "one channel": conv((1, 8, 8, 1), (3, 3, 1, 1), padding=1),
+    "line": conv((2, 50, 13), (5, 13, 21), stride=2, padding=2, nr=32),
+    "volume": conv((1, 5, 6, 7, 4), (3, 3, 3, 4, 18), padding=1, nr=32, residual=True),
+    "f64": conv((1, 7, 7, 5), (3, 3, 5, 9), padding=1, dtype=types.f64),
+    "bf16": conv((1, 7, 7, 24), (3, 3, 24, 16), padding=1, dtype=types.bf16),
+    "f16": conv((1, 7, 7, 24), (1, 1, 24, 16), dtype=types.f16),
+    "batch of any size": conv((B, 9, 9, 6), (3, 3, 6, 20), padding=1, nr=32, epilogue=True),
+    "image of any size": conv((B, H, H, 6), (3, 3, 6, 20), stride=2, padding=1, nr=32, residual=True),
+    "any size in place": conv((B, H, H, 6), (1, 1, 6, 20), nr=32),
+    "depthwise": conv((2, 13, 15, 40), (3, 3, 1, 40), padding=1, groups=40, epilogue=True),
+    "depthwise strided": conv((1, 16, 23, 24), (3, 3, 1, 24), stride=2, padding=1, groups=24),
+    "depthwise dilated": conv((1, 20, 31, 17), (3, 3, 1, 17), padding=2, dilation=2, groups=17),
+    "depthwise 7x7": conv((1, 7, 30, 16), (7, 7, 1, 16), padding=3, groups=16, residual=True),
+    "depthwise, small image": conv((1, 3, 2, 8), (7, 7, 1, 8), padding=3, groups=8),
+    "depthwise line": conv((2, 40, 10), (4, 1, 10), padding=3, groups=10),
+    "depthwise volume": conv((1, 5, 6, 12, 8), (3, 3, 3, 1, 8), padding=1, groups=8),
+    "depthwise, wide kernel": conv((1, 4, 60, 8), (1, 20, 1, 8), groups=8),
+    "depthwise of any size": conv((B, H, H, 20), (3, 3, 1, 20), padding=1, groups=20, epilogue=True),
+    "depthwise strided, any size": conv((B, H, H, 20), (5, 5, 1, 20), stride=2, padding=2, groups=20),
+    "two filters a channel": conv((1, 9, 9, 6), (3, 3, 1, 12), padding=1, groups=6),
+}  # fmt: skip
+
+
+def pool(x: Sequence[Any], kernel: int, stride: int, padding: int = 0, dilation: int = 1, last: bool = True, relu: bool = False) -> Graph:
+    g = Graph("body")
+    b, n = Builder(g), len(x) - 2
+    for s in x:
+        if not isinstance(s, int):
+            g.symbols[s.name] = dims.Range(1, None)
+    v = g.add_input(TensorType(types.f32, tuple(x)), "x")
+    window = {"kernel": (kernel,) * n, "stride": (stride,) * n, "padding": (padding,) * n, "dilation": (dilation,) * n}
+    y = b.max_pool(v, **window, channels_last=last)
+    g.set_outputs([b.relu(y) if relu else y])
+    return g
+
+
+POOLS: dict[str, Graph] = {
+    "last": pool((2, 15, 14, 20), 3, 2, 1),
+    "first": pool((2, 5, 15, 14), 3, 2, 1, last=False, relu=True),
+    "dilated": pool((1, 15, 14, 20), 3, 1, 1, dilation=2),
+    "line": pool((2, 15, 20), 2, 2),
+    "volume": pool((1, 6, 7, 8, 3), 4, 2, 2),
+    "any size": pool((B, H, H, 7), 3, 2, 1, relu=True),
+}
+
+
+def values(graph: Graph, nan: bool = False, **bindings: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [[d if isinstance(d, int) else dims.evaluate(d, bindings) for d in v.shape] for v in graph.inputs]
+    out = [torch.randn(s, generator=generator).to(v.dtype.torch) for s, v in zip(shapes, graph.inputs, strict=True)]
+    if nan:
+        out[0].view(-1)[7] = float("nan")
+    return out
+
+
+def sizes(graph: Graph) -> list[dict[str, int]]:
+    if not graph.symbols:
+        return [{}]
+    return [{s: n for s, n in (("B", b), ("H", h)) if s in graph.symbols} for b, h in ((1, 7), (3, 10), (2, 32))]
+
+
+def test_convolutions(compile_all) -> None:
+    for graph, run in zip(CASES.values(), compile_all([(g, "conv") for g in CASES.values()]), strict=True):
+        for bindings in sizes(graph):
+            check(graph, run, values(graph, **bindings), bindings)
+
+
+def test_depthwise_by_the_general_template(compile_all) -> None:
+    graphs = [g for name, g in CASES.items() if name in ("depthwise", "depthwise of any size")]
+    for graph, run in zip(graphs, compile_all([(g, "conv") for g in graphs], template=1), strict=True):
+        for bindings in sizes(graph):
+            check(graph, run, values(graph, **bindings), bindings)
+
+
+def test_pools(compile_all) -> None:
+    for graph, run in zip(POOLS.values(), compile_all([(g, "max_pool") for g in POOLS.values()]), strict=True):
+        for bindings in sizes(graph):
+            check(graph, run, values(graph, **bindings), bindings)
+            check(graph, run, values(graph, nan=True, **bindings), bindings)
+
+
+def test_every_schedule_of_a_convolution_is_right(builder, kernels_dir) -> None:
+    from graphopt.autotune.space import Schedule
+    from graphopt.backends.tvm.build import load_kernel
+
+    graph = CASES["3x3 packed"]
+    w, target = Workload.of(graph, "conv"), detect()
+    space = TvmBackend().templates(w, target)[0].space(w, target)
+    default = dict(space.default().knobs)
+    schedules = [Schedule.make("conv", **{**default, p.name: c}) for p in space.params for c in p.choices[1:4]]
+    paths = builder.build_many([(w, s) for s in schedules], target, kernels_dir)
+
+    for schedule, path in zip(schedules, paths, strict=True):
+        kernel = load_kernel(path, w, schedule)
+
+        def run(inputs: Sequence[torch.Tensor], bindings: dict[str, int] | None = None, kernel: Any = kernel) -> list[torch.Tensor]:
+            out = torch.full(graph.outputs[0].shape, 77.0)
+            kernel(*inputs, out)
+            return [out]
+
+        check(graph, run, values(graph))
+
+
+def test_what_is_packed_is_seen() -> None:
+    packed, plain = conv_of(CASES["3x3 packed"]), conv_of(CASES["3x3"])
+    assert isinstance(packed, ConvForm) and packed.packed is not None
+    assert isinstance(plain, ConvForm) and plain.packed is None
+
+
+@pytest.mark.parametrize("features, registers", [(("avx512f",), 32), (("avx2",), 16)])
+def test_tiles_fit_the_registers(features: tuple[str, ...], registers: int) -> None:
+    target = Target("cpu", "x86_64", features=features)
+    form = conv_of(CASES["3x3"])
+    assert isinstance(form, ConvForm)
+    for columns in (1, 5, 8, 16, 24, 48, 64, 100, 1000):
+        width = target.panel_width(columns, 4)
+        vectors = max(1, width // target.lanes(4))
+        assert all(rows * vectors + vectors + 1 <= registers for rows in tile_rows(form, vectors, target))
+        assert width & (width - 1) == 0 or width % target.lanes(4) == 0
+
+
+def test_other_convolutions_are_refused_in_words() -> None:
+    g = Graph("body")
+    b = Builder(g)
+    x, w = g.add_input(TensorType(types.f32, (1, 3, 8, 8))), g.add_input(TensorType(types.f32, (4, 3, 3, 3)))
+    g.set_outputs([b.conv(x, w, stride=(1, 1), padding=(1, 1), dilation=(1, 1))])
+    workload = Workload.of(g, "conv")
+    assert not TvmBackend().templates(workload, detect())
+    assert "before the spatial axes" in TvmBackend().reason(workload, detect())
