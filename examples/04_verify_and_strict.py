@@ -5,6 +5,11 @@ from torch import nn
 
 import graphopt
 
+
+def cholesky(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.cholesky_ex(x).L
+
+
 model = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.LayerNorm(64)).eval()
 x = torch.randn(8, 64)
 
@@ -15,7 +20,7 @@ print("every pass kept the values, and every operation has a kernel")
 
 with torch.no_grad():
     try:
-        torch.compile(lambda x: torch.linalg.cholesky_ex(x), backend="graphopt", options={"strict": True})(torch.eye(3))
+        torch.compile(cholesky, backend="graphopt", options={"strict": True})(torch.eye(3))
     except Exception as error:  # Dynamo wraps errors of a backend
         cause = error.__cause__ or error
         print(f"strict says: {cause}")

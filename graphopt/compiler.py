@@ -123,7 +123,7 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
     ingredients = [canonical_text(graph), target.fingerprint, *(p.key() for p in pipeline)]
     report.key = hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
-    report.passes, report.remarks = ctx.seconds, ctx.remarks
+    report.passes, report.remarks = ctx.runs, ctx.remarks
     report.seconds["passes"] = time.perf_counter() - start
 
 

@@ -20,7 +20,7 @@ from graphopt.errors import GraphoptError, UsageError, nearest
 from graphopt.ir.graph import Graph
 from graphopt.ir.verify import verify
 from graphopt.rewrite import Rule, apply_rules
-from graphopt.rewrite.context import Fuel, PassContext
+from graphopt.rewrite.context import Fuel, PassContext, PassRun
 
 PASSES: dict[str, type[Pass]] = {}
 
@@ -118,7 +118,7 @@ def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments:
         ctx.pass_name = p.name
         for i in instruments:
             i.before(p, g, ctx)
-        start = time.perf_counter()
+        start, first = time.perf_counter(), len(ctx.remarks)
         try:
             p.requires(g)
             changed = p.run(g, ctx)
@@ -128,7 +128,7 @@ def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments:
         except GraphoptError as error:
             error.add_note(f"in pass {p}")
             raise
-        ctx.seconds.append((p.name, time.perf_counter() - start, changed))
+        ctx.runs.append(PassRun(p.name, time.perf_counter() - start, changed, first, len(ctx.remarks)))
         for i in instruments:
             i.after(p, g, ctx, changed)
         any_changed |= changed

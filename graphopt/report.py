@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.remarks import Remark
+from graphopt.rewrite.context import PassRun
+
+NEVER_BUILT = "built: this workload was never built here"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Report:
 
     name: str
     target: str
-    passes: list[tuple[str, float, bool]] = field(default_factory=list)
+    passes: list[PassRun] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
     kernels: list[KernelInfo] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -98,7 +101,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         out = {k: v for k, v in vars(self).items() if k not in ("remarks", "kernels", "fallbacks", "passes")}
-        out["passes"] = [{"name": n, "seconds": s, "changed": c} for n, s, c in self.passes]
+        out["passes"] = [run._asdict() for run in self.passes]
         for key in ("remarks", "kernels", "fallbacks"):
             out[key] = [asdict(x) for x in getattr(self, key)]
         return out
@@ -130,18 +133,25 @@ class Report:
 
     def _passes(self, console: Console) -> None:
         table = Table("pass", "ms", "rewrites", "declined", "what it did", title="passes", title_justify="left")
-        for name, seconds, changed in self.passes:
-            mine = [r for r in self.remarks if r.pass_name == name]
+        idle = [run for run in self.passes if not run.changed and run.first == run.last]
+        for run in self.passes:
+            if run in idle:
+                continue
+            mine = self.remarks[run.first : run.last]
             made = Counter(r.rule for r in mine if r.kind == "passed")
-            what = ", ".join(f"{rule} {n}" for rule, n in made.most_common(4)) or ("changed" if changed else "nothing to do")
-            table.add_row(name, f"{seconds * 1e3:.1f}", str(made.total()), str(sum(r.kind == "missed" for r in mine)), what)
+            what = ", ".join(f"{rule} {n}" if n > 1 else rule for rule, n in made.most_common(4)) or ("changed" if run.changed else "")
+            declined = sum(r.kind == "missed" for r in mine)
+            table.add_row(run.name, f"{run.seconds * 1e3:.1f}", str(made.total()), str(declined), what)
+        if idle:
+            table.add_row(f"{len(idle)} others", f"{sum(run.seconds for run in idle) * 1e3:.1f}", "0", "0", "nothing to do")
         console.print(table)
 
     def _kernels(self, console: Console, limit: int) -> None:
         table = Table("kernel", "kind", "calls", "cache", "operations", "source", title="kernels", title_justify="left")
         for k in sorted(self.kernels, key=lambda k: -k.calls)[:limit]:
             ops = ", ".join(f"{op} {n}" if n > 1 else op for op, n in Counter(k.ops).items())
-            table.add_row(k.name, k.kind, str(k.calls), k.cache, ops[:60], k.locs[0] if k.locs else "")
+            cache = "built" if k.cache == NEVER_BUILT else k.cache
+            table.add_row(k.name, k.kind, str(k.calls), cache, ops[:60], k.locs[0] if k.locs else "")
         if len(self.kernels) > limit:
             table.add_row(f"... and {len(self.kernels) - limit} more", "", "", "", "", "")
         console.print(table)

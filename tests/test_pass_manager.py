@@ -69,8 +69,8 @@ def test_passes_run_in_order_and_are_timed() -> None:
     g, ctx = parse_graph(TEXT), PassContext()
     assert run_passes(g, [Append("sin"), Append("cos", 2), Append(count=0)], ctx) is True
     assert [n.op.name for n in g] == ["exp", "sin", "cos", "cos"]
-    assert [(name, changed) for name, _, changed in ctx.seconds] == [("test-append", True), ("test-append", True), ("test-append", False)]
-    assert all(seconds >= 0 for _, seconds, _ in ctx.seconds)
+    assert [(run.name, run.changed) for run in ctx.runs] == [("test-append", True), ("test-append", True), ("test-append", False)]
+    assert all(run.seconds >= 0 for run in ctx.runs)
     assert run_passes(g, []) is False
 
 

@@ -30,8 +30,6 @@ from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
 BLOCK = 128  # products summed before the sum is added to the total
-LINE = 64  # bytes of a cache line
-STAYS = 1 << 40  # bytes of a weight that a core's cache may still hold from the last call
 
 
 class ConvKernel:
@@ -49,16 +47,14 @@ class ConvKernel:
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)
         self.parallel = parallel
-        self.ahead = 0  # lines of the next block's weight that a step of a tile fetches
         self.held = scalar.COMPUTE[form.node.result.dtype]
         self.out = [code.bind_index(code.size(d), "size") for d in form.node.result.shape[:-1]]  # N, *S'
         self.pixels = code.bind_index(product(code, self.out), "pixels")
         self.panels = -(-form.filters // columns)  # of a group
-        _, padding, dilation = form.attrs
         self.space = [code.size(d) for d in form.x.shape[1:-1]]
-        self.padded = [code.bind_index(code.simplify(n + 2 * p), "padded") for n, p in zip(self.space, padding, strict=True)]
+        self.padded = [code.bind_index(code.simplify(n + p + q), "padded") for n, p, q in zip(self.space, form.low, form.high, strict=True)]
         # a run of contiguous products: the channels, and with them the taps of the last axis
-        joined = dilation[-1] == 1 and form.groups == 1
+        joined = form.dilation[-1] == 1 and form.groups == 1
         self.taps = form.kernel[:-1] if joined else form.kernel
         self.run = form.depth // prod(self.taps)
         self.unroll = max((u for u in range(2, 2 * unroll + 1) if self.run % u == 0), default=unroll) if self.run < 64 else unroll
@@ -83,9 +79,6 @@ class ConvKernel:
                     self._sum(acc, weight, image, j, row, 0, prod(self.taps), 0, self.run)
                     self._store(acc, 0, j, row)
                 return code
-            # the tiles of a task together ask for all of the next block's weight while they compute this one's
-            big = panels * self.form.depth * self.nr * 4 > STAYS and isinstance(per_task, int)
-            self.ahead = -(-self.unroll * self.nr * 4 // (LINE * per_task)) if big else 0
             total = code.alloc(per_task * self.mr * self.nr, self.held, "total")
             acc = code.alloc(self.mr * self.nr, self.held, "acc")
             self._each(code.simplify(per_task * self.mr * self.nr), lambda at: self._set(total, at, self._zero()))
@@ -94,11 +87,11 @@ class ConvKernel:
                 if chunks > 1:
                     tap, start = code.div(block, chunks), code.simplify(code.mod(block, chunks) * length)
                     size = length if self.run % length == 0 else code.bind_index(code.least(self.run - start, length))
-                    self._sum(acc, weight, image, j, row, tap, 1, start, size, tile)
+                    self._sum(acc, weight, image, j, row, tap, 1, start, size)
                 else:
                     tap, all_taps = code.simplify(block * length), prod(self.taps)
                     taps = length if all_taps % length == 0 else code.bind_index(code.least(all_taps - tap, length))
-                    self._sum(acc, weight, image, j, row, tap, taps, 0, self.run, tile)
+                    self._sum(acc, weight, image, j, row, tap, taps, 0, self.run)
                 base = code.simplify(tile * (self.mr * self.nr))
                 for q in range(0, self.mr * self.nr, self.lanes):
                     self._set(total, base + q, self._vector(total, base + q) + self._vector(acc, q))
@@ -181,7 +174,6 @@ class ConvKernel:
         if form.plain:
             return self.args.inputs[form.x]
         channels = form.groups * form.inner
-        _, padding, _ = form.attrs
         lines = [self.out[0], *self.padded[:-1]]
         buffer = code.alloc(product(code, [*lines, self.padded[-1], channels]), self.held, "image")
         probe = Probe(self.args, {}, form.x)
@@ -193,8 +185,9 @@ class ConvKernel:
         count = code.bind_index(count, "lines")
         with code.loop(count, "serial" if small or not self.parallel else "parallel", "line") as line:
             n, *at = [code.bind_index(i, "i", m) for i, m in zip(code.unflatten(line, lines), lines, strict=True)]
-            source = [code.bind_index(code.simplify(i - p), "s") for i, p in zip(at, padding, strict=False)]
-            tests = [c for i, s, p in zip(source, self.space, padding, strict=False) if p for c in (i64(i) >= i64(0), i64(i) < i64(s))]
+            source = [code.bind_index(code.simplify(i - p), "s") for i, p in zip(at, form.low, strict=False)]
+            edges = zip(source, self.space, form.low, form.high, strict=False)
+            tests = [c for i, s, *pads in edges if any(pads) for c in (i64(i) >= i64(0), i64(i) < i64(s))]
             inside = tests[0] if tests else None
             for c in tests[1:]:
                 inside = tirx.And(inside, c)
@@ -204,7 +197,7 @@ class ConvKernel:
                 vector_loop(code, code.simplify(start + first), length, self.lanes, lambda i: code.store(buffer, i, zero))
 
             def copy(n: Index = n, source: Sequence[Index] = source, start: Index = start) -> None:
-                pad = padding[-1] * channels
+                pad = form.low[-1] * channels
                 fill(0, pad)
                 with code.loop(self.space[-1], "serial", "w") as w:
                     base = code.simplify(start + pad + w * channels)
@@ -213,7 +206,7 @@ class ConvKernel:
                         code.store(buffer, base + c, Expressions(self.args, {}).at(form.x, [n, *source, w, c]))
 
                     vector_loop(code, 0, channels, lanes, element)
-                fill(code.simplify(pad + self.space[-1] * channels), pad)
+                fill(code.simplify(pad + self.space[-1] * channels), form.high[-1] * channels)
 
             if inside is None:
                 copy()
@@ -241,20 +234,16 @@ class ConvKernel:
     def _start(self, row: Index, group: Index) -> Index:
         """Where the first product of a pixel lies in the image."""
         code, form = self.code, self.form
-        stride, padding, _ = form.attrs
+        stride = form.stride
         channels = form.groups * form.inner
-        if all(k == 1 for k in form.kernel) and all(s == 1 for s in stride) and not any(padding):
+        if all(k == 1 for k in form.kernel) and all(s == 1 for s in stride) and not any((*form.low, *form.high)):
             return code.simplify(row * channels + group * form.inner)
         n, *at = self._pixel(row)
         flat = code.flatten([n, *(code.simplify(i * s) for i, s in zip(at, stride, strict=True))], [self.out[0], *self.padded])
         return code.simplify(flat * channels + group * form.inner)
 
-    def _sum(self, acc: Any, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index,
-             tile: Index | None = None) -> None:  # fmt: skip
-        """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile.
-
-        ``tile``: its number in the task, if each of the task's tiles is to fetch a part of the next block's weight.
-        """
+    def _sum(self, acc: Any, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index) -> None:
+        """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile."""
         code, form, lanes = self.code, self.form, self.lanes
         vectors = self.nr // lanes
         group = code.div(j, self.panels) if form.groups > 1 else 0
@@ -266,7 +255,7 @@ class ConvKernel:
         for q in range(0, self.mr * self.nr, lanes):
             self._set(acc, q, self._zero())
         channels = form.groups * form.inner
-        dilation = form.attrs[2]
+        dilation = form.dilation
         with code.loop(taps, "serial", "tap") as t:
             which = code.simplify(tap + t)
             at = code.unflatten(which, self.taps) if self.taps else []
@@ -285,20 +274,11 @@ class ConvKernel:
 
             whole, rest = code.div(length, self.unroll), code.mod(length, self.unroll)
             with code.loop(whole, "serial", "k") as k:
-                if tile is not None and self.ahead:
-                    self._fetch(weight, code.simplify(base + length * taps * self.nr), code.simplify(((tile * taps + t) * whole + k) * self.ahead))
                 for q in range(self.unroll):
                     step(code.simplify(k * self.unroll + q))
             if not (isinstance(rest, int) and rest == 0):
                 with code.loop(rest, "serial", "k") as k:
                     step(code.simplify(whole * self.unroll + k))
-
-    def _fetch(self, weight: Any, base: Index, line: Index) -> None:
-        """Ask for some lines of the weight before they are needed."""
-        elements = LINE // 4
-        for q in range(self.ahead):
-            address = tirx.address_of(weight[i64(self.code.simplify(base + (line + q) * elements))])
-            self.code.emit(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1)))
 
     # --- the epilogue -----------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,33 @@ class ConvForm:
 
     @property
     def x(self) -> Value:
-        return self.node.operands[0]
+        """The image: what the operand is without zeros around it."""
+        pad = self._pad
+        return self.node.operands[0] if pad is None else pad.operands[0]
+
+    @property
+    def _pad(self) -> Node | None:
+        """The pad node in front of the convolution, if it puts zeros around the spatial axes."""
+        pad = self.node.operands[0].defined_by("pad")
+        if pad is None or pad.attrs["value"] != 0.0:
+            return None
+        sides = (*pad.attrs["low"], *pad.attrs["high"])
+        rank = len(sides) // 2
+        return pad if all(isinstance(n, int) for n in sides) and not any(sides[i] for i in (0, rank - 1, rank, 2 * rank - 1)) else None
+
+    @property
+    def low(self) -> tuple[int, ...]:
+        """Zeros in front of each spatial axis: the convolution's padding, and that of a pad node."""
+        pad = self._pad
+        more = (0,) * len(self.kernel) if pad is None else pad.attrs["low"][1:-1]
+        return tuple(p + q for p, q in zip(self.node.attrs["padding"], more, strict=True))
+
+    @property
+    def high(self) -> tuple[int, ...]:
+        """Zeros behind each spatial axis."""
+        pad = self._pad
+        more = (0,) * len(self.kernel) if pad is None else pad.attrs["high"][1:-1]
+        return tuple(p + q for p, q in zip(self.node.attrs["padding"], more, strict=True))
 
     @property
     def w(self) -> Value:
@@ -63,17 +89,18 @@ class ConvForm:
         return dims.numel(self.node.result.shape[:-1])
 
     @property
-    def attrs(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """stride, padding, dilation"""
-        a = self.node.attrs
-        return a["stride"], a["padding"], a["dilation"]
+    def stride(self) -> tuple[int, ...]:
+        return cast("tuple[int, ...]", self.node.attrs["stride"])
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return cast("tuple[int, ...]", self.node.attrs["dilation"])
 
     @property
     def plain(self) -> bool:
         """Whether a kernel can read x in place: row-major, as it computes, and without padding."""
-        _, padding, _ = self.attrs
         x = self.x
-        return x.is_input and x.type.strides is None and x.dtype in (types.f32, types.f64) and not any(padding)
+        return x.is_input and x.type.strides is None and x.dtype in (types.f32, types.f64) and not any((*self.low, *self.high))
 
     @property
     def depthwise(self) -> bool:

@@ -98,7 +98,7 @@ class DepthwiseKernel:
     def _interior(self, width: Index) -> tuple[Index, Index]:
         """The pixels a .. b - 1 of a line all of whose taps along it lie inside."""
         code = self.code
-        stride, padding, dilation = (a[-1] for a in self.form.attrs)
+        stride, padding, dilation = (a[-1] for a in (self.form.stride, self.form.low, self.form.dilation))
         reach = (self.form.kernel[-1] - 1) * dilation
         a = code.least(-(-padding // stride), width)
         room = code.simplify(self.space[-1] - 1 + padding - reach)
@@ -112,8 +112,8 @@ class DepthwiseKernel:
     def _range(self, axis: int, o: Index) -> tuple[Index, Index]:
         """The taps first .. first + count - 1 of an axis that lie inside for an output index."""
         code, kernel = self.code, self.form.kernel[axis]
-        stride, padding, dilation = (a[axis] for a in self.form.attrs)
-        if padding == 0:
+        stride, padding, dilation = (a[axis] for a in (self.form.stride, self.form.low, self.form.dilation))
+        if padding == self.form.high[axis] == 0:
             return 0, kernel
         start = code.simplify(o * stride - padding)
         first = code.greatest(code.div(code.simplify(-start + (dilation - 1)), dilation), 0)
@@ -125,7 +125,7 @@ class DepthwiseKernel:
               inside: bool = False) -> None:  # fmt: skip
         """Sum and store some pixels of a line; ``inside``: none of their taps along it is cut."""
         code, lanes, form = self.code, self.lanes, self.form
-        stride, padding, dilation = form.attrs
+        stride, padding, dilation = form.stride, form.low, form.dilation
         width = form.kernel[-1]
         acc = code.alloc(pixels * lanes, self.held, "acc")
         for i in range(pixels):
@@ -163,7 +163,7 @@ class DepthwiseKernel:
     def _unrolled(self, acc: Any, at: list[Index], start: Index, pixels: int, taps: list[Index], channel: Index) -> None:
         """One row of taps for all pixels of a tile: every element of the image is loaded once."""
         code, form, lanes = self.code, self.form, self.lanes
-        stride, _, dilation = form.attrs
+        stride, dilation = form.stride, form.dilation
         with code.loop(lanes, "vectorized", "v") as v:
             e, c = Expressions(self.args, {}), code.simplify(channel + v)
             loaded: dict[int, Any] = {}

@@ -22,11 +22,11 @@ def operand_index(index: Sequence[Index], v: Value, row: Index, column: Index) -
 
 def emit_product(args: Arguments, sources: Mapping[Value, Source], node: Node, tuning: Tuning,
                  sink: Callable[[Sequence[Index], Any], None]) -> None:  # fmt: skip
-    """Write loops that compute a matmul node; integers wrap around, floats are summed in f32 or f64."""
+    """Write loops that compute a matmul node; integers wrap around, floats are summed in f64, one by one."""
     code, (a, b), dtype = args.code, node.operands, node.result.dtype
     *batch, rows, columns = [code.size(d) for d in node.result.shape]
     depth = code.size(a.shape[-1])
-    name = scalar.COMPUTE[dtype] if not dtype.is_bool else "uint8"
+    name = "uint8" if dtype.is_bool else "float64" if dtype.is_float else scalar.COMPUTE[dtype]
     outer = [Axis([k], n) for k, n in enumerate([*batch, rows])]
     steps = product(code, [x.size for x in outer])
     total = product(code, [steps, columns, depth])
@@ -44,10 +44,11 @@ def emit_product(args: Arguments, sources: Mapping[Value, Source], node: Node, t
                 if dtype.is_bool:
                     code.store(acc, 0, tirx.max(held, tirx.And(x, y).astype("uint8")))
                 elif dtype.is_float:
-                    code.store(acc, 0, held + x * y)
+                    code.store(acc, 0, held + x.astype(name) * y.astype(name))
                 else:
                     code.store(acc, 0, scalar.wrapping(False, held, scalar.wrapping(True, x, y, dtype), dtype))
-            held = code.bind(code.load(acc, 0))
+            held = code.load(acc, 0)
+            held = code.bind(held.astype(scalar.COMPUTE[dtype]) if dtype.is_float else held)
             sink([*lead, i, j], tirx.NE(held, tirx.const(0, "uint8")) if dtype.is_bool else scalar.rounded(held, dtype))
 
         vector_loop(code, 0, columns, 1, column)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from graphopt.ir.graph import Node
 from graphopt.ir.printer import print_node
@@ -28,6 +28,16 @@ class Fuel:
         return self.used
 
 
+class PassRun(NamedTuple):
+    """One run of a pass: its time, whether it changed the graph, and which of the remarks are its own (``first:last``)."""
+
+    name: str
+    seconds: float
+    changed: bool
+    first: int
+    last: int
+
+
 @dataclass
 class PassContext:
     """What a pass may use besides the graph.
@@ -36,13 +46,13 @@ class PassContext:
         target: the device compiled for, or None when that does not matter.
         fuel: shared by all passes of a run.
         remarks: what was said so far, in order.
-        seconds: (pass name, seconds, changed), in order of running.
+        runs: the passes that ran, in order.
     """
 
     target: Any = None
     fuel: Fuel = field(default_factory=Fuel)
     remarks: list[Remark] = field(default_factory=list)
-    seconds: list[tuple[str, float, bool]] = field(default_factory=list)
+    runs: list[PassRun] = field(default_factory=list)
     pass_name: str = ""
 
     def say(self, kind: Kind, rule: str, message: str, node: Node | None = None, number: int | None = None) -> None:

@@ -10,7 +10,7 @@ region and the region's kind accepts it; else it is the root of a region of its 
 - ``rowwise``: softmax, log_softmax, layer_norm, rms_norm and reductions over the trailing axes, any number of them over the
   same rows, with pointwise ops on full rows or on one element a row before, between and after.
 - ``matmul``: views on the operands, one matmul, pointwise ops of the result's shape after it.
-- ``conv``: the same with one convolution whose channels come last.
+- ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 
 In the last two, cheap pointwise ops on single numbers (a scale, an epsilon) may stand beside.
 

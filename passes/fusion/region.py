@@ -139,6 +139,8 @@ class Region:
     def _kind_rejects(self, node: Node, part: Role, users: list[Node]) -> str | None:
         if self.kind == "pointwise" or part is Role.CREATION:
             return None
+        if part is Role.MOVER and self.kind == "conv" and node.op.name == "pad" and node.results[0] is self.anchors[0].operands[0]:
+            return None if users == self.anchors else "what is padded has other uses"
         if part is Role.MOVER:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn

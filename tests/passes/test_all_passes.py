@@ -15,7 +15,7 @@ from graphopt.verification import ValueCheck, check_changed, check_equivalent, n
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
 
-FIRST = {"pack-weights": ("fuse",)}  # passes that look for what another one makes
+FIRST = {"pack-weights": ("fuse",), "pack-filters": ("conv-layout", "fuse")}  # passes that look for what another one makes
 
 
 def check_on(name: str, seed: int) -> bool:

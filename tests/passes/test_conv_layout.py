@@ -128,6 +128,18 @@ def test_a_convolution_takes_its_epilogue() -> None:
     assert [n.op.name for n in fusion.body.nodes() if n.op.name != "transpose"] == ["conv", "add", "relu"]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_convolution_takes_the_padding_of_its_image(reused: bool) -> None:
+    g, b = network()
+    (x,), (w,) = inputs(g, (B, 8, 8, 4)), inputs(g, (3, 3, 4, 8), weight=True)
+    padded = b.pad(b.relu(x), low=(0, 0, 1, 0), high=(0, 1, 1, 0), value=0.0)
+    g.set_outputs([b.conv(padded, w, channels_last=True, **WINDOW), *([b.exp(padded)] if reused else [])])
+    after = check_pass(Fuse(), g)
+    bodies = {n.attrs["kind"]: [m.op.name for m in n.body.nodes()] for n in after.nodes() if n.op.name == "fusion"}  # type: ignore[union-attr]
+    assert bodies["conv"] == (["conv"] if reused else ["pad", "conv"]), after
+    assert "relu" in bodies["pointwise"]
+
+
 @pytest.mark.parametrize(
     "weight, groups, packed", [((7, 4, 3, 3), 1, (3, 36, 3)), ((10, 2, 3, 3), 2, (4, 18, 3)), ((4, 1, 3, 3), 4, (3, 3, 1, 4))]
 )

@@ -94,8 +94,8 @@ def _infer_concat(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     dtype, axis = same_dtype(ts, "concat"), normalize_axis(attrs["axis"], ts[0].rank, "concat")
     total: dims.Dim = 0
     for t in ts:
-        beside = [shape[:axis] + shape[axis + 1 :] for shape in (t.shape, ts[0].shape)]
-        if t.rank != ts[0].rank or not dims.same_shape(*beside):
+        mine, first = (shape[:axis] + shape[axis + 1 :] for shape in (t.shape, ts[0].shape))
+        if t.rank != ts[0].rank or not dims.same_shape(mine, first):
             raise TypeInferenceError(f"concat: {t} and {ts[0]} differ beside axis {axis}")
         total = dims.add(total, t.shape[axis])
     return [TensorType(dtype, (*ts[0].shape[:axis], total, *ts[0].shape[axis + 1 :]))]

@@ -20,7 +20,8 @@ B, H = dims.symbol("B"), dims.symbol("H")
 
 
 def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, nr: int = 0,
-         dtype: types.DType = types.f32, epilogue: bool = False, residual: bool = False, seen: Sequence[int] = ()) -> Graph:  # fmt: skip
+         dtype: types.DType = types.f32, epilogue: bool = False, residual: bool = False, seen: Sequence[int] = (),
+         pad: tuple[int, int] = (0, 0), fill: float = 0.0) -> Graph:  # fmt: skip
     """A region with one channels-last convolution; ``nr``: its weight is packed so; ``seen``: x is a transposed input."""
     g = Graph("body")
     b, n = Builder(g), len(x) - 2
@@ -34,6 +35,9 @@ def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, 
         image: Value = b.transpose(g.add_input(TensorType(dtype, tuple(source)), "x"), perm=tuple(seen))
     else:
         image = g.add_input(TensorType(dtype, tuple(x)), "x")
+    if any(pad):
+        low, high = ((0, *[side] * n, 0) for side in pad)
+        image = b.pad(image, low=low, high=high, value=fill)
     if nr:
         sample = Graph("sample")
         packed = pack(Builder(sample), sample.add_input(TensorType(dtype, tuple(w))), groups, nr)
@@ -80,6 +84,13 @@ CASES: dict[str, Graph] = {
     "depthwise, wide kernel": conv((1, 4, 60, 8), (1, 20, 1, 8), groups=8),
     "depthwise of any size": conv((B, H, H, 20), (3, 3, 1, 20), padding=1, groups=20, epilogue=True),
     "depthwise strided, any size": conv((B, H, H, 20), (5, 5, 1, 20), stride=2, padding=2, groups=20),
+    "padded": conv((2, 9, 8, 5), (3, 3, 5, 20), stride=2, pad=(0, 1), nr=32),
+    "padded twice": conv((1, 9, 8, 5), (3, 3, 5, 20), padding=1, pad=(1, 2), epilogue=True),
+    "padded by ones": conv((1, 9, 8, 5), (3, 3, 5, 20), pad=(1, 1), fill=1.0),
+    "depthwise, padded": conv((1, 14, 13, 20), (3, 3, 1, 20), stride=2, pad=(0, 1), groups=20),
+    "depthwise, padded twice": conv((1, 14, 13, 20), (3, 3, 1, 20), padding=1, pad=(2, 1), groups=20),
+    "depthwise, padded by ones": conv((1, 14, 13, 20), (3, 3, 1, 20), pad=(2, 1), groups=20, fill=1.0),
+    "depthwise, padded, of any size": conv((B, H, H, 20), (3, 3, 1, 20), stride=2, pad=(0, 1), groups=20),
     "two filters a channel": conv((1, 9, 9, 6), (3, 3, 1, 12), padding=1, groups=6),
 }  # fmt: skip
 
@@ -190,3 +201,32 @@ def test_other_convolutions_are_refused_in_words() -> None:
     workload = Workload.of(g, "conv")
     assert not TvmBackend().templates(workload, detect())
     assert "before the spatial axes" in TvmBackend().reason(workload, detect())
+
+
+class Net(torch.nn.Module):
+    """What a convolutional network may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 7, 2, 3), nn.BatchNorm2d(20), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.grouped, self.depthwise = nn.Conv2d(20, 40, 3, padding=1, groups=4), nn.Conv2d(40, 40, 5, padding=2, groups=40)
+        self.dilated, self.gate, self.head = nn.Conv2d(40, 40, 3, padding=2, dilation=2), nn.Conv2d(40, 40, 1), nn.Linear(40, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.silu(self.grouped(self.stem(x)))
+        y = torch.nn.functional.hardswish(self.depthwise(torch.nn.functional.pad(x, (0, 1, 0, 1))))[:, :, :-1, :-1]
+        x = x + self.dilated(y)
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        return self.head(torch.cat([x, y], 1)[:, 20:60].mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_network_needs_no_library(dynamic: bool, tmp_path) -> None:
+    torch.manual_seed(0)
+    net = Net().eval()
+    compiled = torch.compile(net, backend="graphopt", dynamic=dynamic, options={"strict": True, "cache_dir": str(tmp_path)})
+    with torch.no_grad():
+        for shape in [(2, 3, 50, 50), (3, 3, 33, 33)][: 1 + dynamic]:
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)

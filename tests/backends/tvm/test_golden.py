@@ -53,6 +53,27 @@ def test_emitting_is_repeatable() -> None:
     assert [describe(kind) for kind in REGIONS] == [describe(kind) for kind in REGIONS]
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target("cpu", "x86_64", "older", ("avx", "avx2", "f16c", "fma", "sse2")),
+        Target("cpu", "x86_64", "oldest", ("sse2",)),
+        Target("cpu", "aarch64", "arm", ("asimd",)),
+    ],
+    ids=lambda t: t.model,
+)
+def test_other_targets(target: Target, tmp_path: Path) -> None:
+    """Kernels compile for machines that are not this one, with their vector widths."""
+    pytest.importorskip("tvm")
+    from graphopt.backends.tvm.lowering import compile_functions
+
+    for kind, text in REGIONS.items():
+        w = Workload(kind, "graph @g" + text)
+        for template in TvmBackend().templates(w, target):
+            source = template.emit(w, template.space(w, target).default(), target)
+            compile_functions({source.name: source.payload}, target).write_to_file(str(tmp_path / "kernel.o"))
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for name in REGIONS:
