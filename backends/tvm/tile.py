@@ -50,9 +50,9 @@ class TileKernel:
         ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
         self.factor = Factor(self.args, self.node.operands[1], self.nr, clamp=ragged and not self._packed_width())
         one_tile = isinstance(self.m, int) and self.m <= self.mr and isinstance(self.k, int) and self.k >= 4 * self.vector
-        rows = Probe(self.args, {}, self.node.operands[0])
-        rows([0] * self.node.operands[0].type.rank)
-        vectors = self.vector > 1 and not (rows.scalar_only or self.factor.scalar_only)
+        left = Probe(self.args, {}, self.node.operands[0])
+        left([0] * self.node.operands[0].type.rank)
+        vectors = self.vector > 1 and not (left.scalar_only or self.factor.scalar_only)
         self.dots = self.factor.unit == "depth" and one_tile and vectors
         self.copied = (self.factor.unit != "column" or self.factor.scalar_only) and not self.dots
         self.group = group if self.copied else 1

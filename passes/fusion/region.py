@@ -152,7 +152,7 @@ class Region:
     def _product_rejects(self, node: Node, users: list[Node]) -> str | None:
         product = self.anchors[0]
         for user in users:
-            if user is product or role(user) is Role.VIEW:
+            if user is product or role(user) in (Role.VIEW, Role.MOVER):
                 what = f"an operand of the {self.kind}" if self._feeds_product(user) else "read through a view"
                 return f"it is {what}: it would be computed again for every tile"
         if not is_scalar(node.results[0].shape) and not dims.same_shape(node.results[0].shape, product.results[0].shape):
@@ -160,7 +160,7 @@ class Region:
         return None
 
     def _feeds_product(self, user: Node) -> bool:
-        while role(user) is Role.VIEW:
+        while role(user) in (Role.VIEW, Role.MOVER):
             user = next(u for u in user.results[0].users if u in self.members)
         return user is self.anchors[0]
 

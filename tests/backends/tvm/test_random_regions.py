@@ -108,7 +108,7 @@ def region(r: random.Random) -> tuple[Graph, str]:
     return g, kind
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_random_regions(compile_all, seed: int) -> None:
     r = random.Random(seed)
