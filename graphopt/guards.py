@@ -30,7 +30,7 @@ class InputGuard:
         self._device = device
         self._values = list(graph.inputs)
         self._specs = [_Spec(v) for v in graph.inputs]
-        self._seen: list[tuple[weakref.ref[torch.Tensor], int] | None] = [None] * len(graph.inputs)
+        self._seen: list[tuple[weakref.ref[torch.Tensor], int, tuple[int, ...]] | None] = [None] * len(graph.inputs)
         self._weights = [v.weight for v in graph.inputs]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -39,7 +39,7 @@ class InputGuard:
         for i, x in enumerate(inputs):
             if self._weights[i]:
                 seen = self._seen[i]
-                if seen is not None and seen[0]() is x and seen[1] == x.data_ptr():
+                if seen is not None and seen[0]() is x and seen[1] == x.data_ptr() and seen[2] == x.stride():
                     continue
             spec = self._specs[i]
             if x.dtype is not spec.dtype or x.device != self._device or not spec.fits(x):
@@ -48,7 +48,7 @@ class InputGuard:
                 changed = list(inputs) if changed is None else changed
                 changed[i] = spec.copy(x)
             elif self._weights[i] and not x.is_inference():
-                self._seen[i] = (weakref.ref(x), x.data_ptr())
+                self._seen[i] = (weakref.ref(x), x.data_ptr(), x.stride())
         return inputs if changed is None else changed
 
     def _refuse(self, i: int, x: torch.Tensor) -> None:
@@ -75,6 +75,8 @@ class _Spec:
         return x.dim() == self.rank and all(d is None or d == n for d, n in zip(self.shape, x.shape))
 
     def has_layout(self, x: torch.Tensor) -> bool:
+        if x.is_neg() or x.is_conj():  # the memory holds something else than the values
+            return False
         if self.any_layout:
             return True
         if self.strides is None:
@@ -82,6 +84,7 @@ class _Spec:
         return all(n <= 1 or a == b for n, a, b in zip(x.shape, x.stride(), self.strides)) or x.numel() == 0
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.resolve_neg().resolve_conj()
         if self.strides is None:
             return x.contiguous()
         out = torch.empty_strided(x.shape, self.strides, dtype=x.dtype, device=x.device)  # type: ignore[arg-type]

@@ -175,6 +175,7 @@ class ProgramWriter:
         self.lines.append(call + where)
 
     def _check(self, check: IndexCheck, operand: str) -> str:
+        operand += "".join(view_expression(n) for n in check.views)
         return f"check_index({operand}, {expression(check.low)}, {expression(check.high)}, {check.error.__name__})"
 
     def _result(self, v: Value, i: int) -> str:

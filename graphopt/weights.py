@@ -1,6 +1,6 @@
 """Staged values at run time: computed from the weights once, kept, and computed again when a weight has changed.
 
-A weight counts as changed when another tensor object arrives in its place, when its storage moved (``p.data = ...``), or
+A weight counts as changed when another tensor object arrives in its place, when its storage moved (``p.data = ...``) or is seen in other strides (``p.data = p.data.t()``), or
 when its version counter advanced (any in-place operation, ``load_state_dict``). Writing in place through ``p.data`` or
 NumPy leaves none of these traces; on the CPU a few words of every weight are compared as well, which shows every write to
 a whole tensor. A write to a few elements alone, through ``p.data`` or NumPy, can go unseen: call
@@ -24,12 +24,13 @@ _MOST_ENTRIES = 64  # one entry a set of weights: layers that share one compiled
 class _Entry:
     """Staged values of one set of weights."""
 
-    __slots__ = ("pointers", "probes", "refs", "seen", "values", "versions")
+    __slots__ = ("pointers", "probes", "refs", "seen", "strides", "values", "versions")
 
     def __init__(self, weights: Sequence[torch.Tensor], values: list[torch.Tensor]) -> None:
         self.refs = [weakref.ref(w) for w in weights]
         self.pointers = [w.data_ptr() for w in weights]
         self.versions = [w._version for w in weights]
+        self.strides = [w.stride() for w in weights]
         self.values = values
         self.probes = [probe for w in weights for probe in _probes(w)]
         self.seen = [p.value for p in self.probes]
@@ -38,8 +39,8 @@ class _Entry:
         return all(r() is w for r, w in zip(self.refs, weights))
 
     def is_current(self, weights: Sequence[torch.Tensor]) -> bool:
-        for r, p, v, w in zip(self.refs, self.pointers, self.versions, weights):
-            if r() is not w or w._version != v or w.data_ptr() != p:
+        for r, p, v, s, w in zip(self.refs, self.pointers, self.versions, self.strides, weights):
+            if r() is not w or w._version != v or w.data_ptr() != p or w.stride() != s:
                 return False
         return [p.value for p in self.probes] == self.seen  # only now: the pointers are known to be alive
 
