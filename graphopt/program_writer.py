@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from graphopt.bounds import IndexCheck
+from graphopt.guards import InputError
 from graphopt.ir import dims
-from graphopt.ir.graph import Node, Value
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.interpreter import restride
 from graphopt.ir.types import TensorType, f32
 from graphopt.lower import KernelStep, LibraryStep, Lowered, Step, ViewStep, kernel_operand_types, may_alias
@@ -64,7 +65,7 @@ class ProgramWriter:
         self.lowered, self.kernels, self.library = lowered, kernels, library
         self.namespace: dict[str, Any] = {
             "empty": torch.empty, "restride": restride, "check_index": check_index, "torch": torch, "device": device,
-            "contiguous": _contiguous,
+            "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes,
         }  # fmt: skip
         self.names: dict[Value, str] = {}
         self.places: dict[Value, Place] = {}
@@ -155,8 +156,45 @@ class ProgramWriter:
             head.append(f"    {', '.join(f'w{i}' for i in range(len(self.staged)))}, = staged")
         if self.arena:
             head.append(f"    {', '.join(f't{i}' for i in range(len(self.arena)))}, = arena")
-        head += [f"    s_{s} = sizes['{s}']" for s in sorted(graph.symbols) if any(f"s_{s}" in line for line in [*self.lines, returned])]
+        checks = self._size_checks() if kernel else []
+        lines = [*self.lines, returned, *checks]
+        head += [f"    s_{s} = sizes['{s}']" for s in sorted(graph.symbols) if any(f"s_{s}" in line for line in lines)]
+        if checks:
+            head.append(f"    if not ({' and '.join(checks)}): refuse_sizes(inputs)")
         return "\n".join([*head, *(f"    {line}" for line in self.lines), f"    {returned}"]) + "\n"
+
+    def _refuse_sizes(self, inputs: Sequence[torch.Tensor]) -> None:
+        graph = self.lowered.graph
+        given = ", ".join(f"{v.hint or i}: {list(x.shape)}" for i, (v, x) in enumerate(zip(graph.inputs, inputs)))
+        wanted = ", ".join(f"{v.hint or i}: {v.type}" for i, v in enumerate(graph.inputs))
+        spans = ", ".join(f"{r.lo} <= {s}" + (f" <= {r.hi}" if r.hi is not None else "") for s, r in graph.symbols.items())
+        raise InputError(f"the sizes ({given}) do not fit the program, which was compiled for ({wanted}) where {spans}")
+
+    def _size_checks(self) -> list[str]:
+        """Conditions on symbolic sizes: kernels read by one input's size what another one holds.
+
+        torch.export takes a size to be 2 or more, and lets a call pass 0 or 1 all the same: so does this, but for sizes of
+        axes that are cut or indexed, where elements that do not exist would be read.
+        """
+        graph = self.lowered.graph
+        cut = _cut_sizes(graph)
+        bound: dict[str, None] = {}
+        checks = []
+        for i, v in enumerate(graph.inputs):
+            for axis, d in enumerate(v.shape):
+                if isinstance(d, int):
+                    continue
+                if d.is_Symbol and d.name not in bound:
+                    bound[d.name] = None
+                else:
+                    checks.append(f"x{i}.shape[{axis}] == {expression(d)}")
+        for s in bound:
+            span = graph.symbols[s]
+            if span.lo > 2 or (span.lo > 0 and s in cut):
+                checks.append(f"s_{s} >= {span.lo}")
+            if span.hi is not None:
+                checks.append(f"s_{s} <= {span.hi}")
+        return checks
 
     def _kernel(self, step: KernelStep, kernel: KernelFunction, i: int) -> None:
         node = step.node
@@ -295,6 +333,19 @@ def _view_place(place: Place, node: Node) -> Place | None:
     if y._base is None and y is not x:
         return None  # a reshape that has to copy
     return Place(place.buffer, tuple(y.shape), y.stride(), place.offset + y.storage_offset())
+
+
+def _cut_sizes(graph: Graph) -> list[str]:
+    """The symbols in sizes of axes that are sliced, indexed or padded."""
+    found: list[dims.Dim] = []
+    for node in graph.nodes():
+        if node.body is not None:
+            found += [dims.symbol(s) for s in _cut_sizes(node.body)]
+        elif node.op.name in ("slice", "take", "gather"):
+            found.append(node.operands[0].shape[node.attrs["axis"]])
+        elif node.op.name == "pad":
+            found += node.operands[0].shape
+    return dims.free_symbols(found)
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Staged values at run time: computed from the weights once, kept, and computed again when a weight has changed.
 
-A weight counts as changed when another tensor object arrives in its place, when its storage moved (``p.data = ...``) or is seen in other strides (``p.data = p.data.t()``), or
-when its version counter advanced (any in-place operation, ``load_state_dict``). Writing in place through ``p.data`` or
-NumPy leaves none of these traces; on the CPU a few words of every weight are compared as well, which shows every write to
-a whole tensor. A write to a few elements alone, through ``p.data`` or NumPy, can go unseen: call
-:meth:`StagedValues.forget` (``refresh()`` of the compiled model) after that.
+A weight counts as changed when another tensor object arrives in its place, when its storage moved (``p.data = ...``) or
+is seen in other strides (``p.data = p.data.t()``), or when its version counter advanced (any in-place operation,
+``load_state_dict``). Writing in place through ``p.data`` or NumPy leaves none of these traces; on the CPU a few words
+of every weight are compared as well, which shows every write to a whole tensor. A write to a few elements alone,
+through ``p.data`` or NumPy, can go unseen: call :meth:`StagedValues.forget` (``refresh()`` of the compiled model) after
+that.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Why: attention, rope, group_norm and the like have no kernel of their own; their
 
 When: the op has an expansion and is not in ``keep``. A kept op over rows (softmax, layer_norm, mean, var ...) is expanded all
 the same if its rows are not the trailing axes: only there a kernel has a row at hand. Composites within an expansion are
-treated alike. Complex and 8-bit float composites are left to the library.
+treated alike. Complex and 8-bit float composites are left to the library. In f16 and bf16, what sums is expanded in f32 and
+rounded once at the end, as PyTorch does it.
 
 Numerics: the expansion is the op's definition; sums may be taken in another order (REASSOCIATES).
 Reference: Vasilache et al., "Composable and Modular Code Generation in MLIR", arXiv:2202.03293, on progressive lowering.
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 from graphopt.errors import UsageError, nearest
 from graphopt.ir import OPS, Listener, Trait
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.types import bf16, f16, f32
 from graphopt.pass_manager import Pass
 from graphopt.passes.fusion.roles import ROW_OPS, ROW_REDUCTIONS, fusable_dtype, rows_of
 from graphopt.rewrite import PassContext, Rewriter, erase_dead
 
+_STATISTICS = (*ROW_OPS, "mean", "var", "batch_norm", "group_norm")  # composites that sum, and so need the range and digits of f32
 _BY_ROWS = (*ROW_OPS, *ROW_REDUCTIONS)
 _ACTIVATIONS = tuple(name for name, op in OPS.items() if op.has(Trait.COMPOSITE) and op.has(Trait.POINTWISE))
 
@@ -65,6 +68,14 @@ class Expand(Pass):
         return None
 
 
+def _through_f32(rw: Rewriter, node: Node) -> Value:
+    """The expansion of a half-precision composite, in f32 and rounded once at the end, as PyTorch's kernels compute it."""
+    wide = rw.create(node.op.name, [rw.cast(v, f32) for v in node.operands], dict(node.attrs)).producer
+    out = rw.cast(rw.expand(wide), node.results[0].dtype)
+    rw.graph.erase(wide)
+    return out
+
+
 class _Created(Listener):
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -78,7 +89,8 @@ def _expand(g: Graph, node: Node) -> list[Node]:
     created = _Created()
     g.listeners.append(created)
     try:
-        new = Rewriter(g, node).expand(node)
+        rw = Rewriter(g, node)
+        new = _through_f32(rw, node) if node.op.name in _STATISTICS and node.results[0].dtype in (f16, bf16) else rw.expand(node)
     finally:
         g.listeners.remove(created)
     g.replace(node.results[0], new)

@@ -115,7 +115,7 @@ def evaluate(dim: Dim, bindings: Mapping[str, int]) -> int:
     """The size under concrete bindings. Raises GraphoptError for an unbound symbol."""
     if isinstance(dim, int):
         return dim
-    value = dim.subs({symbol(k): v for k, v in bindings.items()})
+    value = dim.subs({symbol(k): v for k, v in bindings.items()}).doit()
     if not value.is_Integer:
         missing = ", ".join(sorted(s.name for s in value.free_symbols)) or str(value)
         raise GraphoptError(f"size {format_dim(dim)} has no value: {missing} is not bound")

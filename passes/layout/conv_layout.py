@@ -136,6 +136,8 @@ class _Walk:
         shape = (*[1] * (rank - v.type.rank), *v.shape)
         if v.type.rank == 0:
             return v
+        if v in self.twins and v.type.rank == rank:  # it gives the result its rank, even where it has the shape of a vector
+            return self.twins[v]
         if all(d == 1 for d in (shape[0], *shape[2:])):  # a vector over the channels
             return rw.reshape(v, shape=(shape[1],))
         if v.type.rank == rank:

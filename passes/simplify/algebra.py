@@ -188,6 +188,8 @@ class CollectTerms(Rule):
     numerics = Numerics.REASSOCIATES
 
     def check(self, m: Match) -> Reject | None:
+        if m[x].dtype.is_float and m[c] * m[d] < 0:
+            return Reject("terms of opposite signs cancel: (x + c) - c rounds x, and programs rely on that", m.root)
         return _fits(m, m[c] + m[d])
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:

@@ -68,6 +68,7 @@ NEVER: dict[str, tuple[str, Expression, str | None]] = {
     "not not of a number": ("f32[B]", lambda b, x: b.logical_not(b.logical_not(x)), None),
     "max and min do not merge": ("f32[B]", lambda b, x: b.minimum(b.maximum(x, 0.0), 6.0), None),
     "an overflowing constant": ("f32[B]", lambda b, x: b.mul(b.mul(x, 1e30), 1e30), "out of the range"),
+    "rounding by a large constant": ("f32[B]", lambda b, x: b.add(b.add(x, 12582912.0), -12582912.0), "opposite signs"),
     "a sum that is used": ("f32[B]", lambda b, x: ((y := b.add(x, 1.0)), b.add(y, 2.0)), "other uses"),
     "factors that broadcast": (
         "f32[B, 4] f32[4] f32[B, 4]", lambda b, x, y, z: b.add(b.mul(x, z), b.mul(y, z)), "differ in shape",

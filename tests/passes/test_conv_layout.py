@@ -161,3 +161,11 @@ def test_what_is_no_weight_is_not_packed() -> None:
     assert not PackFilters().run(g, PassContext(target=Target("cuda", "sm_90")))
     with pytest.raises(GraphoptError, match="positive"):
         PackFilters(width=0).run(g, PassContext())
+
+
+def test_an_output_of_one_pixel_keeps_its_rank() -> None:
+    check_pass(ConvLayout(), """graph @g(%x: f32[1, 2, 3, 3], weight %w: f32[4, 2, 3, 3], weight %b: f32[4, 1, 1]) -> f32[1, 4, 1, 1] {
+      %0: f32[1, 4, 1, 1] = conv(%x, %w) {stride = [1, 1], padding = [0, 0], dilation = [1, 1]}
+      %1: f32[1, 4, 1, 1] = add(%0, %b)
+      return %1
+    }""")

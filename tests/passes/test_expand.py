@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from fusing import run
 
 from graphopt.errors import UsageError
-from graphopt.ir import Graph, parse_graph
+from graphopt.ir import Graph, evaluate, parse_graph
 from graphopt.pass_manager import make_pass, run_passes
 from graphopt.passes.expand import Expand
 from graphopt.testing import check_pass
@@ -79,3 +80,19 @@ def test_keep_is_an_option() -> None:
     assert "erf" in ops(g) and "gelu" not in ops(g)
     with pytest.raises(UsageError, match="did you mean 'softmax'"):
         run_passes(g, [Expand(keep=("sofmax",))])
+
+
+def test_half_precision_sums_are_expanded_in_f32() -> None:
+    before = """graph @g(%x: bf16[64, B]) -> bf16[64, B]
+    where 1 <= B {
+      %0: bf16[64, B] = log_softmax(%x) {axis = 0}
+      return %0
+    }"""
+    g = parse_graph(before)
+    run_passes(g, [Expand()])
+    assert [str(n.result.dtype) for n in g if n.name in ("exp", "sum", "log", "max")] == ["f32"] * 4
+    x = torch.randn(64, 5) * 4
+    exact = torch.log_softmax(x.bfloat16().double(), 0)
+    (mine,) = evaluate(g, [x.bfloat16()])
+    eager = torch.log_softmax(x.bfloat16(), 0)
+    assert (mine.double() - exact).abs().max() <= 1.01 * (eager.double() - exact).abs().max()
