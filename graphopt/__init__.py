@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from graphopt.model import CompiledModel, compile
     from graphopt.options import Options
     from graphopt.report import Report, clear_reports, reports
+    from graphopt.weights import refresh
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "CompiledModel": "graphopt.model", "compile": "graphopt.model", "Options": "graphopt.options", "Report": "graphopt.report",
-    "reports": "graphopt.report", "clear_reports": "graphopt.report",
+    "reports": "graphopt.report", "clear_reports": "graphopt.report", "refresh": "graphopt.weights",
 }  # fmt: skip
 
-__all__ = ["CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "reports"]
+__all__ = ["CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "refresh", "reports"]
 
 
 def __getattr__(name: str) -> Any:

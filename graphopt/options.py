@@ -51,6 +51,15 @@ class Options:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for name, kind in (("strict", bool), ("freeze", bool), ("name", str)):
+            if type(getattr(self, name)) is not kind:
+                raise UsageError(f"option {name}={getattr(self, name)!r} must be a {kind.__name__}")
+        if type(self.workers) is not int or self.workers < 0:
+            raise UsageError(f"option workers={self.workers!r} must be a nonnegative int")
+        if self.fuel is not None and (type(self.fuel) is not int or self.fuel < 0):
+            raise UsageError(f"option fuel={self.fuel!r} must be a nonnegative int or None")
+        if not isinstance(self.skip_rewrites, tuple) or not all(type(n) is int and n > 0 for n in self.skip_rewrites):
+            raise UsageError(f"option skip_rewrites={self.skip_rewrites!r} must be a list of rewrite numbers, from 1")
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):
             if value not in allowed:
                 raise UsageError(f"option {name}={value!r} is none of {', '.join(allowed)}{nearest(str(value), allowed)}")
@@ -69,7 +78,7 @@ class Options:
             given["verify"] = "each-pass" if given["verify"] else "off"
         if given.get("cache_dir") is not None:
             given["cache_dir"] = Path(given["cache_dir"]).expanduser()
-        if "skip_rewrites" in given:
+        if isinstance(given.get("skip_rewrites"), list):
             given["skip_rewrites"] = tuple(given["skip_rewrites"])
         return Options(**given)
 

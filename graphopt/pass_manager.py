@@ -156,6 +156,9 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
         if option not in known:
             having = ", ".join(known) or "none"
             raise UsageError(f"pass {name} has no option {option!r}{nearest(option, known)}; it has: {having}")
+        default = known[option].default
+        if isinstance(default, int | str | tuple) and not isinstance(options[option], type(default)):  # type: ignore[index]
+            raise UsageError(f"pass {name}: {option}={options[option]!r} must be a {type(default).__name__}, such as {default!r}")  # type: ignore[index]
     return PASSES[name](**(options or {}))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+_ALIVE: weakref.WeakSet[StagedValues] = weakref.WeakSet()
 _PROBES = 4  # words compared a weight: spread over the tensor, 50 ns each
 _MOST_ENTRIES = 64  # one entry a set of weights: layers that share one compiled graph alternate between their sets
 
@@ -75,6 +76,7 @@ class StagedValues:
         self._entries: list[_Entry] = []  # most recently used first
         self._lock = threading.Lock()
         self.computed = 0
+        _ALIVE.add(self)
 
     def get(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The values for these weights, in their present state."""
@@ -106,3 +108,12 @@ class StagedValues:
                 entry = _Entry(weights, self._compute(weights))
             self._entries = [entry, *kept][:_MOST_ENTRIES]
             return entry.values
+
+
+def refresh() -> None:
+    """Let every compiled model of this process compute what it folded from weights again, at its next call.
+
+    Needed only after writing to a few elements of a weight through ``.data`` or NumPy, which leaves no trace to be seen.
+    """
+    for staged in list(_ALIVE):
+        staged.forget()

@@ -148,3 +148,35 @@ def test_equal_regions_share_a_kernel() -> None:
     model = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(8, 8), nn.Tanh())])
     report = graphopt.compile(model, (X,)).report
     assert [(k.kind, k.calls) for k in report.kernels] == [("matmul", 3)]
+
+
+def test_an_unwritable_cache_warns_and_kernels_run_all_the_same(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        compiled = graphopt.compile(nn.Tanh(), (X,), cache_dir=blocked, strict=True)
+    torch.testing.assert_close(compiled(X), X.tanh())
+
+
+@pytest.mark.parametrize("options", [{"fuel": "3"}, {"fuel": -1}, {"skip_rewrites": "1,2"}, {"strict": "yes"}, {"workers": -1}, {"name": 3},
+                                     {"pipeline": "fuse{max_nodes=two}"}])  # fmt: skip
+def test_option_values_of_a_wrong_kind_are_usage_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        graphopt.compile(nn.Tanh(), (X,), **options)
+
+
+def test_a_file_that_is_no_program(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt2"
+    path.write_bytes(b"garbage")
+    with pytest.raises(UsageError, match="no exported program"):
+        graphopt.compile(path)
+
+
+def test_refresh_sees_what_leaves_no_trace() -> None:
+    model = nn.Linear(64, 64)
+    compiled = torch.compile(model, backend="graphopt")
+    x = torch.ones(2, 64)
+    compiled(x)
+    model.weight.data[3, 5] += 100
+    graphopt.refresh()
+    torch.testing.assert_close(compiled(x), model(x))

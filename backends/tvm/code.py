@@ -199,7 +199,7 @@ class Code:
         if held.startswith("float"):
             if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
                 value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
-        elif self.symbols and not self._in_vector:
+        elif hidden and not self._in_vector and not isinstance(value, tvm.ir.Call):
             # among symbolic sizes even hidden integers are reasoned about; what is read from memory is not, and LLVM
             # turns the memory into a register again
             cell = self.alloc(1, held, f"{name}_cell", scope="local")

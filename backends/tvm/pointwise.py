@@ -31,7 +31,7 @@ def _int_division(name: str, a: Any, b: Any, dtype: DType) -> Any:
     d = _divisor(b, dtype)
     if d == -1:  # the least integer has no negative: x86 would trap
         return (
-            unsigned(lambda x, one: tirx.bitwise_not(x) + one, a, constant(1, dtype), dtype)
+            unsigned(lambda x, zero: zero - x, a, constant(0, dtype), dtype)
             if name in ("floor_div", "trunc_div")
             else constant(0, dtype)
         )
@@ -100,7 +100,7 @@ class Ops:
     def _neg(self, a: list[Any], d: DType, raw: Any) -> Any:
         if d.is_float:
             return a[0] * tirx.const(-1.0, COMPUTE[d])
-        return unsigned(lambda x, one: tirx.bitwise_not(x) + one, a[0], constant(1, d), d)
+        return unsigned(lambda x, zero: zero - x, a[0], constant(0, d), d)
 
     def _abs(self, a: list[Any], d: DType, raw: Any) -> Any:
         if d.kind in "ub":

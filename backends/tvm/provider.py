@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.templates import entry_name
 from graphopt.errors import BuildError
 from graphopt.target import Target
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,30 @@ def _builder() -> KernelBuilder:
     return KernelBuilder()
 
 
+@cache
+def writable(cache_dir: Path) -> Path:
+    """The folder, made if need be; where that cannot be written, one that lasts as long as the process, with a warning."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir):
+            return cache_dir
+    except OSError as error:
+        folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+        _FOLDERS.append(folder)
+        warnings.warn(f"kernels cannot be kept in {cache_dir} ({error.strerror}); they are built anew in each process", stacklevel=2)
+        return Path(folder.name)
+
+
 def prestart(cache_dir: Path, target: Target, workers: int) -> None:
     """Start build processes if there is nothing in the cache yet, so that they get ready while the passes run."""
-    if not any(cache_dir.glob("*.json")):
+    if not any(writable(cache_dir).glob("*.json")):
         _builder().prestart(workers or target.cores)
 
 
 def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,
                   progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact | BuildError]:  # fmt: skip
     """Kernels for jobs, in order; for one that could not be built or loaded, the error."""
+    cache_dir = writable(cache_dir)
     cache = KernelCache(cache_dir)
     state = {job: "hit" if cache.find(*job, target) else f"built: {cache.why_missing(*job, target)}" for job in jobs}
     tell = (lambda done, total: progress("build kernels", done, total)) if progress else None

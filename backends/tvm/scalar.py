@@ -108,18 +108,66 @@ def _nonzero(x: Any, dtype: DType) -> Any:
 
 
 def unsigned(fn: Callable[[Any, Any], Any], a: Any, b: Any, dtype: DType) -> Any:
-    if dtype.kind == "u":
-        return fn(a, b)
-    name = COMPUTE[dtype]
-    lanes = str(a.ty.dtype).partition("x")[2]  # vectors come here from the joining of partial results
-    name += f"x{lanes}" if lanes else ""
+    """``fn``, of sums, differences and products, with wrap-around.
 
-    def bits(x: Any) -> Any:
-        if isinstance(x, tirx.IntImm):
-            return tirx.const(int(x.value) % (1 << dtype.bits), f"u{COMPUTE[dtype]}")
-        return tirx.reinterpret(f"u{name}", x)
+    TVM marks 32 and 64 bit arithmetic as not overflowing, signed (nsw) and unsigned (nuw); LLVM relies on that. So i32 is
+    computed in i64, and i64 such that no operation carries out.
+    """
+    if dtype.bits < 32:
+        if dtype.kind == "u":
+            return fn(a, b)
+        return _as(fn(_as(a, f"u{COMPUTE[dtype]}"), _as(b, f"u{COMPUTE[dtype]}")), COMPUTE[dtype])
+    if dtype.bits == 32:
+        return _convert(fn(_convert(a, "int64"), _convert(b, "int64")), "int32")
+    return _as(fn(_Wrapping(_as(a, "uint64")), _Wrapping(_as(b, "uint64"))).bits, "int64")
 
-    return tirx.reinterpret(name, fn(bits(a), bits(b)))
+
+def _lanes(x: Any) -> str:
+    lanes = str(x.ty.dtype).partition("x")[2]  # vectors come here from the joining of partial results
+    return f"x{lanes}" if lanes else ""
+
+
+def _as(x: Any, name: str) -> Any:
+    """The same bits as another type."""
+    if isinstance(x, tirx.IntImm) and name.startswith("u"):
+        return tirx.const(int(x.value) % (1 << int(name[4:])), name)
+    return tirx.reinterpret(name + _lanes(x), x)
+
+
+def _convert(x: Any, name: str) -> Any:
+    return x.astype(name + _lanes(x))
+
+
+class _Wrapping:
+    """64 bits that are added, subtracted and multiplied without an operation that overflows."""
+
+    def __init__(self, bits: Any) -> None:
+        self.bits = bits
+
+    def __add__(self, other: _Wrapping) -> _Wrapping:
+        low = tirx.bitwise_and(self.bits, _LOW) + tirx.bitwise_and(other.bits, _LOW)
+        return _Wrapping(tirx.bitwise_xor(low, tirx.bitwise_and(tirx.bitwise_xor(self.bits, other.bits), _HIGH)))
+
+    def __sub__(self, other: _Wrapping) -> _Wrapping:
+        low = tirx.bitwise_or(self.bits, _HIGH) - tirx.bitwise_and(other.bits, _LOW)
+        differ = tirx.bitwise_xor(self.bits, tirx.bitwise_not(other.bits))
+        return _Wrapping(tirx.bitwise_xor(low, tirx.bitwise_and(differ, _HIGH)))
+
+    def __mul__(self, other: _Wrapping) -> _Wrapping:
+        al, ah, bl, bh = (f(x.bits) for x in (self, other) for f in (_low_half, _high_half))
+        cross = _low_half(_low_half(al * bh) + _low_half(ah * bl))
+        return _Wrapping(al * bl) + _Wrapping(tirx.shift_left(cross, _HALF))
+
+
+_LOW, _HIGH, _HALF = tirx.const((1 << 63) - 1, "uint64"), tirx.const(1 << 63, "uint64"), tirx.const(32, "uint64")
+
+
+def _low_half(x: Any) -> Any:
+    return tirx.bitwise_and(x, tirx.const((1 << 32) - 1, "uint64"))
+
+
+def _high_half(x: Any) -> Any:
+    return tirx.shift_right(x, _HALF)
 
 
 def extreme(a: Any, b: Any, d: DType, larger: bool) -> Any:

@@ -100,7 +100,10 @@ def _program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_
     if isinstance(model, str | Path):
         if not Path(model).is_file():
             raise UsageError(f"there is no file {model}")
-        return torch.export.load(model)
+        try:
+            return torch.export.load(model)
+        except Exception as error:  # a zip without a program, no zip at all, another version: each raises its own
+            raise UsageError(f"{model} is no exported program (torch.export.save writes one): {type(error).__name__}") from error
     try:
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)

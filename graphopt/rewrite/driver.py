@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from graphopt.errors import GraphoptError
+from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Listener, Node, Value
 from graphopt.rewrite.context import PassContext
 from graphopt.rewrite.pattern import Match, Matcher
@@ -129,11 +130,23 @@ def _rewrite(graph: Graph, rule: Rule, match: Match, ctx: PassContext, number: i
     ctx.passed(rule.name, rule.equation, root, number)
     try:
         new = rule.rewrite(match, Rewriter(graph, root))
+        _check_result(rule, root, new)
     except GraphoptError as error:
         error.add_note(f"in rule {rule.name} at {root!r}" + (f" ({root.loc})" if root.loc else ""))
         raise
+    except Exception as error:  # a fault of the rule's author: say whose it is
+        raise GraphoptError(f"rule {rule.name} of pass {ctx.pass_name} failed at {root!r}: {type(error).__name__}: {error}") from error
     graph.replace(root.results[0], new)
     erase_dead(graph, root)
+
+
+def _check_result(rule: Rule, root: Node, new: object) -> None:
+    """A rule must give a value of the root's own type."""
+    if not isinstance(new, Value):
+        raise GraphoptError(f"rule {rule.name}: rewrite returned {new!r}, not a Value; is a `return` missing?")
+    old = root.results[0]
+    if new.dtype != old.dtype or not dims.same_shape(new.shape, old.shape, root.graph.symbols):
+        raise GraphoptError(f"rule {rule.name}: rewrite gives {new.type.logical} in the place of {old.type.logical}")
 
 
 def erase_dead(graph: Graph, node: Node) -> None:
