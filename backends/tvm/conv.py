@@ -229,7 +229,8 @@ class ConvKernel:
             whole = code.bind_index(tirx.truncdiv(i64(left), i64(n)), "q")
             at.append(code.bind_index(left - whole * n, "p"))
             left = whole
-        return [left, *reversed(at)]
+        first: Index = 0 if self.out[0] == 1 else left  # an axis of size 1 is read at 0 by what broadcasts
+        return [first, *reversed(at)]
 
     def _start(self, row: Index, group: Index) -> Index:
         """Where the first product of a pixel lies in the image."""
@@ -324,7 +325,7 @@ class ConvKernel:
 
         def source(asked: Sequence[Index]) -> Any:
             if not all(self.code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                raise BuildError("the convolution is used at another place than its own")
+                raise BuildError(f"the convolution is used at {list(asked)}, not at its own place {index}")
             return value
 
         sources: dict[Value, Source] = {self.form.node.result: source}

@@ -230,3 +230,12 @@ def test_a_network_needs_no_library(dynamic: bool, tmp_path) -> None:
         for shape in [(2, 3, 50, 50), (3, 3, 33, 33)][: 1 + dynamic]:
             x = torch.randn(shape)
             torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_one_image_of_unknown_size() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 7, stride=2, padding=3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3)).eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="graphopt", dynamic=True, options={"strict": True})
+        for size in (21, 34):
+            x = torch.randn(1, 3, size, size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
