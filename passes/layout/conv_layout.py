@@ -85,6 +85,8 @@ class _Walk:
             return None if node.attrs["channels_last"] else lambda rw: self._conv(rw, node)
         if len(node.results) != 1 or not any(v in self.twins for v in node.operands):
             return None
+        if name == "max_pool" and node.attrs["channels_last"]:  # it takes axis 1 for space already
+            return None
         if node.op.has(Trait.POINTWISE):
             return (lambda rw: self._pointwise(rw, node)) if self._lined_up(node) else None
         if name in _REDUCTIONS:

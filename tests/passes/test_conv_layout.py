@@ -169,3 +169,13 @@ def test_an_output_of_one_pixel_keeps_its_rank() -> None:
       %1: f32[1, 4, 1, 1] = add(%0, %b)
       return %1
     }""")
+
+
+def test_a_channels_last_pool_of_what_a_conv_gives_stays() -> None:
+    check_pass(ConvLayout(), """graph @g(%x: f32[B, 4, 6], weight %w: f32[2, 4, 1]) -> f32[B, 2, 5] where 1 <= B {
+      %0: f32[B, 2, 6] = conv(%x, %w) {stride = [1], padding = [0], dilation = [1]}
+      %1: f32[B, 1, 6] = max_pool(%0) {kernel = [2], stride = [1], padding = [0], dilation = [1], channels_last = true}
+      %2: f32[B, 1, 5] = slice(%1) {axis = 2, stop = 5}
+      %3: f32[B, 2, 5] = broadcast_to(%2) {shape = [B, 2, 5]}
+      return %3
+    }""")
