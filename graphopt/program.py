@@ -44,8 +44,7 @@ class Program:
         self._layout = writer.arena
         self._buffers = writer.buffers
         self._arenas: list[list[torch.Tensor]] = []
-        used = dict.fromkeys(v for node in lowered.staged for v in node.operands)
-        self._weights = [v.index for v in lowered.graph.inputs if v in used]
+        self._weights = [v.index for v in staged_weights(lowered)]
         self.staged = StagedValues(_StagedCompute(lowered, writer.staged, library)) if writer.staged else None
         self._guard = InputGuard(lowered.graph, device) if kernels else None
         self._symbols = bool(lowered.graph.symbols)
@@ -102,12 +101,17 @@ def bind_symbols_fast(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mappi
     return bind_symbols(graph, [x.shape for x in inputs], bound) if any(s not in bound for s in used) else bound
 
 
+def staged_weights(lowered: Lowered) -> list[Value]:
+    """The inputs that staged values are computed from, in order."""
+    used = dict.fromkeys(v for node in lowered.staged for v in node.operands)
+    return [v for v in lowered.graph.inputs if v in used]
+
+
 class _StagedCompute:
     """Computes the staged values that a program uses, by library calls; contiguous where a kernel reads them."""
 
     def __init__(self, lowered: Lowered, wanted: Sequence[tuple[Value, bool]], library: Callable[[Node], Call]) -> None:
-        used = dict.fromkeys(v for node in lowered.staged for v in node.operands)
-        self._inputs = [v for v in lowered.graph.inputs if v in used]
+        self._inputs = staged_weights(lowered)
         self._calls = [(node, library(node)) for node in lowered.staged]
         self._wanted = wanted
 
