@@ -17,7 +17,7 @@ from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.eager import LibraryCall
 from graphopt.capture.captured import Captured, TensorArgument, Uncapturable, ValueResult, bind_sizes, make_result
 from graphopt.capture.fx import capture_fx
-from graphopt.errors import BuildError, FallbackError
+from graphopt.errors import BuildError, FallbackError, UsageError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.hashing import canonical_text
@@ -25,6 +25,7 @@ from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
 from graphopt.options import Options
 from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
+from graphopt.profile import Profile, profile
 from graphopt.program import Program, bind_symbols_fast
 from graphopt.report import Fallback, KernelInfo, Report, record
 from graphopt.target import Target, detect
@@ -49,8 +50,7 @@ class CompiledGraph:
 
     def __call__(self, args: list[Any]) -> list[Any]:
         captured = self.captured
-        inputs = [args[p] if p is not None else captured.constants[i] for i, p in enumerate(self._order)]
-        sizes = bind_symbols_fast(captured.graph, inputs, bind_sizes(captured, args)) if self._has_sizes else {}
+        inputs, sizes = self.operands(args)
         with torch.no_grad():
             outputs = self.program(inputs, sizes)
             if self._plain:
@@ -58,6 +58,17 @@ class CompiledGraph:
             for m in captured.mutations:
                 args[m.argument].copy_(outputs[m.output])
         return [make_result(r, args, outputs, sizes) for r in captured.results]
+
+    def operands(self, args: Sequence[Any]) -> tuple[list[torch.Tensor], dict[str, int]]:
+        """What the program takes for the runtime arguments: its inputs, and the values of its symbols."""
+        captured = self.captured
+        inputs = [args[p] if p is not None else captured.constants[i] for i, p in enumerate(self._order)]
+        return inputs, bind_symbols_fast(captured.graph, inputs, bind_sizes(captured, args)) if self._has_sizes else {}
+
+    def profile(self, args: Sequence[Any], runs: int = 20) -> Profile:
+        """Measure every call of the program; the arguments stay as they are."""
+        with torch.no_grad():
+            return profile(self.program, *self.operands(args), runs)
 
     def refresh(self) -> None:
         """Compute everything that depends on weights again at the next call."""
@@ -237,6 +248,10 @@ class LibraryGraph:
 
     def __call__(self, args: list[Any]) -> Any:
         return torch.fx.Interpreter(self._gm).boxed_run(args)
+
+    def profile(self, args: Sequence[Any], runs: int = 20) -> Profile:
+        """There are no calls to measure one by one."""
+        raise UsageError("the graph runs through library kernels as a whole: there is nothing to profile")
 
     def refresh(self) -> None:
         """Nothing is kept."""

@@ -11,6 +11,7 @@ import torch
 from graphopt.capture.export import ExportedGraph, exported_graph
 from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx
 from graphopt.options import Options
+from graphopt.profile import Profile
 from graphopt.report import Report
 
 
@@ -31,6 +32,10 @@ class CompiledModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self._exported.flatten(args, kwargs)
         return self._exported.unflatten(self._compiled(flat))
+
+    def profile(self, *args: Any, runs: int = 20, **kwargs: Any) -> Profile:
+        """What every call of the program costs on these arguments. Raises UsageError if there is no program."""
+        return self._compiled.profile(self._exported.flatten(args, kwargs), runs)
 
     def refresh(self) -> None:
         """Compute what was folded from weights again: after writing to a few elements of one through ``.data`` or NumPy."""

@@ -6,7 +6,11 @@ nothing that could be done before.
 
 from __future__ import annotations
 
+import copy
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +21,8 @@ from graphopt.ir.interpreter import bind_symbols
 from graphopt.lower import Lowered
 from graphopt.program_writer import Call, KernelFunction, ProgramWriter
 from graphopt.weights import StagedValues
+
+_CALL = re.compile(r"^(.*?\b)([kL]\d+)\(", re.MULTILINE)  # of a kernel or the library; at most one a line
 
 
 class Program:
@@ -33,14 +39,16 @@ class Program:
     Attributes:
         source: the generated text.
         plan: the arena's plan; None when no buffer has a static size.
+        graph: what the program computes.
+        calls: the steps that the text calls kernels or the library for, in order.
     """
 
     def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device) -> None:
         self.device = device
-        self._graph = lowered.graph
+        self.graph = lowered.graph
         writer = ProgramWriter(lowered, kernels, library, device)
         self.source = writer.write()
-        self.plan = writer.plan
+        self.plan, self.calls = writer.plan, writer.calls
         self._layout = writer.arena
         self._buffers = writer.buffers
         self._arenas: list[list[torch.Tensor]] = []
@@ -48,9 +56,31 @@ class Program:
         self.staged = StagedValues(_StagedCompute(lowered, writer.staged, library)) if writer.staged else None
         self._guard = InputGuard(lowered.graph, device) if kernels else None
         self._symbols = bool(lowered.graph.symbols)
-        namespace = dict(writer.namespace)
-        exec(compile(self.source, f"<graphopt program {lowered.graph.name}>", "exec"), namespace)
-        self._run: Callable[..., list[torch.Tensor]] = namespace["program"]
+        self._namespace = writer.namespace
+        self._run = self._compiled(self.source, self._namespace)
+
+    def _compiled(self, source: str, namespace: Mapping[str, Any]) -> Callable[..., list[torch.Tensor]]:
+        names = dict(namespace)
+        exec(compile(source, f"<graphopt program {self.graph.name}>", "exec"), names)
+        run: Callable[..., list[torch.Tensor]] = names["program"]
+        return run
+
+    def wrapped(self, wrap: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Program:
+        """The same program over the same memory, each call of a kernel or the library made through a wrapper.
+
+        Args:
+            wrap: (position in ``calls``, what is called) -> what to call in its place.
+        """
+        namespace, count = dict(self._namespace), itertools.count()
+
+        def renamed(match: re.Match[str]) -> str:
+            i = next(count)
+            namespace[f"call{i}"] = wrap(i, self._namespace[match[2]])
+            return f"{match[1]}call{i}("
+
+        twin = copy.copy(self)
+        twin._run = self._compiled(_CALL.sub(renamed, self.source), namespace)
+        return twin
 
     def __call__(self, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int] | None = None) -> list[torch.Tensor]:
         """Run.
@@ -67,7 +97,7 @@ class Program:
         staged: Sequence[torch.Tensor] = ()
         if self.staged is not None:
             staged = self.staged.get([inputs[i] for i in self._weights])
-        bound = bind_symbols_fast(self._graph, inputs, sizes) if self._symbols else {}
+        bound = bind_symbols_fast(self.graph, inputs, sizes) if self._symbols else {}
         arena = self._arenas.pop() if self._arenas else self._make_arena()
         try:
             return self._run(inputs, staged, arena, bound)

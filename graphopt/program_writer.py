@@ -80,6 +80,7 @@ class ProgramWriter:
         self.storage = Storage()
         self.last_use: dict[Value, int] = {}
         self.lines: list[str] = []
+        self.calls: list[KernelStep | LibraryStep] = []  # in the order of their lines
         self._count = 0
 
     # --- analysis -----------------------------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ class ProgramWriter:
         if not all(r.type.is_static for r in node.results):  # an empty result needs no launch
             call = f"if {results[0]}.numel(): {call}"
         where = f"  # {node.loc}" if node.loc else ""
+        self.calls.append(step)
         self.lines.append(call + where)
 
     def _check(self, check: IndexCheck, operand: str) -> str:
@@ -249,6 +251,7 @@ class ProgramWriter:
 
     def _library(self, step: LibraryStep) -> None:
         node = step.node
+        self.calls.append(step)
         call = self._new("L")
         self.namespace[call] = self.library(node)
         operands = "".join(self._operand(v, False) + ", " for v in node.operands)

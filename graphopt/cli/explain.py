@@ -46,6 +46,7 @@ def explain(
     backend: Annotated[str, typer.Option(help="auto, tvm, or eager (library kernels only, nothing is built).")] = "auto",
     pipeline: Annotated[str | None, typer.Option("--pipeline", "-p", help="Other passes than the default: a,b{option=1}.")] = None,
     show: Annotated[list[str] | None, typer.Option(help="Also print: before, after (the IR), program. May be given again.")] = None,
+    profile: Annotated[bool, typer.Option(help="Run it, and tell what every call costs.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Lines of each kind at most.")] = 20,
 ) -> None:
     """Compile a model and print the report: passes, kernels, library fallbacks with source lines, remarks.
@@ -62,6 +63,7 @@ def explain(
     graphopt explain model.pt2 --remarks all            what was done, too
     graphopt explain model.py:make --verify each-pass   every pass checked against f64
     graphopt explain model.py:make --show after         the IR that kernels are made from
+    graphopt explain model.py:make --profile            time, GFLOP/s and GB/s of every kernel
     graphopt explain model.py:make --json > report.json
     """
     wanted = _sections(show or [])
@@ -76,6 +78,8 @@ def explain(
     typer.echo(report.summary(remarks=remarks.value, limit=limit), nl=False)
     for title, text in wanted.items():
         typer.echo(f"\n// {title}\n{getattr(report, text)}")
+    if profile:
+        typer.echo("\n" + compiled.profile(*args, **kwargs).table(limit), nl=False)
 
 
 @contextmanager

@@ -1,0 +1,179 @@
+"""What each call of a compiled program costs: time, arithmetic and memory traffic, call by call.
+
+The program runs as it always does, with a clock around every kernel and library call; what is left of a whole run's time is
+what happens between them. A kernel that stands in a program is measured among its neighbours: its operands are where they
+left them, in a cache or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from math import prod
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Graph, Node
+from graphopt.lower import KernelStep
+from graphopt.program import Program, bind_symbols_fast
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """One call of a program.
+
+    Attributes:
+        what: operands and result of the heaviest operation, or the operations' names.
+        kind: family of the kernel, or ``library``.
+        seconds: median of the runs.
+        flops: additions and multiplications of matrix products and convolutions.
+        bytes: what must be read and written at least: each operand and each result once.
+        loc: the user's source line.
+    """
+
+    what: str
+    kind: str
+    seconds: float
+    flops: int
+    bytes: int
+    loc: str
+
+    @property
+    def gflops(self) -> float:
+        """10^9 floating-point operations a second."""
+        return self.flops / self.seconds / 1e9
+
+    @property
+    def gbytes(self) -> float:
+        """10^9 bytes a second."""
+        return self.bytes / self.seconds / 1e9
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The calls of a program, in order.
+
+    Attributes:
+        seconds: a whole run without clocks inside, median.
+    """
+
+    calls: tuple[CallCost, ...]
+    seconds: float
+
+    def table(self, limit: int = 30, width: int = 140) -> str:
+        """Text for people: the dearest calls first, equal ones together."""
+        groups: dict[tuple[str, str], list[CallCost]] = {}
+        for c in self.calls:
+            groups.setdefault((c.kind, c.what), []).append(c)
+        inside = sum(c.seconds for c in self.calls)
+        title = f"a run {self.seconds * 1e3:.2f} ms; {len(self.calls)} calls {inside * 1e3:.2f} ms, with their clocks"
+        table = Table("kind", "computes", "calls", "us", "share", "GFLOP/s", "GB/s", title=title, title_justify="left")
+        ranked = sorted(groups.items(), key=lambda item: -sum(c.seconds for c in item[1]))
+        for (kind, what), found in ranked[:limit]:
+            total = sum(c.seconds for c in found)
+            flops = f"{sum(c.flops for c in found) / total / 1e9:.0f}" if found[0].flops else ""
+            gbytes = f"{sum(c.bytes for c in found) / total / 1e9:.1f}"
+            table.add_row(kind, what, str(len(found)), f"{total / len(found) * 1e6:.1f}", f"{total / inside:.1%}", flops, gbytes)
+        if len(ranked) > limit:
+            left = sum(c.seconds for _, found in ranked[limit:] for c in found)
+            table.add_row("", f"... and {len(ranked) - limit} more", "", "", f"{left / inside:.1%}", "", "")
+        console = Console(file=StringIO(), width=width, highlight=False, color_system=None)
+        console.print(table)
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue()
+
+
+def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int] | None = None, runs: int = 20) -> Profile:
+    """Run a program and measure every call of it.
+
+    Args:
+        inputs, sizes: as the program takes them.
+        runs: runs with clocks, and as many without, in turns.
+    """
+    graph = program.graph
+    bound = bind_symbols_fast(graph, inputs, sizes) if graph.symbols else {}
+    times: list[list[float]] = [[] for _ in program.calls]
+
+    def clocked(i: int, call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args)
+            times[i].append(time.perf_counter() - start)
+            return result
+
+        return run
+
+    watched, whole = program.wrapped(clocked), []
+    for _ in range(2):
+        watched(inputs, sizes)
+        program(inputs, sizes)
+    for seen in times:
+        seen.clear()
+    for _ in range(runs):
+        watched(inputs, sizes)
+        start = time.perf_counter()
+        program(inputs, sizes)
+        whole.append(time.perf_counter() - start)
+    calls = []
+    for step, seen in zip(program.calls, times, strict=True):
+        if seen:  # what has no elements is not called
+            node = step.node
+            kind, loc = step.workload.kind if isinstance(step, KernelStep) else "library", str(node.loc or "")
+            calls.append(CallCost(_describe(node, bound), kind, median(seen), _flops(node, bound), _bytes(node, bound), loc))
+    return Profile(tuple(calls), median(whole))
+
+
+def _body(node: Node) -> list[Node]:
+    return list(node.body.nodes()) if isinstance(node.body, Graph) else [node]
+
+
+def _numel(shape: Sequence[Dim], bound: Mapping[str, int]) -> int:
+    return prod(_sizes(shape, bound))
+
+
+def _sizes(shape: Sequence[Dim], bound: Mapping[str, int]) -> list[int]:
+    return [d if isinstance(d, int) else dims.evaluate(d, bound) for d in shape]
+
+
+def _flops(node: Node, bound: Mapping[str, int]) -> int:
+    total = 0
+    for n in _body(node):
+        if n.op.name == "matmul":
+            total += 2 * _numel(n.result.shape, bound) * _numel(n.operands[0].shape[-1:], bound)
+        elif n.op.name == "conv":
+            w = n.operands[1].shape
+            of_one = w[:-1] if n.attrs["channels_last"] else w[1:]
+            total += 2 * _numel(n.result.shape, bound) * _numel(of_one, bound)
+    return total
+
+
+def _bytes(node: Node, bound: Mapping[str, int]) -> int:
+    values = dict.fromkeys([*node.operands, *node.results])
+    return sum(_numel(v.shape, bound) * v.dtype.itemsize for v in values)
+
+
+def _describe(node: Node, bound: Mapping[str, int]) -> str:
+    def size(shape: Sequence[Dim]) -> str:
+        return "x".join(map(str, _sizes(shape, bound)))
+
+    body = _body(node)
+    heavy = [n for n in body if n.op.name in ("matmul", "conv")]
+    others = [n for n in body if n not in heavy and n.op.name not in ("constant", "reshape", "transpose", "slice", "broadcast_to")]
+    names = ", ".join(dict.fromkeys(n.op.name for n in others))
+    if not heavy:
+        ends = ", ".join(size(r.shape) for r in node.results)
+        return f"{node.attrs.get('target', names) or node.op.name} -> {ends}"
+    parts = []
+    for n in heavy:
+        stride = n.attrs["stride"][-1] if n.op.name == "conv" else 1
+        by = f" / {stride}" if stride > 1 else ""
+        parts.append(f"{n.op.name} {size(n.operands[0].shape)}{by} * {size(n.operands[1].shape)}")
+    return "; ".join(parts) + (f"; {names}" if names else "")
