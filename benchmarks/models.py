@@ -91,6 +91,45 @@ def llama(layers: int = 6, tokens: int = 128) -> Model:
     return redraw(_Only(LlamaModel(config), "last_hidden_state", "input_ids")), (_tokens(32000, tokens),)
 
 
+class _OneToken(nn.Module):
+    """One step of a decoder, with the keys and values of the tokens before as inputs.
+
+    ``forward(tokens [1, 1], keys, values, keys, values, ...)``, keys and values of each layer being
+    ``[1, key/value heads, tokens before, head size]``, gives the last hidden state, then the new token's keys and values of
+    each layer ``[1, key/value heads, 1, head size]``. The caller writes them into its cache: no system has to copy a cache
+    in order to return it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, *before: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        for layer, keys, values in zip(cache.layers, before[0::2], before[1::2], strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+        # copies, as a view would keep the keys and values of all tokens alive
+        return (out, *(x[:, :, -1:].clone() for layer in cache.layers for x in (layer.keys, layer.values)))
+
+
+def decode(layers: int = 6, before: int = 512) -> Model:
+    """One token of a Llama of width 1024 (16 heads, 4 key/value heads) after ``before`` others.
+
+    With 6 layers, 303.6 MB of weights are read a token (the embedding not counted, of which one row is read): that, at the
+    speed of memory, is the limit. The keys and values of 512 tokens add 6.3 MB.
+    """
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(hidden_size=1024, intermediate_size=3264, num_hidden_layers=layers, num_attention_heads=16,
+                         num_key_value_heads=4, vocab_size=32000)  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    cache = (torch.randn(1, 4, before, 64, generator=generator) for _ in range(2 * layers))
+    return redraw(_OneToken(LlamaModel(config))), (_tokens(32000, 1), *cache)
+
+
 def resnet50(size: int = 224) -> Model:
     """ResNet-50 v1.5."""
     from transformers import ResNetConfig, ResNetForImageClassification
@@ -137,5 +176,5 @@ def mobilenet(size: int = 224) -> Model:
 
 
 MODELS: dict[str, Callable[[], Model]] = {
-    f.__name__: f for f in (mlp, bert, gpt2, llama, t5, vit, swin, resnet50, convnext, mobilenet)
+    f.__name__: f for f in (mlp, bert, gpt2, llama, decode, t5, vit, swin, resnet50, convnext, mobilenet)
 }  # fmt: skip
