@@ -63,6 +63,18 @@ class Factor:
             j = self.code.least(j, self.columns - 1)
         return Expressions(self.args, {}).at(self.value, operand_index(lead, self.value, k, j))
 
+    def panel_start(self, lead: Sequence[Index], column: Index) -> tuple[Any, Index] | None:
+        """The buffer and the position where the panel from a column on begins; None unless it is contiguous in memory."""
+        if self.unit != "column" or not self.plain:
+            return None
+        places = []
+        for k in (0, 1):
+            probe = Expressions(self.args, {}, probe=True)
+            probe.at(self.value, operand_index(lead, self.value, k, column))
+            places.append(probe.reads[0])
+        (v, first), (_, second) = places
+        return (self.args.inputs[v], first) if self.code.equal(first + self.width, second) else None
+
     def copy(self, lead: Sequence[Index], column: Index, lanes: int, dtype: str) -> Any:
         """Write code that copies the panel from a column on; returns the scratch buffer, ``[K, width]``."""
         code = self.code

@@ -164,6 +164,7 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
         Param("nr", tuple(dict.fromkeys((nr, lanes, 2 * lanes, 3 * lanes)))),
         Param("unroll", (4, 1, 2, 8)),
         Param("group", tuple(dict.fromkeys((_row_group(node.result, mr, nr, t), 1, 4, 16, 64)))),
+        Param("prefetch", (True, False)),
         Param("parallel", (True, False)),
     )
 
@@ -190,7 +191,7 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.prepare import expand_rows
     from graphopt.backends.tvm.tile import TileKernel
 
-    return TileKernel(expand_rows(w.graph), s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["parallel"]).emit()
+    return TileKernel(expand_rows(w.graph), s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"]).emit()
 
 
 # --- convolution -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ stored, in rolled loops over its vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -25,6 +25,7 @@ from graphopt.backends.tvm.support import is_materialized
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
+LINE = 64  # bytes of a cache line
 BLOCK = 256  # terms that are summed before the sum is added to the total
 
 
@@ -34,11 +35,13 @@ class TileKernel:
     Args:
         rows, columns: the tile; columns are a multiple of lanes, or fewer than lanes.
         unroll: steps of the summed axis that are unrolled.
-        group: row tiles that share a copied panel of the second factor, where it has to be copied.
+        group: row tiles that a parallel step takes, with one panel of the second factor (copied once for them, where it must be).
+        prefetch: while a packed panel is used, bring the next one into the second-level cache, a part with every row tile.
     """
 
-    def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, group: int, parallel: bool) -> None:
-        self.graph, self.mr, self.nr, self.unroll, self.parallel = graph, rows, columns, unroll, parallel
+    def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, group: int, prefetch: bool,
+                 parallel: bool) -> None:  # fmt: skip
+        self.graph, self.mr, self.nr, self.unroll, self.prefetch, self.parallel = graph, rows, columns, unroll, prefetch, parallel
         self.lanes, self.vector = min(lanes, columns), lanes
         (self.node,) = [n for n in graph.nodes() if is_materialized(n)]
         self.code = Code(graph.symbols)
@@ -55,7 +58,7 @@ class TileKernel:
         vectors = self.vector > 1 and not (left.scalar_only or self.factor.scalar_only)
         self.dots = self.factor.unit == "depth" and one_tile and vectors
         self.copied = (self.factor.unit != "column" or self.factor.scalar_only) and not self.dots
-        self.group = group if self.copied else 1
+        self.group = group
 
     def emit(self) -> Code:
         code = self.code
@@ -69,10 +72,13 @@ class TileKernel:
             column = code.simplify(jo * self.nr)
             panel = self.factor.copy(lead, column, self.lanes, self.held) if self.copied else None
             first = code.simplify(go * self.group)
+            total = None if self.dots else code.alloc(self.mr * self.nr, self.held, "total")
             even = isinstance(tiles, int) and tiles % self.group == 0
             with code.loop(self.group if even else code.bind_index(code.least(tiles - first, self.group)), "serial", "io") as io:
-                row = code.simplify((first + io) * self.mr)
-                self._store(lead, row, column, self._sum(lead, row, column, panel))
+                tile_row = code.simplify(first + io)
+                row = code.simplify(tile_row * self.mr)
+                ahead = self._next_panel(lead, column, tile_row, tiles) if self.prefetch else None
+                self._store(lead, row, column, self._sum(lead, row, column, panel, ahead, total))
         return code
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
@@ -81,8 +87,32 @@ class TileKernel:
             return i
         return self.code.least(i, size - 1)
 
-    def _sum(self, lead: Sequence[Index], row: Index, column: Index, panel: Any) -> Any:
-        """Sum the tile; returns the buffer that holds it.
+    def _next_panel(self, lead: Sequence[Index], column: Index, tile: Index, tiles: Index) -> Callable[[Index], None] | None:
+        """What to do at a step of the summed axis to bring a row tile's part of the next panel nearer; None if panels are not
+        contiguous.
+
+        The hardware follows a panel that it has seen begin, but too late: a panel is read from memory while its first row
+        tile waits for it. Each row tile asks for an equal part of the panel after its own.
+        """
+        code, factor = self.code, self.factor
+        here = factor.panel_start(lead, column)
+        if here is None:
+            return None
+        buffer, start = here
+        line = LINE // factor.value.dtype.itemsize
+        lines = -(-self.nr * self.unroll // (line * tiles)) if isinstance(tiles, int) else 1
+        part = code.simplify(code.ceildiv(self.k, self.unroll) * (lines * line))
+        first = code.bind_index(code.simplify(start + self.k * self.nr + tile * part), "ahead")
+
+        def step(k: Index) -> None:
+            for q in range(lines):
+                code.prefetch(buffer, code.simplify(first + (code.div(k, self.unroll) * lines + q) * line))
+
+        return step
+
+    def _sum(self, lead: Sequence[Index], row: Index, column: Index, panel: Any, ahead: Callable[[Index], None] | None,
+             total: Any) -> Any:  # fmt: skip
+        """Sum the tile, into ``total``; returns the buffer that holds it. ``ahead`` is called once every ``unroll`` steps.
 
         A long sum is taken in blocks, so that its rounding error stays that of a library's.
         """
@@ -97,38 +127,40 @@ class TileKernel:
                 return self.factor.at(lead, k, code.simplify(column + j))
 
             return sum_dots(code, self.k, rows, self.nr, self.vector, self.node.result.dtype, self.held, left, right)
-        zero = tirx.const(0, self.held)
-        vectors = self.nr // self.lanes
-        acc = code.alloc(self.mr * self.nr, self.held, "acc")
-        line = code.alloc(self.nr, self.held, "line")
+        zero, nr = tirx.const(0, self.held), self.nr
+        # a row of accumulators a buffer: small enough to become registers, whatever else the loop does with memory
+        acc = [code.alloc(nr, self.held, "acc") for _ in rows]
+        line = code.alloc(nr, self.held, "line")
         blocked = not (isinstance(self.k, int) and self.k <= BLOCK)
-        total = code.alloc(self.mr * self.nr, self.held, "total") if blocked else acc
 
-        def everywhere(body: Any) -> None:
-            for q in range(self.mr * vectors):
-                with code.loop(self.lanes, "vectorized", "v") as v:
-                    body(code.simplify(q * self.lanes + v))
+        def everywhere(body: Callable[[Any, Index, Index], None]) -> None:
+            """``body(row's accumulators, place in them, place in the tile)`` for all vectors of the tile."""
+            for i, sums in enumerate(acc):
+                for u in range(0, nr, self.lanes):
+                    with code.loop(self.lanes, "vectorized", "v") as v:
+                        body(sums, code.simplify(u + v), code.simplify(i * nr + u + v))
 
         def step(k: Index) -> None:
             # the factor's vectors are read first; then a row's element is needed once, by neighbouring instructions, so that
             # accumulators, vectors and one broadcast element fit into the registers
-            for u in range(vectors):
+            for u in range(0, nr, self.lanes):
                 with code.loop(self.lanes, "vectorized", "v") as v:
-                    at = code.simplify(u * self.lanes + v)
-                    inside = code.load(panel, code.simplify(k * self.nr + at)) if panel is not None else None
+                    at = code.simplify(u + v)
+                    inside = code.load(panel, code.simplify(k * nr + at)) if panel is not None else None
                     code.store(line, at, inside if inside is not None else self.factor.at(lead, k, code.simplify(column + at)))
-            for i, r in enumerate(rows):
+            for sums, r in zip(acc, rows, strict=True):
                 x = code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a")
-                for u in range(vectors):
+                for u in range(0, nr, self.lanes):
                     with code.loop(self.lanes, "vectorized", "v") as v:
-                        at = code.simplify(u * self.lanes + v)
-                        held = code.simplify(i * self.nr + at)
-                        code.store(acc, held, code.load(acc, held) + x * code.load(line, at))
+                        at = code.simplify(u + v)
+                        code.store(sums, at, code.load(sums, at) + x * code.load(line, at))
 
         def span(first: Index, length: Index) -> None:
             whole = code.div(length, self.unroll)
             if not (isinstance(whole, int) and whole == 0):
                 with code.loop(whole, "serial", "k") as k:
+                    if ahead is not None:
+                        ahead(code.simplify(first + k * self.unroll))
                     for q in range(self.unroll):
                         step(code.simplify(first + k * self.unroll + q))
             rest = code.mod(length, self.unroll)
@@ -136,15 +168,17 @@ class TileKernel:
                 with code.loop(rest, "serial", "k") as k:
                     step(code.simplify(first + whole * self.unroll + k))
 
-        everywhere(lambda l: code.store(total, l, zero))
         if not blocked:
+            everywhere(lambda sums, p, _: code.store(sums, p, zero))
             span(0, self.k)
+            everywhere(lambda sums, p, q: code.store(total, q, code.load(sums, p)))
             return total
+        everywhere(lambda _, p, q: code.store(total, q, zero))
         with code.loop(code.ceildiv(self.k, BLOCK), "serial", "block") as block:
-            everywhere(lambda l: code.store(acc, l, zero))
+            everywhere(lambda sums, p, _: code.store(sums, p, zero))
             even = isinstance(self.k, int) and self.k % BLOCK == 0
             span(code.simplify(block * BLOCK), BLOCK if even else code.bind_index(code.least(self.k - block * BLOCK, BLOCK)))
-            everywhere(lambda l: code.store(total, l, code.load(total, l) + code.load(acc, l)))
+            everywhere(lambda sums, p, q: code.store(total, q, code.load(total, q) + code.load(sums, p)))
         return total
 
     def _packed_width(self) -> int:
