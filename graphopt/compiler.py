@@ -85,11 +85,11 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     """
     start = time.perf_counter()
     device = captured.device
-    target = detect() if device.type == "cpu" else Target(device.type, "unknown")
+    target = choose_target(device, options)
     backend, why_none = choose_backend(target, options)
     cache_dir = options.kernels_dir
     if backend is not None:
-        provider().prestart(cache_dir, target, options.workers)
+        provider().prestart(cache_dir, options.workers)
     graph = captured.graph
     report = Report(options.name or label, str(target), text_before=str(graph))
     optimize(graph, target, options, report)
@@ -136,6 +136,16 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
     report.passes, report.remarks = ctx.runs, ctx.remarks
     report.seconds["passes"] = time.perf_counter() - start
+
+
+def choose_target(device: torch.device, options: Options) -> Target:
+    """The device to compile for. Raises UsageError for a target whose kernels this machine cannot run."""
+    if device.type != "cpu":
+        return Target(device.type, "unknown")
+    target = Target.from_name(options.target)
+    if why := detect().lacks(target):
+        raise UsageError(f"kernels for target {options.target!r} cannot run here: {why}")
+    return target
 
 
 def choose_backend(target: Target, options: Options) -> tuple[Any, str]:

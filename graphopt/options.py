@@ -32,6 +32,7 @@ class Options:
             ``{"before": {"fuse": [MyPass()]}, "after": {...}, "replace": {...}}``.
         fuel: make at most this many rewrites; ``skip_rewrites``: leave out rewrites of these numbers.
         backend: ``auto``, ``tvm``, or ``eager`` (library kernels only: asked for, so no fallback).
+        target: the processor whose instructions kernels may use, such as ``cpu:x86-64-v3``; ``cpu`` for all that this one has.
         freeze: treat parameters and buffers as frozen in inference graphs; they are watched for changes.
         cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
         workers: processes that build kernels; 0 for one a core.
@@ -45,13 +46,14 @@ class Options:
     fuel: int | None = None
     skip_rewrites: tuple[int, ...] = ()
     backend: str = "auto"
+    target: str = "cpu"
     freeze: bool = True
     cache_dir: Path | None = None
     workers: int = 0
     name: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind in (("strict", bool), ("freeze", bool), ("name", str)):
+        for name, kind in (("strict", bool), ("freeze", bool), ("target", str), ("name", str)):
             if type(getattr(self, name)) is not kind:
                 raise UsageError(f"option {name}={getattr(self, name)!r} must be a {kind.__name__}")
         if type(self.workers) is not int or self.workers < 0:

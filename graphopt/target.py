@@ -1,10 +1,11 @@
 """What a device is: kind, architecture, features, cores, caches, bandwidth. Kernels are chosen for a Target, never for the build machine.
 
-``detect()`` describes this machine; ``Target.parse`` makes one from a name such as ``cpu`` or ``cuda:sm_90``.
+``detect()`` describes this machine; ``Target.from_name`` makes one from a name such as ``cpu:znver4`` or ``cuda:sm_90``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, nearest
+from graphopt.processors import PROCESSORS
 
-_VECTOR_BITS = (("avx512f", 512), ("avx2", 256), ("avx", 256), ("sve", 256), ("asimd", 128), ("sse2", 128))
+_VECTOR_BITS = (("avx512f", 512), ("avx2", 256), ("avx", 256))  # all others: 128, or as wide as SVE is
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Target:
         features: lower-case instruction-set features that kernels may use, sorted (e.g. ``avx512f``, ``avx512_vnni``).
         cores: physical cores that may be used.
         cache: bytes of L1d, L2 (a core) and L3 (shared).
+        sve_bits: width of the SVE registers; 0 without SVE, or where it is not known.
     """
 
     kind: str
@@ -36,11 +39,12 @@ class Target:
     features: tuple[str, ...] = ()
     cores: int = 1
     cache: tuple[int, int, int] = (32 << 10, 512 << 10, 8 << 20)
+    sve_bits: int = 0
 
     @property
     def vector_bits(self) -> int:
-        """Width of the widest vector registers."""
-        return next((bits for name, bits in _VECTOR_BITS if name in self.features), 128)
+        """Width of the widest vector registers. SVE of unknown width counts as NEON, which is always there beside it."""
+        return next((bits for name, bits in _VECTOR_BITS if name in self.features), max(128, self.sve_bits))
 
     def lanes(self, itemsize: int) -> int:
         """Elements of a size in bytes that one vector register holds."""
@@ -51,6 +55,15 @@ class Target:
         """Vector registers of the instruction set in use."""
         return 32 if self.arch == "aarch64" or self.vector_bits >= 512 else 16
 
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(rows, vectors of columns) of a matrix product's register tile.
+
+        Accumulators enough to hide the latency of the multiply-add, beside the vectors of one factor and an element of the
+        other: 8 by 3 of 32 registers, 6 by 2 of 16.
+        """
+        return (8, 3) if self.vector_registers == 32 else (6, 2)
+
     def panel_width(self, columns: int, itemsize: int) -> int:
         """Columns of a panel of a packed factor: one to four vectors (to three with 16 registers), as waste least.
 
@@ -59,8 +72,15 @@ class Target:
         lanes = self.lanes(itemsize)
         if columns <= lanes // 2:
             return 1 << (columns - 1).bit_length()
-        choices = (3, 4, 2, 1) if self.vector_registers == 32 else (3, 2, 1)
+        choices = (3, 4, 2, 1) if self.vector_registers == 32 else (2, 3, 1)
         return lanes * min(choices, key=lambda v: -(-columns // (v * lanes)) * v)
+
+    @property
+    def bf16_products(self) -> str:
+        """How products of bf16 are best summed in f32: ``amx`` (tiles), ``dot`` (pairs, in vectors), or empty: as f32."""
+        if self.has("amx_tile") and self.has("amx_bf16"):
+            return "amx"
+        return "dot" if self.has("avx512_bf16") else ""
 
     def has(self, feature: str) -> bool:
         return feature in self.features
@@ -68,21 +88,41 @@ class Target:
     @property
     def fingerprint(self) -> str:
         """Stable identity: equal for machines on which the same kernel is the best one."""
-        text = repr((self.kind, self.arch, self.model, self.features, self.cores, self.cache))
+        text = repr((self.kind, self.arch, self.model, self.features, self.cores, self.cache, self.sve_bits))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.arch}" + (f" ({self.model}, {self.cores} cores)" if self.kind == "cpu" else "")
 
     @staticmethod
-    def parse(name: str) -> Target:
-        """A target from ``cpu`` (this machine's) or ``cuda:sm_90``, ``hip:gfx942``. Raises UsageError."""
-        kind, _, arch = name.partition(":")
+    def from_name(name: str) -> Target:
+        """A target from ``cpu`` (this machine's), ``cpu:znver4``, ``cpu:znver4:8`` (8 cores), ``cuda:sm_90``, ``hip:gfx942``.
+
+        Raises:
+            UsageError: the name is not known; it lists those that are.
+        """
+        kind, _, rest = name.partition(":")
+        arch, _, cores = rest.partition(":")
         if kind == "cpu" and not arch:
             return detect()
-        if kind in ("cuda", "hip") and arch:
+        if kind in ("cuda", "hip") and arch and not cores:
             return Target(kind, arch)
-        raise UsageError(f"unknown device {name!r}; known forms: cpu, cuda:sm_90, hip:gfx942")
+        if kind == "cpu" and (processor := PROCESSORS.get(arch)) and (not cores or (cores.isdigit() and int(cores) > 0)):
+            l1, l2, l3 = processor.cache
+            features = tuple(sorted(processor.features))
+            return Target("cpu", processor.arch, arch, features, int(cores or 1), (l1 << 10, l2 << 10, l3 << 10), processor.sve_bits)
+        hint = nearest(arch, tuple(PROCESSORS)) if kind == "cpu" else ""
+        known = ", ".join(f"cpu:{p}" for p in PROCESSORS)
+        raise UsageError(f"unknown target {name!r}{hint}; known are cpu, {known} (each with :CORES), cuda:sm_90, hip:gfx942")
+
+    def lacks(self, other: Target) -> str:
+        """Why kernels for ``other`` cannot run here, in words; empty if they can."""
+        if (self.kind, self.arch) != (other.kind, other.arch):
+            return f"it is {other.kind}:{other.arch}, this is {self.kind}:{self.arch}"
+        missing = [f for f in other.features if f not in self.features]
+        if missing:
+            return f"this processor has no {', '.join(missing)}"
+        return f"its SVE registers have {other.sve_bits} bits, not {self.sve_bits}" if other.sve_bits not in (0, 128, self.sve_bits) else ""
 
 
 @lru_cache(maxsize=1)
@@ -90,7 +130,34 @@ def detect() -> Target:
     """This machine's CPU. What cannot be read takes a modest default."""
     arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     model, features, cores = _cpuinfo()
-    return Target("cpu", arch, model or platform.processor() or arch, features, cores, _caches())
+    if "amx_tile" in features and not request_amx():
+        features = tuple(f for f in features if not f.startswith("amx_"))
+    sve = _sve_bits() if "sve" in features else 0
+    return Target("cpu", arch, model or platform.processor() or arch, features, cores, _caches(), sve)
+
+
+def request_amx() -> bool:
+    """Ask Linux for the AMX tile registers of this process, and say whether it may use them.
+
+    They are large, so each process must ask for them once, before the first tile instruction; asking again does no harm.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    try:
+        return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _sve_bits() -> int:
+    """Width of this process's SVE registers, 0 if Linux does not tell."""
+    get_vector_length, length_mask = 51, 0xFFFF
+    try:
+        got = ctypes.CDLL(None).prctl(get_vector_length, 0, 0, 0, 0)
+    except (OSError, AttributeError):
+        return 0
+    return 8 * (got & length_mask) if got > 0 else 0
 
 
 def _cpuinfo() -> tuple[str, tuple[str, ...], int]:

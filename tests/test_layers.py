@@ -41,6 +41,7 @@ ALLOWED = {
 MEMBERS = {
     "graphopt.sampling": "verification",
     "graphopt.bounds": "rewrite",
+    "graphopt.processors": "target",
     "graphopt": "root",
 }  # modules whose layer is not their first name; whatever else stands in graphopt/ belongs to the compiler
 

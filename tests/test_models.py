@@ -66,6 +66,15 @@ def test_model(name: str) -> None:
     assert report.memory["planned"] < report.memory["unplanned"]  # type: ignore[operator]
 
 
+def test_a_model_for_an_older_processor() -> None:
+    model, inputs = SMALL["bert"]()
+    compiled = torch.compile(model, backend="graphopt", options={"strict": True, "target": "cpu:x86-64-v3"})
+    check_against_f64(model, compiled, inputs)
+    assert "x86-64-v3" in graphopt.reports()[-1].target
+    with pytest.raises(Exception, match="cannot run here"):
+        graphopt.compile(model, inputs, target="cpu:neoverse-n1")
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_sizes_change_without_compiling_again(name: str) -> None:
     factory = {"bert": models.bert, "llama": models.llama}[name]

@@ -27,7 +27,7 @@ from graphopt.backends.tvm.launch import load
 from graphopt.backends.tvm.templates import entry_name
 from graphopt.backends.tvm.worker import target_to_json
 from graphopt.errors import BuildError, GraphoptError
-from graphopt.target import Target
+from graphopt.target import Target, detect
 
 Progress = Callable[[int, int], None]  # kernels done, kernels in all
 
@@ -148,7 +148,7 @@ class KernelBuilder:
         """Build kernels, or find them in the cache.
 
         Args:
-            workers: processes at most; 0 for one a core of the target.
+            workers: processes at most; 0 for one a core of this machine.
             progress: called after each kernel, from any thread.
             errors: ``raise`` the first error after all are done, or ``return`` errors in their places.
 
@@ -169,7 +169,7 @@ class KernelBuilder:
             progress(len(found), total)
         threads = [
             threading.Thread(target=self._work, args=(missing, target, cache, found, progress, total), daemon=True)
-            for _ in range(min(len(missing), workers or max(1, target.cores)))
+            for _ in range(min(len(missing), workers or max(1, detect().cores)))
         ]
         for thread in threads:
             thread.start()

@@ -15,7 +15,7 @@ from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.templates import entry_name
 from graphopt.errors import BuildError
-from graphopt.target import Target
+from graphopt.target import Target, detect
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
@@ -49,10 +49,10 @@ def writable(cache_dir: Path) -> Path:
         return Path(folder.name)
 
 
-def prestart(cache_dir: Path, target: Target, workers: int) -> None:
+def prestart(cache_dir: Path, workers: int) -> None:
     """Start build processes if there is nothing in the cache yet, so that they get ready while the passes run."""
     if not any(writable(cache_dir).glob("*.json")):
-        _builder().prestart(workers or target.cores)
+        _builder().prestart(workers or detect().cores)
 
 
 def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,

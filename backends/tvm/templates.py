@@ -137,10 +137,10 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
     node = next(n for n in w.graph.nodes() if n.name == "matmul")
     lanes = max(1, t.lanes(8 if node.result.dtype.bits == 64 else 4))
     rows, columns = node.result.shape[-2:]
-    wide = t.vector_bits >= 512  # 32 vector registers; else 16
-    mr, vectors = (8, 3) if wide else (4, 3)
+    mr, most = t.tile
+    vectors = most
     if isinstance(rows, int) and rows < mr:
-        mr, vectors = rows, (4 if rows == 1 else 3)
+        mr, vectors = rows, (4 if rows == 1 else 3 if rows < 4 else most)
     elif isinstance(rows, int):
         mr = -(-rows // -(-rows // mr))  # the same number of tiles, filled evenly
     if (
@@ -157,16 +157,21 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
     if isinstance(columns, int) and columns < lanes:
         nr = columns
     if _is_packed(node.operands[1]):
-        nr = 3 * lanes
+        nr = most * lanes
     return (
         Param("lanes", (lanes,)),
         Param("mr", tuple(dict.fromkeys((mr, *(r for r in (4, 6, 8) if not isinstance(rows, int) or r <= rows))))),
         Param("nr", tuple(dict.fromkeys((nr, lanes, 2 * lanes, 3 * lanes)))),
-        Param("unroll", (4, 1, 2, 8)),
+        Param("unroll", tuple(dict.fromkeys((_unroll(t), 4, 1, 2, 8)))),
         Param("group", tuple(dict.fromkeys((_row_group(node.result, mr, nr, t), 1, 4, 16, 64)))),
         Param("prefetch", (True, False)),
         Param("parallel", (True, False)),
     )
+
+
+def _unroll(t: Target) -> int:
+    """Steps of the summed axis at a time: on Arm, LLVM gathers the elements of more steps into registers that it has not."""
+    return 4 if t.arch != "aarch64" else 1 if t.sve_bits > 128 else 2
 
 
 def _row_group(result: Value, mr: int, nr: int, t: Target) -> int:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from graphopt.target import Target
 
 
 def target_to_json(t: Target) -> dict[str, Any]:
-    return {"kind": t.kind, "arch": t.arch, "model": t.model, "features": list(t.features), "cores": t.cores, "cache": list(t.cache)}
+    return asdict(t)
 
 
 def target_from_json(data: dict[str, Any]) -> Target:

@@ -19,7 +19,7 @@ import torch
 import typer
 
 from graphopt.options import Options
-from graphopt.target import detect
+from graphopt.target import Target, detect
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _load_trouble(module: str) -> str:
 
 _FEATURES = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8",
-    "asimd", "sve", "sve2", "bf16", "i8mm",
+    "avx512_fp16", "amx_fp16", "asimd", "asimdhp", "asimddp", "sve", "sve2", "bf16", "i8mm",
 )  # fmt: skip
 
 
@@ -130,6 +130,9 @@ def _devices() -> Iterator[Finding]:
     features = [f for f in _FEATURES if target.has(f)]
     yield Finding("cpu features", "ok" if features else "warn", ", ".join(features) or "none known",
                   "" if features else "kernels will use the narrowest vectors")  # fmt: skip
+    yield Finding("cpu kernels", "ok", ", ".join(_kernels(target)))
+    if "amx_tile" in _flags() and not target.has("amx_tile"):
+        yield Finding("cpu tiles", "warn", "AMX is there, but not permitted", "bf16 products use vectors: Linux 5.16 or newer grants tiles")
     yield Finding("cpu caches", "ok", ", ".join(f"{n} {size >> 10} KiB" for n, size in zip(("L1d", "L2", "L3"), target.cache, strict=True)))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -138,6 +141,24 @@ def _devices() -> Iterator[Finding]:
     else:
         build = "this torch is built without CUDA or ROCm" if not (torch.version.cuda or torch.version.hip) else "torch sees none"
         yield Finding("gpu", "ok", f"none ({build})")
+
+
+def _kernels(target: Target) -> Iterator[str]:
+    """What kernels are made of on a target."""
+    rows, vectors = target.tile
+    names = {128: "SSE", 256: "AVX2", 512: "AVX-512"}
+    name = names[target.vector_bits] if target.arch == "x86_64" else "SVE" if target.sve_bits > 128 else "NEON"
+    yield f"{name}, register tile {rows} x {vectors * target.lanes(4)} of f32"
+    engine = target.bf16_products
+    yield {"amx": "bf16 products by AMX tiles", "dot": "bf16 products by dot instructions", "": "bf16 products in f32"}[engine]
+
+
+def _flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()}
 
 
 def _tools() -> Iterator[Finding]:

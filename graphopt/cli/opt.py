@@ -16,7 +16,7 @@ from graphopt.ir import Graph, parse_graph, print_graph, verify
 from graphopt.pass_manager import PASSES, Fuel, Instrument, Pass, PassContext, load_entry_points, parse_pipeline, run_passes
 from graphopt.passes.pipelines import default_pipeline
 from graphopt.remarks import Remark
-from graphopt.target import detect
+from graphopt.target import Target
 from graphopt.verification import ValueCheck
 
 EXAMPLE = """graph @mlp(%x: f32[B, 64], weight %w: f32[64, 32], %b: f32[32]) -> f32[B, 32]
@@ -57,6 +57,7 @@ def opt(
     fuel: Annotated[int | None, typer.Option(min=0, help="Make at most this many rewrites.")] = None,
     skip_rewrite: Annotated[list[int] | None, typer.Option(help="Leave out the rewrite of this number. May be given again.")] = None,
     list_passes: Annotated[bool, typer.Option("--list-passes", help="List the passes and their options.")] = False,
+    target: Annotated[str, typer.Option("--target", help="The processor to choose layouts for, such as cpu:znver4.")] = "cpu",
     example: Annotated[bool, typer.Option("--example", help="Take a built-in graph instead of a file.")] = False,
 ) -> None:
     """Run passes on a graph in text form, and print the result.
@@ -79,7 +80,7 @@ def opt(
         raise UsageError("--pipeline and --level exclude each other")
     passes = parse_pipeline(pipeline) if pipeline is not None else default_pipeline(level) if level is not None else []
     graph = parse_graph(EXAMPLE) if example else read_graph(file)
-    ctx = PassContext(target=detect(), fuel=Fuel(fuel, skip_rewrite or ()))
+    ctx = PassContext(target=Target.from_name(target), fuel=Fuel(fuel, skip_rewrite or ()))
     instruments: list[Instrument] = [*([PrintAfter()] if print_after_all else []), *([ValueCheck()] if check else [])]
     run_passes(graph, passes, ctx, instruments)
     show_remarks(ctx.remarks, remarks)

@@ -6,8 +6,8 @@ call, and again when the weight changes.
 
 When: after ``fuse``, for a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix, plain or
 transposed. An operand that is no weight is left in silence; declined with a remark are batches of matrices, other dtypes,
-weights behind other views, and N of less than one vector register. ``nr`` is three registers: with four rows that makes twelve
-accumulators, which hide the latency of the multiply-add and leave registers for the operands.
+weights behind other views, and N of less than one vector register. ``nr`` is as many registers as the target's register
+tile is wide (``Target.tile``): three of 32, two of 16.
 
 The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR and the kernel
 reads the packed form wherever it knows it::
@@ -30,8 +30,6 @@ from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
 from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
-
-_REGISTERS = 3  # vector registers that nr columns fill
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class PackWeights(Pass):
         lanes = self._lanes(ctx)
         if lanes is None or not sites:
             return False
+        registers = ctx.target.tile[1] if ctx.target is not None else 3
         staged, packed, changed = staged_values(g), dict[tuple[Value, bool], Value](), False
         for node in sites:
             site = _site(node, staged, lanes)
@@ -71,7 +70,7 @@ class PackWeights(Pass):
             number = ctx.fuel.take()
             if number is None:
                 continue
-            w, nr = node.operands[site.input], _REGISTERS * lanes
+            w, nr = node.operands[site.input], registers * lanes
             key = (w, site.transposed)
             if key not in packed:
                 packed[key] = pack(Rewriter(g, node), w, site.transposed, nr)
