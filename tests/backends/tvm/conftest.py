@@ -15,7 +15,7 @@ from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpreter import evaluate
-from graphopt.target import detect
+from graphopt.target import Target, detect
 
 pytest.importorskip("tvm_ffi")
 Run = Callable[[Sequence[torch.Tensor], dict[str, int] | None], list[torch.Tensor]]
@@ -35,8 +35,8 @@ def kernels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compile_all(builder: KernelBuilder, kernels_dir: Path) -> Callable[[Sequence[tuple[Graph, str]]], list[Run]]:
     """Build many regions at once; each becomes a function from inputs to freshly allocated outputs."""
 
-    def compile_all(regions: Sequence[tuple[Graph, str]], template: int = 0) -> list[Run]:
-        backend, target = TvmBackend(), detect()
+    def compile_all(regions: Sequence[tuple[Graph, str]], template: int = 0, target: Target | None = None) -> list[Run]:
+        backend, target = TvmBackend(), target or detect()
         jobs: list[Any] = []
         for graph, kind in regions:
             w = Workload.of(graph, kind)
