@@ -27,7 +27,7 @@ demo: $(STAMP) ## compile and run BERT, GPT-2, a Llama and ResNet-50; print erro
 test: $(STAMP) lint ## the whole test suite
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist worksteal
 
-test-all: $(STAMP) lint ## the suite and the long sweeps (hours on two cores)
+test-all: $(STAMP) lint ## the suite and the long sweeps (hours on two cores); kernels for Arm need qemu-user gcc-aarch64-linux-gnu
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist worksteal
 
 lint: $(STAMP) ## ruff and mypy --strict
