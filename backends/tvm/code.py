@@ -194,8 +194,9 @@ class Code:
         if value.ty.dtype == "bool":  # TVM's analyzer cannot hold vectors of bool
             bit = tirx.Select(value, tirx.const(1, "int32"), tirx.const(0, "int32"))
             return tirx.NE(self.bind(bit, name), tirx.const(0, "int32"))
-        # Calls hide values from TVM's analyzer: its interval sets of chained selections grow without bound, and it cannot
-        # hold vectors of bool. Calls are opaque to it already.
+        # What is bound is hidden from TVM's analyzer, which otherwise puts definitions in the place of names: its interval
+        # sets of chained selections grow without bound. It does not look into calls, so those are bound as they are; a float
+        # goes through a call that does nothing, an integer through memory, or in a vector through its bits.
         held = str(value.ty.dtype)
         if held.startswith("float"):
             if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
