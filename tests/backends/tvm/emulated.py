@@ -44,8 +44,8 @@ class EmulatedKernel:
         source = template.emit(w, schedule or template.space(w, t).default(), t)
         objects, self.program = folder / f"{source.name}.o", folder / source.name
         compile_functions({source.name: source.payload}, t).write_to_file(str(objects))
-        command = [TOOLS[0], "-O1", "-static", f"-DKERNEL=__tvm_ffi_{source.name}", str(DRIVER), str(objects), "-lm", "-o", str(self.program)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        compiler = [TOOLS[0], "-O1", "-static", f"-DKERNEL=__tvm_ffi_{source.name}", "-o", str(self.program)]
+        done = subprocess.run([*compiler, str(DRIVER), str(objects), "-lm"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{graph}\n{done.stderr}"
 
     def __call__(self, inputs: Sequence[torch.Tensor], bindings: dict[str, int] | None = None) -> list[torch.Tensor]:
