@@ -18,8 +18,9 @@ Constants, iota and views cost nothing to repeat: each region that reads one get
 elsewhere. Declined, with a remark: a value with other users; pointwise work before a matmul (each tile would do it again); work
 that is not cheap below a broadcast or below several index maps; a reduction over other rows; a region of ``max_nodes`` nodes or
 ``max_inputs`` inputs; a move across a call that mutates. Staged values (of weights alone) are computed once and are inputs;
-only views of them join. Complex numbers and 8-bit floats, other convolutions and library calls stay as they are. So do a view or a
-constant that no region takes.
+only views of them join, and of those no transpose that is read element by element: it is done once as well, and each call
+reads neighbours (a product's factor is packed later, from the view). Complex numbers and 8-bit floats, other convolutions
+and library calls stay as they are. So do a view or a constant that no region takes.
 
 Legality, proven. Copying a constant or view for each reader keeps the graph acyclic and every value what it was. Afterwards each
 member of a region but its root has all of its users inside; so from every member a path leads to the root *within* the region,
@@ -50,6 +51,7 @@ from graphopt.passes.fusion.region import Limits, Region
 from graphopt.passes.fusion.roles import Role, role
 from graphopt.rewrite import PassContext, erase_dead
 
+_KEPT = 1 << 20  # elements of a staged value that are kept in another order
 
 class Fuse(Pass):
     """Group nodes into fusion regions. See the module's header.
@@ -126,7 +128,8 @@ class Plan:
 
     def _place_copies(self, node: Node, epoch: int, readers: list[Region], outside: bool) -> None:
         """A constant or a view joins every region that reads it; the original stays for the rest."""
-        taken = [r for r in readers if r.reject(node, epoch, self.limits) is None]
+        fixed = self.staged.node(node) and _reorders(node)
+        taken = [r for r in readers if not (fixed and r.reads_in_order(node)) and r.reject(node, epoch, self.limits) is None]
         self._placed[node] = taken
         if not outside and len(taken) == len(readers):
             return
@@ -146,6 +149,14 @@ class Plan:
             for region in self._placed.get(user, ()):
                 found[id(region)] = region
         return list(found.values())
+
+
+def _reorders(node: Node) -> bool:
+    """Whether a view changes the order of its elements in memory, and is small enough to be kept a second time."""
+    if node.op.name != "transpose" or not dims.is_static(node.results[0].shape):
+        return False
+    moved = [p for p in node.attrs["perm"] if node.operands[0].shape[p] != 1]
+    return moved != sorted(moved) and int(node.results[0].type.numel) <= _KEPT
 
 
 def describe(region: Region) -> str:

@@ -159,10 +159,14 @@ class Region:
             return f"its shape is not the {self.kind}'s: it would be computed again for every tile"
         return None
 
+    def reads_in_order(self, node: Node) -> bool:
+        """Whether no product reads the node's result as a factor: what reads it goes through it element by element."""
+        return not any(self._feeds_product(u) for u in node.results[0].users if u in self.members)
+
     def _feeds_product(self, user: Node) -> bool:
         while role(user) in (Role.VIEW, Role.MOVER):
             user = next(u for u in user.results[0].users if u in self.members)
-        return user is self.anchors[0]
+        return user in self.anchors and user.op.name in PRODUCTS
 
     def _once_a_row(self, node: Node, users: list[Node]) -> bool:
         """Whether a node is computed once a row although full rows read it: a statistic, or what is made of one."""

@@ -331,3 +331,44 @@ def test_remarks_say_what_is_saved() -> None:
     g = parse_graph(graph("%0: f32[B, 4, 8] = exp(%x)\n %1: f32[B, 4, 8] = neg(%0)", "f32[B, 4, 8]", "%1"))
     ctx = run(g, [Fuse()])
     assert [r.message for r in ctx.remarks] == ["pointwise region: exp, neg; saves 1 launches and 256*B bytes of memory traffic"]
+
+
+# --- weights in another order ------------------------------------------------------------------------------------------
+
+TABLE = """graph @g(%x: f32[B, 3, 4, 4], weight %t: f32[16, 3], weight %w: f32[8, 4]) -> {result} where 1 <= B {{
+  %0: f32[16, 3] = exp(%t)
+  %1: f32[4, 4, 3] = reshape(%0) {{shape = [4, 4, 3]}}
+  %2: f32[3, 4, 4] = transpose(%1) {{perm = [2, 0, 1]}}
+  {body}
+}}"""
+
+
+def test_a_staged_transpose_is_done_once() -> None:
+    """A bias table is gathered with its heads last; every softmax would read it with strides."""
+    g = parse_graph(TABLE.format(result="f32[B, 3, 4, 4]", body="""
+        %3: f32[B, 3, 4, 4] = add(%x, %2)
+        %4: f32[B, 3, 4, 4] = softmax(%3) {axis = 3}
+        return %4"""))  # fmt: skip
+    run(g, [Fuse()])
+    assert regions(g) == [("rowwise", ["add", "softmax"])] and unfused(g)[-1] == "transpose"
+
+
+def test_a_transposed_factor_is_read_in_place() -> None:
+    """A product's second factor is packed in any order that it has, so its view belongs to the region."""
+    g = parse_graph(TABLE.format(result="f32[B, 3, 4, 8]", body="""
+        %3: f32[4, 8] = transpose(%w) {perm = [1, 0]}
+        %4: f32[B, 3, 4, 8] = matmul(%x, %3)
+        %5: f32[B, 3, 4, 8] = relu(%4)
+        return %5"""))  # fmt: skip
+    run(g, [Fuse()])
+    assert regions(g) == [("matmul", ["transpose", "matmul", "relu"])]
+
+
+def test_a_large_staged_transpose_stays_a_view() -> None:
+    g = parse_graph("""graph @g(%x: f32[2048, 1024], weight %w: f32[1024, 2048]) -> f32[2048, 1024] {
+      %0: f32[2048, 1024] = transpose(%w) {perm = [1, 0]}
+      %1: f32[2048, 1024] = add(%x, %0)
+      return %1
+    }""")
+    run_passes(g, [Fuse()])
+    assert regions(g) == [("pointwise", ["transpose", "add"])]
