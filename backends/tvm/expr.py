@@ -13,7 +13,7 @@ from tvm import tirx
 
 from graphopt.backends.tvm import pointwise, scalar
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.support import constant_of
+from graphopt.backends.tvm.support import constant_of, is_softmax_exp
 from graphopt.errors import BuildError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value
@@ -104,7 +104,8 @@ class Expressions:
         if not node.op.has(Trait.POINTWISE):
             raise BuildError(f"{node.name} was not computed before its use")
         args = [self.at(x, self._broadcast(index, x)) for x in node.operands]
-        return self.ops.apply(node.name, args, node.operands[-1].dtype, v.dtype, node.attrs, [constant_of(x) for x in node.operands])
+        name = "exp_shifted" if is_softmax_exp(node) else node.name
+        return self.ops.apply(name, args, node.operands[-1].dtype, v.dtype, node.attrs, [constant_of(x) for x in node.operands])
 
     def _broadcast(self, index: Sequence[Index], x: Value) -> list[Index]:
         tail = index[len(index) - x.type.rank :]

@@ -212,6 +212,9 @@ class Ops:
     def _exp(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("exp", vecmath.exp, a, d)
 
+    def _exp_shifted(self, a: list[Any], d: DType, raw: Any) -> Any:
+        return self._vector("exp", vecmath.exp_shifted, a, d)
+
     def _exp2(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("exp2", vecmath.exp2, a, d)
 

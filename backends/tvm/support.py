@@ -91,6 +91,20 @@ def is_materialized(node: Node) -> bool:
     return node.name in REDUCTIONS or node.name in PRODUCTS
 
 
+def is_softmax_exp(node: Node) -> bool:
+    """Whether a node is the exponential of a softmax, ``exp(x - max x)``, read by its sum and its quotient alone.
+
+    Such a result is at most one, and what is tiny beside one does not count. Products with denormal numbers take a hundred
+    cycles each on many CPUs; a mask of -100 would fill a row with them.
+    """
+    shifted = node.operands[0].producer if node.name == "exp" else None
+    if shifted is None or shifted.name != "sub" or not all(u.name in ("sum", "div") for u in node.result.users):
+        return False
+    x, largest = shifted.operands
+    top = largest.producer
+    return top is not None and top.name == "max" and top.operands[0] is x
+
+
 def work(graph: Graph) -> dims.Dim:
     """Elements of the largest value: a measure of the work."""
     sizes = [v.type.numel for v in [*graph.inputs, *(r for n in graph.nodes() for r in n.results)]]

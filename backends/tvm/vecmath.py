@@ -14,6 +14,8 @@ from tvm import tirx
 
 Let = Callable[[Any], Any]
 
+LEAST_SHIFTED = -80.0  # e**-80 over the sum of a long row is still a normal number
+
 
 def const(value: float, dtype: str = "float32") -> Any:
     return tirx.const(value, dtype)
@@ -93,6 +95,13 @@ def exp_nonpositive(let: Let, x: Any) -> Any:
     """e**x for -87 <= x <= 0 (less is taken for -87); nothing else is right."""
     n, r = _reduce(let, let(tirx.max(x, const(-87.0))))
     return _exp_reduced(r) * _power_of_two(n.astype("int32"))
+
+
+def exp_shifted(let: Let, x: Any) -> Any:
+    """e**x for x <= 0 and nan; zero below ``LEAST_SHIFTED``, where a softmax has no digits, and no denormal ever comes out."""
+    n = let(intrinsic("llvm.nearbyint", "float32", tirx.max(x, const(LEAST_SHIFTED)) * const(1.44269504088896341)))
+    r = let(fma(n, const(2.12194440e-4), fma(n, const(-0.693359375), x)))
+    return tirx.Select(x < const(LEAST_SHIFTED), const(0.0), let(_exp_reduced(r) * _power_of_two(n.astype("int32"))))
 
 
 def exp2(let: Let, x: Any) -> Any:

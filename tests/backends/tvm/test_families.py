@@ -56,6 +56,20 @@ def test_rows_of_any_length(compile_all, template: int) -> None:
         check(graph, run, inputs(graph), factor=4.0)
 
 
+def test_masked_rows_hold_no_denormals(compile_all) -> None:
+    """A softmax is zero where it is tiny: neither exp(-100) nor what is left of it after the division; nan and inf stay."""
+    graph = parse_graph("graph @g" + ROWS["softmax"].replace("C", "49"))
+    (run,) = compile_all([(graph, "rowwise")])
+    x = inputs(graph)[0]
+    x[..., ::3] -= 100.0
+    x[..., 1::3] -= 85.0
+    x[0, 1, 7], x[1, 2, 40], x[2, 3], x[3, 4, :] = float("nan"), float("-inf"), float("-inf"), 3e38
+    x[4, 5, 48] = float("inf")
+    check(graph, run, [x], factor=4.0)
+    (found,) = run([x], None)
+    assert not bool(((found > 0) & (found < torch.finfo(torch.float32).tiny)).any())
+
+
 def test_symbolic_rows(compile_all) -> None:
     graph = parse_graph(
         "graph @g(%x: f32[B, S, S]) -> f32[B, S, S]\nwhere 1 <= B, 1 <= S {\n %0: f32[B, S, S] = softmax(%x) {axis = 2}\n return %0\n}"
