@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 def child(model: str, layers: int, cache: str) -> dict[str, Any]:
     """Compile in this process; seconds from the graph's arrival to the first result, kernels built, seconds of the passes."""
     import graphopt
-    from benchmarks.models import MODELS, redraw
+    from graphopt.bench.models import MODELS, redraw
     from graphopt.capture.dynamo import backend
 
     if layers:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,9 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 import graphopt
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.models import MODELS
+from graphopt.bench.models import MODELS
 
 STEPS = ("build the model", "f64 reference", "eager", "compile", "measure")
 

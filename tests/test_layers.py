@@ -35,7 +35,8 @@ ALLOWED = {
     "testing": ("testing", "verification", "pass_manager", "target", *REWRITE),
     "capture": ("root", *COMPILER),
     "compiler": ("root", *COMPILER),
-    "cli": ("root", "cli", "testing", *COMPILER),
+    "bench": ("root", "bench", *COMPILER),
+    "cli": ("root", "cli", "bench", "testing", *COMPILER),
     "root": ("root", *COMPILER),  # graphopt/__init__ itself: light, everything by name
 }
 MEMBERS = {
@@ -51,7 +52,7 @@ DELAYED = {
     ("graphopt/capture/dynamo.py", "graphopt"): "from graphopt import compiler, as above",
 }
 
-OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers"}
+OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "matplotlib"}
 
 
 def module_name(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,7 @@ import graphopt
 
 pytest.importorskip("transformers")
 pytest.importorskip("tvm_ffi")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import models
+from graphopt.bench import models
 
 SMALL: dict[str, Callable[[], models.Model]] = {
     "bert": lambda: models.bert(layers=2, tokens=24),

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from graphopt import __version__
+from graphopt.cli.bench import bench
 from graphopt.cli.doctor import doctor
 from graphopt.cli.explain import explain
 from graphopt.cli.opt import opt
@@ -20,6 +21,7 @@ HELP = """A graph compiler for PyTorch that people can read, verify and tune.
 \b
 graphopt opt mlp.gir --pipeline canonicalize,fuse    run passes on IR text, print the result
 graphopt explain model.py:make                       compile a model, tell what was done and why
+graphopt bench bert mlp                              times beside other systems and the machine's limits
 graphopt doctor                                      what is installed, what was found, what is missing
 
 \b
@@ -75,6 +77,7 @@ def options(
 
 app.command("opt")(opt)
 app.command("explain")(explain)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 
 

@@ -1,0 +1,104 @@
+"""The machine's limits, measured by kernels of our own: f32 multiply-adds a second, and bytes read from memory a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from graphopt.errors import GraphoptError
+from graphopt.target import Target, detect
+
+MEMORY_BYTES = 1 << 30  # far beyond the last-level cache, where memory allows
+STEPS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do with a number of threads.
+
+    Attributes:
+        flops: f32 floating-point operations a second, a multiply-add being two.
+        bytes: bytes a second read from memory.
+        buffer: bytes of the buffer that was read.
+    """
+
+    flops: float
+    bytes: float
+    threads: int
+    buffer: int
+
+    def least_seconds(self, flops: float, read: float) -> float:
+        """No run can be faster: its arithmetic at full speed, or its bytes, whichever takes longer."""
+        return max(flops / self.flops, read / self.bytes)
+
+    def best(self, other: Limits) -> Limits:
+        """The higher of two measurements of the same machine."""
+        return Limits(max(self.flops, other.flops), max(self.bytes, other.bytes), self.threads, self.buffer)
+
+
+class LimitMeter:
+    """Builds the kernels once, and measures as often as it is asked.
+
+    Raises:
+        GraphoptError: the kernels cannot be built here (no TVM, or an unknown processor).
+    """
+
+    def __init__(self, threads: int) -> None:
+        try:
+            from graphopt.backends.tvm import peaks
+            from graphopt.backends.tvm.build import build_in_process
+        except ImportError as error:
+            raise GraphoptError(f"the machine's limits are measured by TVM kernels: {error}") from error
+        target = detect()
+        self.threads, self.buffer = threads, buffer_bytes(target, available_memory())
+        lanes, chains = target.lanes(4), peaks.fma_chains(target)
+        self._flops = 2.0 * peaks.TASKS * STEPS * chains * lanes
+        self._fma = build_in_process(peaks.multiply_add(target, STEPS), target)
+        self._read = build_in_process(peaks.read(target, self.buffer // 4), target)
+        self._constants = torch.cat([torch.full((lanes,), 0.999), torch.full((lanes,), 0.001)])
+        self._out = torch.empty(peaks.TASKS * max(chains, 8) * lanes)
+
+    def measure(self, seconds: float = 0.5) -> Limits:
+        """The best run of each kernel in some seconds: a limit is what was reached once."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            fma = best_seconds(lambda: self._fma(self._constants, self._out), seconds)
+            memory = torch.ones(self.buffer // 4)
+            read = best_seconds(lambda: self._read(memory, self._out), seconds)
+        finally:
+            torch.set_num_threads(before)
+        return Limits(self._flops / fma, self.buffer / read, self.threads, self.buffer)
+
+
+def best_seconds(run: Callable[[], object], seconds: float) -> float:
+    """Seconds of the fastest of the runs that fit into some seconds, and of three at least, after one that warms up."""
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def buffer_bytes(target: Target, available: int) -> int:
+    """Size of the buffer that is read: four last-level caches and at least a quarter GiB, but no more than memory allows."""
+    wanted = max(MEMORY_BYTES, min(4 * target.cache[2], 4 << 30))
+    whole = 1 << 22  # equal parts of whole vectors for every task
+    return max(whole, min(wanted, available // 4) // whole * whole)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping; a modest guess where it cannot be read."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return 2 << 30

@@ -1,0 +1,90 @@
+"""Results as a picture: a roofline with the machine's measured limits, and each system's share of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graphopt.bench.limits import Limits
+from graphopt.bench.results import Results
+from graphopt.bench.systems import SYSTEMS
+from graphopt.errors import UsageError
+
+COLORS = {"eager": "#9a9a9a", "graphopt": "#c1272d", "inductor": "#e08a1e", "onnxruntime": "#0f75bc", "openvino": "#5b8c2a"}
+MARKERS = {"eager": "s", "graphopt": "o", "inductor": "^", "onnxruntime": "v", "openvino": "D"}
+
+
+def plot(results: Results, file: Path) -> None:
+    """Write a PNG (or what the suffix says).
+
+    Raises:
+        UsageError: there is no matplotlib, or there are no limits to draw against.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib (or 'graphopt[bench]')") from error
+    if results.limits is None:
+        raise UsageError(f"--plot needs the machine's limits, which were not measured: {results.limits_failed}")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = 2.2 + 0.55 * max(4, len(results.models))
+    figure, (roof, bars) = plt.subplots(1, 2, figsize=(14, height), width_ratios=[1.1, 1], constrained_layout=True)
+    _roofline(roof, results, results.limits)
+    _shares(bars, results, results.limits)
+    m = results.machine
+    figure.suptitle(f"{m['processor']}, {m['threads']} threads, f32, batch as in the model; medians of {m['rounds']} rounds", fontsize=10)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _roofline(axes: Any, results: Results, limits: Limits) -> None:
+    """GFLOP/s over flops for each byte of weights, on logarithmic axes."""
+    known = [m for m in results.models if m.work and m.work.flops and m.work.weight_bytes]
+    intensities = [m.work.flops / m.work.weight_bytes for m in known if m.work] or [1.0]
+    ridge = limits.flops / limits.bytes
+    low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
+    axes.plot([low, ridge, high], [low * limits.bytes / 1e9, limits.flops / 1e9, limits.flops / 1e9], color="black", linewidth=1.5)
+    axes.annotate(f"{limits.flops / 1e9:.0f} GFLOP/s: measured f32 multiply-adds", (high, limits.flops / 1e9), ha="right", va="bottom",
+                  xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
+    axes.annotate(f"{limits.bytes / 1e9:.1f} GB/s: measured read of memory", (low, low * limits.bytes / 1e9), ha="left", va="top",
+                  xytext=(12, 0), textcoords="offset points", fontsize=8)  # fmt: skip
+    for model, x in zip(known, intensities):
+        tops = []
+        for name, found in model.systems.items():
+            if found.times and model.work:
+                y = model.work.flops / found.times.median / 1e9
+                tops.append(y)
+                axes.plot(x, y, MARKERS[name], color=COLORS[name], markersize=6, alpha=0.85, zorder=3 if name == "graphopt" else 2)
+        if tops:
+            axes.annotate(model.name, (x, min(tops)), ha="center", va="top", xytext=(0, -6), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="floating-point operations for each byte of weights", ylabel="GFLOP/s",
+             title="where the models stand under the limits", xlim=(low, high))  # fmt: skip
+    axes.grid(which="major", alpha=0.3)
+
+
+def _shares(axes: Any, results: Results, limits: Limits) -> None:
+    """Bars: each system's share of the limit, model by model."""
+    names = [n for n in SYSTEMS if any(n in m.systems for m in results.models)]
+    thick = 0.8 / max(len(names), 1)
+    for k, name in enumerate(names):
+        for i, model in enumerate(results.models):
+            share = model.fraction(name, limits)
+            at = i + (k - (len(names) - 1) / 2) * thick
+            if share is not None:
+                axes.barh(at, share, thick * 0.92, color=COLORS[name])
+            elif model.systems.get(name) is not None and model.systems[name].failed:
+                axes.text(0.005, at, "failed", va="center", fontsize=6, color=COLORS[name])
+    handles = [_handle(name) for name in names]
+    axes.axvline(1.0, color="black", linewidth=1.5)
+    axes.set_yticks(range(len(results.models)), [m.name for m in results.models])
+    axes.invert_yaxis()
+    axes.set(xlabel="least time by the limits (arithmetic or weights) over the median", title="share of the limit", xlim=(0, 1.08))
+    axes.legend(handles=handles, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=len(names), frameon=False)
+
+
+def _handle(name: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=COLORS[name], marker=MARKERS[name], linestyle="", label=SYSTEMS[name].title)

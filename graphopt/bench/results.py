@@ -1,0 +1,144 @@
+"""What a benchmark found, what may be claimed of it, and its JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from graphopt.bench.limits import Limits
+from graphopt.bench.load import SPREAD_LIMIT, Load
+from graphopt.bench.stats import Times, geometric_mean
+from graphopt.bench.systems import CONVERTERS, SYSTEMS
+from graphopt.bench.work import Work
+
+OURS, BEST = "graphopt", "best of ONNX Runtime and OpenVINO"
+FORMAT = 1
+
+
+@dataclass
+class SystemResult:
+    """One system on one model.
+
+    Attributes:
+        failed: why there are no times, in a line; empty if there are some.
+        error: largest difference to an f64 run, relative to its largest element; None if that could not be run.
+        cold, warm: seconds to the first result with empty and with filled caches, in fresh processes, without the capture; a system
+            without caches has no warm. None: not measured.
+        capture: seconds until the compiler had the graph (Dynamo), or the converter its file.
+        memory: bytes of the peak of resident memory while it runs, above the process with the model and its weights.
+        compile_memory: the same while it compiles.
+    """
+
+    name: str
+    times: Times | None = None
+    failed: str = ""
+    error: float | None = None
+    cold: float | None = None
+    warm: float | None = None
+    capture: float | None = None
+    memory: int | None = None
+    compile_memory: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        out = {k: v for k, v in vars(self).items() if k != "times"}
+        if self.times:
+            t = self.times
+            out |= {"median": t.median, "p10": t.p10, "p90": t.p90, "spread": t.spread, "seconds": list(t.samples)}
+        return out
+
+
+@dataclass
+class ModelResult:
+    """All systems on one model.
+
+    Attributes:
+        work: what the model must do at least; None if it is not known.
+        before, during: the machine's load; None where it cannot be seen.
+    """
+
+    name: str
+    systems: dict[str, SystemResult] = field(default_factory=dict)
+    work: Work | None = None
+    before: Load | None = None
+    during: Load | None = None
+
+    def median(self, system: str) -> float | None:
+        found = self.systems.get(system)
+        return found.times.median if found and found.times else None
+
+    def best_converter(self) -> str | None:
+        """The faster one of ONNX Runtime and OpenVINO, if one of them ran."""
+        ran = [(t, name) for name in CONVERTERS if (t := self.median(name)) is not None]
+        return min(ran)[1] if ran else None
+
+    def complaints(self) -> list[str]:
+        """Why nothing is claimed of this model; empty on a quiet machine."""
+        out = self.before.complaints("before the measurement") if self.before else []
+        return out + (self.during.complaints("during it") if self.during else [])
+
+    def doubts(self, system: str) -> str:
+        """Why the times of a system claim nothing, if they vary too much."""
+        found = self.systems.get(system)
+        if found is None or found.times is None or found.times.spread <= SPREAD_LIMIT:
+            return ""
+        return f"{SYSTEMS[system].title}'s times vary by {found.times.spread:.0%} of the median (limit {SPREAD_LIMIT:.0%})"
+
+    def ratio(self, peer: str) -> float | None:
+        """How many times as fast as a peer graphopt is, by medians; None if a time is missing or nothing may be claimed."""
+        name = self.best_converter() if peer == BEST else peer
+        ours, theirs = self.median(OURS), self.median(name) if name else None
+        if name is None or ours is None or theirs is None or self.complaints() or self.doubts(OURS) or self.doubts(name):
+            return None
+        return theirs / ours
+
+    def fraction(self, system: str, limits: Limits | None) -> float | None:
+        """The least time that the machine's limits allow, over the time that a system took."""
+        found = self.median(system)
+        if found is None or limits is None or self.work is None:
+            return None
+        return limits.least_seconds(self.work.flops, self.work.weight_bytes) / found
+
+    def to_json(self, limits: Limits | None, peers: list[str]) -> dict[str, Any]:
+        return {
+            "name": self.name, "work": asdict(self.work) if self.work else None,
+            "load": {"before": asdict(self.before) if self.before else None, "during": asdict(self.during) if self.during else None},
+            "complaints": [*self.complaints(), *filter(None, map(self.doubts, self.systems))],
+            "ratios": {p: self.ratio(p) for p in peers},
+            "systems": {k: {**s.to_json(), "fraction_of_limit": self.fraction(k, limits)} for k, s in self.systems.items()},
+        }  # fmt: skip
+
+
+@dataclass
+class Results:
+    """A whole run.
+
+    Attributes:
+        machine: processor, versions, threads, rounds: what a reader needs to judge the figures.
+        limits: what the machine reached; None if that could not be measured, for ``limits_failed``.
+    """
+
+    machine: dict[str, Any]
+    limits: Limits | None = None
+    limits_failed: str = ""
+    models: list[ModelResult] = field(default_factory=list)
+
+    def peers(self) -> list[str]:
+        """What graphopt is compared with, in order; the best of the two converters last."""
+        names = [n for n in SYSTEMS if n != OURS and any(n in m.systems for m in self.models)]
+        return names + ([BEST] if all(c in names for c in CONVERTERS) else [])
+
+    def geometric_mean(self, peer: str) -> tuple[float | None, int]:
+        """The mean of the claimed ratios against a peer, and how many there are."""
+        ratios = [r for m in self.models if (r := m.ratio(peer)) is not None]
+        return geometric_mean(ratios), len(ratios)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; times in seconds, sizes in bytes."""
+        peers = self.peers()
+        means = {p: self.geometric_mean(p) for p in peers}
+        return {
+            "format": FORMAT, "machine": self.machine, "limits": asdict(self.limits) if self.limits else None,
+            "models": [m.to_json(self.limits, peers) for m in self.models],
+            "geometric_means": {p: {"ratio": mean, "models": n} for p, (mean, n) in means.items()},
+        }  # fmt: skip

@@ -1,0 +1,141 @@
+"""``graphopt bench``: a model under graphopt and other systems in the same run, beside the machine's measured limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from graphopt.bench.loading import load
+from graphopt.bench.measure import Settings, measure, measure_limits
+from graphopt.bench.models import MODELS
+from graphopt.bench.plot import plot
+from graphopt.bench.results import OURS, Results
+from graphopt.bench.systems import PEERS, SystemFailure
+from graphopt.bench.table import show
+from graphopt.errors import UsageError, nearest
+from graphopt.target import detect
+
+PACKAGES = ("torch", "graphopt", "transformers", "onnxruntime", "openvino")
+QUICK_ROUNDS = 4
+WIDTH = 112  # tables are no use when their cells are broken
+
+
+def bench(
+    models: Annotated[list[str] | None, typer.Argument(help="Built-in models, all, or file.py:factory.", show_default=False)] = None,
+    against: Annotated[str, typer.Option(help="Whom to compare with besides eager, comma-separated, or none.")] = ",".join(PEERS),
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every system; all processors if not given.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every system on every model.")] = 12,
+    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_ROUNDS} rounds, and no compile times.")] = False,
+    compile_time: Annotated[bool, typer.Option("--compile-time/--no-compile-time", help="Measure compile times with empty caches.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a roofline and the shares of the limits to this PNG.")] = None,
+    list_models: Annotated[bool, typer.Option("--list-models", help="List the built-in models.")] = False,
+) -> None:
+    """Measure models under graphopt, eager PyTorch and other systems, in turns, in the same run.
+
+    Each system runs in a process of its own; they take turns, round by round. Printed are medians with their spread, the share of
+    the machine's measured limits, the error against f64, peak memory, compile times, and the ratios to graphopt's time. If something
+    else kept the machine busy, or times vary too much, no ratio is claimed, and the reason is printed.
+
+    \b
+    graphopt bench bert                                    BERT against eager, Inductor, ONNX Runtime and OpenVINO
+    graphopt bench mlp decode --quick                      two models, few rounds, no compile times
+    graphopt bench model.py:make --against inductor        a model of your own: make() returns (module, example inputs)
+    graphopt bench all --threads 2 --json r.json --plot r.png
+    graphopt bench --list-models
+
+    \b
+    The other systems are optional: pip install 'graphopt[bench]'. One that is missing, or cannot run a model, is shown with
+    the reason. What each figure means: docs/benchmarking.md.
+    """
+    if list_models:
+        for name, factory in MODELS.items():
+            typer.echo(f"{name:10} {(factory.__doc__ or '').strip().splitlines()[0]}")
+        return
+    names = _models(models or [])
+    if quick:
+        rounds, compile_time = QUICK_ROUNDS, False
+    settings = Settings(_systems(against), threads or torch.get_num_threads(), rounds, compile_time, dict(os.environ))
+    results = Results(machine(settings))
+    for file in (json_file, plot_file):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent} to write {file.name} into")
+    _run(results, names, settings)
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    show(results, console)
+    if json_file:
+        json_file.write_text(json.dumps(results.to_json(), indent=2) + "\n")
+    if plot_file:
+        plot(results, plot_file)
+    if any(m.systems[OURS].failed for m in results.models):
+        raise typer.Exit(1)
+
+
+def _run(results: Results, names: list[str], settings: Settings) -> None:
+    """Measure the limits, then model by model; progress goes to stderr, and stands still while something is timed."""
+    count = TextColumn("{task.completed}/{task.total}")
+    columns = (SpinnerColumn(), TextColumn("{task.description:48}"), BarColumn(), count, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        bar = progress.add_task("", total=len(names) + 1)
+
+        def tell(name: str, what: str) -> None:
+            progress.update(bar, description=f"{name}: {what}", refresh=True)
+
+        tell("machine", "limits")
+        try:
+            results.limits = measure_limits(settings)
+        except SystemFailure as failure:
+            results.limits_failed = str(failure)
+        for name in names:
+            progress.advance(bar)
+            results.models.append(measure(name, settings, partial(tell, name)))
+        if results.limits is not None:
+            tell("machine", "limits again")
+            results.limits = results.limits.best(measure_limits(settings))
+
+
+def _models(wanted: list[str]) -> list[str]:
+    """The names, checked. Raises UsageError for none, or for one that cannot be loaded."""
+    if not wanted:
+        raise UsageError(f"which model? One of {', '.join(MODELS)}, all, or file.py:factory; graphopt bench --help shows examples")
+    names = list(dict.fromkeys(n for w in wanted for n in (list(MODELS) if w == "all" else [w])))
+    for name in names:
+        if name not in MODELS:
+            load(name)  # a wrong name or factory is told now, not after minutes
+    return names
+
+
+def _systems(against: str) -> tuple[str, ...]:
+    peers = [p.strip() for p in against.split(",") if p.strip() not in ("", "none", "eager")]
+    for p in peers:
+        if p not in PEERS:
+            raise UsageError(f"--against {p!r} is none of {', '.join(PEERS)}{nearest(p, PEERS)}")
+    return ("eager", OURS, *(p for p in PEERS if p in peers))
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """What a reader needs to judge the figures."""
+    return {
+        "processor": detect().model or platform.processor() or platform.machine(), "cores": detect().cores, "threads": settings.threads,
+        "rounds": settings.rounds, "system": platform.platform(), "python": sys.version.split()[0],
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
