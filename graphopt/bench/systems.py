@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import graphopt
+from graphopt.capture.dynamo import backend
 from graphopt.errors import GraphoptError
 
 Run = Callable[[], Any]
@@ -107,16 +109,17 @@ def _eager(job: Job) -> Prepared:
 
 
 def _load_compile() -> None:
-    pass
+    import_module("torch._dynamo")
+    import_module("torch._inductor.compile_fx")
 
 
-def _compiled(job: Job, backend: Callable[..., Any]) -> Prepared:
+def _compiled(job: Job, compiler: Callable[..., Any]) -> Prepared:
     """``torch.compile``; what passes until the backend gets the graph is Dynamo's."""
     start, arrived = time.perf_counter(), []
 
     def timed(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         arrived.append(time.perf_counter() - start)
-        return backend(gm, example_inputs)
+        return compiler(gm, example_inputs)
 
     compiled = torch.compile(job.module, backend=timed)
     compiled(*job.args, **job.kwargs)
@@ -125,11 +128,8 @@ def _compiled(job: Job, backend: Callable[..., Any]) -> Prepared:
 
 
 def _inductor(job: Job) -> Prepared:
-    import torch._inductor.config as config
-    from torch._inductor.compile_fx import compile_fx
-
-    config.freezing = True
-    return _compiled(job, compile_fx)
+    import_module("torch._inductor.config").freezing = True
+    return _compiled(job, import_module("torch._inductor.compile_fx").compile_fx)
 
 
 # --- graphopt ----------------------------------------------------------------------------------------------------------
@@ -139,17 +139,11 @@ def _load_graphopt() -> None:
     import tvm_ffi  # noqa: F401
 
     _load_compile()
-    backend_of_dynamo()
-
-
-def backend_of_dynamo() -> Any:
-    """The function behind ``torch.compile(backend="graphopt")``."""
-    return importlib.import_module("graphopt.capture.dynamo").backend
+    import_module("graphopt.backends.tvm.provider")
 
 
 def _graphopt(job: Job) -> Prepared:
     options = {"cache_dir": job.cache_dir} if job.cache_dir else {}
-    backend = backend_of_dynamo()
     graphopt.clear_reports()
     prepared = _compiled(job, lambda gm, inputs: backend(gm, inputs, options=options))
     calls = [f.op for r in graphopt.reports() for f in r.fallbacks]

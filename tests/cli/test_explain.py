@@ -102,7 +102,7 @@ def test_an_exported_program(tmp_path: Path) -> None:
         ("{models}:fails", 2, ["ValueError: no weights here", "models_for_explain.py:34: raise ValueError"]),
         ("{models}:number", 2, ["is of type int, not a function"]),
         ("{models}:bad", 6, ["Bad could not be exported", "models_for_explain.py:15"]),
-        ("{models}", 2, ["names no model; MODEL is file.py:factory, package.module:factory, or a .pt2 file"]),
+        ("{models}", 2, ["names no model; MODEL is file.py:factory, package.module:factory, a .pt2 file, or one of mlp, bert"]),
         ("{folder}/none.py:make", 2, ["there is no file"]),
         ("{folder}/none.pt2", 2, ["there is no file"]),
         ("{folder}/broken.py:f", 2, ["fails when it is imported: SyntaxError"]),
