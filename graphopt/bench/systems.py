@@ -128,7 +128,8 @@ def _compiled(job: Job, compiler: Callable[..., Any]) -> Prepared:
 
 
 def _inductor(job: Job) -> Prepared:
-    import_module("torch._inductor.config").freezing = True
+    config: Any = import_module("torch._inductor.config")
+    config.freezing = True
     return _compiled(job, import_module("torch._inductor.compile_fx").compile_fx)
 
 
