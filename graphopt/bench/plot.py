@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from graphopt.bench.systems import SYSTEMS
 from graphopt.errors import UsageError
 
 COLORS = {"eager": "#9a9a9a", "graphopt": "#c1272d", "inductor": "#e08a1e", "onnxruntime": "#0f75bc", "openvino": "#5b8c2a"}
+LABEL = 0.032  # of the width of the axes: a line of small text
 MARKERS = {"eager": "s", "graphopt": "o", "inductor": "^", "onnxruntime": "v", "openvino": "D"}
 
 
@@ -48,20 +52,38 @@ def _roofline(axes: Any, results: Results, limits: Limits) -> None:
     axes.plot([low, ridge, high], [low * limits.bytes / 1e9, limits.flops / 1e9, limits.flops / 1e9], color="black", linewidth=1.5)
     axes.annotate(f"{limits.flops / 1e9:.0f} GFLOP/s: measured f32 multiply-adds", (high, limits.flops / 1e9), ha="right", va="bottom",
                   xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
-    axes.annotate(f"{limits.bytes / 1e9:.1f} GB/s: measured read of memory", (low, low * limits.bytes / 1e9), ha="left", va="top",
-                  xytext=(12, 0), textcoords="offset points", fontsize=8)  # fmt: skip
+    middle = math.sqrt(low * ridge)
+    axes.annotate(f"{limits.bytes / 1e9:.1f} GB/s: measured read of memory", (middle, middle * limits.bytes / 1e9), ha="left", va="top",
+                  xytext=(8, -2), textcoords="offset points", fontsize=8)  # fmt: skip
+    lowest = low * limits.bytes / 1e9
     for model, x in zip(known, intensities):
-        tops = []
         for name, found in model.systems.items():
             if found.times and model.work:
                 y = model.work.flops / found.times.median / 1e9
-                tops.append(y)
+                lowest = min(lowest, y)
                 axes.plot(x, y, MARKERS[name], color=COLORS[name], markersize=6, alpha=0.85, zorder=3 if name == "graphopt" else 2)
-        if tops:
-            axes.annotate(model.name, (x, min(tops)), ha="center", va="top", xytext=(0, -6), textcoords="offset points", fontsize=8)
+    floor = lowest / 4
+    places = apart([math.log(x / low) / math.log(high / low) for x in intensities], LABEL)
+    for place, x, model in zip(places, intensities, known):
+        line = {"arrowstyle": "-", "color": "#c0c0c0", "linewidth": 0.6}
+        axes.annotate(model.name, (x, lowest / 1.3), xytext=(place, 0.015), textcoords="axes fraction", rotation=90, ha="center", va="bottom",
+                      fontsize=8, arrowprops=line)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="floating-point operations for each byte of weights", ylabel="GFLOP/s",
-             title="where the models stand under the limits", xlim=(low, high))  # fmt: skip
+             title="where the models stand under the limits", xlim=(low, high), ylim=(floor, limits.flops / 1e9 * 1.6))  # fmt: skip
     axes.grid(which="major", alpha=0.3)
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Places in 0 .. 1, moved as little as a sweep needs so that neighbours are a gap apart; in the order given."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for before, i in pairwise(order):
+        moved[i] = max(moved[i], moved[before] + gap)
+    limit = 1.0 - gap / 2
+    for i in reversed(order):
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - gap
+    return moved
 
 
 def _shares(axes: Any, results: Results, limits: Limits) -> None:

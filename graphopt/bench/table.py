@@ -48,18 +48,17 @@ def times_table(results: Results) -> Table:
         table.add_column(name, justify="right")
     for model in results.models:
         for i, found in enumerate(model.systems.values()):
-            label = _model_label(model, results.limits) if i == 0 else ""
+            label = model.name if i == 0 else _least(model, results.limits) if i == 1 else ""
             style = "bold" if found.name == OURS else ""
             table.add_row(label, SYSTEMS[found.name].title, *_cells(model, found, results.limits), style=style)
         table.add_section()
     return table
 
 
-def _model_label(model: ModelResult, limits: Limits | None) -> str:
+def _least(model: ModelResult, limits: Limits | None) -> str:
     if model.work is None or limits is None:
-        return model.name
-    least = limits.least_seconds(model.work.flops, model.work.weight_bytes)
-    return f"{model.name}\nlimit {milliseconds(least)} ms"
+        return ""
+    return f"limit {milliseconds(limits.least_seconds(model.work.flops, model.work.weight_bytes))} ms"
 
 
 def _cells(model: ModelResult, found: SystemResult, limits: Limits | None) -> list[str]:
@@ -112,10 +111,10 @@ def _ratio(model: ModelResult, peer: str) -> Text:
 
 
 def verdict(ratio: float) -> Text:
-    """``1.25x`` or, if graphopt is slower, ``0.80x slower``: never rounded in its favour."""
+    """``1.25x`` or, if graphopt is slower, ``0.80x (slower)``: never rounded in its favour."""
     if ratio >= 1:
         return Text(f"{int(ratio * 100) / 100:.2f}x", style="green")
-    return Text(f"{int(ratio * 100) / 100:.2f}x slower", style="red")
+    return Text(f"{int(ratio * 100) / 100:.2f}x (slower)", style="red")
 
 
 def _mean(results: Results, peer: str) -> Text:

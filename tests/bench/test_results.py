@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from graphopt.bench.limits import Limits
 from graphopt.bench.load import Load
-from graphopt.bench.plot import plot
+from graphopt.bench.plot import apart, plot
 from graphopt.bench.results import BEST, ModelResult, Results, SystemResult
 from graphopt.bench.stats import Times
 from graphopt.bench.table import milliseconds, show, verdict
@@ -55,9 +56,9 @@ def test_the_slower_of_arithmetic_and_weights_is_the_limit() -> None:
 
 
 def test_slower_is_printed_as_slower() -> None:
-    assert verdict(0.8).plain == "0.80x slower"
+    assert verdict(0.8).plain == "0.80x (slower)"
     assert verdict(1.25).plain == "1.25x"
-    assert verdict(0.999).plain == "0.99x slower"  # never rounded up to a draw
+    assert verdict(0.999).plain == "0.99x (slower)"  # never rounded up to a draw
     assert "slower" in text(results(model(graphopt=20.0, inductor=10.0)))
 
 
@@ -119,6 +120,15 @@ def test_plot(tmp_path: Path) -> None:
     m.systems["openvino"] = SystemResult("openvino", failed="no")
     plot(results(m, model("decode", graphopt=12.0)), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_are_moved_apart() -> None:
+    assert apart([0.1, 0.5], 0.1) == [0.1, 0.5]
+    moved = apart([0.9, 0.88, 0.95, 0.2], 0.1)
+    assert moved[3] == 0.2 and max(moved) <= 0.95
+    ordered = sorted(moved)
+    assert all(b - a > 0.0999 for a, b in pairwise(ordered))
+    assert moved[1] < moved[0] < moved[2]  # the order stays
 
 
 def test_a_plot_without_limits_is_refused(tmp_path: Path) -> None:
