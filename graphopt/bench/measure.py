@@ -50,10 +50,10 @@ class Settings:
     watch: float = 0.5
 
 
-def measure_limits(settings: Settings) -> Limits:
-    """What the machine reaches. Raises SystemFailure if the kernels cannot be built."""
-    with Session(settings.environment) as session:
-        return Limits(**session.ask("limits", threads=settings.threads))
+def measure_limits(session: Session, settings: Settings, before: Limits | None = None) -> Limits:
+    """What the machine reaches, or reached before. Raises SystemFailure if the kernels cannot be built."""
+    found = Limits(**session.ask("limits", threads=settings.threads))
+    return found.best(before) if before else found
 
 
 def measure(model: str, settings: Settings, tell: Tell) -> ModelResult:

@@ -66,8 +66,8 @@ def _roofline(axes: Any, results: Results, limits: Limits) -> None:
     places = apart([math.log(x / low) / math.log(high / low) for x in intensities], LABEL)
     for place, x, model in zip(places, intensities, known):
         line = {"arrowstyle": "-", "color": "#c0c0c0", "linewidth": 0.6}
-        axes.annotate(model.name, (x, lowest / 1.3), xytext=(place, 0.015), textcoords="axes fraction", rotation=90, ha="center", va="bottom",
-                      fontsize=8, arrowprops=line)  # fmt: skip
+        style = {"textcoords": "axes fraction", "rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
+        axes.annotate(model.name, (x, lowest / 1.3), xytext=(place, 0.015), arrowprops=line, **style)
     axes.set(xscale="log", yscale="log", xlabel="floating-point operations for each byte of weights", ylabel="GFLOP/s",
              title="where the models stand under the limits", xlim=(low, high), ylim=(floor, limits.flops / 1e9 * 1.6))  # fmt: skip
     axes.grid(which="major", alpha=0.3)

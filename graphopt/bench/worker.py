@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import sys
@@ -136,7 +137,7 @@ def tensors(result: Any) -> list[torch.Tensor]:
 
 
 def errors(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
-    """The largest difference to the reference, relative to its largest element; of several results the worst.
+    """The largest difference to the reference, relative to its largest element; of several results the worst; infinite if one is no number.
 
     Raises:
         SystemFailure: the results are not of the reference's shapes.
@@ -147,7 +148,8 @@ def errors(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     for a, b in zip(found, reference, strict=True):
         if b.numel():
             scale = float(b.double().abs().max())
-            worst = max(worst, float((a.double() - b.double()).abs().max()) / (scale or 1.0))
+            error = float((a.double() - b.double()).abs().max()) / (scale or 1.0)
+            worst = max(worst, error if error == error else math.inf)
     return worst
 
 

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graphopt.bench.loading import load
-from graphopt.bench.measure import Settings, measure, measure_limits
+from graphopt.bench.measure import Settings, label, measure, measure_limits
 from graphopt.bench.models import MODELS
 from graphopt.bench.plot import plot
 from graphopt.bench.results import OURS, Results
+from graphopt.bench.session import Session
 from graphopt.bench.systems import PEERS, SystemFailure
 from graphopt.bench.table import show
 from graphopt.errors import UsageError, nearest
@@ -87,23 +88,23 @@ def _run(results: Results, names: list[str], settings: Settings) -> None:
     """Measure the limits, then model by model; progress goes to stderr, and stands still while something is timed."""
     count = TextColumn("{task.completed}/{task.total}")
     columns = (SpinnerColumn(), TextColumn("{task.description:48}"), BarColumn(), count, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+    console = Console(stderr=True)
+    with Session(settings.environment) as meter, Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         bar = progress.add_task("", total=len(names) + 1)
 
         def tell(name: str, what: str) -> None:
             progress.update(bar, description=f"{name}: {what}", refresh=True)
 
-        tell("machine", "limits")
-        try:
-            results.limits = measure_limits(settings)
-        except SystemFailure as failure:
-            results.limits_failed = str(failure)
-        for name in names:
+        for name in [*names, None]:  # the limits before each model and after the last: a processor's clock changes
+            if not results.limits_failed:
+                tell("machine", "limits")
+                try:
+                    results.limits = measure_limits(meter, settings, results.limits)
+                except SystemFailure as failure:
+                    results.limits_failed = str(failure)
+            if name is not None:
+                results.models.append(measure(name, settings, partial(tell, label(name))))
             progress.advance(bar)
-            results.models.append(measure(name, settings, partial(tell, name)))
-        if results.limits is not None:
-            tell("machine", "limits again")
-            results.limits = results.limits.best(measure_limits(settings))
 
 
 def _models(wanted: list[str]) -> list[str]:
