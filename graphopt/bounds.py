@@ -31,7 +31,7 @@ def index_checks(body: Graph) -> list[IndexCheck] | None:
     """The checks that a region needs, or None if an index can be neither proven nor checked beforehand."""
     checks: dict[IndexCheck, None] = {}
     for node in body.nodes():
-        if node.op.name not in ("take", "gather"):
+        if node.op.name not in ("take", "gather") or node.attrs.get("clip"):
             continue
         x, index = node.operands
         size = x.shape[node.attrs["axis"]]

@@ -9,9 +9,10 @@ from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
 from graphopt.backends.tvm.support import refusal
 from graphopt.backends.tvm.templates import CONV, TEMPLATES, Template
+from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
-KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "max_pool")
+KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", *WINDOWS)
 
 
 class TvmBackend:

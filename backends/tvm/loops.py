@@ -97,35 +97,43 @@ def product(code: Code, sizes: Sequence[Index]) -> Index:
 
 
 def vector_loop(code: Code, start: Index, length: Index, lanes: int, body: Callable[[Index], None], overlap: bool = True) -> None:
-    """Run ``body(i)`` for start <= i < start + length, ``lanes`` at a time.
+    """Run ``body(i)`` for start <= i < start + length, ``lanes`` at a time; see :func:`vector_steps`."""
+
+    def step(base: Index, width: int) -> None:
+        if width == 1:
+            return body(base)
+        with code.loop(width, "vectorized", "v") as v:
+            return body(code.simplify(base + v))
+
+    vector_steps(code, start, length, lanes, step, overlap)
+
+
+def vector_steps(code: Code, start: Index, length: Index, lanes: int, body: Callable[[Index, int], None], overlap: bool = True) -> None:
+    """Run ``body(i, width)`` for pieces of start .. start + length - 1: ``lanes`` wide, and single elements.
 
     What is left over is done by one more vector that overlaps the last one, where ``body`` may run twice for an element
     (``overlap``) and there are enough elements; else one by one.
     """
 
-    def vector(base: Index) -> None:
-        with code.loop(lanes, "vectorized", "v") as v:
-            body(code.simplify(base + v))
-
     def one_by_one(first: Index, count: Index) -> None:
         with code.loop(count, "serial", "r") as r:
-            body(code.simplify(first + r))
+            body(code.simplify(first + r), 1)
 
     if lanes == 1:
         return one_by_one(start, length)
     whole, rest = code.div(length, lanes), code.mod(length, lanes)
     if not (isinstance(whole, int) and whole == 0):
         with code.loop(whole, "serial", "c") as c:
-            vector(code.simplify(start + c * lanes))
+            body(code.simplify(start + c * lanes), lanes)
     if isinstance(rest, int) and rest == 0:
         return None
     if not overlap:
         first = code.simplify(start + whole * lanes)
         return one_by_one(first, rest)
     if isinstance(length, int):
-        return vector(start + (length - lanes)) if whole else one_by_one(start, rest)
+        return body(start + (length - lanes), lanes) if whole else one_by_one(start, rest)
     with code.when(tirx.And(i64(length) >= i64(lanes), i64(rest) > i64(0))):
-        vector(start + (length - lanes))
+        body(start + (length - lanes), lanes)
     with code.when(i64(length) < i64(lanes)):
         one_by_one(start, length)
     return None

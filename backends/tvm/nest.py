@@ -13,11 +13,12 @@ from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.elementwise import scratch, write_output
 from graphopt.backends.tvm.expr import Arguments, Source
 from graphopt.backends.tvm.loops import Tuning
-from graphopt.backends.tvm.pool import emit_pool
+from graphopt.backends.tvm.pool import Pool
 from graphopt.backends.tvm.product import emit_product
 from graphopt.backends.tvm.reduce import Reduction
 from graphopt.backends.tvm.support import is_materialized
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.opset.window import WINDOWS
 
 
 def emit_nest(graph: Graph, tuning: Tuning) -> Code:
@@ -63,7 +64,7 @@ def _materialize(args: Arguments, sources: dict[Value, Source], node: Node, tuni
     known = {v: s for v, s in sources.items() if v is not value}
     if node.name == "matmul":
         emit_product(args, known, node, tuning, sink)
-    elif node.name == "max_pool":
-        emit_pool(args, known, node, tuning, sink)
+    elif node.name in WINDOWS:
+        Pool(args, known, node, tuning, sink).emit()
     else:
         Reduction(args, known, node, tuning, sink).emit()

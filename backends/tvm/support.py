@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
+from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
 MAX_RANK = 8
@@ -12,7 +13,7 @@ DTYPES = (types.f64, types.f32, types.f16, types.bf16, types.i64, types.i32, typ
 VIEWS = ("reshape", "transpose", "broadcast_to", "slice", "flip")
 MOVES = (*VIEWS, "concat", "pad", "take", "gather", "constant", "iota")
 REDUCTIONS = ("sum", "prod", "max", "min", "any", "all", "mean", "argmax", "argmin")
-PRODUCTS = ("matmul", "conv", "max_pool")
+PRODUCTS = ("matmul", "conv", *WINDOWS)
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "var")
 ACTIVATIONS = ("gelu", "silu", "softplus", "elu", "leaky_relu", "hardsigmoid", "hardswish", "mish")
 _INTEGER_DIVISIONS = ("floor_div", "trunc_div", "remainder", "fmod")

@@ -36,14 +36,40 @@ def gather(c: Context, x: Value, dim: int, index: Value, sparse_grad: bool = Fal
     return c.b.gather(x, index, axis=axis)
 
 
-@lowers("index.Tensor", "_unsafe_index.Tensor")
+@lowers("index.Tensor")
 def index(c: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [(axis, v) for axis, v in enumerate(indices) if v is not None]
     c.require(all(v.dtype.is_integer and v.dtype.name != "u8" for _, v in given))
     if len(given) == 1:
         axis, v = given[0]
         return c.b.take(x, _wrapped(c, v, x.shape[axis]), axis=axis)
+    if _is_separable(given) and any(_counts(v) is None for _, v in given):
+        return _take_each(c, x, [(axis, _wrapped(c, v, x.shape[axis])) for axis, v in given], clip=False)
     return _index_grid(c, x, given)
+
+
+@lowers("_unsafe_index.Tensor")
+def unsafe_index(c: Context, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Indices that are known to be valid: what interpolation is made of."""
+    given = [(axis, v) for axis, v in enumerate(indices) if v is not None]
+    c.require(all(v.dtype.is_integer and v.dtype.name != "u8" for _, v in given))
+    c.require(len(given) == 1 or _is_separable(given))
+    return _take_each(c, x, given, clip=True)
+
+
+def _is_separable(given: Sequence[tuple[int, Value]]) -> bool:
+    """Whether the indices of neighbouring axes are an open mesh, x[i[:, None], j[None, :]]."""
+    axes, count = [axis for axis, _ in given], len(given)
+    return axes == list(range(axes[0], axes[0] + count)) and all(
+        v.type.rank <= count and all(d == 1 or a == place for a, d in enumerate(v.shape, count - v.type.rank))
+        for place, (_, v) in enumerate(given)
+    )
+
+
+def _take_each(c: Context, x: Value, given: Sequence[tuple[int, Value]], clip: bool) -> Value:
+    for axis, v in given:
+        x = c.b.take(x, v if len(given) == 1 else c.b.reshape(v, (v.type.numel,)), axis=axis, clip=clip)
+    return x
 
 
 def _wrapped(c: Context, index: Value, size: Dim) -> Value:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from graphopt.capture.aten import Context, Number, entry, lowers
+from graphopt.capture.aten import Context, Number, lowers
+from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Value
 
@@ -85,21 +85,6 @@ def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Sequ
     return c.b.add(y, c.b.reshape(bias, (bias.shape[0], *[1] * n)))
 
 
-def _max_pool(c: Context, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-              dilation: Sequence[int] = (1,), ceil_mode: bool = False, *, n: int) -> list[Value | None]:  # fmt: skip
-    """The values alone; an image without a batch axis gets one for the time."""
-    c.only_first()
-    c.require(x.dtype.is_float and not ceil_mode and x.type.rank in (n + 1, n + 2))
-    window = [tuple(v) * n if len(v) == 1 else tuple(v) for v in (kernel, stride or kernel, padding, dilation)]
-    attrs = dict(zip(("kernel", "stride", "padding", "dilation"), window, strict=True))
-    batched = x if x.type.rank == n + 2 else c.b.reshape(x, (1, *x.shape))
-    return [c.b.reshape(c.b.create("max_pool", [batched], attrs), c.shape), None]
-
-
-entry("max_pool2d", partial(_max_pool, n=2), "max_pool2d_with_indices")
-entry("max_pool3d", partial(_max_pool, n=3), "max_pool3d_with_indices")
-
-
 # normalizations --------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +119,20 @@ def group_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, n
     c.require(x.type.rank >= 2 and x.shape[0] == n and x.shape[1] == channels)
     operands = _widened(c, [x, *_affine(c, x, weight, bias)])
     return [c.to(c.b.group_norm(*operands, groups=groups, eps=eps), c.dtype), None, None]
+
+
+@lowers("_native_batch_norm_legit.no_stats")
+def instance_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float,
+                  eps: float) -> list[Value | None]:  # fmt: skip
+    """With the statistics of a batch of one, all channels of all images side by side: a layer norm over space."""
+    c.only_first()
+    c.require(training and x.type.rank > 2 and x.shape[0] == 1)
+    v, *affine = _widened(c, [x, *_affine(c, x, weight, bias)])
+    flat = c.b.reshape(v, (x.shape[1], dims.numel(x.shape[2:])))
+    y = c.b.layer_norm(flat, axes=1, eps=eps)
+    for op, w in zip(("mul", "add"), affine):
+        y = c.b.create(op, [y, c.b.reshape(w, (x.shape[1], 1))])
+    return [c.to(c.b.reshape(y, x.shape), c.dtype), None, None]
 
 
 @lowers("_native_batch_norm_legit_no_training")

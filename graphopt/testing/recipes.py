@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from graphopt.ir import OPS, Builder, Graph, TensorType, Value, dims, types
 from graphopt.ir.graph import copy_nodes
 from graphopt.ir.ops import Trait
 from graphopt.ir.ops import op as op_named
+from graphopt.ir.opset.window import ADAPTIVE, SLIDING, spatial
 from graphopt.testing.pool import DTYPES, FLOATS, INTEGERS, Pool, supported_dtypes
 
 Recipe = Callable[[Pool, str], Value]
@@ -147,15 +149,28 @@ def _convolution(pool: Pool, last: bool) -> Value:
     return pool.add("conv", [x, w], stride=(pool.pick([1, 2]),) * n, **attrs)
 
 
-@recipe("max_pool")
-def _max_pool(pool: Pool, name: str) -> Value:
-    x = pool.value(
+def _image(pool: Pool) -> Value:
+    return pool.value(
         lambda v: v.dtype.is_float and v.type.rank in (3, 4),
         lambda: TensorType(types.f32, (pool.size(), pool.pick([2, 4]), *pool.shape(1, 2))),
     )
-    n, kernel = x.type.rank - 2, pool.pick([1, 2])
-    attrs = {"kernel": (kernel,) * n, "padding": (kernel // 2,) * n, "dilation": (1,) * n, "stride": (pool.pick([1, 2]),) * n}
-    return pool.add(name, [x], channels_last=pool.flag(3), **attrs)
+
+
+@recipe(*SLIDING)
+def _sliding_pool(pool: Pool, name: str) -> Value:
+    x, last = _image(pool), pool.flag(3)
+    n, kernel, stride = x.type.rank - 2, pool.pick([1, 2]), pool.pick([1, 2])
+    attrs: dict[str, Any] = {"kernel": (kernel,) * n, "padding": (kernel // 2,) * n, "stride": (stride,) * n}
+    attrs |= {"count_include_pad": pool.flag()} if name == "avg_pool" else {"dilation": (1,) * n}
+    if pool.flag(3):  # as many windows as begin within the image
+        attrs["size"] = tuple(dims.add(dims.floordiv(dims.add(d, kernel // 2 - 1), stride), 1) for d in spatial(x.shape, last))
+    return pool.add(name, [x], channels_last=last, **attrs)
+
+
+@recipe(*ADAPTIVE)
+def _adaptive_pool(pool: Pool, name: str) -> Value:
+    x = _image(pool)
+    return pool.add(name, [x], size=tuple(pool.pick([1, 2, 3]) for _ in range(x.type.rank - 2)), channels_last=pool.flag(3))
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------
@@ -289,7 +304,7 @@ def _pad(pool: Pool, name: str) -> Value:
 def _take(pool: Pool, name: str) -> Value:
     x = pool.operand(DTYPES, least=1, most=3)
     index = pool.input(pool.pick([types.i64, types.i32]), pool.shape(0, 2), keep=False)
-    return pool.add(name, [x, index], axis=_axis(pool, x))
+    return pool.add(name, [x, index], axis=_axis(pool, x), clip=pool.flag(3))
 
 
 @recipe("gather")

@@ -9,6 +9,7 @@ from graphopt.ir import dims
 from graphopt.ir.dims import Shape
 from graphopt.ir.graph import Node
 from graphopt.ir.ops import Trait
+from graphopt.ir.opset.window import WINDOWS
 from graphopt.ir.types import DType
 
 
@@ -24,7 +25,7 @@ class Role(Enum):
 
 
 MOVERS = ("concat", "pad", "take", "gather")
-PRODUCTS = ("matmul", "conv", "max_pool")  # read an element for many results; each has a kind of region of its name
+PRODUCTS = ("matmul", "conv", *WINDOWS)  # read an element for many results; each has a kind of region of its name
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
 ROW_REDUCTIONS = ("sum", "mean", "max", "min", "var")
 ARG_REDUCTIONS = ("argmax", "argmin")

@@ -7,7 +7,7 @@ layout and only its ends are transposed.
 
 When: a convolution with 1 to 3 spatial axes, and a weight and a number of channels of known size, for a CPU. What follows is
 carried along as far as it goes: pointwise ops (other operands broadcast along the same axes), sums, means and extremes,
-max_pool, pad, slice, and concat if half of its operands are in the layout. Everything else reads the value through the
+pooling, pad, slice, take by a vector, and concat if half of its operands are in the layout. Everything else reads the value through the
 transpose. Declined, with a remark: unknown sizes, and integers.
 
 Numerics: bitwise in the IR; a kernel may sum in another order.
@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from graphopt.ir import Trait, dims
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.opset.window import WINDOWS
 from graphopt.pass_manager import Pass
 from graphopt.rewrite import PassContext, Rewriter, erase_dead
 
@@ -85,7 +86,7 @@ class _Walk:
             return None if node.attrs["channels_last"] else lambda rw: self._conv(rw, node)
         if len(node.results) != 1 or not any(v in self.twins for v in node.operands):
             return None
-        if name == "max_pool" and node.attrs["channels_last"]:  # it takes axis 1 for space already
+        if name in WINDOWS and node.attrs["channels_last"]:  # it takes axis 1 for space already
             return None
         if node.op.has(Trait.POINTWISE):
             return (lambda rw: self._pointwise(rw, node)) if self._lined_up(node) else None
@@ -94,8 +95,12 @@ class _Walk:
         if name == "concat":
             ready = sum(v in self.twins for v in node.operands)
             return (lambda rw: self._concat(rw, node)) if 2 * ready >= len(node.operands) else None
+        if name in WINDOWS:
+            return lambda rw: self._pool(rw, node)
+        if name == "take" and (node.operands[0] not in self.twins or node.operands[1].type.rank != 1):
+            return None
         makers: dict[str, Make] = {
-            "pad": lambda rw: self._pad(rw, node), "slice": lambda rw: self._slice(rw, node), "max_pool": lambda rw: self._pool(rw, node),
+            "pad": lambda rw: self._pad(rw, node), "slice": lambda rw: self._slice(rw, node), "take": lambda rw: self._take(rw, node),
         }  # fmt: skip
         return makers.get(name)
 
@@ -175,5 +180,10 @@ class _Walk:
         axis = last_perm(rank).index(node.attrs["axis"] % rank)
         return rw.create("slice", [self.last(rw, node.operands[0])], {**node.attrs, "axis": axis})  # type: ignore[no-any-return]
 
+    def _take(self, rw: Rewriter, node: Node) -> Value:
+        x, index = node.operands
+        axis = last_perm(x.type.rank).index(node.attrs["axis"] % x.type.rank)
+        return rw.create("take", [self.last(rw, x), index], {**node.attrs, "axis": axis})  # type: ignore[no-any-return]
+
     def _pool(self, rw: Rewriter, node: Node) -> Value:
-        return rw.create("max_pool", [self.last(rw, node.operands[0])], {**node.attrs, "channels_last": True})  # type: ignore[no-any-return]
+        return rw.create(node.op.name, [self.last(rw, node.operands[0])], {**node.attrs, "channels_last": True})  # type: ignore[no-any-return]

@@ -143,13 +143,17 @@ def _infer_take(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
 def _evaluate_take(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
     x, index = xs
     axis = attrs["axis"] % x.dim()
-    flat = torch.index_select(x, axis, index.reshape(-1).to(torch.int64))
+    flat = index.reshape(-1).to(torch.int64)
+    if attrs["clip"]:
+        flat = flat.clamp(0, x.shape[axis] - 1)
+    flat = torch.index_select(x, axis, flat)
     return flat.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 define(
-    "take", 2, attrs={"axis": 0}, infer=_infer_take, evaluate=_evaluate_take,
-    doc="x indexed along an axis by an integer tensor (embedding, index_select); 0 <= index < size, else IndexError",
+    "take", 2, attrs={"axis": 0, "clip": False}, infer=_infer_take, evaluate=_evaluate_take,
+    doc="x indexed along an axis by an integer tensor (embedding, index_select); 0 <= index < size, else IndexError; clip: the nearest "
+    "index within bounds instead",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Convolutions and pooling: error against f64 with eager's own as the yardstick; sizes that divide nothing."""
+"""Convolutions: error against f64 with eager's own as the yardstick; sizes that divide nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tvm_check import check
+from tvm_check import B, H, check, sizes, values
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.tvm.backend import TvmBackend
@@ -15,8 +15,6 @@ from graphopt.backends.tvm.convform import ConvForm, conv_of, tile_rows
 from graphopt.ir import Builder, Graph, TensorType, Value, dims, types
 from graphopt.passes.layout.pack_filters import pack, unpack
 from graphopt.target import Target, detect
-
-B, H = dims.symbol("B"), dims.symbol("H")
 
 
 def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, nr: int = 0,
@@ -95,44 +93,6 @@ CASES: dict[str, Graph] = {
 }  # fmt: skip
 
 
-def pool(x: Sequence[Any], kernel: int, stride: int, padding: int = 0, dilation: int = 1, last: bool = True, relu: bool = False) -> Graph:
-    g = Graph("body")
-    b, n = Builder(g), len(x) - 2
-    for s in x:
-        if not isinstance(s, int):
-            g.symbols[s.name] = dims.Range(1, None)
-    v = g.add_input(TensorType(types.f32, tuple(x)), "x")
-    window = {"kernel": (kernel,) * n, "stride": (stride,) * n, "padding": (padding,) * n, "dilation": (dilation,) * n}
-    y = b.max_pool(v, **window, channels_last=last)
-    g.set_outputs([b.relu(y) if relu else y])
-    return g
-
-
-POOLS: dict[str, Graph] = {
-    "last": pool((2, 15, 14, 20), 3, 2, 1),
-    "first": pool((2, 5, 15, 14), 3, 2, 1, last=False, relu=True),
-    "dilated": pool((1, 15, 14, 20), 3, 1, 1, dilation=2),
-    "line": pool((2, 15, 20), 2, 2),
-    "volume": pool((1, 6, 7, 8, 3), 4, 2, 2),
-    "any size": pool((B, H, H, 7), 3, 2, 1, relu=True),
-}
-
-
-def values(graph: Graph, nan: bool = False, **bindings: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [[d if isinstance(d, int) else dims.evaluate(d, bindings) for d in v.shape] for v in graph.inputs]
-    out = [torch.randn(s, generator=generator).to(v.dtype.torch) for s, v in zip(shapes, graph.inputs, strict=True)]
-    if nan:
-        out[0].view(-1)[7] = float("nan")
-    return out
-
-
-def sizes(graph: Graph) -> list[dict[str, int]]:
-    if not graph.symbols:
-        return [{}]
-    return [{s: n for s, n in (("B", b), ("H", h)) if s in graph.symbols} for b, h in ((1, 7), (3, 10), (2, 32))]
-
-
 def test_convolutions(compile_all) -> None:
     for graph, run in zip(CASES.values(), compile_all([(g, "conv") for g in CASES.values()]), strict=True):
         for bindings in sizes(graph):
@@ -144,13 +104,6 @@ def test_depthwise_by_the_general_template(compile_all) -> None:
     for graph, run in zip(graphs, compile_all([(g, "conv") for g in graphs], template=1), strict=True):
         for bindings in sizes(graph):
             check(graph, run, values(graph, **bindings), bindings)
-
-
-def test_pools(compile_all) -> None:
-    for graph, run in zip(POOLS.values(), compile_all([(g, "max_pool") for g in POOLS.values()]), strict=True):
-        for bindings in sizes(graph):
-            check(graph, run, values(graph, **bindings), bindings)
-            check(graph, run, values(graph, nan=True, **bindings), bindings)
 
 
 def test_every_schedule_of_a_convolution_is_right(builder, kernels_dir) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from graphopt.ir import dims
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpreter import evaluate
 
 Run = Callable[[Sequence[torch.Tensor], "dict[str, int] | None"], "list[torch.Tensor]"]
+B, H = dims.symbol("B"), dims.symbol("H")
 
 
 def check(graph: Graph, run: Run, inputs: Sequence[torch.Tensor], bindings: dict[str, int] | None = None, factor: float = 2.0) -> None:
@@ -30,3 +32,20 @@ def check(graph: Graph, run: Run, inputs: Sequence[torch.Tensor], bindings: dict
             limit = torch.maximum(limit, 64 * torch.finfo(got.dtype).eps * true[finite].abs().max())
         bad = finite & (error > torch.maximum(limit, 4 * scale))
         assert not bool(bad.any()), f"{graph}\n{got[bad][:5]}\n{own[bad][:5]}\n{true[bad][:5]}"
+
+
+def values(graph: Graph, nan: bool = False, **bindings: int) -> list[torch.Tensor]:
+    """Random inputs of a graph of floats, with one nan if asked for."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [[d if isinstance(d, int) else dims.evaluate(d, bindings) for d in v.shape] for v in graph.inputs]
+    out = [torch.randn(s, generator=generator).to(v.dtype.torch) for s, v in zip(shapes, graph.inputs, strict=True)]
+    if nan:
+        out[0].view(-1)[7] = float("nan")
+    return out
+
+
+def sizes(graph: Graph) -> list[dict[str, int]]:
+    """A few values of the symbols B and H."""
+    if not graph.symbols:
+        return [{}]
+    return [{s: n for s, n in (("B", b), ("H", h)) if s in graph.symbols} for b, h in ((1, 7), (3, 10), (2, 32))]

@@ -1,0 +1,142 @@
+"""Pooling, and what else images are padded, shuffled and resized by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from graphopt.capture.aten import Context, entry, lowers
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Value
+from graphopt.ir.opset.window import spatial
+
+
+def _each(values: Sequence[int], n: int) -> tuple[int, ...]:
+    """One number an axis."""
+    return tuple(values) * n if len(values) == 1 else tuple(values)
+
+
+def _pooled(c: Context, op: str, x: Value, n: int, result: int = 0, **attrs: Any) -> Value:
+    """A pooling op; an image without a batch axis gets one for the time."""
+    out = c.outs[result]
+    assert out is not None
+    c.require(x.type.rank in (n + 1, n + 2))
+    batched = x if x.type.rank == n + 2 else c.b.reshape(x, (1, *x.shape))
+    return c.b.reshape(c.b.create(op, [batched], attrs), out.shape)  # type: ignore[no-any-return]
+
+
+def _max_pool(c: Context, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+              dilation: Sequence[int] = (1,), ceil_mode: bool = False, *, n: int) -> list[Value | None]:  # fmt: skip
+    window = [_each(v, n) for v in (kernel, stride or kernel, padding, dilation)]
+    attrs: dict[str, Any] = dict(zip(("kernel", "stride", "padding", "dilation"), window, strict=True))
+    if ceil_mode:
+        attrs["size"] = spatial((1,) * (n + 2 - c.out.rank) + c.shape, False)
+    return [_pooled(c, op, x, n, i, **attrs) if used else None for i, (op, used) in enumerate(zip(("max_pool", "argmax_pool"), c.used))]
+
+
+def _avg_pool(c: Context, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+              ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None, *,
+              n: int) -> Value:  # fmt: skip
+    window = [_each(v, n) for v in (kernel, stride or kernel, padding)]
+    attrs: dict[str, Any] = dict(zip(("kernel", "stride", "padding"), window, strict=True))
+    if ceil_mode:
+        attrs["size"] = spatial((1,) * (n + 2 - c.out.rank) + c.shape, False)
+    return _pooled(c, "avg_pool", x, n, count_include_pad=count_include_pad, divisor=divisor_override, **attrs)
+
+
+for _n in (1, 2, 3):
+    entry(f"avg_pool{_n}d", partial(_avg_pool, n=_n), f"avg_pool{_n}d")
+    if _n > 1:
+        entry(f"max_pool{_n}d", partial(_max_pool, n=_n), f"max_pool{_n}d_with_indices")
+
+
+def _factors(x: Value, size: Sequence[Dim]) -> tuple[int, ...] | None:
+    """How many elements each adaptive window has, where all have as many."""
+    space = x.shape[-len(size) :]
+    if not all(isinstance(n, int) and isinstance(m, int) and m > 0 and n % m == 0 for n, m in zip(space, size, strict=True)):
+        return None
+    return tuple(n // m for n, m in zip(space, size, strict=True))  # type: ignore[operator, misc]
+
+
+def _adaptive(c: Context, op: str, x: Value, size: Sequence[Dim], result: int = 0) -> Value:
+    """Windows of one length are a plain pooling; one window is a reduction."""
+    n = len(size)
+    factors = _factors(x, size)
+    if op != "argmax_pool" and all(m == 1 for m in size):
+        axes = tuple(range(x.type.rank - n, x.type.rank))
+        if op == "max_pool":
+            return c.b.max(x, axes=axes, keepdims=True)  # type: ignore[no-any-return]
+        return c.b.mean(x, axes=axes, keepdims=True)  # type: ignore[no-any-return]
+    if factors is None or not all(factors):
+        return _pooled(c, f"adaptive_{op}", x, n, result, size=tuple(size))
+    attrs = {"kernel": factors, "stride": factors, "padding": (0,) * n} | ({} if op == "avg_pool" else {"dilation": (1,) * n})
+    return _pooled(c, op, x, n, result, **attrs)
+
+
+@lowers("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d")
+def adaptive_avg_pool(c: Context, x: Value, size: Sequence[Dim]) -> Value:
+    c.require(x.dtype.is_float and all(m != 0 for m in size))
+    return _adaptive(c, "avg_pool", x, size)
+
+
+@lowers("adaptive_max_pool2d", "adaptive_max_pool3d")
+def adaptive_max_pool(c: Context, x: Value, size: Sequence[Dim]) -> list[Value | None]:
+    c.require(all(m != 0 for m in size))
+    return [_adaptive(c, op, x, size, i) if used else None for i, (op, used) in enumerate(zip(("max_pool", "argmax_pool"), c.used))]
+
+
+# shuffles and paddings -------------------------------------------------------------------------------------------------
+
+
+@lowers("pixel_shuffle")
+def pixel_shuffle(c: Context, x: Value, r: int) -> Value:
+    """[..., C r r, H, W] -> [..., C, H r, W r]."""
+    *batch, channels, h, w = x.shape
+    split = c.b.reshape(x, (*batch, dims.floordiv(channels, r * r), r, r, h, w))
+    n = len(batch)
+    return c.b.reshape(c.b.transpose(split, (*range(n), n, n + 3, n + 1, n + 4, n + 2)), c.shape)
+
+
+@lowers("pixel_unshuffle")
+def pixel_unshuffle(c: Context, x: Value, r: int) -> Value:
+    """[..., C, H r, W r] -> [..., C r r, H, W]."""
+    *batch, channels, h, w = x.shape
+    split = c.b.reshape(x, (*batch, channels, dims.floordiv(h, r), r, dims.floordiv(w, r), r))
+    n = len(batch)
+    return c.b.reshape(c.b.transpose(split, (*range(n), n, n + 2, n + 4, n + 1, n + 3)), c.shape)
+
+
+@lowers("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(c: Context, x: Value, groups: int) -> Value:
+    """Channel i of group g becomes channel g of group i."""
+    n, channels, *space = x.shape
+    split = c.b.reshape(x, (n, groups, dims.floordiv(channels, groups), *space))
+    return c.b.reshape(c.b.transpose(split, (0, 2, 1, *range(3, split.type.rank))), c.shape)
+
+
+def _border(c: Context, x: Value, pad: Sequence[Dim], reflect: bool) -> Value:
+    """Padding with elements of the tensor itself: each axis is taken by an index that stays inside."""
+    for i in range(len(pad) // 2):
+        axis, (before, after) = x.type.rank - 1 - i, (pad[2 * i], pad[2 * i + 1])
+        size, symbols = x.shape[axis], c.b.graph.symbols
+        c.require(all(dims.prove(p, ">=", 0, symbols) for p in (before, after)))
+        if before == 0 and after == 0:
+            continue
+        index = c.b.iota(size=dims.add(size, dims.add(before, after)), start=dims.sub(0, before))
+        if reflect:
+            last = c.constant(dims.sub(size, 1), index.dtype)
+            index = c.b.sub(last, c.b.abs(c.b.sub(last, c.b.abs(index))))
+        x = c.b.take(x, index, axis=axis, clip=True)
+    return x
+
+
+@lowers("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+def reflection_pad(c: Context, x: Value, pad: Sequence[Dim]) -> Value:
+    return _border(c, x, pad, reflect=True)
+
+
+@lowers("replication_pad1d", "replication_pad2d", "replication_pad3d")
+def replication_pad(c: Context, x: Value, pad: Sequence[Dim]) -> Value:
+    return _border(c, x, pad, reflect=False)
