@@ -226,6 +226,9 @@ class ConvKernel:
             return [code.bind_index(i, "p", n) for i, n in zip(code.unflatten(row, self.out), self.out, strict=True)]
         at, left = [], code.bind_index(row, "r")
         for n in reversed(self.out[1:]):  # nothing is negative, which a floor division by an unknown size would allow for
+            if isinstance(n, int) and n == 1:  # read at 0 by what broadcasts
+                at.append(0)
+                continue
             whole = code.bind_index(tirx.truncdiv(i64(left), i64(n)), "q")
             at.append(code.bind_index(left - whole * n, "p"))
             left = whole

@@ -75,10 +75,13 @@ def addmv(c: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alpha: 
 def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Sequence[int], padding: Sequence[Dim],
                 dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int) -> Value:  # fmt: skip
     n = x.type.rank - 2
-    c.require(not transposed and x.dtype.is_float and x.dtype == w.dtype and 1 <= n <= 3)
-    c.require(all(isinstance(v, int) for v in (*stride, *padding, *dilation, groups)) and not any(output_padding))
-    c.require(all(len(v) == n for v in (stride, padding, dilation)))
-    y = c.b.conv(x, w, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation), groups=groups)
+    c.require(x.dtype.is_float and x.dtype == w.dtype and 1 <= n <= 3)
+    c.require(all(isinstance(v, int) for v in (*stride, *padding, *dilation, *output_padding, groups)))
+    c.require(all(len(v) == n for v in (stride, padding, dilation)) and (transposed or not any(output_padding)))
+    attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
+    if transposed:
+        attrs["output_padding"] = tuple(output_padding)
+    y = c.b.create("conv_transpose" if transposed else "conv", [x, w], attrs)
     if bias is None:
         return y
     c.require(c.math_dtype(c.dtype) == c.dtype, "half precision is rounded once, after the sum")

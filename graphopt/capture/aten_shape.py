@@ -164,6 +164,9 @@ def cat(c: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     rank = c.out.rank
     parts = [c.to(v, c.dtype) for v in tensors if v.type.rank == rank and not (rank > 1 and v.shape == (0,))]
     c.require(bool(parts))
+    if not all(isinstance(d, int) for v in parts for d in v.shape):  # sizes that a guard made equal take one form
+        axis = dim % rank
+        parts = [c.b.reshape(v, (*c.shape[:axis], v.shape[axis], *c.shape[axis + 1 :])) for v in parts]
     return c.b.concat(*parts, axis=dim % rank) if len(parts) > 1 else parts[0]
 
 

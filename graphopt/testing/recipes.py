@@ -149,6 +149,20 @@ def _convolution(pool: Pool, last: bool) -> Value:
     return pool.add("conv", [x, w], stride=(pool.pick([1, 2]),) * n, **attrs)
 
 
+@recipe("conv_transpose")
+def _conv_transpose(pool: Pool, name: str) -> Value:
+    x = pool.value(
+        lambda v: v.dtype.is_float and v.type.rank in (3, 4) and isinstance(v.shape[1], int),
+        lambda: TensorType(types.f32, (pool.size(), pool.pick([2, 4]), *pool.shape(1, 2))),
+    )
+    n, channels, stride, kernel = x.type.rank - 2, x.shape[1], pool.pick([2, 1, 3]), pool.pick([2, 3, 4])
+    groups = 2 if isinstance(channels, int) and channels % 2 == 0 and pool.flag(3) else 1
+    w = pool.input(x.dtype, (channels, pool.pick([1, 3]), *[kernel] * n), keep=False)
+    more, padding = (stride - 1 if pool.flag() else 0), pool.pick([0, (kernel - 1) // 2])
+    attrs = {"stride": (stride,) * n, "padding": (padding,) * n, "output_padding": (more,) * n, "dilation": (pool.pick([1, 2]),) * n}
+    return pool.add(name, [x, w], groups=groups, **attrs)
+
+
 def _image(pool: Pool) -> Value:
     return pool.value(
         lambda v: v.dtype.is_float and v.type.rank in (3, 4),

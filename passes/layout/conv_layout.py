@@ -5,10 +5,13 @@ product as it stands, and all vectors of a pixel are full whatever the image's s
 transposes; where a channels-last value is read by the next convolution they cancel, so that a whole network runs in that
 layout and only its ends are transposed.
 
+A transposed convolution becomes ordinary ones, one for each phase of its strides (:mod:`~graphopt.passes.layout.phases`); where
+all have the same window, as with a kernel of the strides' size, they are one. Their results are interleaved.
+
 When: a convolution with 1 to 3 spatial axes, and a weight and a number of channels of known size, for a CPU. What follows is
 carried along as far as it goes: pointwise ops (other operands broadcast along the same axes), sums, means and extremes,
-pooling, pad, slice, take by a vector, and concat if half of its operands are in the layout. Everything else reads the value through the
-transpose. Declined, with a remark: unknown sizes, and integers.
+pooling, pad, slice, take by a vector, and concat if half of its operands are in the layout. Pooling and take also begin with an
+input that lies in memory so. Everything else reads the value through the transpose. Declined, with a remark: unknown sizes, and integers.
 
 Numerics: bitwise in the IR; a kernel may sum in another order.
 Reference: Liu et al., "Optimizing CNN Model Inference on CPUs", USENIX ATC 2019, sections 3.1 and 3.2.
@@ -22,6 +25,7 @@ from graphopt.ir import Trait, dims
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.pass_manager import Pass
+from graphopt.passes.layout import phases
 from graphopt.rewrite import PassContext, Rewriter, erase_dead
 
 _REDUCTIONS = ("sum", "prod", "mean", "max", "min", "any", "all", "var")
@@ -50,7 +54,7 @@ class ConvLayout(Pass):
         for node in g.nodes():
             if node.erased:
                 continue
-            if node.op.name == "conv" and (reason := _declined(node)):
+            if node.op.name in ("conv", "conv_transpose") and (reason := _declined(node)):
                 ctx.missed(self.name, f"the convolution keeps its layout: {reason}", node)
                 continue
             make = walk.maker(node)
@@ -69,6 +73,14 @@ def _declined(conv: Node) -> str | None:
     return None if x.dtype.is_float else f"its dtype is {x.dtype}"
 
 
+def _channels_innermost(v: Value) -> bool:
+    """Whether an input lies in memory with its channels last."""
+    if not v.is_input or v.type.strides is None or not 3 <= v.type.rank <= 5:
+        return False
+    perm = last_perm(v.type.rank)
+    return tuple(v.type.strides[p] for p in perm) == dims.contiguous_strides([v.shape[p] for p in perm])
+
+
 Make = Callable[[Rewriter], Value]
 
 
@@ -84,6 +96,10 @@ class _Walk:
         name = node.op.name
         if name == "conv":
             return None if node.attrs["channels_last"] else lambda rw: self._conv(rw, node)
+        if name == "conv_transpose":
+            return lambda rw: phases.build(rw, node, self.last(rw, node.operands[0]))
+        if name in (*WINDOWS, "take") and _channels_innermost(node.operands[0]):
+            self.last(Rewriter(self.graph, node), node.operands[0])
         if len(node.results) != 1 or not any(v in self.twins for v in node.operands):
             return None
         if name in WINDOWS and node.attrs["channels_last"]:  # it takes axis 1 for space already

@@ -3,7 +3,7 @@
 Why: a whole read and write of the activation less; what remains is a shift, which is fused into the convolution.
 When: the weight, the bias and the norm's parameters are all frozen (staged), so that the new weight is computed once, and
 again if one of them changes; the convolution's result has no other use. Likewise for a matmul whose last axis is the norm's
-channel axis.
+channel axis, and for a transposed convolution.
 Numerics: the products are rounded in another order. 16-bit weights are scaled in f32 and rounded once.
 Reference: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
 arXiv:1712.05877, section 3.2.
@@ -18,6 +18,7 @@ from graphopt.pass_manager import Pass, PassContext
 from graphopt.rewrite import Numerics, Reject, Rewriter, erase_dead
 
 RULE = "FoldBatchNorm"
+_PRODUCTS = ("conv", "conv_transpose", "matmul")
 
 
 class FoldBatchNorm(Pass):
@@ -48,13 +49,13 @@ class FoldBatchNorm(Pass):
 
 
 def producer(v: Value) -> tuple[Node | None, Value | None]:
-    """The conv or matmul behind a value, and the bias added to it, if any."""
+    """The convolution or matmul behind a value, and the bias added to it, if any."""
     node = v.defined_by("add")
     if node is None:
-        return v.defined_by("conv", "matmul"), None
+        return v.defined_by(*_PRODUCTS), None
     a, b = node.operands
-    product = a.defined_by("conv", "matmul")
-    return (product, b) if product is not None else (b.defined_by("conv", "matmul"), a)
+    product = a.defined_by(*_PRODUCTS)
+    return (product, b) if product is not None else (b.defined_by(*_PRODUCTS), a)
 
 
 def check(norm: Node, product: Node | None, bias: Value | None, staged: Staged) -> Reject | None:
@@ -96,8 +97,19 @@ def fold(g: Graph, norm: Node, product: Node, bias: Value | None) -> Value:
         shift = rw.neg(shift)
     if len(affine) > 1:
         shift = rw.add(shift, affine[1])
-    along = (w.shape[0], *[1] * (w.type.rank - 1)) if product.name == "conv" else w.shape[-1:]
-    scaled = rw.cast(rw.mul(rw.cast(w, wide), rw.reshape(scale, shape=along)), dtype)
+    scaled = rw.cast(_scaled(rw, product, rw.cast(w, wide), scale), dtype)
     new = rw.create(product.name, [product.operands[0], scaled], dict(product.attrs))
-    channels = channel_shape(norm.operands[0].type) if product.name == "conv" else mean.shape
+    channels = channel_shape(norm.operands[0].type) if product.name != "matmul" else mean.shape
     return rw.add(new, rw.reshape(rw.cast(shift, dtype), shape=channels))  # type: ignore[no-any-return]
+
+
+def _scaled(rw: Rewriter, product: Node, w: Value, scale: Value) -> Value:
+    """The weight with its output channels scaled."""
+    if product.name == "matmul":
+        return rw.mul(w, scale)  # type: ignore[no-any-return]
+    taps = [1] * (w.type.rank - 2)
+    if product.name == "conv":
+        return rw.mul(w, rw.reshape(scale, shape=(w.shape[0], 1, *taps)))  # type: ignore[no-any-return]
+    groups = product.attrs["groups"]  # the weight is [C, O / groups, *K]
+    split = rw.reshape(w, shape=(groups, dims.floordiv(w.shape[0], groups), *w.shape[1:]))
+    return rw.reshape(rw.mul(split, rw.reshape(scale, shape=(groups, 1, w.shape[1], *taps))), shape=w.shape)  # type: ignore[no-any-return]

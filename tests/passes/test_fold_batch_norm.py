@@ -29,12 +29,20 @@ def folded(inputs: str, expression: Expression) -> None:
     assert "batch_norm" not in ops(g)
     staged = staged_values(g)
     left = [n.name for n in g.nodes() if not staged.node(n)]
-    assert left in (["conv", "add"], ["matmul", "add"]), left
+    assert left in (["conv", "add"], ["conv_transpose", "add"], ["matmul", "add"]), left
 
 
 def test_conv() -> None:
     folded(INPUTS, conv)
     folded("f32[B, 4, 8, 8] f32[6, 4, 3, 3] f32[6] f32[6]", conv)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_conv(groups: int) -> None:
+    def transposed(b: Builder, x: Value, w: Value, *parameters: Value) -> Value:
+        return norm(b, b.conv_transpose(x, w, **CONV, output_padding=(0, 0), groups=groups), *parameters)
+
+    folded(f"f32[B, 4, 5, 5] f32[4, {6 // groups}, 3, 3] f32[6] f32[6] f32[6] f32[6]", transposed)
 
 
 def test_conv_with_bias() -> None:

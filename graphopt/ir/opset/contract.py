@@ -64,3 +64,29 @@ define(
     doc="cross-correlation, x [N, C, *S] with w [O, C/groups, *K] -> [N, O, *S']; 1 to 3 spatial axes; channels_last: "
     "x [N, *S, C] with w [*K, C/groups, O] -> [N, *S', O]",
 )  # fmt: skip
+
+
+def _infer_conv_transpose(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
+    x, w = ts
+    dtype, n, names = same_dtype(ts, "conv_transpose"), x.rank - 2, ("stride", "padding", "output_padding", "dilation")
+    if n < 1 or w.rank != x.rank or any(len(attrs[k]) != n for k in names):
+        raise TypeInferenceError(f"conv_transpose: {x}, {w} and {', '.join(names)} do not agree in rank")
+    if dims.prove(w.shape[0], "==", x.shape[1]) is False:
+        raise TypeInferenceError(f"conv_transpose: {x} has not the channels of {w}")
+    out: list[dims.Dim] = []
+    for size, taps, stride, padding, more, dilation in zip(x.shape[2:], w.shape[2:], *(attrs[k] for k in names), strict=True):
+        span = dims.add(dims.mul(dims.sub(taps, 1), dilation), 1)
+        out.append(dims.add(dims.mul(dims.sub(size, 1), stride), dims.add(span, more - 2 * padding)))
+    return [TensorType(dtype, (x.shape[0], dims.mul(w.shape[1], attrs["groups"]), *out))]
+
+
+define(
+    "conv_transpose", 2, traits=(Trait.CONTRACTION,), infer=_infer_conv_transpose,
+    evaluate=lambda xs, attrs, ctx: torch.convolution(
+        xs[0], xs[1], None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]), True, list(attrs["output_padding"]),
+        attrs["groups"],
+    ),
+    attrs={"stride": REQUIRED, "padding": REQUIRED, "output_padding": REQUIRED, "dilation": REQUIRED, "groups": 1},
+    doc="transposed convolution, x [N, C, *S] with w [C, O/groups, *K] -> [N, O, *S']: each element puts its multiple of w into the "
+    "result, stride apart; 1 to 3 spatial axes",
+)  # fmt: skip
