@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.eager import LibraryCall
-from graphopt.capture.captured import Captured, TensorArgument, Uncapturable, ValueResult, bind_sizes, make_result
+from graphopt.capture.captured import Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
 from graphopt.capture.fx import capture_fx
+from graphopt.capture.liveness import eager_peak
 from graphopt.errors import BuildError, FallbackError, UsageError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
@@ -26,7 +28,7 @@ from graphopt.options import Options
 from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.profile import Profile, profile
-from graphopt.program import Program, bind_symbols_fast
+from graphopt.program import Program
 from graphopt.report import Fallback, KernelInfo, Report, record
 from graphopt.target import Target, detect
 from graphopt.verification import ValueCheck
@@ -44,36 +46,83 @@ class CompiledGraph:
         self.program, self.report, self.captured = program, report, captured
         positions = {a.input: i for i, a in enumerate(captured.arguments) if isinstance(a, TensorArgument)}
         self._order = [positions.get(i) for i in range(len(captured.graph.inputs))]
-        self._has_sizes = bool(captured.graph.symbols)
+        self._constants = [captured.constants[i] for i, p in enumerate(self._order) if p is None]
+        self._select = _selector([p for p in self._order if p is not None])
+        self._sizes = size_arguments(captured) if captured.graph.symbols else None
         in_order = all(isinstance(r, ValueResult) and r.output == i for i, r in enumerate(captured.results))
         self._plain = in_order and not captured.mutations and len(captured.results) == len(captured.graph.outputs)
 
     def __call__(self, args: list[Any]) -> list[Any]:
-        captured = self.captured
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._call(args)
+        return self._call(args)
+
+    def _call(self, args: list[Any]) -> list[Any]:
         inputs, sizes = self.operands(args)
-        with torch.no_grad():
-            outputs = self.program(inputs, sizes)
-            if self._plain:
-                return outputs
-            for m in captured.mutations:
-                args[m.argument].copy_(outputs[m.output])
-        return [make_result(r, args, outputs, sizes) for r in captured.results]
+        outputs = self.program(inputs, sizes)
+        if self._plain:
+            return outputs
+        for m in self.captured.mutations:
+            args[m.argument].copy_(outputs[m.output])
+        return [make_result(r, args, outputs, sizes) for r in self.captured.results]
 
     def operands(self, args: Sequence[Any]) -> tuple[list[torch.Tensor], dict[str, int]]:
         """What the program takes for the runtime arguments: its inputs, and the values of its symbols."""
-        captured = self.captured
-        inputs = [args[p] if p is not None else captured.constants[i] for i, p in enumerate(self._order)]
-        return inputs, bind_symbols_fast(captured.graph, inputs, bind_sizes(captured, args)) if self._has_sizes else {}
+        inputs = [*self._select(args), *self._constants]
+        if self._sizes is None:
+            return inputs, {}
+        return inputs, self.program.read_sizes(inputs, {s: int(args[p]) for s, p in self._sizes.items()})
 
     def profile(self, args: Sequence[Any], runs: int = 20) -> Profile:
         """Measure every call of the program; the arguments stay as they are."""
         with torch.no_grad():
             return profile(self.program, *self.operands(args), runs)
 
+    def own_weights(self, take: Callable[[int], torch.Tensor], give_up: Callable[[int], None]) -> dict[int, torch.Tensor | None]:
+        """Compute what is staged for good, and let go of the weights that it was made from.
+
+        Args:
+            take: an argument's position -> the weight.
+            give_up: told the argument's position of a weight whose memory nothing here refers to any more.
+
+        Returns:
+            Argument's position -> what to hand in there from now on, for all weights.
+        """
+        first_constant = len(self._order) - len(self._constants)
+        wanted = self.program.weight_inputs
+
+        def give_up_input(i: int) -> None:
+            p = self._order[i]
+            if p is not None:
+                give_up(p)
+            else:
+                self._constants[i - first_constant] = self.captured.constants[i] = torch.empty(0)
+
+        def take_input(i: int) -> torch.Tensor:
+            p = self._order[i]
+            return take(p) if p is not None else self._constants[i - first_constant]
+
+        kept = self.program.own_weights([take_input(i) for i in wanted], give_up_input)
+        for i, x in kept.items():
+            if self._order[i] is None:
+                self._constants[i - first_constant] = x
+        self.report.owns_weights = True
+        self.report.memory["staged"] = self.program.owned_bytes
+        self.report.memory["weights"] = sum(x.nbytes for x in kept.values())
+        return {p: kept.get(i) for i, p in enumerate(self._order) if p is not None and i in wanted}
+
     def refresh(self) -> None:
         """Compute everything that depends on weights again at the next call."""
         if self.program.staged is not None:
             self.program.staged.forget()
+
+
+def _selector(positions: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Takes the arguments at these positions."""
+    if positions == list(range(len(positions))):
+        return lambda args: args[: len(positions)]
+    return itemgetter(*positions) if len(positions) > 1 else lambda args: [args[p] for p in positions]
 
 
 def compile_captured(captured: Captured, options: Options, *, label: str = "model", progress: Progress | None = None) -> CompiledGraph:
@@ -102,7 +151,8 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     kernels = build_kernels(lowered, target, cache_dir, options, report, progress)
     report_fallbacks(report, lowered, options)
     report.seconds["build"] = time.perf_counter() - building
-    program = Program(lowered, kernels, lambda node: LibraryCall(node, device), device)
+    changed_words = provider().changed_words() if kernels else None
+    program = Program(lowered, kernels, lambda node: LibraryCall(node, device), device, changed_words)
     report.program = program.source
     report.memory = _memory(graph, lowered, program)
     report.seconds["total"] = time.perf_counter() - start
@@ -121,7 +171,9 @@ def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Op
         captured = capture_fx(gm, weights=weights, name=re.sub(r"\W+", "_", label).strip("_") or "main")
     except Uncapturable as error:
         return fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
-    return compile_captured(captured, options, label=label, progress=progress)
+    compiled = compile_captured(captured, options, label=label, progress=progress)
+    compiled.report.memory["eager"] = eager_peak(gm)
+    return compiled
 
 
 def optimize(graph: Graph, target: Target, options: Options, report: Report) -> None:
@@ -239,10 +291,12 @@ def _strict_message(report: Report) -> str:
 
 def _memory(graph: Graph, lowered: Lowered, program: Program) -> dict[str, int | None]:
     outputs = [v.type.nbytes() for v in graph.outputs]
+    weights = [v.type.nbytes() for v in graph.inputs if v.weight]
     staged = [v.type.nbytes() for v in lowered.boundary]
     return {
         "planned": program.plan.peak if program.plan else 0,
         "unplanned": program.plan.total if program.plan else 0,
+        "weights": sum(int(b) for b in weights) if dims.is_static(weights) else None,
         "staged": sum(int(b) for b in staged),
         "outputs": sum(int(b) for b in outputs) if dims.is_static(outputs) else None,
     }

@@ -6,14 +6,13 @@ Dynamo guards the sizes and layouts of what a user passes, but not those of para
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from graphopt.errors import GraphoptError
 from graphopt.ir import dims
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Value
 
 
 class InputError(GraphoptError, ValueError):
@@ -23,33 +22,38 @@ class InputError(GraphoptError, ValueError):
 class InputGuard:
     """Checks inputs, and brings those in another layout into the one that kernels expect.
 
-    A weight is looked at again only when another tensor, or other storage, arrives in its place.
+    Args:
+        values: the graph's inputs to look at, by position.
     """
 
-    def __init__(self, graph: Graph, device: torch.device) -> None:
+    def __init__(self, values: Mapping[int, Value], device: torch.device) -> None:
         self._device = device
-        self._values = list(graph.inputs)
-        self._specs = [_Spec(v) for v in graph.inputs]
-        self._seen: list[tuple[weakref.ref[torch.Tensor], int, tuple[int, ...]] | None] = [None] * len(graph.inputs)
-        self._weights = [v.weight for v in graph.inputs]
+        self._specs = [(i, _Spec(v)) for i, v in values.items()]
+        self._values = dict(values)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The inputs, those of an unexpected layout copied. Raises InputError for a wrong dtype, size or device."""
-        changed: list[torch.Tensor] | None = None
-        for i, x in enumerate(inputs):
-            if self._weights[i]:
-                seen = self._seen[i]
-                if seen is not None and seen[0]() is x and seen[1] == x.data_ptr() and seen[2] == x.stride():
-                    continue
-            spec = self._specs[i]
+        return self.in_layout(inputs, self.check(inputs))
+
+    def check(self, inputs: Sequence[torch.Tensor]) -> Misplaced:
+        """The inputs that have another layout. Raises InputError for a wrong dtype, size or device."""
+        misplaced: Misplaced = []
+        for i, spec in self._specs:
+            x = inputs[i]
             if x.dtype is not spec.dtype or x.device != self._device or not spec.fits(x):
                 self._refuse(i, x)
             if not spec.has_layout(x):
-                changed = list(inputs) if changed is None else changed
-                changed[i] = spec.copy(x)
-            elif self._weights[i] and not x.is_inference():
-                self._seen[i] = (weakref.ref(x), x.data_ptr(), x.stride())
-        return inputs if changed is None else changed
+                misplaced.append((i, spec))
+        return misplaced
+
+    def in_layout(self, inputs: Sequence[torch.Tensor], misplaced: Misplaced) -> Sequence[torch.Tensor]:
+        """The inputs, with those that :meth:`check` found copied into the layout that kernels expect."""
+        if not misplaced:
+            return inputs
+        changed = list(inputs)
+        for i, spec in misplaced:
+            changed[i] = spec.copy(changed[i])
+        return changed
 
     def _refuse(self, i: int, x: torch.Tensor) -> None:
         v = self._values[i]
@@ -89,3 +93,7 @@ class _Spec:
             return x.contiguous()
         out = torch.empty_strided(x.shape, self.strides, dtype=x.dtype, device=x.device)  # type: ignore[arg-type]
         return out.copy_(x)
+
+
+Misplaced = list[tuple[int, _Spec]]
+"""Inputs in another layout than kernels expect, by position."""

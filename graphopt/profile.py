@@ -23,7 +23,7 @@ from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node
 from graphopt.lower import KernelStep
-from graphopt.program import Program, bind_symbols_fast
+from graphopt.program import Program
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
         runs: runs with clocks, and as many without, in turns.
     """
     graph = program.graph
-    bound = bind_symbols_fast(graph, inputs, sizes) if graph.symbols else {}
+    bound = program.read_sizes(inputs, sizes) if graph.symbols else {}
     times: list[list[float]] = [[] for _ in program.calls]
 
     def clocked(i: int, call: Any) -> Any:

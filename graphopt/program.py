@@ -10,17 +10,18 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 
-from graphopt.guards import InputGuard
-from graphopt.ir import dims
-from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.interpreter import bind_symbols
+from graphopt.guards import InputGuard, Misplaced
+from graphopt.ir.graph import Node
 from graphopt.lower import Lowered
 from graphopt.program_writer import Call, KernelFunction, ProgramWriter
-from graphopt.weights import StagedValues
+from graphopt.sizes import SizeReader
+from graphopt.staging import Release, StagedCompute
+from graphopt.weights import ChangedWords, StagedValues
 
 _CALL = re.compile(r"^(.*?\b)([kL]\d+)\(", re.MULTILINE)  # of a kernel or the library; at most one a line
 
@@ -35,27 +36,44 @@ class Program:
         kernels: one loaded kernel a KernelStep, in order.
         library: makes the call of a node that PyTorch runs.
         device: where buffers live.
+        changed_words: compares words of weights in native code; None to do it in Python.
 
     Attributes:
         source: the generated text.
         plan: the arena's plan; None when no buffer has a static size.
         graph: what the program computes.
         calls: the steps that the text calls kernels or the library for, in order.
+        staged: what is computed from weights once; None where the program reads no weights.
+        read_sizes: values of the graph's symbols from a call's inputs.
     """
 
-    def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device) -> None:
+    def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device,
+                 changed_words: ChangedWords | None = None) -> None:  # fmt: skip
         self.device = device
-        self.graph = lowered.graph
+        graph = self.graph = lowered.graph
         writer = ProgramWriter(lowered, kernels, library, device)
         self.source = writer.write()
         self.plan, self.calls = writer.plan, writer.calls
         self._layout = writer.arena
         self._buffers = writer.buffers
         self._arenas: list[list[torch.Tensor]] = []
-        self._weights = [v.index for v in staged_weights(lowered)]
-        self.staged = StagedValues(_StagedCompute(lowered, writer.staged, library)) if writer.staged else None
-        self._guard = InputGuard(lowered.graph, device) if kernels else None
-        self._symbols = bool(lowered.graph.symbols)
+        self._compute = StagedCompute(lowered, writer.staged, library)
+        read = [v.index for v in self._compute.weights]
+        used = dict.fromkeys(v for node in (*(step.node for step in lowered.steps), graph.ret) for v in node.operands)
+        direct = [v.index for v in graph.inputs if v.weight and v in used]
+        self._guard: InputGuard | None = None
+        self._weights = read
+        self._direct = dict.fromkeys(direct)
+        if kernels:  # library calls look at their operands themselves; kernels trust them
+            self._guard = InputGuard({i: v for i, v in enumerate(graph.inputs) if not v.weight}, device)
+            self._weights = [*read, *(i for i in direct if i not in read)]
+        self._weight_guard = InputGuard({k: graph.inputs[i] for k, i in enumerate(self._weights)} if kernels else {}, device)
+        self._pick = _picker(self._weights)
+        keeps = bool(self._weights or writer.staged)
+        self.staged = StagedValues(self._compute, len(read), self._admit, changed_words) if keeps else None
+        self._owned: list[torch.Tensor] | None = None
+        self.read_sizes = SizeReader(graph)
+        self._symbols = bool(graph.symbols)
         self._namespace = writer.namespace
         self._run = self._compiled(self.source, self._namespace)
 
@@ -86,23 +104,73 @@ class Program:
         """Run.
 
         Args:
-            inputs: one tensor an input of the graph.
-            sizes: values of symbols; those that an input has as a size of its own may be left out.
+            inputs: one tensor an input of the graph; anything in the place of a weight that :meth:`own_weights` gave up.
+            sizes: values of all symbols; None to read them from the inputs.
 
         Raises:
             InputError: an input has not the dtype, the sizes or the device that the program was compiled for.
         """
+        staged: Sequence[torch.Tensor] = ()
+        if self._owned is not None:
+            staged = self._owned
+        elif self.staged is not None:
+            staged, misplaced = self.staged.get(self._pick(inputs))
+            if misplaced:
+                inputs = self._weight_guard.in_layout(inputs, misplaced)
         if self._guard is not None:
             inputs = self._guard(inputs)
-        staged: Sequence[torch.Tensor] = ()
-        if self.staged is not None:
-            staged = self.staged.get([inputs[i] for i in self._weights])
-        bound = bind_symbols_fast(self.graph, inputs, sizes) if self._symbols else {}
+        if sizes is None:
+            sizes = self.read_sizes(inputs) if self._symbols else {}
+        torch.get_num_threads()  # in a new thread, the call that makes OpenMP's number of threads PyTorch's
         arena = self._arenas.pop() if self._arenas else self._make_arena()
         try:
-            return self._run(inputs, staged, arena, bound)
+            return self._run(inputs, staged, arena, sizes)
         finally:
             self._arenas.append(arena)
+
+    @property
+    def weight_inputs(self) -> list[int]:
+        """Positions of the inputs that are weights and are read."""
+        return list(self._weights)
+
+    def own_weights(self, weights: list[torch.Tensor], release: Release) -> dict[int, torch.Tensor]:
+        """Compute what is staged for good: from now on no weight is watched, and those that were only staged are let go.
+
+        Args:
+            weights: the tensors of :attr:`weight_inputs`; emptied.
+            release: told the input's position of each weight whose memory nothing here refers to any more, at once.
+
+        Returns:
+            Input's position -> what calls have to hand in there, for the weights that the program itself reads.
+
+        Raises:
+            InputError: a weight is not what the program was compiled for.
+        """
+        misplaced = self._admit(weights)
+        kept = {i: w for i, w in zip(self._weights, weights, strict=True) if i in self._direct}
+        for i, spec in misplaced:
+            kept[i] = spec.copy(kept[i])
+        memory = [w.untyped_storage().data_ptr() for w in weights]
+        busy = dict.fromkeys(w.untyped_storage().data_ptr() for w in kept.values())
+        read = weights[: len(self._compute.weights)]
+        weights.clear()
+
+        def gone(k: int) -> None:
+            if memory[k] not in busy:
+                release(self._weights[k])
+
+        with torch.no_grad():
+            self._owned = self._compute(read, gone)
+        return kept
+
+    @property
+    def owned_bytes(self) -> int | None:
+        """Bytes of the staged values; None before :meth:`own_weights`."""
+        return None if self._owned is None else sum(x.untyped_storage().nbytes() for x in self._owned)
+
+    def _admit(self, weights: Sequence[torch.Tensor]) -> Misplaced:
+        """Check the weights; those in another layout than kernels expect, by input position."""
+        return [(self._weights[k], spec) for k, spec in self._weight_guard.check(weights) if self._weights[k] in self._direct]
 
     def _make_arena(self) -> list[torch.Tensor]:
         if self.plan is None:
@@ -116,39 +184,10 @@ class Program:
         return out
 
 
-def bind_symbols_fast(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int] | None) -> dict[str, int]:
-    """Values of the graph's symbols; only solves equations when a symbol is given neither by name nor as a bare size."""
-    bound = dict(sizes or {})
-    if all(s in bound for s in graph.symbols):
-        return bound
-    for v, x in zip(graph.inputs, inputs):
-        for i, d in enumerate(v.shape):
-            if not isinstance(d, int) and d.is_Symbol and d.name not in bound:
-                bound[d.name] = x.shape[i]
-    if all(s in bound for s in graph.symbols):
-        return bound
-    used = dims.free_symbols([d for v in graph.inputs for d in v.shape])
-    return bind_symbols(graph, [x.shape for x in inputs], bound) if any(s not in bound for s in used) else bound
-
-
-def staged_weights(lowered: Lowered) -> list[Value]:
-    """The inputs that staged values are computed from, in order."""
-    used = dict.fromkeys(v for node in lowered.staged for v in node.operands)
-    return [v for v in lowered.graph.inputs if v in used]
-
-
-class _StagedCompute:
-    """Computes the staged values that a program uses, by library calls; contiguous where a kernel reads them."""
-
-    def __init__(self, lowered: Lowered, wanted: Sequence[tuple[Value, bool]], library: Callable[[Node], Call]) -> None:
-        self._inputs = staged_weights(lowered)
-        self._calls = [(node, library(node)) for node in lowered.staged]
-        self._wanted = wanted
-
-    def __call__(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        env: dict[Value, torch.Tensor] = dict(zip(self._inputs, weights, strict=True))
-        for node, call in self._calls:
-            env.update(zip(node.results, call([env[v] for v in node.operands], {}), strict=True))
-        return [env[v].contiguous() if contiguous else env[v] for v, contiguous in self._wanted]
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
+    """Takes the tensors at these positions."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda inputs: [inputs[i] for i in positions]
 
 

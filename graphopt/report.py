@@ -13,6 +13,7 @@ from rich.table import Table
 from graphopt.remarks import Remark
 from graphopt.rewrite.context import PassRun
 
+_LARGE = 1 << 20  # bytes of staged values that are worth a note
 NEVER_BUILT = "built: this workload was never built here"
 
 
@@ -67,8 +68,10 @@ class Report:
 
     Attributes:
         seconds: stage -> seconds (``passes``, ``lower``, ``build``, ``total``).
-        memory: ``planned`` (arena bytes), ``unplanned`` (sum of all intermediate buffers), ``staged`` (bytes kept for
-            values computed from weights), ``outputs``; None where sizes are symbolic.
+        memory: ``planned`` (arena bytes), ``unplanned`` (sum of all intermediate buffers), ``weights``, ``staged`` (bytes kept for
+            values computed from weights, beside the weights), ``outputs``, ``eager`` (the most that eager's intermediate
+            results and outputs take at once); None where sizes are symbolic.
+        owns_weights: staged values have taken the place of the weights that they were made from.
         pipeline: the passes, with their options.
         key: identity of the compilation: captured graph, target, and the code and options of every pass.
         text_before, text_after: the IR as captured and as lowered.
@@ -84,6 +87,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     memory: dict[str, int | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    owns_weights: bool = False
     pipeline: list[str] = field(default_factory=list)
     key: str = ""
     text_before: str = ""
@@ -119,6 +123,8 @@ class Report:
                       f"{len(self.fallbacks)} library calls; {times}")  # fmt: skip
         if self.memory:
             console.print("memory: " + ", ".join(f"{k} {_bytes(v)}" for k, v in self.memory.items()))
+            if not self.owns_weights and (self.memory.get("staged") or 0) > _LARGE:
+                console.print("note: what is staged lies beside its weights; graphopt.compile(..., own_weights=True) keeps one of them")
         for note in self.notes:
             console.print(f"note: {note}")
         self._passes(console)

@@ -141,7 +141,7 @@ def test_report_is_json() -> None:
     report = graphopt.compile(nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1)), (X,), name="two").report
     data = json.loads(json.dumps(report.to_json()))
     assert data["name"] == "two" and data["kernels"] and data["passes"] and data["remarks"]
-    assert {"planned", "unplanned", "staged", "outputs"} == set(data["memory"])
+    assert {"planned", "unplanned", "weights", "staged", "outputs", "eager"} == set(data["memory"])
 
 
 def test_equal_regions_share_a_kernel() -> None:

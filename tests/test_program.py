@@ -149,7 +149,7 @@ def test_inputs_are_what_the_program_was_compiled_for() -> None:
       %0: f32[B, 4] = mul(%x, %w)
       return %0
     }""")
-    guard = InputGuard(graph, CPU)
+    guard = InputGuard(dict(enumerate(graph.inputs)), CPU)
     x, w, t = torch.randn(3, 4), torch.randn(4), torch.randn(3, 2).t()
     assert guard([x, w, t])[0] is x
     assert guard([x, w, t])[1] is w

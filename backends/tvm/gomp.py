@@ -1,7 +1,10 @@
-"""The glue that launches a kernel's parallel loop in the OpenMP pool of this process, written as LLVM IR.
+"""Native glue: it launches a kernel's parallel loop in the OpenMP pool of this process; written as LLVM IR.
 
 ``GOMP_parallel(body, c, 0, 0)`` runs ``body`` once in every thread of the team, whose size is the caller's: what
 ``torch.set_num_threads`` set. Each thread calls the loop's function with its number and the team's size.
+
+Beside it, ``graphopt_changed_words`` compares words in memory with those that were seen before, without a branch between them, so that
+the many cache misses of looking at every weight overlap.
 """
 
 from __future__ import annotations
@@ -44,6 +47,27 @@ define i32 @graphopt_parallel_launch(ptr %f, ptr %d, i32 %n) {
   store ptr %d, ptr %dp
   call void @GOMP_parallel(ptr @member, ptr %c, i32 %n, i32 0)
   ret i32 0
+}
+define i32 @graphopt_changed_words(ptr %at, ptr %seen, i64 %n) {
+entry:
+  br label %test
+test:
+  %i = phi i64 [0, %entry], [%next, %look]
+  %all = phi i32 [0, %entry], [%some, %look]
+  %more = icmp ult i64 %i, %n
+  br i1 %more, label %look, label %done
+look:
+  %ap = getelementptr ptr, ptr %at, i64 %i
+  %a = load ptr, ptr %ap
+  %word = load i32, ptr %a
+  %sp = getelementptr i32, ptr %seen, i64 %i
+  %s = load i32, ptr %sp
+  %x = xor i32 %word, %s
+  %some = or i32 %all, %x
+  %next = add i64 %i, 1
+  br label %test
+done:
+  ret i32 %all
 }
 """
 

@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def _use_libgomp(tvm_ffi: Any, directory: Path) -> bool:
 def pool() -> str:
     """``libgomp`` or ``tvm``: where parallel loops run; ``unknown`` before the first kernel is loaded."""
     return str(_state.get("pool", "unknown"))
+
+
+def changed_words() -> Callable[[int, int, int], int] | None:
+    """``f(addresses, words, n)``: nonzero if any of the n addresses holds another 32-bit word; None before a kernel is loaded."""
+    library = _state.get("launcher")
+    if library is None:
+        return None
+    function = ctypes.PyDLL(library._name).graphopt_changed_words  # over in microseconds: not worth letting go of the GIL
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
+    return function  # type: ignore[no-any-return]
 
 
 class LoadedKernel:

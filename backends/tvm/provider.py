@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.backends.tvm.cache import KernelCache
+from graphopt.backends.tvm.launch import changed_words as changed_words
 from graphopt.backends.tvm.templates import entry_name
 from graphopt.errors import BuildError
 from graphopt.target import Target, detect
 
+_BUILDING = threading.Lock()  # compiling in several threads must not multiply the build processes, nor build a kernel twice
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
 
@@ -59,6 +62,12 @@ def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cac
                   progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact | BuildError]:  # fmt: skip
     """Kernels for jobs, in order; for one that could not be built or loaded, the error."""
     cache_dir = writable(cache_dir)
+    with _BUILDING:
+        return _load_or_build(jobs, target, cache_dir, workers, progress)
+
+
+def _load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,
+                   progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact | BuildError]:  # fmt: skip
     cache = KernelCache(cache_dir)
     state = {job: "hit" if cache.find(*job, target) else f"built: {cache.why_missing(*job, target)}" for job in jobs}
     tell = (lambda done, total: progress("build kernels", done, total)) if progress else None

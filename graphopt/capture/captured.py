@@ -138,10 +138,10 @@ class Captured:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def bind_sizes(captured: Captured, args: Sequence[Any]) -> dict[str, int]:
-    """The symbols that integer arguments bind directly."""
+def size_arguments(captured: Captured) -> dict[str, int]:
+    """The symbols that integer arguments are, and the arguments' positions."""
     bare = {a.dim: i for i, a in enumerate(captured.arguments) if isinstance(a, SizeArgument) and not isinstance(a.dim, int)}
-    return {dim.name: int(args[i]) for dim, i in bare.items() if dim.is_Symbol}
+    return {dim.name: i for dim, i in bare.items() if dim.is_Symbol}
 
 
 def evaluate(captured: Captured, args: Sequence[Any]) -> list[Any]:
@@ -149,7 +149,8 @@ def evaluate(captured: Captured, args: Sequence[Any]) -> list[Any]:
     graph = captured.graph
     inputs = {a.input: args[i] for i, a in enumerate(captured.arguments) if isinstance(a, TensorArgument)} | captured.constants
     tensors = [inputs[i] for i in range(len(graph.inputs))]
-    known = interpreter.bind_symbols(graph, [x.shape for x in tensors], bind_sizes(captured, args))
+    given = {s: int(args[p]) for s, p in size_arguments(captured).items()}
+    known = interpreter.bind_symbols(graph, [x.shape for x in tensors], given)
     with torch.no_grad():
         raw = interpreter.evaluate(graph, tensors, bindings=known)
         outputs = []

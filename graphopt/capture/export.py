@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,39 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.source import short_path
 from graphopt.errors import CaptureError, UsageError
 
-Fetch = Callable[[], torch.Tensor]
+
+class _Exporting:
+    """One export at a time, and no look into a module while one goes on: torch.export swaps the module's tensors for fake ones.
+
+    ``epoch`` is odd while an export goes on, so that a reader sees with two comparisons that it was not disturbed.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.epoch = 0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.epoch += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.epoch += 1
+        self.lock.release()
+
+
+_EXPORTING = _Exporting()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of the model is to be found at a call: in the live module, so that replacing it is seen."""
+
+    table: dict[str, Any]
+    key: str
+    module: torch.nn.Module | None = None  # whose table it is; None for a tensor that belongs to no module
+
+    def get(self) -> torch.Tensor:
+        return self.table[self.key]  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -26,14 +60,26 @@ class ExportedGraph:
     Attributes:
         gm: functional aten; mutations of buffers and inputs are ``copy_`` nodes at its end.
         weights: placeholder index -> name, of parameters, constants, and the buffers that the graph does not update.
+        slots: placeholder index -> where its tensor is; the user's inputs, in order, are the placeholders without one.
     """
 
     gm: torch.fx.GraphModule
     weights: dict[int, str]
-    _fetch: list[Fetch | None] = field(repr=False)  # a placeholder: how to get its tensor; None for the user's next input
-    _users: list[tuple[str, Any]] = field(repr=False)  # traced values of the user's inputs, by name
+    slots: dict[int, Slot] = field(repr=False)
+    _users: list[tuple[int, str, Any]] = field(repr=False)  # the user's inputs: placeholder, name, traced value
     _in_spec: Any = field(repr=False)
     _out_spec: Any = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self._template: list[Any] = [None] * (len(self.slots) + len(self._users))
+        self._live = [(i, s.table, s.key) for i, s in self.slots.items()]
+        self._keywords = list(_children(self._in_spec)[1].context)
+        positional = _children(_children(self._in_spec)[0])
+        tensors = all(isinstance(traced, torch.Tensor) for _, _, traced in self._users)
+        self._simple = not self._keywords and tensors and len(positional) == len(self._users) and all(p.is_leaf() for p in positional)
+        self._single = self._out_spec.is_leaf()
+        shapes = [t.shape if isinstance(t, torch.Tensor) else () for _, _, t in self._users]
+        self._sizes = [[n if isinstance(n, int) else None for n in shape] for shape in shapes]
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's arguments for a call of the model.
@@ -42,56 +88,76 @@ class ExportedGraph:
             TypeError: the arguments are not structured as the example was.
             ValueError: a tensor has another dtype, rank or fixed size than the example had.
         """
-        ordered = {k: kwargs[k] for k in self._keywords if k in kwargs} | dict(kwargs)
-        leaves, spec = pytree.tree_flatten((tuple(args), ordered))
-        if spec != self._in_spec:
-            raise TypeError(f"the model was compiled for arguments of the form {self._in_spec}, and was given {spec}")
-        for (name, traced), given in zip(self._users, leaves, strict=True):
-            _check(name, traced, given)
-        rest = iter(leaves)
-        return [next(rest) if fetch is None else fetch() for fetch in self._fetch]
-
-    @property
-    def _keywords(self) -> list[str]:
-        children = self._in_spec.children() if hasattr(self._in_spec, "children") else self._in_spec.children_specs
-        return list(children[1].context)
+        leaves = args
+        if not self._simple or kwargs or len(args) != len(self._users) or not all(map(isinstance, args, repeat(torch.Tensor))):
+            ordered = {k: kwargs[k] for k in self._keywords if k in kwargs} | dict(kwargs)
+            leaves, spec = pytree.tree_flatten((tuple(args), ordered))
+            if spec != self._in_spec:
+                raise TypeError(f"the model was compiled for arguments of the form {self._in_spec}, and was given {spec}")
+        out = self._template.copy()
+        for (i, name, traced), sizes, given in zip(self._users, self._sizes, leaves, strict=True):
+            _check(name, traced, sizes, given)
+            out[i] = given
+        epoch = _EXPORTING.epoch
+        for i, table, key in self._live:
+            out[i] = table[key]
+        if epoch & 1 or _EXPORTING.epoch != epoch:  # a thread exports, perhaps this very model: what was read may be fake
+            with _EXPORTING.lock:
+                for i, table, key in self._live:
+                    out[i] = table[key]
+        return out
 
     def unflatten(self, results: Sequence[Any]) -> Any:
         """The model's result from the graph's."""
-        return pytree.tree_unflatten(list(results), self._out_spec)
+        return results[0] if self._single else pytree.tree_unflatten(list(results), self._out_spec)
+
+    def hold(self, tensors: Mapping[int, Any]) -> None:
+        """From now on hand these in at their placeholders, whatever becomes of the module."""
+        for i, x in tensors.items():
+            self._template[i] = x
+            del self.slots[i]
+        self._live = [(i, s.table, s.key) for i, s in self.slots.items()]
+
+
+def _children(spec: Any) -> list[Any]:
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
 
 
 def exported_graph(model: torch.nn.Module | torch.export.ExportedProgram | str | Path, args: Sequence[Any] = (),
                    kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = None) -> ExportedGraph:  # fmt: skip
-    """Export a module, or take an exported program or a ``.pt2`` file.
+    """Export a module, or take an exported program or a ``.pt2`` file. One thread at a time: torch.export cannot do more.
 
     Raises:
         CaptureError: export fails; names the user's source line.
         UsageError: the file does not exist.
     """
-    program = _program(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+    with _EXPORTING:
+        return _exported_graph(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+
+
+def _exported_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedGraph:
+    program = _program(model, args, kwargs, dynamic_shapes)
     with torch.no_grad():
         program = program.run_decompositions({op: _get_decomp_for_cia(op) for op in _collect_all_valid_cia_ops()})
     signature = program.graph_signature
     owner = model if isinstance(model, torch.nn.Module) else None
     _write_back(program.graph_module, signature)
-    fetch: list[Fetch | None] = []
-    users: list[tuple[str, Any]] = []
+    slots: dict[int, Slot] = {}
+    users: list[tuple[int, str, Any]] = []
     weights: dict[int, str] = {}
     updated = {s.target for s in signature.output_specs if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)}
     placeholders = program.graph_module.graph.find_nodes(op="placeholder")
     for i, (spec, node) in enumerate(zip(signature.input_specs, placeholders, strict=True)):
         if spec.kind == InputKind.USER_INPUT:
-            fetch.append(None)
-            users.append((node.name, node.meta.get("val")))
+            users.append((i, node.name, node.meta.get("val")))
             continue
         if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             raise CaptureError(f"the exported program has an input of kind {spec.kind.name} ({spec.target}), which is no tensor")
         assert spec.target is not None
-        fetch.append(_fetcher(owner, program, spec.target))
+        slots[i] = _slot(owner, program, spec.target)
         if spec.target not in updated:
             weights[i] = spec.target
-    return ExportedGraph(program.graph_module, weights, fetch, users, program.call_spec.in_spec, program.call_spec.out_spec)
+    return ExportedGraph(program.graph_module, weights, slots, users, program.call_spec.in_spec, program.call_spec.out_spec)
 
 
 def _program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -147,8 +213,8 @@ def _write_back(gm: torch.fx.GraphModule, signature: Any) -> None:
     gm.recompile()
 
 
-def _fetcher(owner: torch.nn.Module | None, program: torch.export.ExportedProgram, name: str) -> Fetch:
-    """How to get a parameter, buffer or constant at call time: from the live module, so that replacing it is seen."""
+def _slot(owner: torch.nn.Module | None, program: torch.export.ExportedProgram, name: str) -> Slot:
+    """Where a parameter, buffer or constant is."""
     path, _, attribute = name.rpartition(".")
     if owner is not None:
         try:
@@ -157,22 +223,20 @@ def _fetcher(owner: torch.nn.Module | None, program: torch.export.ExportedProgra
             module = None
         for table in (module._parameters, module._buffers) if module is not None else ():
             if isinstance(table.get(attribute), torch.Tensor):
-                return lambda: table[attribute]  # type: ignore[return-value]
-    tensor = program.state_dict[name] if name in program.state_dict else program.constants[name]
-    return lambda: tensor
+                return Slot(table, attribute, module)
+    return Slot({name: program.state_dict[name] if name in program.state_dict else program.constants[name]}, name)
 
 
-def _check(name: str, traced: Any, given: Any) -> None:
-    """An argument against its example: dtype, rank and fixed sizes."""
+def _check(name: str, traced: Any, sizes: Sequence[int | None], given: Any) -> None:
+    """An argument against its example: dtype, rank and fixed sizes (None for one that may change)."""
     if not isinstance(traced, torch.Tensor):
         if traced is not None and not isinstance(traced, torch.SymInt | torch.SymFloat | torch.SymBool) and traced != given:
             raise ValueError(f"argument {name} was {traced!r} when the model was compiled, and is {given!r} now")
         return
     if not isinstance(given, torch.Tensor):
         raise TypeError(f"argument {name} must be a tensor, got {type(given).__name__}")
-    sizes = [n if isinstance(n, int) else None for n in traced.shape]
-    fits = len(sizes) == given.dim() and all(n is None or n == m for n, m in zip(sizes, given.shape))
-    if given.dtype != traced.dtype or not fits:
+    shape = given.shape
+    if given.dtype != traced.dtype or len(shape) != len(sizes) or any(n is not None and n != m for n, m in zip(sizes, shape)):
         raise ValueError(
             f"argument {name} is {given.dtype}{list(given.shape)}, and the model was compiled for {traced.dtype}{[*traced.shape]}"
         )
