@@ -10,20 +10,24 @@ import torch
 
 from graphopt.capture.export import ExportedGraph, exported_graph
 from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx
+from graphopt.errors import UsageError
 from graphopt.options import Options
+from graphopt.ownership import GivenUp, OwnershipError, give_back_memory, replace_everywhere
 from graphopt.profile import Profile
 from graphopt.report import Report
 
 
 class CompiledModel:
-    """A compiled model, called like the model it was made from.
+    """A compiled model, called like the model it was made from. May be called from several threads at once.
 
     Attributes:
         report: what was done and why.
+        given_up: names of the weights that exist only in packed form (``own_weights=True``).
     """
 
     def __init__(self, exported: ExportedGraph, compiled: CompiledGraph | LibraryGraph) -> None:
         self._exported, self._compiled = exported, compiled
+        self.given_up: tuple[str, ...] = ()
 
     @property
     def report(self) -> Report:
@@ -38,8 +42,52 @@ class CompiledModel:
         return self._compiled.profile(self._exported.flatten(args, kwargs), runs)
 
     def refresh(self) -> None:
-        """Compute what was folded from weights again: after writing to a few elements of one through ``.data`` or NumPy."""
+        """Compute what was folded from weights again: after writing to a few elements of one through ``.data`` or NumPy.
+
+        Raises:
+            OwnershipError: the weights were given up; there is nothing to compute from.
+        """
+        if self.given_up:
+            raise OwnershipError(f"{self!r} (own_weights=True): {self.given_up[0]} is gone, and cannot be packed again")
         self._compiled.refresh()
+
+    def __repr__(self) -> str:
+        report = self.report
+        calls = sum(k.calls for k in report.kernels)
+        text = f"{calls} kernel calls of {len(report.kernels)} kernels, {len(report.fallbacks)} library calls"
+        owned = f", owns {len(self.given_up)} weights" if self.given_up else ""
+        return f"CompiledModel({report.name} for {report.target}: {text}{owned})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        raise UsageError(f"{self!r} cannot be copied: it shares the weights of its model. It may be called from any number of "
+                         "threads; for other weights, copy the model and compile the copy (kernels come from the cache)")  # fmt: skip
+
+    __copy__ = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(f"{self!r} cannot be pickled: it holds machine code that was loaded into this process. Save the model "
+                         "(torch.save, torch.export.save), and compile where it is loaded (kernels come from the cache)")  # fmt: skip
+
+    def _own_weights(self, model: torch.nn.Module | None) -> None:
+        """Take the weights over: pack them now, and leave the module without those that were packed."""
+        if isinstance(self._compiled, LibraryGraph):
+            self.report.notes.append("own_weights: nothing was packed, the model keeps its weights")
+            return
+        slots, modules = dict(self._exported.slots), list(model.modules()) if model is not None else []
+        given_up = []
+
+        def give_up(p: int) -> None:
+            slot, name = slots[p], self._exported.weights[p]
+            stand_in = GivenUp.of(slot.get(), name, f"the compiled {self.report.name}")
+            replace_everywhere(modules, slot.get(), stand_in)
+            slot.table[slot.key] = stand_in
+            given_up.append(name)
+
+        give_back_memory()  # what the export left: it refers to the weights
+        held = self._compiled.own_weights(lambda p: slots[p].get(), give_up)
+        self._exported.hold(held)
+        self.given_up = tuple(given_up)
+        give_back_memory()
 
 
 def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
@@ -54,7 +102,8 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] = (), kwarg
         options: see :class:`graphopt.Options`.
 
     Returns:
-        A callable that takes what the model takes. It shares the model's parameters and buffers, and follows their changes.
+        A callable that takes what the model takes. It shares the model's parameters and buffers, and follows their changes;
+        under ``own_weights=True`` it holds the weights itself: those that it packed leave the model.
 
     Raises:
         CaptureError: the model cannot be exported; the message names the user's source line.
@@ -63,4 +112,7 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] = (), kwarg
     chosen = Options.make(None, options)
     exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
-    return CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, label=label, progress=progress))
+    compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, label=label, progress=progress))
+    if chosen.own_weights:
+        compiled._own_weights(model if isinstance(model, torch.nn.Module) else None)
+    return compiled

@@ -34,6 +34,8 @@ class Options:
         backend: ``auto``, ``tvm``, or ``eager`` (library kernels only: asked for, so no fallback).
         target: the processor whose instructions kernels may use, such as ``cpu:x86-64-v3``; ``cpu`` for all that this one has.
         freeze: treat parameters and buffers as frozen in inference graphs; they are watched for changes.
+        own_weights: let the compiled model own the weights (``graphopt.compile`` only): those that were packed or folded leave the
+            model, so that no weight is in memory twice, and changes are not followed any more.
         cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
         workers: processes that build kernels; 0 for one a core.
         name: what reports call the model.
@@ -48,18 +50,21 @@ class Options:
     backend: str = "auto"
     target: str = "cpu"
     freeze: bool = True
+    own_weights: bool = False
     cache_dir: Path | None = None
     workers: int = 0
     name: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind in (("strict", bool), ("freeze", bool), ("target", str), ("name", str)):
+        for name, kind in (("strict", bool), ("freeze", bool), ("own_weights", bool), ("target", str), ("name", str)):
             if type(getattr(self, name)) is not kind:
                 raise UsageError(f"option {name}={getattr(self, name)!r} must be a {kind.__name__}")
         if type(self.workers) is not int or self.workers < 0:
             raise UsageError(f"option workers={self.workers!r} must be a nonnegative int")
         if self.fuel is not None and (type(self.fuel) is not int or self.fuel < 0):
             raise UsageError(f"option fuel={self.fuel!r} must be a nonnegative int or None")
+        if self.own_weights and not self.freeze:
+            raise UsageError("own_weights=True needs frozen weights; it does not go with freeze=False")
         if not isinstance(self.skip_rewrites, tuple) or not all(type(n) is int and n > 0 for n in self.skip_rewrites):
             raise UsageError(f"option skip_rewrites={self.skip_rewrites!r} must be a list of rewrite numbers, from 1")
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.capture.source import clean_name
 from graphopt.compiler import compile_fx
+from graphopt.errors import UsageError
 from graphopt.options import Options
 
 Compiled = Callable[[list[Any]], Any]
@@ -27,6 +28,8 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
             options: Mapping[str, Any] | None = None) -> Callable[..., Any]:  # fmt: skip
     """Entry point of ``torch.compile(..., backend="graphopt", mode=..., options={...})``."""
     chosen = Options.make(mode, options)
+    if chosen.own_weights:
+        raise UsageError("own_weights=True needs graphopt.compile(model, args): torch.compile keeps the weights and hands them in")
     label = graph_label(gm)
     static = frozen_inputs(gm, example_inputs) if chosen.freeze else {}
 
