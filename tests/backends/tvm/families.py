@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from test_conv import CASES, POOLS
+from test_conv import CASES
 from test_families import REDUCTIONS, ROWS
+from test_pool import CASES as POOLS
+from test_pool import kind_of
 
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Value
@@ -39,6 +41,9 @@ _CONVOLUTIONS = ("3x3", "3x3 packed", "1x1 strided", "first layer", "grouped", "
                  "depthwise", "depthwise strided", "depthwise of any size", "padded")  # fmt: skip
 
 
+_POOLS = ("max", "max of any size, first", "argmax", "avg", "avg of any size", "avg of a large window", "adaptive avg")
+
+
 def packed_product(m: int | str, k: int, n: int, nr: int) -> str:
     """``gelu(x[m, k] @ w[k, n] + b)`` with w in panels of nr columns."""
     panels, where = -(-n // nr), "\nwhere 1 <= M" if isinstance(m, str) else ""
@@ -63,7 +68,7 @@ def families(t: Target) -> dict[str, tuple[Graph, str]]:
     add("matmul", _PRODUCTS)
     add("matmul", {f"packed, {m} rows": packed_product(m, 300, 100, nr) for m in (1, 7, 35, "M")})
     found.update({f"conv: {name}": (CASES[name], "conv") for name in _CONVOLUTIONS})
-    found.update({f"pool: {name}": (g, "max_pool") for name, g in POOLS.items()})
+    found.update({f"pool: {name}": (POOLS[name], kind_of(POOLS[name])) for name in _POOLS})
     return found
 
 
