@@ -47,7 +47,8 @@ def test_every_output_is_made_once_from_the_right_taps(taps: int, stride: int, p
 
 
 @pytest.mark.parametrize("graph", [
-    transposed((B, 4, H, H), (4, 6, 2, 2), 2), transposed((B, 4, H, H), (4, 6, 4, 4), 2, 1), transposed((2, 4, 5, 6), (4, 3, 3, 3), 2, 1, 1),
+    transposed((B, 4, H, H), (4, 6, 2, 2), 2), transposed((B, 4, H, H), (4, 6, 4, 4), 2, 1),
+    transposed((2, 4, 5, 6), (4, 3, 3, 3), 2, 1, 1),
     transposed((2, 4, 5, 6), (4, 3, 3, 3), 2, 1, 1, dilation=2, groups=2), transposed((B, 4, H), (4, 1, 5), 3, 2, 1, groups=4),
     transposed((1, 2, 3, 4, 5), (2, 3, 2, 2, 2), 2), transposed((1, 2, 3, 4), (2, 3, 1, 1), 2),
     transposed((1, 2, 6, 7), (2, 3, 3, 3), 1, 2),
