@@ -72,7 +72,10 @@ def examine() -> Iterator[Finding]:
 # --- packages ----------------------------------------------------------------------------------------------------------
 
 _LOADED = {"apache-tvm": "tvm", "triton": "triton"}  # packages whose native library may fail to load
-_OPTIONAL = {"triton": "Triton kernels for GPUs", "transformers": "the demo and the benchmarks", "hypothesis": "graphopt.testing.graphs"}
+_OPTIONAL = {
+    "triton": "Triton kernels for GPUs", "transformers": "the demo and the benchmarks", "hypothesis": "graphopt.testing.graphs",
+    "onnxruntime": "graphopt bench", "openvino": "graphopt bench", "matplotlib": "graphopt bench --plot",
+}  # fmt: skip
 
 
 def _packages() -> Iterator[Finding]:
