@@ -81,7 +81,7 @@ class Tied(nn.Module):
         return self.norm(self.two(torch.relu(self.one(x))))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def owned() -> tuple[nn.Module, graphopt.CompiledModel, torch.Tensor, torch.Tensor]:
     pytest.importorskip("tvm_ffi")
     model, x = Tied().eval(), torch.randn(32, 64)
