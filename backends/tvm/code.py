@@ -203,8 +203,8 @@ class Code:
                 value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
         elif hidden and not self._in_vector and not isinstance(value, tvm.ir.Call):
             # among symbolic sizes even hidden integers are reasoned about; what is read from memory is not, and LLVM
-            # turns the memory into a register again
-            cell = self.alloc(1, held, f"{name}_cell", scope="local")
+            # turns the memory into a register again (that of the scope "local" would be asked for and given back each time)
+            cell = self.alloc(1, held, f"{name}_cell")
             self.store(cell, 0, value)
             return self.load(cell, 0)
         elif hidden and not isinstance(value, tvm.ir.Call):
