@@ -331,36 +331,72 @@ class Reduction:
 
     def _arg_step(self, outer: list[Index], start: Index, width: int) -> None:
         """Index of the first extreme element; nan counts as the most extreme."""
-        code, dtype = self.code, self.x.dtype
-        name = scalar.COMPUTE[dtype] if not dtype.is_bool else "uint8"
+        code = self.code
+        name = scalar.COMPUTE[self.x.dtype] if not self.x.dtype.is_bool else "uint8"
+        length = self.inner[0].size if self.inner else 1
+        across = width > 1 or (bool(self.axes) and self.axes[-1] in self.kept)
+        if not across and self.lanes > 1 and isinstance(length, int) and length >= 2 * self.lanes:
+            return self._arg_row(self._lane_index(outer, start), length, name)
         lanes = min(self.lanes, width)
         best, where = code.alloc(width, name, "best"), code.alloc(width, "int64", "where")
 
         def element(l: Index, k: list[Index]) -> Any:
-            value = self._element(self._lane_index(outer, code.simplify(start + l)), k)
-            return value.astype("uint8") if dtype.is_bool else value
+            return self._arg_element(self._lane_index(outer, code.simplify(start + l)), k)
 
         def begin(l: Index) -> None:
             code.store(best, l, element(l, [0] * len(self.inner)))
             code.store(where, l, i64(0))
 
         self._lanewise(width, lanes, begin)
-
-        def update(k: list[Index]) -> None:
-            def lane(l: Index) -> None:
-                value, old = code.bind(element(l, k)), code.bind(code.load(best, l))
-                better = value > old if self.op == "argmax" else value < old
-                if dtype.is_float:
-                    n = scalar.COMPUTE[dtype]
-                    better = tirx.Or(better, tirx.And(vecmath.isnan(value, n), tirx.Not(vecmath.isnan(old, n))))
-                    better = tirx.And(better, tirx.Not(vecmath.isnan(old, n)))
-                better = code.bind(better)
-                code.store(where, l, tirx.Select(better, i64(k[0]) if k else i64(0), code.load(where, l)))
-                code.store(best, l, tirx.Select(better, value, old))
-
-            self._lanewise(width, lanes, lane)
-
-        self._loops(self.inner, update)
+        self._loops(
+            self.inner,
+            lambda k: self._lanewise(width, lanes, lambda l: self._arg_update(best, where, l, element(l, k), k[0] if k else 0)),
+        )
         self._lanewise(
             width, lanes, lambda l: self.sink(self._result_index(self._lane_index(outer, code.simplify(start + l))), code.load(where, l))
         )
+        return None
+
+    def _arg_row(self, kept: list[Index], length: int, name: str) -> None:
+        """One row by vectors: each lane finds its first extreme element, and the lanes are compared at the end."""
+        code, lanes = self.code, self.lanes
+        best, where = code.alloc(lanes, name, "best"), code.alloc(lanes, "int64", "where")
+
+        def begin(l: Index) -> None:
+            code.store(best, l, self._arg_element(kept, [l]))
+            code.store(where, l, i64(l))
+
+        self._lanewise(lanes, lanes, begin)
+        with code.loop(length // lanes - 1, "serial", "c") as c:
+            first = code.simplify((c + 1) * lanes)
+            self._lanewise(
+                lanes, lanes, lambda l: self._arg_update(best, where, l, self._arg_element(kept, [code.simplify(first + l)]), first + l)
+            )
+        with code.loop(lanes - 1, "serial", "l") as l:
+            at = code.simplify(l + 1)
+            self._arg_update(best, where, 0, code.load(best, at), code.load(where, at), ordered=False)
+        with code.loop(length % lanes, "serial", "r") as r:
+            k = code.simplify(length // lanes * lanes + r)
+            self._arg_update(best, where, 0, self._arg_element(kept, [k]), k)
+        self.sink(self._result_index(kept), code.load(where, 0))
+
+    def _arg_element(self, kept: list[Index], k: list[Index]) -> Any:
+        value = self._element(kept, k)
+        return value.astype("uint8") if self.x.dtype.is_bool else value
+
+    def _arg_update(self, best: Any, where: Any, l: Index, new: Any, k: Any, ordered: bool = True) -> None:
+        """Take element k in the place of the best one so far, if it is better; among equals, unless all before were lower, the first."""
+        code, dtype = self.code, self.x.dtype
+        value, old, place = code.bind(new), code.bind(code.load(best, l)), code.load(where, l)
+        better = value > old if self.op == "argmax" else value < old
+        equal = tirx.EQ(value, old)
+        if dtype.is_float:
+            n = scalar.COMPUTE[dtype]
+            isnan, wasnan = vecmath.isnan(value, n), vecmath.isnan(old, n)
+            better = tirx.And(tirx.Or(better, tirx.And(isnan, tirx.Not(wasnan))), tirx.Not(wasnan))
+            equal = tirx.Or(equal, tirx.And(isnan, wasnan))
+        if not ordered:
+            better = tirx.Or(better, tirx.And(equal, i64(k) < place))
+        better = code.bind(better)
+        code.store(where, l, tirx.Select(better, i64(k), place))
+        code.store(best, l, tirx.Select(better, value, old))
