@@ -22,7 +22,10 @@ from graphopt.target import Target
 
 @dataclass
 class KernelStep:
-    """Launch a generated kernel. ``symbols`` are passed behind the tensors, in this order."""
+    """Launch a generated kernel. ``symbols`` are passed behind the tensors, in this order.
+
+    ``in_place``: the operand in whose memory the result lies, if any.
+    """
 
     node: Node
     workload: Workload
@@ -30,6 +33,7 @@ class KernelStep:
     backend: str
     symbols: list[str]
     checks: list[IndexCheck] = field(default_factory=list)
+    in_place: int | None = None
 
 
 @dataclass
@@ -60,12 +64,14 @@ class Lowered:
     Attributes:
         staged: nodes that depend on weights alone, in order; run when weights change.
         boundary: staged values that steps or outputs use.
+        in_place: output -> the input whose memory it is in after the run.
     """
 
     graph: Graph
     staged: list[Node]
     boundary: list[Value]
     steps: list[Step]
+    in_place: dict[int, int] = field(default_factory=dict)
 
 
 def lower(graph: Graph, target: Target, backend: Backend | None, why_none: str = "", asked: bool = False) -> Lowered:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphopt.bounds import IndexCheck
+from graphopt.bounds import INDEXED, IndexCheck, IndexOutOfRange
 from graphopt.guards import InputError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value
@@ -65,7 +65,7 @@ class ProgramWriter:
         self.lowered, self.kernels, self.library = lowered, kernels, library
         self.namespace: dict[str, Any] = {
             "empty": torch.empty, "restride": restride, "check_index": check_index, "torch": torch, "device": device,
-            "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes,
+            "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes, "IndexOutOfRange": IndexOutOfRange,
         }  # fmt: skip
         self.names: dict[Value, str] = {}
         self.places: dict[Value, Place] = {}
@@ -92,6 +92,8 @@ class ProgramWriter:
                 for r in step.node.results:
                     for v in step.node.operands:
                         self.storage.join(r, v)
+            if isinstance(step, KernelStep) and step.in_place is not None:
+                self.storage.join(step.node.result, step.node.operands[step.in_place])
             for v in step.node.operands:
                 self.last_use[v] = i
             for r in step.node.results:
@@ -204,7 +206,12 @@ class ProgramWriter:
         operands = [self._operand(v, t.strides is None) for v, t in zip(node.operands, kernel_operand_types(step), strict=True)]
         for check in step.checks:
             self.lines.append(self._check(check, operands[check.operand]))
-        results = [self._result(r, i) for r in node.results]
+        if step.in_place is not None:
+            self._fresh[node.result] = None
+            self.names[node.result] = operands[step.in_place]
+            results = [operands[step.in_place]]
+        else:
+            results = [self._result(r, i) for r in node.results]
         if all(r.type.is_static and r.type.numel == 0 for r in node.results):
             return
         call = f"{name}({', '.join([*operands, *results, *(f's_{s}' for s in step.symbols)])})"
@@ -276,9 +283,12 @@ class ProgramWriter:
         returned = []
         inputs = dict.fromkeys(self.storage.find(v) for v in graph.inputs)
         boundary = dict.fromkeys(self.storage.find(v) for v in self._boundary)
-        for v, strides in zip(graph.outputs, graph.output_strides, strict=True):
+        for k, (v, strides) in enumerate(zip(graph.outputs, graph.output_strides, strict=True)):
             root = self.storage.find(v)
             text = self._operand(v, False)
+            if k in self.lowered.in_place:
+                returned.append(text)
+                continue
             wanted = shape_expression(strides if strides is not None else dims.contiguous_strides(v.shape))
             shared = root in seen or root in inputs or root in boundary
             seen[root] = None
@@ -344,7 +354,7 @@ def _cut_sizes(graph: Graph) -> list[str]:
     for node in graph.nodes():
         if node.body is not None:
             found += [dims.symbol(s) for s in _cut_sizes(node.body)]
-        elif node.op.name in ("slice", "take", "gather"):
+        elif node.op.name in ("slice", *INDEXED):
             found.append(node.operands[0].shape[node.attrs["axis"]])
         elif node.op.name == "pad":
             found += node.operands[0].shape

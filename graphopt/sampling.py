@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graphopt.bounds import INDEXED, digits, size_of
 from graphopt.errors import GraphoptError
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Range
@@ -22,8 +23,8 @@ from graphopt.ir.types import DType
 _POSITIVE = {"sqrt": 0, "rsqrt": 0, "log": 0, "log2": 0, "log10": 0, "log1p": 0, "batch_norm": 2}
 _UNIT = ("asin", "acos", "atanh")
 _DIVISIONS = ("div", "floor_div", "trunc_div", "remainder", "fmod")
-_MOVES = ("reshape", "transpose", "broadcast_to", "slice", "flip", "cast", "concat", "pad", "cumsum")
-_MONOTONE = ("add", "mul", "maximum", "minimum", "div", "sum", "mean", "max", "min", "prod")
+_MOVES = ("reshape", "transpose", "broadcast_to", "slice", "flip", "cast", "concat", "pad")
+_MONOTONE = ("cumsum", "cumprod", "cummax", "cummin", "add", "mul", "maximum", "minimum", "div", "sum", "mean", "max", "min", "prod")
 
 
 @dataclass
@@ -74,7 +75,7 @@ def _of_node(node: Node, results: Sequence[Demand]) -> list[Demand]:
     elif name == "pow":  # a negative base or, for integers, a negative exponent has no value
         for d in out if node.operands[0].dtype.is_integer else out[:1]:
             d.facts["positive"] = None
-    elif name in ("take", "gather"):
+    elif name in INDEXED:
         x = node.operands[0]
         out[1].below.append((x.shape[node.attrs["axis"]], 0))
         out[0].facts["table"] = None
@@ -95,7 +96,7 @@ def _of_library_call(node: Node, out: list[Demand]) -> None:
 def _pass_on(node: Node, result: Demand, out: list[Demand]) -> None:
     """Hand the demands on the result to operands, where having the property there gives it here."""
     name, operands = node.op.name, node.operands
-    if name in _MOVES:
+    if name in _MOVES or name == "wrap_index":
         for d in out:
             d.join(result)
     elif name == "where":
@@ -103,6 +104,13 @@ def _pass_on(node: Node, result: Demand, out: list[Demand]) -> None:
         out[2].join(result)
     elif name in ("take", "gather"):
         out[0].join(result)
+    elif name == "mul" and result.below:  # the outer part of an index over two axes
+        for i in (0, 1):
+            if (inner := size_of(operands[1 - i])) is not None and inner != 0:
+                out[i].below += [(dims.floordiv(size, inner), 0) for size, _ in result.below]
+    elif name == "add" and result.below and (parts := digits(node.result, result.below[0][0])) is not None:
+        for i, v in enumerate(operands):
+            out[i].below.append((parts[1][1] if v is parts[1][0] else result.below[0][0], 0))
     elif name == "add" and result.below:
         for i in (0, 1):  # an index that is shifted by a constant
             other = operands[1 - i].producer
@@ -186,7 +194,7 @@ def _sensible(node: Node, bindings: Mapping[str, int]) -> bool:
             return 0 <= start <= stop <= shapes[0][node.attrs["axis"]]
         case "matmul":
             return shapes[0][-1] == shapes[1][-2]
-        case "take" | "gather":
+        case "take" | "gather" | "put" | "scatter":
             return shapes[0][node.attrs["axis"]] > 0 or math.prod(shapes[1]) == 0
         case "rope":
             return shapes[0][-1] % 2 == 0

@@ -12,7 +12,7 @@ from graphopt.backends.tvm.templates import CONV, TEMPLATES, Template
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
-KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", *WINDOWS)
+KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "scan", "scatter", "update", *WINDOWS)
 
 
 class TvmBackend:

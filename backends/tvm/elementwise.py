@@ -104,22 +104,6 @@ def write_value(args: Arguments, sources: Mapping[Value, Source], value: Value, 
         run_space(code, axes, tuning, weight_of(value), piece)
 
 
-def write_output(args: Arguments, sources: Mapping[Value, Source], k: int, tuning: Tuning) -> None:
-    """Compute output k of the region and store it in the caller's tensor."""
-    strides = args.output_strides(k)
-
-    def address(index: Sequence[Index]) -> Index:
-        at: Index = 0
-        for i, s in zip(index, strides, strict=True):
-            at = at + i * s
-        return args.code.simplify(at)
-
-    order = list(range(len(strides)))
-    if all(isinstance(s, int) for s in strides):
-        order.sort(key=lambda axis: -strides[axis])  # stable: axes of one stride stay in place
-    write_value(args, sources, args.graph.outputs[k], tuning, address, args.outputs[k], order=order)
-
-
 def scratch(args: Arguments, value: Value, dtype: str) -> tuple[Any, Callable[[Sequence[Index]], Index]]:
     """A row-major scratch buffer for a value, and the address of an index in it."""
     code = args.code

@@ -213,7 +213,7 @@ class Expressions:
         x, positions = node.operands
         axis = node.attrs["axis"] % x.type.rank
         inner = index[axis : axis + positions.type.rank]
-        at = self._loaded_index(positions, inner, self.code.size(x.shape[axis]))
+        at = self.position(positions, inner, self.code.size(x.shape[axis]))
         return self.at(x, [*index[:axis], at, *index[axis + positions.type.rank :]])
 
     def _gather(self, node: Node, index: Sequence[Index]) -> Any:
@@ -221,10 +221,14 @@ class Expressions:
         axis = node.attrs["axis"] % max(x.type.rank, 1)
         if not index:
             return self.at(x, [])
-        at = self._loaded_index(positions, index, self.code.size(x.shape[axis]))
+        at = self.position(positions, index, self.code.size(x.shape[axis]))
         return self.at(x, [*index[:axis], at, *index[axis + 1 :]])
 
-    def _loaded_index(self, positions: Value, index: Sequence[Index], size: Index) -> Any:
+    def _wrap_index(self, node: Node, index: Sequence[Index]) -> Any:
+        at, size = self.at(node.operands[0], index), i64(self.code.size(node.attrs["size"]))
+        return tirx.Select(at < tirx.const(0, at.ty.dtype), at + size.astype(at.ty.dtype), at)
+
+    def position(self, positions: Value, index: Sequence[Index], size: Index) -> Any:
         """A loaded index, kept within bounds for the sake of memory; that it is valid is the caller's check."""
         at = self.at(positions, index)
         at = at if positions.dtype.name == "i64" else at.astype("int64")
@@ -236,7 +240,7 @@ _MOVES: dict[str, Callable[[Expressions, Node, Sequence[Index]], Any]] = {
     "constant": Expressions._constant, "iota": Expressions._iota, "reshape": Expressions._reshape,
     "transpose": Expressions._transpose, "broadcast_to": Expressions._broadcast_to, "slice": Expressions._slice,
     "flip": Expressions._flip, "concat": Expressions._concat, "pad": Expressions._pad, "take": Expressions._take,
-    "gather": Expressions._gather,
+    "gather": Expressions._gather, "wrap_index": Expressions._wrap_index,
 }  # fmt: skip
 
 

@@ -13,6 +13,8 @@ DTYPES = (types.f64, types.f32, types.f16, types.bf16, types.i64, types.i32, typ
 VIEWS = ("reshape", "transpose", "broadcast_to", "slice", "flip")
 MOVES = (*VIEWS, "concat", "pad", "take", "gather", "constant", "iota")
 REDUCTIONS = ("sum", "prod", "max", "min", "any", "all", "mean", "argmax", "argmin")
+SCANS = ("cumsum", "cumprod", "cummax", "cummin", "argcummax", "argcummin", "logcumsumexp")
+SCATTERS = ("put", "scatter")
 PRODUCTS = ("matmul", "conv", *WINDOWS)
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "var")
 ACTIVATIONS = ("gelu", "silu", "softplus", "elu", "leaky_relu", "hardsigmoid", "hardswish", "mish")
@@ -52,7 +54,7 @@ def _node(node: Node, target: Target) -> str | None:
             return f"{name}: {why}"
     if node.op.has(Trait.POINTWISE):
         return _pointwise(node)
-    if name in MOVES or name in REDUCTIONS or name in ROW_OPS or name in PRODUCTS:
+    if name in MOVES or name in REDUCTIONS or name in ROW_OPS or name in PRODUCTS or name in SCANS or name in SCATTERS:
         if name == "constant" and isinstance(node.attrs["value"], complex):
             return "a complex constant"
         return None
@@ -88,8 +90,8 @@ def constant_of(v: Value) -> float | int | bool | None:
 
 
 def is_materialized(node: Node) -> bool:
-    """Whether a node's result must be computed by loops of its own: a reduction, a product or a window."""
-    return node.name in REDUCTIONS or node.name in PRODUCTS
+    """Whether a node's result must be computed by loops of its own: a reduction, a scan, a product or a window, or updates by index."""
+    return node.name in REDUCTIONS or node.name in PRODUCTS or node.name in SCANS or node.name in SCATTERS
 
 
 def is_softmax_exp(node: Node) -> bool:

@@ -74,7 +74,7 @@ def _write_nest(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.nest import emit_nest
     from graphopt.backends.tvm.prepare import expand_rows
 
-    return emit_nest(expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], s["chunk"], s["parallel"]))
+    return emit_nest(expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], s["chunk"], s["parallel"]), in_place=w.kind == "update")
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from graphopt.capture.aten import Context, lowers
 from graphopt.capture.aten_shape import cut
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Value
 
@@ -19,33 +19,46 @@ def embedding(c: Context, weight: Value, index: Value, *_: Any) -> Value:
 
 @lowers("index_select")
 def index_select(c: Context, x: Value, dim: int, index: Value) -> Value:
-    c.require(x.type.rank > 0)
     flat = index if index.type.rank == 1 else c.b.reshape(index, (1,))
+    if not x.type.rank:
+        return c.b.reshape(c.b.take(c.b.reshape(x, (1,)), flat, axis=0), c.shape)
     return c.b.take(x, flat, axis=dim % x.type.rank)
 
 
 @lowers("gather")
 def gather(c: Context, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Value:
     """The index may be smaller than x in other axes: those are cut first."""
-    c.require(x.type.rank == index.type.rank > 0 and not sparse_grad)
+    c.require(not sparse_grad)
+    if any(d == 0 for d in index.shape):
+        return c.b.broadcast_to(c.constant(0, x.dtype), c.shape)
+    x, index = (v if v.type.rank else c.b.reshape(v, (1,)) for v in (x, index))
+    c.require(x.type.rank == index.type.rank)
     axis = dim % x.type.rank
     for a, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)):
         if a != axis and n != m:
             c.require(dims.prove(m, "<=", n, c.b.graph.symbols))
             x = cut(c, x, a, 0, m)
-    return c.b.gather(x, index, axis=axis)
+    return c.b.reshape(c.b.gather(x, index, axis=axis), c.shape)
+
+
+@lowers("take")
+def take(c: Context, x: Value, index: Value) -> Value:
+    """By position in row-major order; negative positions count from the end."""
+    size = x.type.numel
+    return c.b.take(c.b.reshape(x, (size,)), wrapped(c, as_index(c, index), size), axis=0)
 
 
 @lowers("index.Tensor")
 def index(c: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [(axis, v) for axis, v in enumerate(indices) if v is not None]
-    c.require(all(v.dtype.is_integer and v.dtype.name != "u8" for _, v in given))
-    if len(given) == 1:
-        axis, v = given[0]
-        return c.b.take(x, _wrapped(c, v, x.shape[axis]), axis=axis)
-    if _is_separable(given) and any(_counts(v) is None for _, v in given):
-        return _take_each(c, x, [(axis, _wrapped(c, v, x.shape[axis])) for axis, v in given], clip=False)
-    return _index_grid(c, x, given)
+    if len(given) > 1 and (grid := _index_grid(c, x, given)) is not None:
+        return grid
+    if len(given) > 1 and _is_separable(given):
+        return _take_each(c, x, [(axis, wrapped(c, as_index(c, v), x.shape[axis])) for axis, v in given], clip=False)
+    order, axis, flat = flat_index(c, x, given)
+    moved, count = c.b.transpose(x, order), len(given)
+    merged = c.b.reshape(moved, (*moved.shape[:axis], dims.numel(moved.shape[axis : axis + count]), *moved.shape[axis + count :]))
+    return c.b.take(merged, flat, axis=axis)
 
 
 @lowers("_unsafe_index.Tensor")
@@ -72,11 +85,47 @@ def _take_each(c: Context, x: Value, given: Sequence[tuple[int, Value]], clip: b
     return x
 
 
-def _wrapped(c: Context, index: Value, size: Dim) -> Value:
+def is_mask(index: Value) -> bool:
+    """Whether a tensor of indices selects by truth."""
+    return index.dtype.is_bool or index.dtype.name == "u8"
+
+
+def as_index(c: Context, index: Value) -> Value:
+    c.require(index.dtype.is_integer and not is_mask(index))
+    return index
+
+
+def flat_index(c: Context, x: Value, given: Sequence[tuple[int, Value]]) -> tuple[tuple[int, ...], int, Value]:
+    """Several indices, broadcast together, as one.
+
+    Args:
+        given: (axis, index) by axis.
+
+    Returns:
+        (perm, axis, index): in transpose(x, perm) the indexed axes are neighbours, the first of them ``axis``; index counts
+        in row-major order over all of them. They stay in place if they are neighbours already, else they go first.
+    """
+    axes = [axis for axis, _ in given]
+    together = axes == list(range(axes[0], axes[0] + len(axes)))
+    rest = [k for k in range(x.type.rank) if k not in axes]
+    order = tuple(range(x.type.rank)) if together else (*axes, *rest)
+    total: Value | None = None
+    for axis, v in given:
+        at = wrapped(c, as_index(c, v), x.shape[axis])
+        if len(given) > 1:
+            at = c.b.cast(at, types.i64)
+        total = at if total is None else c.b.add(c.b.mul(total, c.constant(x.shape[axis], types.i64)), at)
+    assert total is not None
+    return order, axes[0] if together else 0, total
+
+
+def wrapped(c: Context, index: Value, size: Dim) -> Value:
     """Negative indices count from the end."""
     if _counts(index) is not None:
         return index
-    return c.b.where(c.b.lt(index, 0), c.b.add(index, c.constant(size, index.dtype)), index)
+    if index.dtype.bits < 64 and not (isinstance(size, int) and 2 * size < 1 << (index.dtype.bits - 1)):
+        index = c.b.cast(index, types.i64)  # index + size must not wrap around
+    return c.b.wrap_index(index, size=size)
 
 
 def _counts(index: Value) -> int | None:
@@ -97,18 +146,18 @@ def _is_zero(v: Value) -> bool:
     return node is not None and node.attrs["value"] == 0
 
 
-def _index_grid(c: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:
+def _index_grid(c: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value | None:
     """x[i[:, None], j[None, :]] with i, j = 0, 1, 2, ... is a corner of x: the way attention masks are built."""
     axes = [axis for axis, _ in given]
-    c.require(axes == list(range(x.type.rank)))
     places = [_counts(v) for _, v in given]
-    c.require(all(p is not None for p in places))
+    if axes != list(range(x.type.rank)) or any(p is None for p in places):
+        return None
     rank = c.out.rank
     landing = [p if p is not None and p < 0 else (p or 0) + rank - v.type.rank for p, (_, v) in zip(places, given, strict=True)]
     order = [p for p in landing if p >= 0]
-    c.require(order == sorted(set(order)))
+    fits = [dims.prove(v.type.numel, "<=", x.shape[axis], c.b.graph.symbols) for axis, v in given]
+    if order != sorted(set(order)) or not all(fits):
+        return None
     for axis, v in given:
-        count = v.type.numel
-        c.require(dims.prove(count, "<=", x.shape[axis], c.b.graph.symbols))
-        x = cut(c, x, axis, 0, count)
+        x = cut(c, x, axis, 0, v.type.numel)
     return c.b.reshape(x, c.shape)

@@ -1,4 +1,4 @@
-"""Reductions and cumulative sums."""
+"""Reductions."""
 
 from __future__ import annotations
 
@@ -137,12 +137,6 @@ def argmax(c: Context, x: Value, dim: int | None = None, keepdim: bool = False) 
 @lowers("argmin")
 def argmin(c: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
     return _extreme_index(c, "argmin", x, dim, keepdim)
-
-
-@lowers("cumsum")
-def cumsum(c: Context, x: Value, dim: int, dtype: Any = None) -> Value:
-    v = c.to(x, c.dtype)
-    return c.b.cumsum(v, axis=dim % v.type.rank) if v.type.rank else v
 
 
 @lowers("logsumexp")

@@ -9,6 +9,7 @@ from graphopt.capture.aten import Context, lowers
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Value
+from graphopt.ir.opset.shape import slice_length
 
 # views -----------------------------------------------------------------------------------------------------------------
 
@@ -182,9 +183,15 @@ def stack(c: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
 def slice_scatter(c: Context, x: Value, src: Value, dim: int = 0, start: Dim | None = None, end: Dim | None = None,
                   step: int = 1) -> Value:  # fmt: skip
     axis, size = dim % x.type.rank, x.shape[dim]
-    c.require(step == 1)
     first, last = bounds(c, size, start, end)
+    if step != 1:
+        count = slice_length(first, last, step)
+        source = c.b.broadcast_to(c.to(src, c.dtype), (*x.shape[:axis], count, *x.shape[axis + 1 :]))
+        c.require(not x.dtype.is_complex)
+        return c.b.put(x, c.b.iota(size=count, start=first, step=step), source, axis=axis, update="set")
     middle = c.b.broadcast_to(c.to(src, c.dtype), (*x.shape[:axis], dims.sub(last, first), *x.shape[axis + 1 :]))
+    if _is_state(x):
+        return c.b.put(x, c.b.iota(size=dims.sub(last, first), start=first), middle, axis=axis, update="set")
     return _around(c, x, middle, axis, first, last)
 
 
@@ -193,7 +200,14 @@ def select_scatter(c: Context, x: Value, src: Value, dim: int, index: Dim) -> Va
     axis = dim % x.type.rank
     at = _index(c, x.shape[axis], index)
     one = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    if _is_state(x):
+        return c.b.put(x, c.b.iota(size=1, start=at), c.b.reshape(c.to(src, c.dtype), one), axis=axis, update="set")
     return _around(c, x, c.b.reshape(c.to(src, c.dtype), one), axis, at, dims.add(at, 1))
+
+
+def _is_state(x: Value) -> bool:
+    """Whether x is the caller's own tensor, which an update may be written into: a key-value cache. Others are joined from pieces."""
+    return x.is_input and not x.weight and x.type.strides is None and not x.dtype.is_complex
 
 
 def _around(c: Context, x: Value, middle: Value, axis: int, first: Dim, last: Dim) -> Value:
@@ -204,6 +218,13 @@ def _around(c: Context, x: Value, middle: Value, axis: int, first: Dim, last: Di
     if last != size:
         parts.append(cut(c, x, axis, last, size))
     return c.b.concat(*parts, axis=axis) if len(parts) > 1 else middle
+
+
+@lowers("narrow_copy")
+def narrow_copy(c: Context, x: Value, dim: int, start: Dim, length: Dim) -> Value:
+    axis = dim % x.type.rank
+    first = _index(c, x.shape[axis], start)
+    return cut(c, x, axis, first, dims.add(first, length))
 
 
 @lowers("roll")
@@ -233,46 +254,3 @@ def repeat(c: Context, x: Value, repeats: Sequence[Dim]) -> Value:
     narrow = [n for d in shape for n in (1, d)]
     wide = [n for r, d in zip(repeats, shape, strict=True) for n in (r, d)]
     return c.b.reshape(c.b.broadcast_to(c.b.reshape(x, tuple(narrow)), tuple(wide)), c.shape)
-
-
-@lowers("constant_pad_nd")
-def constant_pad(c: Context, x: Value, pad: Sequence[Dim], value: float = 0) -> Value:
-    """Pads from the last axis; a negative width cuts."""
-    rank, symbols = x.type.rank, c.b.graph.symbols
-    low: list[Dim] = [0] * rank
-    high: list[Dim] = [0] * rank
-    for i in range(len(pad) // 2):
-        axis = rank - 1 - i
-        before, after = pad[2 * i], pad[2 * i + 1]
-        signs = [dims.prove(p, ">=", 0, symbols) for p in (before, after)]
-        c.require(None not in signs)
-        start = 0 if signs[0] else -before
-        stop = x.shape[axis] if signs[1] else dims.add(x.shape[axis], after)
-        c.require(dims.prove(start, "<=", stop, symbols))
-        x = cut(c, x, axis, start, stop)
-        low[axis], high[axis] = (before if signs[0] else 0), (after if signs[1] else 0)
-    if not any(p != 0 for p in (*low, *high)):
-        return x
-    c.require(not isinstance(value, complex))
-    fill = bool(value) if x.dtype.is_bool else int(value) if x.dtype.is_integer else float(value)
-    return c.b.pad(x, low=tuple(low), high=tuple(high), value=fill)
-
-
-# triangles -------------------------------------------------------------------------------------------------------------
-
-
-def _triangle(c: Context, x: Value, keep: str, diagonal: int) -> Value:
-    rows, columns = x.shape[-2:]
-    row = c.b.reshape(c.b.iota(size=rows), (rows, 1))
-    inside = c.b.create(keep, [c.b.iota(size=columns), c.b.add(row, diagonal) if diagonal else row])
-    return c.b.where(inside, x, c.constant(0, x.dtype))
-
-
-@lowers("tril")
-def tril(c: Context, x: Value, diagonal: int = 0) -> Value:
-    return _triangle(c, x, "le", diagonal)
-
-
-@lowers("triu")
-def triu(c: Context, x: Value, diagonal: int = 0) -> Value:
-    return _triangle(c, x, "ge", diagonal)

@@ -10,7 +10,20 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from graphopt.capture import aten_activation, aten_create, aten_index, aten_nn, aten_pointwise, aten_reduce, aten_shape, aten_window, opaque
+from graphopt.capture import (
+    aten_activation,
+    aten_create,
+    aten_index,
+    aten_nn,
+    aten_pad,
+    aten_pointwise,
+    aten_reduce,
+    aten_scan,
+    aten_scatter,
+    aten_shape,
+    aten_window,
+    opaque,
+)
 from graphopt.capture.aten import TABLE, Context, Decline
 from graphopt.capture.captured import (
     Argument,
@@ -34,8 +47,10 @@ from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.types import DType, TensorType
 
-# importing fills the table
-PAGES = (aten_pointwise, aten_activation, aten_shape, aten_create, aten_index, aten_reduce, aten_nn, aten_window)
+PAGES = (  # importing fills the table
+    aten_pointwise, aten_activation, aten_shape, aten_pad, aten_create, aten_index, aten_scatter, aten_reduce, aten_scan, aten_nn,
+    aten_window,
+)  # fmt: skip
 
 _IGNORED = (  # checks of what tracing has established already
     "aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten.sym_constrain_range.default",

@@ -76,6 +76,11 @@ def _cast(pool: Pool, name: str) -> Value:
     return pool.add(name, [x], dtype=pool.pick(FLOATS if narrow else [*FLOATS, *INTEGERS[:3], types.b1]))
 
 
+@recipe("wrap_index")
+def _wrap_index(pool: Pool, name: str) -> Value:
+    return pool.add(name, [pool.operand([types.i64, types.i32])], size=pool.pick([3, 9]))
+
+
 # --- creation ----------------------------------------------------------------------------------------------------------
 
 
@@ -106,10 +111,16 @@ def _reduction(pool: Pool, name: str) -> Value:
     return pool.add(name, [x], axes=axes, keepdims=pool.flag(), **attrs)
 
 
-@recipe("argmax", "argmin", "cumsum")
+@recipe("argmax", "argmin")
 def _along_axis(pool: Pool, name: str) -> Value:
     x = pool.operand(supported_dtypes(name), least=1)
-    return pool.add(name, [x], axis=_axis(pool, x), **({} if name == "cumsum" else {"keepdims": pool.flag()}))
+    return pool.add(name, [x], axis=_axis(pool, x), keepdims=pool.flag())
+
+
+@recipe("cumsum", "cumprod", "cummax", "cummin", "argcummax", "argcummin", "logcumsumexp")
+def _scan(pool: Pool, name: str) -> Value:
+    x = pool.operand(supported_dtypes(name), least=1)
+    return pool.add(name, [x], axis=_axis(pool, x))
 
 
 def _axis(pool: Pool, x: Value) -> int:
@@ -327,6 +338,29 @@ def _gather(pool: Pool, name: str) -> Value:
     axis = _axis(pool, x)
     shape = (*x.shape[:axis], pool.size(), *x.shape[axis + 1 :])
     return pool.add(name, [x, pool.input(types.i64, shape, keep=False)], axis=axis)
+
+
+@recipe("put")
+def _put(pool: Pool, name: str) -> Value:
+    """Positions repeat: there are few of them."""
+    x = pool.operand([d for d in DTYPES if not d.is_complex], least=1, most=3)
+    axis, shape = _axis(pool, x), pool.shape(0, 2)
+    index = pool.input(pool.pick([types.i64, types.i32]), shape, keep=False)
+    source = pool.input(x.dtype, (*x.shape[:axis], *shape, *x.shape[axis + 1 :]))
+    return pool.add(name, [x, index, source], axis=axis, update=_update(pool, x))
+
+
+@recipe("scatter")
+def _scatter(pool: Pool, name: str) -> Value:
+    x = pool.operand([d for d in DTYPES if not d.is_complex], least=1, most=3)
+    axis = _axis(pool, x)
+    shape = (*x.shape[:axis], pool.size(), *x.shape[axis + 1 :])
+    index, source = pool.input(types.i64, shape, keep=False), pool.input(x.dtype, shape)
+    return pool.add(name, [x, index, source], axis=axis, update=_update(pool, x))
+
+
+def _update(pool: Pool, x: Value) -> str:
+    return pool.pick(["set", "add"] if x.dtype.is_bool else ["set", "add", "mul", "max", "min"])
 
 
 # --- idioms: what passes look for, and what random choice alone would seldom make ----------------------------------------

@@ -9,6 +9,8 @@ region and the region's kind accepts it; else it is the root of a region of its 
 - ``reduction``: pointwise and views -> one reduction -> pointwise ops on the reduced shape.
 - ``rowwise``: softmax, log_softmax, layer_norm, rms_norm and reductions over the trailing axes, any number of them over the
   same rows, with pointwise ops on full rows or on one element a row before, between and after.
+- ``scan``: anything pointwise -> one running sum, product or extreme -> pointwise ops of its shape.
+- ``scatter``: anything pointwise -> updates by index; nothing can follow, since an element may be written several times.
 - ``matmul``: views on the operands, one matmul, pointwise ops of the result's shape after it.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 

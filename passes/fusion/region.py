@@ -9,10 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from graphopt.bounds import INDEXED, can_be_checked
 from graphopt.ir import dims
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
-from graphopt.passes.fusion.roles import ARG_REDUCTIONS, PRODUCTS, ROW_REDUCTIONS, Role, Rows, is_cheap, is_scalar, rereads, role, rows_of
+from graphopt.passes.fusion.roles import (
+    ARG_REDUCTIONS,
+    PRODUCTS,
+    ROW_REDUCTIONS,
+    SCANS,
+    SCATTERS,
+    Role,
+    Rows,
+    is_cheap,
+    is_scalar,
+    rereads,
+    role,
+    rows_of,
+)
 
 # A value may be computed through at most this many different index maps (x read plainly, shifted, flipped ...): each is a
 # copy of the work, and they multiply along a chain.
@@ -38,7 +52,7 @@ class Region:
     """A region under construction.
 
     Attributes:
-        kind: ``pointwise``, ``reduction``, ``rowwise``, ``matmul`` or ``conv``.
+        kind: ``pointwise``, ``reduction``, ``rowwise``, ``scan``, ``scatter``, ``matmul`` or ``conv``.
         epoch: number of mutating calls before the root; nothing is moved across one.
         members: node -> the index maps through which the root reads it, root first, in reverse execution order.
         repeated: members whose elements a broadcast computes again.
@@ -66,6 +80,8 @@ class Region:
             region.rows = rows_of(root)
             if root.op.name in PRODUCTS:
                 region.kind = root.op.name
+            elif root.op.name in (*SCANS, *SCATTERS):
+                region.kind = "scan" if root.op.name in SCANS else "scatter"
             else:
                 region.kind = "reduction" if _reduces(root) and root.op.name != "var" else "rowwise"
         return region
@@ -80,6 +96,8 @@ class Region:
         if part is not Role.CREATION and (reason := self._crowded(node, limits)):
             return reason
         uses = [(u, i) for u, i in node.results[0].uses if u in self.members]
+        if reason := _index_rejects(node, uses):
+            return reason
         frames = self._frames(uses)
         if len(frames) > _MAX_FRAMES:
             return f"it would be computed through {len(frames)} different index maps"
@@ -137,7 +155,7 @@ class Region:
     # --- what each kind accepts ---------------------------------------------------------------------------------------
 
     def _kind_rejects(self, node: Node, part: Role, users: list[Node]) -> str | None:
-        if self.kind == "pointwise" or part is Role.CREATION:
+        if self.kind in ("pointwise", "scan", "scatter") or part is Role.CREATION:
             return None
         if part is Role.MOVER and self.kind == "conv" and node.op.name == "pad" and node.results[0] is self.anchors[0].operands[0]:
             return None if users == self.anchors else "what is padded has other uses"
@@ -192,9 +210,16 @@ class Region:
     def _admit_anchor(self, node: Node, uses: list[tuple[Node, int]]) -> str | None:
         after, shape, rows = self._downstream(uses), node.results[0].shape, rows_of(node)
         plain = all(role(n) is Role.POINTWISE and dims.same_shape(n.results[0].shape, shape) for n in after)
+        if node.op.name in SCATTERS:
+            return "its elements are written in the order of the index, before any of them can be read"
+        if self.kind in ("scan", "scatter"):
+            return f"its reader is a {self.kind} kernel already"
         if node.op.name in PRODUCTS:
             reason = self._product_unfit(node, after, plain)
             kind = node.op.name
+        elif node.op.name in SCANS:
+            reason = self._mover_in("scan") if plain and self.kind == "pointwise" else "what follows is no pointwise work of its shape"
+            kind = "scan"
         elif self.kind == "pointwise" and _reduces(node) and node.op.name != "var" and plain:
             reason, kind = self._mover_in("reduction"), "reduction"
         else:
@@ -245,6 +270,19 @@ class Region:
             if role(n) is Role.POINTWISE and (reason := _row_rejects(n, users, rows)):
                 return f"{n.op.name} after it does not fit: {reason}"
         return _reader_rejects(node, [u for u, _ in node.results[0].uses if u in self.members], rows)
+
+
+def _index_rejects(node: Node, uses: Iterable[tuple[Node, int]]) -> str | None:
+    """An index is computed outside if it could not be checked before the launch inside."""
+    if role(node) not in (Role.POINTWISE, Role.MOVER):
+        return None
+    for user, i in uses:
+        if user.op.name not in INDEXED or i != 1 or user.attrs.get("clip"):
+            continue
+        symbols = node.graph.symbols
+        if not can_be_checked(node.results[0], user.operands[0].shape[user.attrs["axis"]], symbols):
+            return f"it is an index of {user.op.name} that must be checked before the kernel reads by it"
+    return None
 
 
 def _reduces(node: Node) -> bool:

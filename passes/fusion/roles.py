@@ -20,7 +20,7 @@ class Role(Enum):
     VIEW = "view"  # moves elements by an index map that costs nothing
     MOVER = "mover"  # moves elements and has work to do: concat, pad, take, gather
     CREATION = "creation"  # constant, iota
-    ANCHOR = "anchor"  # a reduction, row op, matmul or convolution: decides the kind of its region
+    ANCHOR = "anchor"  # a reduction, scan, row op, matmul, convolution or update by index: decides the kind of its region
     OTHER = "other"  # never in a region
 
 
@@ -29,12 +29,16 @@ PRODUCTS = ("matmul", "conv", *WINDOWS)  # read an element for many results; eac
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
 ROW_REDUCTIONS = ("sum", "mean", "max", "min", "var")
 ARG_REDUCTIONS = ("argmax", "argmin")
+SCANS = ("cumsum", "cumprod", "cummax", "cummin", "argcummax", "argcummin", "logcumsumexp")
+SCATTERS = ("put", "scatter")
+
+_ANCHORS = (*ARG_REDUCTIONS, *SCANS, *SCATTERS)
 
 # Pointwise ops that cost about one instruction an element: computing them again is cheaper than a trip to memory.
 _CHEAP = frozenset({
     "neg", "abs", "sign", "floor", "ceil", "trunc", "round", "relu", "logical_not", "bitwise_not", "isnan", "isinf", "add", "sub",
     "mul", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and",
-    "bitwise_or", "bitwise_xor", "where", "cast", "leaky_relu",
+    "bitwise_or", "bitwise_xor", "where", "cast", "leaky_relu", "wrap_index",
 })  # fmt: skip
 
 
@@ -54,7 +58,7 @@ def role(node: Node) -> Role:
         found = Role.CREATION
     elif op.name in MOVERS:
         found = Role.MOVER
-    elif _is_product(node) or op.has(Trait.REDUCTION) or op.name in ARG_REDUCTIONS or (op.name in ROW_OPS and rows_of(node)):
+    elif _is_product(node) or op.has(Trait.REDUCTION) or op.name in _ANCHORS or (op.name in ROW_OPS and rows_of(node)):
         found = Role.ANCHOR
     else:
         return Role.OTHER
@@ -133,4 +137,6 @@ def rereads(user: Node, index: int) -> bool:
         return not dims.same(dims.numel(operand.shape), dims.numel(user.results[0].shape))
     if name in ("take", "gather"):
         return index == 0
+    if name == "put" and index == 1:  # once for each stretch that the index selects
+        return not dims.same(dims.numel(operand.shape), dims.numel(user.operands[2].shape))
     return name in PRODUCTS or (name in ROW_OPS and index > 0)

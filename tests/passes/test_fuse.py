@@ -278,12 +278,62 @@ def test_complex_and_library_calls_stay() -> None:
           %0: c64[4] = exp(%x)
           %1: f32[4] = neg(%y)
           %2: f32[4] = aten(%1) {target = "aten.tanh.default", args = [$0]}
-          %3: f32[4] = cumsum(%2) {axis = 0}
+          %3: f32[4] = aten(%2) {target = "aten.msort.default", args = [$0]}
           %4: f32[4] = neg(%3)
           return %0, %2, %4
         }""")
     run(g, [Fuse()])
-    assert unfused(g) == ["exp", "aten", "cumsum"] and len(regions(g)) == 2
+    assert unfused(g) == ["exp", "aten", "aten"] and len(regions(g)) == 2
+
+
+def test_a_scan_takes_the_pointwise_work_around_it() -> None:
+    g = parse_graph("""
+        graph @g(%x: f32[B, 8], %y: f32[8]) -> f32[B, 8]
+        where 1 <= B {
+          %0: f32[B, 8] = exp(%x)
+          %1: f32[B, 8] = cumsum(%0) {axis = 1}
+          %2: f32[B, 8] = mul(%1, %y)
+          return %2
+        }""")
+    run(g, [Fuse()])
+    assert regions(g) == [("scan", ["exp", "cumsum", "mul"])]
+
+
+def test_a_scan_read_by_a_reduction_stands_alone() -> None:
+    g = parse_graph("""
+        graph @g(%x: f32[4, 8]) -> f32[4] {
+          %0: f32[4, 8] = cumsum(%x) {axis = 1}
+          %1: f32[4] = sum(%0) {axes = [1]}
+          return %1
+        }""")
+    run(g, [Fuse()])
+    assert regions(g) == [("scan", ["cumsum"]), ("reduction", ["sum"])]
+
+
+def test_an_update_takes_what_it_reads_and_nothing_after() -> None:
+    g = parse_graph("""
+        graph @g(%x: f32[9, 8], %i: i64[4], %s: f32[4, 8]) -> f32[9, 8] {
+          %0: f32[4, 8] = exp(%s)
+          %1: i64[4] = wrap_index(%i) {size = 9}
+          %2: f32[9, 8] = put(%x, %1, %0) {axis = 0, update = "add"}
+          %3: f32[9, 8] = neg(%2)
+          return %3
+        }""")
+    run_passes(g, [Fuse()], ctx := PassContext())
+    assert sorted(regions(g)) == [("pointwise", ["neg"]), ("scatter", ["wrap_index", "exp", "put"])]
+    assert any("written in the order of the index" in r.message for r in ctx.remarks)
+
+
+def test_an_index_that_cannot_be_checked_beforehand_is_computed_outside() -> None:
+    g = parse_graph("""
+        graph @g(%x: f32[9, 8], %i: i64[4]) -> f32[4, 8] {
+          %0: i64[4] = mul(%i, %i)
+          %1: f32[4, 8] = take(%x, %0)
+          return %1
+        }""")
+    run_passes(g, [Fuse()], ctx := PassContext())
+    assert regions(g) == [("pointwise", ["mul"]), ("pointwise", ["take"])]
+    assert any("must be checked before" in r.message for r in ctx.remarks)
 
 
 def test_nothing_moves_across_a_mutation() -> None:

@@ -1,5 +1,5 @@
 """The op table, a page a family. Importing this package fills :data:`graphopt.ir.ops.OPS`."""
 
-from graphopt.ir.opset import composite, contract, creation, normalize, pointwise, reduce, shape, structure, window
+from graphopt.ir.opset import composite, contract, creation, normalize, pointwise, reduce, scan, scatter, shape, structure, window
 
-__all__ = ["composite", "contract", "creation", "normalize", "pointwise", "reduce", "shape", "structure", "window"]
+__all__ = ["composite", "contract", "creation", "normalize", "pointwise", "reduce", "scan", "scatter", "shape", "structure", "window"]

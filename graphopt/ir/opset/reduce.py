@@ -1,4 +1,4 @@
-"""Reductions over axes, and cumulative sums."""
+"""Reductions over axes."""
 
 from __future__ import annotations
 
@@ -120,8 +120,3 @@ def _define_arg(name: str, fn: Callable[..., torch.Tensor]) -> None:
 
 _define_arg("argmax", torch.argmax)
 _define_arg("argmin", torch.argmin)
-
-define(
-    "cumsum", 1, attrs={"axis": REQUIRED}, infer=lambda ts, attrs: [ts[0].logical],
-    evaluate=lambda xs, attrs, ctx: torch.cumsum(xs[0], attrs["axis"], dtype=xs[0].dtype), doc="running sum along an axis",
-)  # fmt: skip

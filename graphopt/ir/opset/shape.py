@@ -170,3 +170,20 @@ define(
     evaluate=lambda xs, attrs, ctx: torch.gather(xs[0], attrs["axis"], xs[1].to(torch.int64)),
     doc="out[i, j] = x[index[i, j], j] for axis 0, and so on",
 )  # fmt: skip
+
+
+def _infer_wrap_index(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
+    (t,) = ts
+    if not t.dtype.is_integer:
+        raise TypeInferenceError(f"wrap_index: needs an integer operand, got {t.dtype}")
+    return [t.logical]
+
+
+def _evaluate_wrap_index(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
+    return torch.where(xs[0] < 0, xs[0] + ctx.dim(attrs["size"]), xs[0])
+
+
+define(
+    "wrap_index", 1, traits=(Trait.POINTWISE,), attrs={"size": REQUIRED}, infer=_infer_wrap_index, evaluate=_evaluate_wrap_index,
+    doc="x, or x + size where x is negative: an index that may count from the end",
+)  # fmt: skip
