@@ -16,10 +16,11 @@ import torch
 
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.eager import LibraryCall
-from graphopt.capture.captured import Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
+from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
 from graphopt.errors import BuildError, FallbackError, UsageError
+from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.hashing import canonical_text
@@ -144,6 +145,7 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     optimize(graph, target, options, report)
     lowering = time.perf_counter()
     lowered = lower(graph, target, backend, why_none, asked=options.backend == "eager")
+    update_in_place(lowered, _mutated_inputs(captured))
     report.text_after = str(graph)
     report_fallbacks(report, lowered, options)  # before time is spent on building
     building = time.perf_counter()
@@ -158,6 +160,18 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     report.seconds["total"] = time.perf_counter() - start
     record(report)
     return CompiledGraph(captured, program, report)
+
+
+def _mutated_inputs(captured: Captured) -> dict[int, int]:
+    """Graph output -> graph input that it is copied into; only outputs that are no result besides."""
+    results = [r.base if isinstance(r, AliasResult) else r for r in captured.results]
+    returned = {r.output: None for r in results if isinstance(r, ValueResult)}
+    out = {}
+    for m in captured.mutations:
+        argument = captured.arguments[m.argument]
+        if isinstance(argument, TensorArgument) and m.output not in returned:
+            out[m.output] = argument.input
+    return out
 
 
 def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Options, *, label: str = "model",
