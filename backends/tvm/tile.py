@@ -26,7 +26,7 @@ from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
 LINE = 64  # bytes of a cache line
-BLOCK = 256  # terms that are summed before the sum is added to the total
+BLOCK = 128  # terms that are summed before the sum is added to the total
 
 
 class TileKernel:
