@@ -35,7 +35,7 @@ class Options:
         target: the processor whose instructions kernels may use, such as ``cpu:x86-64-v3``; ``cpu`` for all that this one has.
         freeze: treat parameters and buffers as frozen in inference graphs; they are watched for changes.
         own_weights: let the compiled model own the weights (``graphopt.compile`` only): those that were packed or folded leave the
-            model, so that no weight is in memory twice, and changes are not followed any more.
+            model, unless they are read as they are, too; changes are not followed any more.
         cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
         workers: processes that build kernels; 0 for one a core.
         name: what reports call the model.
