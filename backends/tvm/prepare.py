@@ -1,11 +1,13 @@
-"""Bringing a region into the form that the templates read: composites over rows become their expansion."""
+"""Bringing a region into the form that the templates read: composites over rows become their expansion, rows stand under one axis."""
 
 from __future__ import annotations
 
 from graphopt.backends.tvm.support import ROW_OPS
-from graphopt.ir import types
+from graphopt.ir import Trait, dims, types
 from graphopt.ir.builder import Builder
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.dims import Shape
+from graphopt.ir.graph import Graph, Node, Value, is_view
+from graphopt.ir.types import TensorType
 
 NARROW = (types.f16, types.bf16)
 
@@ -34,3 +36,62 @@ def _expand(graph: Graph, node: Node) -> Value:
         return b.expand(node)
     wide: Value = b.create(node.name, [b.cast(v, types.f32) for v in node.operands], dict(node.attrs))
     return b.cast(wide, dtype)
+
+
+def flatten_rows(graph: Graph) -> Graph:
+    """A matmul region with all axes of its rows made one: ``[*B, M, K] @ [K, N]`` becomes ``[B * M, K] @ [K, N]``.
+
+    Row-major memory reads the same, so a kernel of the result computes the region; tiles of rows no longer end where
+    the last of several short axes ends, and the second factor is read once, not once a batch. Where there are more rows
+    than columns the batches stay: they are what a thread keeps in its cache while it goes through the second factor. A region of
+    another form is returned as it is: one with a second factor of several matrices, with views of what has rows, or with strides.
+    """
+    products = [n for n in graph.nodes() if n.name == "matmul"]
+    if len(products) != 1 or products[0].result.type.rank < 3 or products[0].operands[1].type.rank != 2:
+        return graph
+    (product,) = products
+    lead = product.result.shape[:-1]
+    if all(d == 1 for d in lead[:-1]) or any(s is not None for s in graph.output_strides):
+        return graph
+    views, rows, columns = _views_behind(product.operands[1]), dims.numel(lead), product.result.shape[-1]
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows <= columns):
+        return graph
+
+    def flat(v: Value) -> Shape | None:
+        """The shape that a value has then; None if it does not lend itself."""
+        if v.type.rank == len(lead) + 1 and dims.same_shape(v.shape[:-1], lead):
+            return (rows, v.shape[-1])
+        if v.type.rank == 2 and dims.same(v.shape[0], rows):
+            return v.shape
+        return v.shape if v.type.rank < 2 else v.shape[-2:] if all(d == 1 for d in v.shape[:-1]) else None
+
+    mapping: dict[Value, Value] = {}
+    out = Graph(graph.name)
+    out.symbols.update(graph.symbols)
+    of_weight = {n.operands[0] for n in views} | {product.operands[1]}
+    for v in graph.inputs:
+        shape = v.shape if v in of_weight else flat(v)
+        if shape is None or (v.type.strides is not None and shape != v.shape):
+            return graph
+        mapping[v] = out.add_input(TensorType(v.dtype, shape, v.type.strides), v.hint)
+    b = Builder(out)
+    for n in graph.nodes():
+        if n.name == "reshape" and n not in views and flat(n.result) == mapping[n.operands[0]].shape:
+            mapping[n.result] = mapping[n.operands[0]]
+            continue
+        moves = n in views or n is product or n.name == "constant" or n.op.has(Trait.POINTWISE)
+        beside = n not in views and n is not product and any(v in of_weight for v in n.operands)
+        if not moves or beside or (n not in views and flat(n.result) is None):
+            return graph
+        mapping[n.result] = b.create(n.name, [mapping[v] for v in n.operands], dict(n.attrs))
+    out.set_outputs([mapping[v] for v in graph.outputs])
+    return out
+
+
+def _views_behind(v: Value) -> list[Node]:
+    """The views between an input and a value."""
+    views: list[Node] = []
+    while v.producer is not None and is_view(v.producer):
+        views.append(v.producer)
+        v = v.producer.operands[0]
+    return views

@@ -134,7 +134,9 @@ def _tile_refuse(w: Workload, t: Target) -> str | None:
 
 
 def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    node = next(n for n in w.graph.nodes() if n.name == "matmul")
+    from graphopt.backends.tvm.prepare import flatten_rows
+
+    node = next(n for n in flatten_rows(w.graph).nodes() if n.name == "matmul")
     lanes = max(1, t.lanes(8 if node.result.dtype.bits == 64 else 4))
     rows, columns = node.result.shape[-2:]
     mr, most = t.tile
@@ -193,10 +195,11 @@ def _is_packed(v: Value) -> bool:
 
 
 def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
-    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
     from graphopt.backends.tvm.tile import TileKernel
 
-    return TileKernel(expand_rows(w.graph), s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"]).emit()
+    graph = flatten_rows(expand_rows(w.graph))
+    return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"]).emit()
 
 
 # --- convolution -------------------------------------------------------------------------------------------------------
