@@ -24,6 +24,7 @@ from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
 LINES = 8  # lines of a task: their taps overlap, and stay in the cache
+TASKS = 32  # of an image, at least where it has the channels for it
 
 
 class DepthwiseKernel:
@@ -42,32 +43,42 @@ class DepthwiseKernel:
         self.out = [code.bind_index(code.size(d), "size") for d in form.node.result.shape[:-1]]  # N, *S'
         self.space = [code.size(d) for d in form.x.shape[1:-1]]
         self.channels = form.groups
+        self.first: Index = 0  # of the vectors of channels of a task
+        self.blocks: Index = 1
 
     def emit(self) -> Code:
+        """Tasks are pieces of the image, and where those are few, chunks of the channels, too.
+
+        Within a task, all channels of a tile of pixels come before the next tile: memory is read in its order.
+        """
         code = self.code
         *lead, width = self.out
         blocks = -(-self.channels // self.lanes)
-        pieces = code.bind_index(code.ceildiv(lead[-1], LINES), "pieces") if len(lead) > 1 else 1
-        sizes = [*lead[:-1], blocks, pieces] if len(lead) > 1 else [lead[0], blocks]
+        lines = lead[-1] if len(lead) > 1 else 1
+        each = -(-lines // -(-lines // LINES)) if isinstance(lines, int) else LINES  # even pieces
+        pieces = code.bind_index(code.ceildiv(lines, each), "pieces")
+        chunks = min(blocks, -(-TASKS // pieces)) if isinstance(pieces, int) else min(blocks, 4)
+        per_chunk = -(-blocks // chunks)
+        chunks = -(-blocks // per_chunk)
+        sizes = [*(lead[:-1] if len(lead) > 1 else lead), pieces, chunks]
         steps = product(code, sizes)
         work = product(code, [*self.out, self.channels, prod(self.form.kernel)])
         serial = not self.parallel or (isinstance(work, int) and work < SMALL) or (isinstance(steps, int) and steps == 1)
         with code.loop(steps, "serial" if serial else "parallel", "task") as task:
-            at = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, sizes), sizes, strict=True)]
-            block = at[len(lead) - 1] if len(lead) > 1 else at[1]
-            first = code.simplify(block * self.lanes)
-            if self.channels % self.lanes:  # the last block overlaps the one before
-                first = code.bind_index(code.least(first, self.channels - self.lanes), "c", self.channels - self.lanes + 1)
+            *outer, piece, chunk = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, sizes), sizes, strict=True)]
+            self.first = code.simplify(chunk * per_chunk)
+            even = blocks % per_chunk == 0
+            self.blocks = per_chunk if even else code.bind_index(code.least(blocks - self.first, per_chunk), "blocks")
             if len(lead) == 1:
-                self._line([at[0]], width, first)
+                self._line(outer, width)
                 return code
-            start = code.simplify(at[-1] * LINES)
-            count = LINES if isinstance(lead[-1], int) and lead[-1] % LINES == 0 else code.bind_index(code.least(lead[-1] - start, LINES))
-            with code.loop(count, "serial", "line") as line:
-                self._line([*at[: len(lead) - 1], code.simplify(start + line)], width, first)
+            start = code.simplify(piece * each)
+            whole = isinstance(lines, int) and lines % each == 0
+            with code.loop(each if whole else code.bind_index(code.least(lines - start, each)), "serial", "line") as line:
+                self._line([*outer, code.simplify(start + line)], width)
         return code
 
-    def _line(self, lead: list[Index], width: Index, channel: Index) -> None:
+    def _line(self, lead: list[Index], width: Index) -> None:
         """All pixels of a line: one by one where the edge cuts their taps, tiles in between."""
         code = self.code
         a, b = self._interior(width)
@@ -75,7 +86,7 @@ class DepthwiseKernel:
 
         def single(first: Index, count: Index) -> None:
             with code.loop(count, "serial", "o") as o:
-                self._tile(lead, code.simplify(first + o), 1, ranges, channel)
+                self._tile(lead, code.simplify(first + o), 1, ranges)
 
         single(0, a)
         inner = code.simplify(b - a)
@@ -87,11 +98,11 @@ class DepthwiseKernel:
                 first = code.simplify(a + q * tile)
                 if inner % tile:
                     first = code.bind_index(code.least(first, b - tile), "o")
-                self._tile(lead, first, tile, ranges, channel, inside=True)
+                self._tile(lead, first, tile, ranges, inside=True)
         else:
             whole = code.bind_index(code.div(inner, tile))
             with code.loop(whole, "serial", "tile") as q:
-                self._tile(lead, code.simplify(a + q * tile), tile, ranges, channel, inside=True)
+                self._tile(lead, code.simplify(a + q * tile), tile, ranges, inside=True)
             single(code.simplify(a + whole * tile), code.simplify(inner - whole * tile))
         single(b, code.simplify(width - b))
 
@@ -121,9 +132,18 @@ class DepthwiseKernel:
         first = code.bind_index(first, "k")
         return first, code.bind_index(code.greatest(code.simplify(stop - first), 0), "n")
 
-    def _tile(self, lead: list[Index], o: Index, pixels: int, ranges: Sequence[tuple[Index, Index]], channel: Index,
-              inside: bool = False) -> None:  # fmt: skip
-        """Sum and store some pixels of a line; ``inside``: none of their taps along it is cut."""
+    def _tile(self, lead: list[Index], o: Index, pixels: int, ranges: Sequence[tuple[Index, Index]], inside: bool = False) -> None:
+        """Sum and store some pixels of a line, all channels of the task; ``inside``: none of their taps along it is cut."""
+        code = self.code
+        with code.loop(self.blocks, "serial", "block") as block:
+            channel = code.simplify((self.first + block) * self.lanes)
+            if self.channels % self.lanes:  # the last block overlaps the one before
+                channel = code.bind_index(code.least(channel, self.channels - self.lanes), "c", self.channels - self.lanes + 1)
+            self._vectors(lead, o, pixels, ranges, channel, inside)
+
+    def _vectors(self, lead: list[Index], o: Index, pixels: int, ranges: Sequence[tuple[Index, Index]], channel: Index,
+                 inside: bool) -> None:  # fmt: skip
+        """Sum and store one vector of channels of some pixels of a line."""
         code, lanes, form = self.code, self.lanes, self.form
         stride, padding, dilation = form.stride, form.low, form.dilation
         width = form.kernel[-1]
