@@ -24,7 +24,6 @@ _KINDS = {
     "serial": tirx.ForKind.SERIAL, "parallel": tirx.ForKind.PARALLEL,
     "vectorized": tirx.ForKind.VECTORIZED, "unrolled": tirx.ForKind.UNROLLED,
 }  # fmt: skip
-_READ_TO_L2 = (0, 2, 1)  # operands of llvm.prefetch: for reading, locality 2 of 3, data
 ARRAY_DATA = 1  # field number of the data pointer in tvm_struct_get
 
 
@@ -261,10 +260,15 @@ class Code:
     def store(self, buffer: Any, at: Index, value: Any) -> None:
         self.emit(tirx.BufferStore(buffer, value, [self._address(at)]))
 
-    def prefetch(self, buffer: Any, at: Index) -> None:
-        """Ask for the cache line of an element, for the second level and beyond. The element may lie outside of the buffer."""
+    def prefetch(self, buffer: Any, at: Index, level: int = 2) -> None:
+        """Ask for the cache line of an element. The element may lie outside of the buffer.
+
+        Args:
+            level: 1 brings it into all caches; 2 into the second level and beyond.
+        """
         address = tirx.address_of(buffer[self._address(at)])
-        self.emit(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *(tirx.const(n, "int32") for n in _READ_TO_L2))))
+        read, locality, data = (tirx.const(n, "int32") for n in (0, 4 - level, 1))  # operands of llvm.prefetch
+        self.emit(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data)))
 
     def _address(self, at: Index) -> Any:
         return truncating(i64(at)) if self.symbols else i64(at)

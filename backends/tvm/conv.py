@@ -29,7 +29,7 @@ from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
-BLOCK = 128  # products summed before the sum is added to the total
+LINE = 64  # bytes of a cache line
 
 
 class ConvKernel:
@@ -40,13 +40,17 @@ class ConvKernel:
         rows, columns: the tile; columns are a multiple of lanes.
         unroll: steps of the summed axis that are unrolled, at most.
         tiles: tiles of a task.
+        block: products summed before the sum is added to the total, about.
+        fetch: whether what the epilogue reads and writes is fetched before the sum.
+        split: what threads divide first, ``pixels`` or ``panels``.
     """
 
-    def __init__(self, graph: Graph, form: ConvForm, lanes: int, rows: int, columns: int, unroll: int, tiles: int, parallel: bool) -> None:
+    def __init__(self, graph: Graph, form: ConvForm, lanes: int, rows: int, columns: int, unroll: int, tiles: int, block: int,
+                 fetch: bool, split: str, parallel: bool) -> None:  # fmt: skip
         self.graph, self.form, self.lanes, self.mr, self.nr, self.tiles = graph, form, lanes, rows, columns, tiles
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)
-        self.parallel = parallel
+        self.parallel, self.block, self.fetch, self.split = parallel, block, fetch, split
         self.held = scalar.COMPUTE[form.node.result.dtype]
         self.out = [code.bind_index(code.size(d), "size") for d in form.node.result.shape[:-1]]  # N, *S'
         self.pixels = code.bind_index(product(code, self.out), "pixels")
@@ -69,13 +73,15 @@ class ConvKernel:
         panels = self.form.groups * self.panels
         steps = product(code, [panels, pieces])
         with code.loop(steps, self._kind(steps), "task") as task:
-            j, piece = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [panels, pieces]), [panels, pieces], strict=True)]
+            j, piece = self._task(task, panels, pieces)
             first = code.simplify(piece * per_task)
             here = code.bind_index(code.least(count - first, per_task), "tiles")
             if blocks == 1:
                 acc = code.alloc(self.mr * self.nr, self.held, "acc")
                 with code.loop(here, "serial", "tile") as tile:
                     row = code.simplify((first + tile) * self.mr)
+                    if self.fetch:
+                        self._fetch_ends(j, row)
                     self._sum(acc, weight, image, j, row, 0, prod(self.taps), 0, self.run)
                     self._store(acc, 0, j, row)
                 return code
@@ -99,17 +105,23 @@ class ConvKernel:
                 self._store(total, code.simplify(tile * (self.mr * self.nr)), j, code.simplify((first + tile) * self.mr))
         return code
 
+    def _task(self, task: Index, panels: Index, pieces: Index) -> tuple[Index, Index]:
+        """Which panel and which piece of the pixels a task is."""
+        code, sizes = self.code, [pieces, panels] if self.split == "pixels" else [panels, pieces]
+        at = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, sizes), sizes, strict=True)]
+        return (at[1], at[0]) if self.split == "pixels" else (at[0], at[1])
+
     def _blocks(self) -> tuple[int, int, int]:
         """(chunks of a run, their length, blocks in all); or with one chunk: (1, taps of a block, blocks)."""
         taps = prod(self.taps)
-        if self.run * taps <= BLOCK * 3 // 2:
+        if self.run * taps <= self.block * 3 // 2:
             return 1, taps, 1
-        if self.run > BLOCK * 3 // 2:
-            chunks = -(-self.run // BLOCK)
+        if self.run > self.block * 3 // 2:
+            chunks = -(-self.run // self.block)
             length = -(-self.run // chunks)
             length = -(-length // self.unroll) * self.unroll
             return -(-self.run // length), length, taps * -(-self.run // length)
-        group = max(1, BLOCK * 3 // 2 // self.run)
+        group = max(1, self.block * 3 // 2 // self.run)
         group = next((g for g in range(group, 0, -1) if taps % g == 0 and 2 * g > group), group)
         return 1, group, -(-taps // group)
 
@@ -285,6 +297,24 @@ class ConvKernel:
                     step(code.simplify(whole * self.unroll + k))
 
     # --- the epilogue -----------------------------------------------------------------------------------------------------
+
+    def _fetch_ends(self, j: Index, row: Index) -> None:
+        """Ask for the memory that the epilogue of a tile reads pixel by pixel, and for the memory that it writes."""
+        code, form = self.code, self.form
+        column = code.simplify(code.mod(j, self.panels) * self.nr)
+        shift = code.simplify(code.div(j, self.panels) * form.filters) if form.groups > 1 else 0
+        sources: dict[Value, Source] = {form.node.result: lambda index: tirx.const(0, self.held)}
+        with code.loop(self.mr, "serial", "i") as i:
+            pixel = self._pixel(code.bind_index(code.least(code.simplify(row + i), self.pixels - 1), "r"))
+            for c in range(0, self.nr, LINE // form.node.result.dtype.itemsize):
+                index = [*pixel, code.simplify(shift + column + c)]
+                for k, v in enumerate(self.graph.outputs):
+                    code.prefetch(self.args.outputs[k], self.args.place(k, index), level=1)
+                    expressions = Expressions(self.args, sources, probe=True)
+                    expressions.at(v, index)
+                    for read, at in expressions.reads:
+                        if read.type.rank > 1:
+                            code.prefetch(self.args.inputs[read], at, level=1)
 
     def _store(self, acc: Any, base: Index, j: Index, row: Index) -> None:
         """Write the tile, pixel by pixel: whole vectors of channels, and single ones where they end."""

@@ -40,8 +40,11 @@ class Arguments:
 
     def store(self, k: int, index: Sequence[Index], value: Any) -> None:
         """Write an element of output k."""
-        at = _address(self.code, index, self.output_strides(k))
-        self.code.store(self.outputs[k], at, scalar.store(value, self.graph.outputs[k].dtype))
+        self.code.store(self.outputs[k], self.place(k, index), scalar.store(value, self.graph.outputs[k].dtype))
+
+    def place(self, k: int, index: Sequence[Index]) -> Index:
+        """Where in its buffer an element of output k lies."""
+        return _address(self.code, index, self.output_strides(k))
 
 
 def _address(code: Code, index: Sequence[Index], strides: Sequence[Index]) -> Index:

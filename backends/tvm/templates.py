@@ -11,6 +11,7 @@ from typing import Any
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
 from graphopt.errors import BuildError
+from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
 
@@ -249,12 +250,20 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     lanes = max(1, t.lanes(itemsize))
     columns = int(form.packed.shape[-1]) if form.packed is not None else t.panel_width(form.filters, itemsize)
     rows = tile_rows(form, max(1, columns // lanes), t)
+    written, read, weights = (dims.numel(v.shape) for v in (form.node.result, form.x, form.w))
+    far = isinstance(written, int) and written * itemsize > t.cache[1]  # what it writes does not stay in the cache
+    # a thread that takes the same pixels in every layer finds them in its own cache: worth it where they are more than the weights
+    deep = isinstance(written, int) and isinstance(read, int) and written + read < weights
+    block = 512 if t.cache[1] >= 1 << 20 else 256  # of a panel: an eighth of the cache that it is read from again and again
     return (
         Param("lanes", (lanes if columns % lanes == 0 else columns,)),
         Param("rows", rows),
         Param("columns", (columns,)),
         Param("unroll", (4, 2, 8)),
         Param("tiles", (12, 4, 6, 24, 48)),
+        Param("block", (block, 128, 256 if block == 512 else 512)),
+        Param("fetch", (far, not far)),
+        Param("split", ("panels", "pixels") if deep else ("pixels", "panels")),
         Param("parallel", (True, False)),
     )
 
@@ -265,7 +274,8 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
 
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
-    return ConvKernel(w.graph, form, s["lanes"], s["rows"], s["columns"], s["unroll"], s["tiles"], s["parallel"]).emit()
+    return ConvKernel(w.graph, form, s["lanes"], s["rows"], s["columns"], s["unroll"], s["tiles"], s["block"], s["fetch"],
+                      s["split"], s["parallel"]).emit()  # fmt: skip
 
 
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise)
