@@ -5,7 +5,7 @@ from __future__ import annotations
 from graphopt.backends.tvm.support import REDUCTIONS, is_materialized
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 
 
@@ -41,16 +41,33 @@ def row_shape(graph: Graph) -> tuple[Dim, Dim] | str:
 
 
 def product_of(graph: Graph) -> str | None:
-    """Why a region is not one product with an epilogue of its shape, or None if it is."""
+    """Why a region is not one product, or several of one left factor and type, with an epilogue of its shape; None if it is."""
     nodes = [n for n in graph.nodes() if is_materialized(n)]
-    if len(nodes) != 1 or nodes[0].name != "matmul":
-        return "not exactly one matmul"
+    if not nodes or any(n.name != "matmul" for n in nodes):
+        return "not matmuls alone"
     node = nodes[0]
+    if any(n.operands[0] is not node.operands[0] or n.result.dtype != node.result.dtype for n in nodes):
+        return "products of different left factors"
     if not node.result.dtype.is_float:
         return f"a product of {node.result.dtype}"
-    if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
+    if any(d == 0 for n in nodes for v in (*n.operands, n.result) for d in v.shape):
         return "a product without elements"
-    for v in graph.outputs:
+    for v in (*graph.outputs, *(n.result for n in nodes)):
         if not dims.same_shape(v.shape, node.result.shape):
-            return f"the output {v.type} has not the product's shape"
+            return f"{v.type} has not the product's shape"
+    for n in nodes:
+        if any(m in _upstream(n) for m in nodes):
+            return "a product of a product"
     return None
+
+
+def _upstream(node: Node) -> dict[Node, None]:
+    """The nodes that a node depends on."""
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        for v in stack.pop().operands:
+            if v.producer is not None and v.producer not in found:
+                found[v.producer] = None
+                stack.append(v.producer)
+    return found

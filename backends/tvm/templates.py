@@ -137,7 +137,8 @@ def _tile_refuse(w: Workload, t: Target) -> str | None:
 def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
     from graphopt.backends.tvm.prepare import flatten_rows
 
-    node = next(n for n in flatten_rows(w.graph).nodes() if n.name == "matmul")
+    products = [n for n in flatten_rows(w.graph).nodes() if n.name == "matmul"]
+    node, packed = products[0], any(_is_packed(n.operands[1]) for n in products)
     lanes = max(1, t.lanes(8 if node.result.dtype.bits == 64 else 4))
     rows, columns = node.result.shape[-2:]
     mr, most = t.tile
@@ -151,7 +152,7 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
         and columns % (3 * lanes)
         and columns % (2 * lanes) == 0
         and vectors == 3
-        and not _is_packed(node.operands[1])
+        and not packed
     ):
         vectors = 2
     nr = lanes * vectors
@@ -159,7 +160,7 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
         nr -= lanes
     if isinstance(columns, int) and columns < lanes:
         nr = columns
-    if _is_packed(node.operands[1]):
+    if packed:
         nr = most * lanes
     return (
         Param("lanes", (lanes,)),

@@ -9,6 +9,7 @@ stored, in rolled loops over its vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -23,14 +24,31 @@ from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.support import is_materialized
 from graphopt.errors import BuildError
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph, Node, Value
 
 LINE = 64  # bytes of a cache line
 BLOCK = 128  # terms that are summed before the sum is added to the total
 
 
+@dataclass(frozen=True)
+class Product:
+    """One of the products of a region.
+
+    Attributes:
+        dots: whether its elements are dot products of rows with rows.
+        copied: whether its second factor's columns are copied into scratch.
+    """
+
+    result: Value
+    factor: Factor
+    dots: bool
+    copied: bool
+
+
 class TileKernel:
-    """Emits a region with one matmul and a pointwise epilogue of the product's shape.
+    """Emits a region with one matmul, or two of one left factor, and a pointwise epilogue of the product's shape.
+
+    Two products are summed one after the other, a tile of each; the left factor's rows are still near for the second.
 
     Args:
         rows, columns: the tile; columns are a multiple of lanes, or fewer than lanes.
@@ -43,22 +61,27 @@ class TileKernel:
                  parallel: bool) -> None:  # fmt: skip
         self.graph, self.mr, self.nr, self.unroll, self.prefetch, self.parallel = graph, rows, columns, unroll, prefetch, parallel
         self.lanes, self.vector = min(lanes, columns), lanes
-        (self.node,) = [n for n in graph.nodes() if is_materialized(n)]
+        nodes = [n for n in graph.nodes() if is_materialized(n)]
         self.code = Code(graph.symbols)
         self.args = Arguments(self.code, graph)
-        *batch, self.m, self.n = [self.code.size(d) for d in self.node.result.shape]
+        self.result, self.left = nodes[0].result, nodes[0].operands[0]
+        *batch, self.m, self.n = [self.code.size(d) for d in self.result.shape]
         self.batch = batch
-        self.k = self.code.size(self.node.operands[0].shape[-1])
-        self.held = scalar.COMPUTE[self.node.result.dtype]
-        ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
-        self.factor = Factor(self.args, self.node.operands[1], self.nr, clamp=ragged and not self._packed_width())
+        self.k = self.code.size(self.left.shape[-1])
+        self.held = scalar.COMPUTE[self.result.dtype]
         one_tile = isinstance(self.m, int) and self.m <= self.mr and isinstance(self.k, int) and self.k >= 4 * self.vector
-        left = Probe(self.args, {}, self.node.operands[0])
-        left([0] * self.node.operands[0].type.rank)
-        vectors = self.vector > 1 and not (left.scalar_only or self.factor.scalar_only)
-        self.dots = self.factor.unit == "depth" and one_tile and vectors
-        self.copied = (self.factor.unit != "column" or self.factor.scalar_only) and not self.dots
+        left = Probe(self.args, {}, self.left)
+        left([0] * self.left.type.rank)
+        self.products = [self._product(n, one_tile, left.scalar_only) for n in nodes]
         self.group = group
+
+    def _product(self, node: Node, one_tile: bool, scalar_only: bool) -> Product:
+        ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
+        b = node.operands[1]
+        factor = Factor(self.args, b, self.nr, clamp=ragged and not self._packed_width(b))
+        vectors = self.vector > 1 and not (scalar_only or factor.scalar_only)
+        dots = factor.unit == "depth" and one_tile and vectors
+        return Product(node.result, factor, dots, (factor.unit != "column" or factor.scalar_only) and not dots)
 
     def emit(self) -> Code:
         code = self.code
@@ -70,15 +93,18 @@ class TileKernel:
         with code.loop(steps, "serial" if serial else "parallel", "tile") as tile:
             *lead, jo, go = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(tile, blocks), blocks, strict=True)]
             column = code.simplify(jo * self.nr)
-            panel = self.factor.copy(lead, column, self.lanes, self.held) if self.copied else None
+            panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
             first = code.simplify(go * self.group)
-            total = None if self.dots else code.alloc(self.mr * self.nr, self.held, "total")
+            totals = [None if p.dots else code.alloc(self.mr * self.nr, self.held, "total") for p in self.products]
             even = isinstance(tiles, int) and tiles % self.group == 0
             with code.loop(self.group if even else code.bind_index(code.least(tiles - first, self.group)), "serial", "io") as io:
                 tile_row = code.simplify(first + io)
                 row = code.simplify(tile_row * self.mr)
-                ahead = self._next_panel(lead, column, tile_row, tiles) if self.prefetch else None
-                self._store(lead, row, column, self._sum(lead, row, column, panel, ahead, total))
+                sums = []
+                for p, panel, total in zip(self.products, panels, totals, strict=True):
+                    ahead = self._next_panel(p.factor, lead, column, tile_row, tiles) if self.prefetch else None
+                    sums.append(self._sum(p, lead, row, column, panel, ahead, total))
+                self._store(lead, row, column, sums)
         return code
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
@@ -87,14 +113,15 @@ class TileKernel:
             return i
         return self.code.least(i, size - 1)
 
-    def _next_panel(self, lead: Sequence[Index], column: Index, tile: Index, tiles: Index) -> Callable[[Index], None] | None:
+    def _next_panel(self, factor: Factor, lead: Sequence[Index], column: Index, tile: Index,
+                    tiles: Index) -> Callable[[Index], None] | None:  # fmt: skip
         """What to do at a step of the summed axis to bring a row tile's part of the next panel nearer; None if panels are not
         contiguous.
 
         The hardware follows a panel that it has seen begin, but too late: a panel is read from memory while its first row
         tile waits for it. Each row tile asks for an equal part of the panel after its own.
         """
-        code, factor = self.code, self.factor
+        code = self.code
         here = factor.panel_start(lead, column)
         if here is None:
             return None
@@ -110,23 +137,23 @@ class TileKernel:
 
         return step
 
-    def _sum(self, lead: Sequence[Index], row: Index, column: Index, panel: Any, ahead: Callable[[Index], None] | None,
+    def _sum(self, p: Product, lead: Sequence[Index], row: Index, column: Index, panel: Any, ahead: Callable[[Index], None] | None,
              total: Any) -> Any:  # fmt: skip
-        """Sum the tile, into ``total``; returns the buffer that holds it. ``ahead`` is called once every ``unroll`` steps.
+        """Sum a product's tile, into ``total``; returns the buffer that holds it. ``ahead`` is called once every ``unroll`` steps.
 
         A long sum is taken in blocks, so that its rounding error stays that of a library's.
         """
-        code, a = self.code, self.node.operands[0]
+        code, a = self.code, self.left
         rows = [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
-        if self.dots:
+        if p.dots:
 
             def left(r: Index, k: Index) -> Any:
                 return Expressions(self.args, {}).at(a, operand_index(lead, a, r, k))
 
             def right(k: Index, j: Index) -> Any:
-                return self.factor.at(lead, k, code.simplify(column + j))
+                return p.factor.at(lead, k, code.simplify(column + j))
 
-            return sum_dots(code, self.k, rows, self.nr, self.vector, self.node.result.dtype, self.held, left, right)
+            return sum_dots(code, self.k, rows, self.nr, self.vector, self.result.dtype, self.held, left, right)
         zero, nr = tirx.const(0, self.held), self.nr
         # a row of accumulators a buffer: small enough to become registers, whatever else the loop does with memory
         acc = [code.alloc(nr, self.held, "acc") for _ in rows]
@@ -147,7 +174,7 @@ class TileKernel:
                 with code.loop(self.lanes, "vectorized", "v") as v:
                     at = code.simplify(u + v)
                     inside = code.load(panel, code.simplify(k * nr + at)) if panel is not None else None
-                    code.store(line, at, inside if inside is not None else self.factor.at(lead, k, code.simplify(column + at)))
+                    code.store(line, at, inside if inside is not None else p.factor.at(lead, k, code.simplify(column + at)))
             for sums, r in zip(acc, rows, strict=True):
                 x = code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a")
                 for u in range(0, nr, self.lanes):
@@ -169,21 +196,20 @@ class TileKernel:
                     step(code.simplify(first + whole * self.unroll + k))
 
         if not blocked:
-            everywhere(lambda sums, p, _: code.store(sums, p, zero))
+            everywhere(lambda sums, at, _: code.store(sums, at, zero))
             span(0, self.k)
-            everywhere(lambda sums, p, q: code.store(total, q, code.load(sums, p)))
+            everywhere(lambda sums, at, q: code.store(total, q, code.load(sums, at)))
             return total
-        everywhere(lambda _, p, q: code.store(total, q, zero))
+        everywhere(lambda _, at, q: code.store(total, q, zero))
         with code.loop(code.ceildiv(self.k, BLOCK), "serial", "block") as block:
-            everywhere(lambda sums, p, _: code.store(sums, p, zero))
+            everywhere(lambda sums, at, _: code.store(sums, at, zero))
             even = isinstance(self.k, int) and self.k % BLOCK == 0
             span(code.simplify(block * BLOCK), BLOCK if even else code.bind_index(code.least(self.k - block * BLOCK, BLOCK)))
-            everywhere(lambda sums, p, q: code.store(total, q, code.load(total, q) + code.load(sums, p)))
+            everywhere(lambda sums, at, q: code.store(total, q, code.load(total, q) + code.load(sums, at)))
         return total
 
-    def _packed_width(self) -> int:
+    def _packed_width(self, b: Value) -> int:
         """Whether columns beyond the last are there to be read: the second factor is a slice of padded packed columns."""
-        b = self.node.operands[1]
         if b.producer is None or b.producer.name != "slice":
             return 0
         attrs, x = b.producer.attrs, b.producer.operands[0]
@@ -192,7 +218,7 @@ class TileKernel:
         width = x.shape[-1]
         return width if isinstance(width, int) and width % self.nr == 0 else 0
 
-    def _store(self, lead: Sequence[Index], row: Index, column: Index, acc: Any) -> None:
+    def _store(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any]) -> None:
         """Write the tile: all of its vectors, or element by element where the tile is cut off by the edge."""
         code = self.code
         fits_columns = isinstance(self.n, int) and self.n % self.nr == 0
@@ -203,10 +229,10 @@ class TileKernel:
             with code.loop(count, "serial", "i") as i:
                 if width:
                     with code.loop(self.nr // width, "serial", "u") as u, code.loop(width, "vectorized", "v") as v:
-                        self._element(lead, row, column, i, code.simplify(u * width + v), acc)
+                        self._element(lead, row, column, i, code.simplify(u * width + v), sums)
                 else:
                     with code.loop(code.least(self.n - column, self.nr), "serial", "j") as j:
-                        self._element(lead, row, column, i, j, acc)
+                        self._element(lead, row, column, i, j, sums)
 
         lanes = self._store_lanes(lead)
         if fits_columns:
@@ -224,22 +250,26 @@ class TileKernel:
             return tirx.const(0, self.held)
 
         for v in self.graph.outputs:
-            probe = Probe(self.args, {self.node.result: zero}, v)
+            probe = Probe(self.args, {p.result: zero for p in self.products}, v)
             probe([*lead, 0, 0])
             if probe.scalar_only:
                 return 1
         return self.lanes
 
-    def _element(self, lead: Sequence[Index], row: Index, column: Index, i: Index, j: Index, acc: Any) -> None:
+    def _element(self, lead: Sequence[Index], row: Index, column: Index, i: Index, j: Index, sums: Sequence[Any]) -> None:
         code = self.code
         at = [*lead, code.simplify(row + i), code.simplify(column + j)]
-        value = scalar.rounded(code.bind(code.load(acc, code.simplify(i * self.nr + j))), self.node.result.dtype)
 
-        def source(index: Sequence[Index]) -> Any:
-            if not all(code.equal(p, q) for p, q in zip(index, at, strict=True)):
-                raise BuildError("the product is used at another place than its own")
-            return value
+        def summed(acc: Any) -> Source:
+            value = scalar.rounded(code.bind(code.load(acc, code.simplify(i * self.nr + j))), self.result.dtype)
 
-        sources: dict[Value, Source] = {self.node.result: source}
+            def source(index: Sequence[Index]) -> Any:
+                if not all(code.equal(p, q) for p, q in zip(index, at, strict=True)):
+                    raise BuildError("the product is used at another place than its own")
+                return value
+
+            return source
+
+        sources = {p.result: summed(acc) for p, acc in zip(self.products, sums, strict=True)}
         for k, v in enumerate(self.graph.outputs):
             self.args.store(k, at, Expressions(self.args, sources).at(v, at))

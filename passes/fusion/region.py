@@ -170,7 +170,7 @@ class Region:
     def _product_rejects(self, node: Node, users: list[Node]) -> str | None:
         product = self.anchors[0]
         for user in users:
-            if user is product or role(user) in (Role.VIEW, Role.MOVER):
+            if user in self.anchors or role(user) in (Role.VIEW, Role.MOVER):
                 what = f"an operand of the {self.kind}" if self._feeds_product(user) else "read through a view"
                 return f"it is {what}: it would be computed again for every tile"
         if not is_scalar(node.results[0].shape) and not dims.same_shape(node.results[0].shape, product.results[0].shape):
@@ -236,8 +236,8 @@ class Region:
         return f"a {kind} kernel does not read through {mover.op.name}" if mover else None
 
     def _product_unfit(self, node: Node, after: list[Node], plain: bool) -> str | None:
-        if self.anchors:
-            return f"its reader is a {self.kind} kernel already"
+        if self.anchors and (reason := self._twin_unfit(node)):
+            return reason
         if not plain:
             odd = next(n for n in after if role(n) is not Role.POINTWISE or not dims.same_shape(n.results[0].shape, node.results[0].shape))
             return f"{odd.op.name} after it is no pointwise op of its shape"
@@ -250,6 +250,21 @@ class Region:
                 return f"{n.op.name} beside it has another shape"
             if any(role(u) is Role.VIEW for u in n.results[0].users if u in self.members):
                 return f"{n.op.name} beside it is read through a view"
+        return None
+
+    def _twin_unfit(self, node: Node) -> str | None:
+        """Why a product cannot share the kernel of the one that is there: one tile of each is summed, then they meet."""
+        first = self.anchors[0]
+        if first.op.name != "matmul" or node.op.name != "matmul":
+            return f"its reader is a {self.kind} kernel already"
+        if len(self.anchors) > 1:
+            return "its reader is a kernel of two products already"
+        if first.operands[0] is not node.operands[0]:
+            return "it multiplies another matrix than the product that it meets"
+        if first.operands[1].type.rank != 2 or node.operands[1].type.rank != 2:
+            return "the products that meet are batches of matrices"
+        if first.results[0].dtype != node.results[0].dtype or not dims.same_shape(first.results[0].shape, node.results[0].shape):
+            return "the products that meet have not one type"
         return None
 
     def _rowwise_unfit(self, node: Node, rows: Rows | None) -> str | None:

@@ -4,7 +4,7 @@ Why: a matmul kernel reads ``nr`` columns of w for one k at a time. Packed, that
 transposed weight, and no tile needs a copy of its own. ``pack`` depends on the weight alone: it is computed once, at the first
 call, and again when the weight changes.
 
-When: after ``fuse``, for a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix, plain or
+When: after ``fuse``, for each product of a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix, plain or
 transposed. An operand that is no weight is left in silence; declined with a remark are batches of matrices, other dtypes,
 weights behind other views, and N of less than one vector register. ``nr`` is as many registers as the target's register
 tile is wide (``Target.tile``): three of 32, two of 16.
@@ -55,28 +55,29 @@ class PackWeights(Pass):
     def run(self, g: Graph, ctx: PassContext) -> bool:
         if self.lanes is not None and self.lanes < 1:
             raise UsageError(f"pack-weights: lanes must be positive, got {self.lanes}")
-        sites = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "matmul"]
         lanes = self._lanes(ctx)
-        if lanes is None or not sites:
+        regions = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "matmul"]
+        if lanes is None or not regions:
             return False
         registers = ctx.target.tile[1] if ctx.target is not None else 3
         staged, packed, changed = staged_values(g), dict[tuple[Value, bool], Value](), False
-        for node in sites:
-            site = _site(node, staged, lanes)
-            if isinstance(site, Reject):
-                if site.reason:
-                    ctx.missed(self.name, f"the weight is not packed: {site.reason}", node)
-                continue
-            number = ctx.fuel.take()
-            if number is None:
-                continue
-            w, nr = node.operands[site.input], registers * lanes
-            key = (w, site.transposed)
-            if key not in packed:
-                packed[key] = pack(Rewriter(g, node), w, site.transposed, nr)
-            ctx.passed(self.name, f"weight {w!r} packed by {nr} columns: {packed[key].type}", node, number)
-            _rebuild(g, site, packed[key])
-            changed = True
+        for region in regions:
+            for place in range(len(_matmuls(region))):
+                site = _site(region, place, staged, lanes)
+                if isinstance(site, Reject):
+                    if site.reason:
+                        ctx.missed(self.name, f"the weight is not packed: {site.reason}", region)
+                    continue
+                number = ctx.fuel.take()
+                if number is None:
+                    continue
+                w, nr = region.operands[site.input], registers * lanes
+                key = (w, site.transposed)
+                if key not in packed:
+                    packed[key] = pack(Rewriter(g, region), w, site.transposed, nr)
+                ctx.passed(self.name, f"weight {w!r} packed by {nr} columns: {packed[key].type}", region, number)
+                region = _rebuild(g, site, packed[key])
+                changed = True
         return changed
 
     def _lanes(self, ctx: PassContext) -> int | None:
@@ -106,10 +107,14 @@ def unpack(b: Builder, wp: Value, n: int) -> Value:
     return b.create("slice", [wide], {"axis": 1, "stop": n})  # type: ignore[no-any-return]
 
 
-def _site(fusion: Node, staged: Staged, lanes: int) -> _Site | Reject:
-    body = fusion.body
-    assert body is not None
-    matmul = next(n for n in body.nodes() if n.op.name == "matmul")
+def _matmuls(fusion: Node) -> list[Node]:
+    """The products of a region, in order: one, or two that meet."""
+    assert fusion.body is not None
+    return [n for n in fusion.body.nodes() if n.op.name == "matmul"]
+
+
+def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Reject:
+    matmul = _matmuls(fusion)[place]
     weight = matmul.operands[1]
     if weight.defined_by("slice") and _is_unpack(weight):
         return Reject("")
@@ -149,7 +154,7 @@ def _is_unpack(weight: Value) -> bool:
     return node is None
 
 
-def _rebuild(g: Graph, site: _Site, wp: Value) -> None:
+def _rebuild(g: Graph, site: _Site, wp: Value) -> Node:
     """The same region, reading the packed weight in the place of the plain one."""
     old = site.fusion.body
     assert old is not None
@@ -178,6 +183,7 @@ def _rebuild(g: Graph, site: _Site, wp: Value) -> None:
     new = g.create(op("fusion"), operands, site.fusion.attrs, before=site.fusion, loc=site.fusion.loc, body=body)
     g.replace(site.fusion.results[0], new.results[0])
     erase_dead(g, site.fusion)
+    return new
 
 
 def _other_uses(plain: Value, site: _Site) -> bool:

@@ -208,7 +208,7 @@ DECLINED = {
     "two matmuls": ("""
         %0: f32[B, 4, 8] = matmul(%x, %w)
         %1: f32[B, 4, 8] = matmul(%y, %w)
-        %2: f32[B, 4, 8] = add(%0, %1)""", "f32[B, 4, 8]", "%2", 2, "a matmul kernel already"),
+        %2: f32[B, 4, 8] = add(%0, %1)""", "f32[B, 4, 8]", "%2", 2, "it multiplies another matrix"),
     "softmax and matmul": ("""
         %0: f32[B, 4, 8] = softmax(%x) {axis = 2}
         %1: f32[B, 4, 8] = matmul(%0, %w)""", "f32[B, 4, 8]", "%1", 2, "a matmul kernel already"),
@@ -422,3 +422,64 @@ def test_a_large_staged_transpose_stays_a_view() -> None:
     }""")
     run_passes(g, [Fuse()])
     assert regions(g) == [("pointwise", ["transpose", "add"])]
+
+
+# --- two products that meet --------------------------------------------------------------------------------------------
+
+GATE = """graph @g(%x: f32[B, 4, 8], %y: f32[B, 4, 8], weight %a: f32[8, 6], weight %b: f32[8, 6], weight %c: f32[6, 8]) -> {result}
+where 1 <= B {{
+  %0: f32[B, 4, 6] = matmul(%x, %a)
+  %1: f32[B, 4, 6] = silu(%0)
+  %2: f32[B, 4, 6] = matmul({left}, %b)
+  {body}
+}}"""
+MEET = "%3: f32[B, 4, 6] = mul(%1, %2)\n return %3"
+
+
+def test_a_gate_is_one_kernel() -> None:
+    assert fused(GATE.format(left="%x", result="f32[B, 4, 6]", body=MEET), Fuse()) == (
+        [("matmul", ["matmul", "silu", "matmul", "mul"])], [])  # fmt: skip
+
+
+def test_a_gate_with_biases() -> None:
+    found, _ = fused("""graph @g(%x: f32[B, 8], weight %a: f32[6, 8], weight %b: f32[8, 6], %p: f32[6], %q: f32[6]) -> f32[B, 6]
+    where 1 <= B {
+      %t: f32[8, 6] = transpose(%a) {perm = [1, 0]}
+      %0: f32[B, 6] = matmul(%x, %t)
+      %1: f32[B, 6] = add(%0, %p)
+      %2: f32[B, 6] = gelu(%1)
+      %3: f32[B, 6] = matmul(%x, %b)
+      %4: f32[B, 6] = add(%3, %q)
+      %5: f32[B, 6] = mul(%2, %4)
+      return %5
+    }""", Fuse())  # fmt: skip
+    assert found == [("matmul", ["transpose", "matmul", "add", "gelu", "matmul", "add", "mul"])]
+
+
+@pytest.mark.parametrize(("left", "result", "body", "reason"), [
+    ("%y", "f32[B, 4, 6]", MEET, "it multiplies another matrix than the product that it meets"),
+    ("%x", "(f32[B, 4, 6], f32[B, 4, 6])", "%3: f32[B, 4, 6] = mul(%1, %2)\n return %3, %0", "its result is also used by something that"),
+    ("%x", "f32[B, 4, 8]", "%3: f32[B, 4, 8] = matmul(%2, %c)\n %4: f32[B, 4, 8] = matmul(%1, %c)\n %5: f32[B, 4, 8] = add(%3, %4)\n"
+     " return %5", "it multiplies another matrix"),
+])  # fmt: skip
+def test_products_that_do_not_meet(left: str, result: str, body: str, reason: str) -> None:
+    found, missed = fused(GATE.format(left=left, result=result, body=body), Fuse())
+    assert all(ops.count("matmul") <= 1 for _, ops in found)
+    assert any(reason in m for m in missed), missed
+
+
+def test_three_products_are_two_kernels() -> None:
+    body = "%3: f32[B, 4, 6] = mul(%1, %2)\n %5: f32[8, 6] = transpose(%c) {perm = [1, 0]}\n %6: f32[B, 4, 6] = matmul(%x, %5)\n"
+    found, missed = fused(GATE.format(left="%x", result="f32[B, 4, 6]", body=body + " %7: f32[B, 4, 6] = add(%3, %6)\n return %7"), Fuse())
+    assert sorted(ops.count("matmul") for _, ops in found) == [1, 2]
+    assert any("its reader is a kernel of two products already" in m for m in missed)
+
+
+def test_batches_of_matrices_do_not_meet() -> None:
+    found, missed = fused("""graph @g(%x: f32[2, 4, 8], %a: f32[2, 8, 6], %b: f32[2, 8, 6]) -> f32[2, 4, 6] {
+      %0: f32[2, 4, 6] = matmul(%x, %a)
+      %1: f32[2, 4, 6] = matmul(%x, %b)
+      %2: f32[2, 4, 6] = mul(%0, %1)
+      return %2
+    }""", Fuse())  # fmt: skip
+    assert len(found) == 2 and any("batches of matrices" in m for m in missed)

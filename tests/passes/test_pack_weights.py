@@ -119,3 +119,17 @@ def test_models(model: object) -> None:
     assert_same_values(before, g)
     weights = sum(v.weight and v.type.rank == 2 for v in g.inputs)
     assert sum(n.op.name == "pad" or n.op.name == "reshape" for n in g.nodes()) >= weights
+
+
+def test_both_weights_of_a_gate_are_packed() -> None:
+    g, missed = packed("""
+        graph @g(%x: f32[B, 4], weight %a: f32[8, 4], weight %b: f32[4, 8]) -> f32[B, 8] where 1 <= B {
+          %t: f32[4, 8] = transpose(%a) {perm = [1, 0]}
+          %0: f32[B, 8] = matmul(%x, %t)
+          %1: f32[B, 8] = silu(%0)
+          %2: f32[B, 8] = matmul(%x, %b)
+          %3: f32[B, 8] = mul(%1, %2)
+          return %3
+        }""")  # fmt: skip
+    (region,) = [n for n in g.nodes() if n.op.name == "fusion"]
+    assert not missed and [str(v.type) for v in region.operands if v.type.rank == 3] == ["f32[2, 4, 6]", "f32[2, 4, 6]"]

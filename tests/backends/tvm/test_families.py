@@ -111,6 +111,25 @@ def test_products(compile_all) -> None:
         check(graph, run, inputs(graph), factor=4.0)
 
 
+def test_two_products_that_meet(compile_all) -> None:
+    """A gate, plain and transposed factors, sums of one block and of several, tiles that are cut off."""
+    graphs = [
+        parse_graph(f"""graph @g(%x: {d}[M, {k}], %a: {d}[{k}, {n}], %b: {d}[{n}, {k}]) -> {d}[M, {n}] where 1 <= M {{
+          %t: {d}[{k}, {n}] = transpose(%b) {{perm = [1, 0]}}
+          %0: {d}[M, {n}] = matmul(%x, %a)
+          %1: {d}[M, {n}] = silu(%0)
+          %2: {d}[M, {n}] = matmul(%x, %t)
+          %3: {d}[M, {n}] = mul(%1, %2)
+          return %3
+        }}""")
+        for d in ("f32", "bf16")
+        for k, n in ((40, 96), (300, 50), (70, 5))
+    ]
+    for graph, run in zip(graphs, compile_all([(g, "matmul") for g in graphs]), strict=True):
+        for m in (1, 9, 33):
+            check(graph, run, inputs(graph, M=m), {"M": m}, factor=4.0)
+
+
 def test_symbolic_product(compile_all) -> None:
     graph = parse_graph(
         "graph @g(%x: f32[M, 70], %y: f32[70, 50]) -> f32[M, 50]\nwhere 1 <= M {\n %0: f32[M, 50] = matmul(%x, %y)\n return %0\n}"
