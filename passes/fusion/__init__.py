@@ -1,5 +1,6 @@
 """Fusion: groups of nodes that become one kernel each."""
 
 from graphopt.passes.fusion.fuse import Fuse
+from graphopt.passes.fusion.sibling_matmuls import SiblingMatmuls
 
-__all__ = ["Fuse"]
+__all__ = ["Fuse", "SiblingMatmuls"]
