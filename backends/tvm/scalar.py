@@ -67,14 +67,20 @@ def _u32(v: int) -> Any:
 
 
 def rounded(value: Any, dtype: DType) -> Any:
-    """Round an f32 expression to the precision of a narrow float (to nearest even)."""
+    """Round an f32 expression to the precision of a narrow float (to nearest even).
+
+    A nan must be a quiet one, as all that arithmetic gives are. There is no selection in it: TVM takes chains of them apart
+    case by case, and every op on bf16 rounds.
+    """
     if dtype == types.f16:
         return value.astype("float16").astype("float32")
     if dtype == types.bf16:
         u = tirx.reinterpret("uint32", value)
         odd = tirx.bitwise_and(tirx.shift_right(u, _u32(16)), _u32(1))
-        q = tirx.bitwise_and(u + _u32(0x7FFF) + odd, _u32(0xFFFF0000))
-        return tirx.reinterpret("float32", tirx.Select(vecmath.isnan(value), _u32(0x7FC00000), q))
+        up = tirx.bitwise_and(u, _u32(0x7FFFFFFF)) + _u32(0x7FFF) + odd
+        inside = vecmath.intrinsic("llvm.umin", "uint32", up, _u32(0x7FFFFFFF))  # a nan of ones alone must not run over
+        sign = tirx.bitwise_and(u, _u32(0x80000000))
+        return tirx.reinterpret("float32", tirx.bitwise_or(tirx.bitwise_and(inside, _u32(0x7FFF0000)), sign))
     return value
 
 
@@ -89,7 +95,11 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
         return tirx.Select(x, tirx.const(1, name), tirx.const(0, name))
     if source.is_float:
         if to.is_float:
-            return rounded(x if COMPUTE[source] == name else let(x.astype(name)), to)
+            x = x if COMPUTE[source] == name else let(x.astype(name))
+            if to == types.bf16:  # a nan from memory may be a signalling one, whose low bits alone tell it from infinity
+                bits = tirx.reinterpret("uint32", rounded(x, to))
+                return tirx.reinterpret("float32", tirx.Select(vecmath.isnan(x), _u32(0x7FC00000), bits))
+            return rounded(x, to)
         if to == types.i64:
             return x.astype("int64")
         if to == types.u8:

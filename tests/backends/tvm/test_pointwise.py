@@ -236,3 +236,19 @@ def test_products_round_before_sums(compile_all) -> None:
 def test_reasons_name_what_is_in_the_way(text: str, words: str) -> None:
     reason = refusal(parse_graph("graph @g" + text), detect())
     assert reason is not None and words in reason
+
+
+def test_roundings_to_bf16(compile_all) -> None:
+    """Every kind of nan stays one, and halves round to even; a chain of roundings compiles in seconds."""
+    patterns = [0x7F800001, 0x7FFFFFFF, -1, 0x7F80FFFF, 0x7F7FFFFF, 0x7F800000, 0x3F808000, 0x3F818000, 0x00018000, -0x00FF8000]
+    bits = torch.tensor(patterns * 4, dtype=torch.int32)
+    cast = parse_graph("graph @g(%x: f32[40]) -> bf16[40] {\n %0: bf16[40] = cast(%x) {dtype = bf16}\n return %0\n}")
+    chain = parse_graph("graph @g(%x: bf16[40], %y: bf16[40]) -> bf16[40] {\n %0: bf16[40] = add(%x, %y)\n %1: bf16[40] = gelu(%0)\n"
+                        " %2: bf16[40] = add(%1, %y)\n return %2\n}")  # fmt: skip
+    narrow, chained = compile_all([(cast, "pointwise"), (chain, "pointwise")])
+    x = bits.view(torch.float32)
+    got, expected = narrow([x])[0], x.to(torch.bfloat16)
+    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(), expected.nan_to_num())
+    a = torch.randn(40).bfloat16()
+    a[0] = float("nan")
+    check(chain, chained, [a, torch.randn(40).bfloat16()])
