@@ -73,6 +73,21 @@ def test_a_model_for_an_older_processor() -> None:
         graphopt.compile(model, inputs, target="cpu:neoverse-n1")
 
 
+@pytest.mark.parametrize("target", ["cpu", "cpu:znver4", "cpu:x86-64-v4"])
+def test_a_model_of_bf16(target: str) -> None:
+    """By tiles or dot instructions where there are any, else in f32. Each op rounds, so errors are eager's."""
+    from graphopt.target import Target, detect
+
+    if why := detect().lacks(Target.from_name(target)):
+        pytest.skip(why)
+    model, inputs = SMALL["llama"]()
+    model = model.bfloat16()
+    compiled = torch.compile(model, backend="graphopt", options={"target": target})
+    check_against_f64(model, compiled, inputs)
+    schedules = [k.schedule for k in graphopt.reports()[-1].kernels if k.kind == "matmul"]
+    assert any('"pairs"' in s for s in schedules) == bool(Target.from_name(target).bf16_products)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_sizes_change_without_compiling_again(name: str) -> None:
     factory = {"bert": models.bert, "llama": models.llama}[name]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import BuildError
+from graphopt.target import request_amx
 
 _LAUNCH_SYMBOL = b"__TVMBackendParallelLaunch"
 _lock = threading.Lock()
@@ -54,6 +55,7 @@ def _prepare(directory: Path) -> None:
         if runtime is None:
             raise BuildError(f"no libtvm_runtime.so in {folder}")
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        request_amx()  # for kernels that were built by another process
         _state["pool"] = "libgomp" if _use_libgomp(tvm_ffi, directory) else "tvm"
         _state["ffi"] = tvm_ffi
 

@@ -204,6 +204,28 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
     return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"]).emit()
 
 
+# --- products of bf16 in pairs -----------------------------------------------------------------------------------------
+
+
+def _pairs_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.pairform import refusal
+
+    return _tile_refuse(w, t) or refusal(w.graph, t)
+
+
+def _pairs_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.pairform import params
+
+    return params(w.graph, t)
+
+
+def _write_pairs(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.pairs import PairKernel
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    return PairKernel(expand_rows(w.graph), s["engine"], s["rows"], s["group"], s["parallel"]).emit()
+
+
 # --- convolution -------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +303,8 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
 
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv)
+PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows)
 NEST = Template("nest", lambda w, t: "a convolution" if w.kind == "conv" else None, _nest_params, _write_nest)
-TEMPLATES: tuple[Template, ...] = (DEPTHWISE, CONV, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (DEPTHWISE, CONV, PAIRS, TILE, ROWS, NEST)

@@ -4,9 +4,11 @@ Why: a matmul kernel reads ``nr`` columns of w for one k at a time. Packed, that
 transposed weight, and no tile needs a copy of its own. ``pack`` depends on the weight alone: it is computed once, at the first
 call, and again when the weight changes.
 
-When: after ``fuse``, for each product of a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix, plain or
-transposed. An operand that is no weight is left in silence; declined with a remark are batches of matrices, other dtypes,
-weights behind other views, and N of less than one vector register. ``nr`` is as many registers as the target's register
+When: after ``fuse``, for each product of a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix,
+plain or transposed; or bf16, for a region of one product, where the target has instructions that multiply it
+(:mod:`~graphopt.passes.layout.pairs` is its form then). An operand that is no weight is left in silence; declined with a remark
+are batches of matrices, other dtypes, weights behind other views, and N of less than one vector register. ``nr`` is as many
+registers as the target's register
 tile is wide (``Target.tile``): three of 32, two of 16.
 
 The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR and the kernel
@@ -29,6 +31,7 @@ from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
+from graphopt.passes.layout import pairs
 from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
 
 
@@ -40,6 +43,7 @@ class _Site:
     matmul: Node  # in the body
     input: int  # which operand of the fusion holds the weight
     transposed: bool  # the body reads it transposed
+    pairs: bool  # to be packed in pairs
 
 
 class PackWeights(Pass):
@@ -59,11 +63,12 @@ class PackWeights(Pass):
         regions = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "matmul"]
         if lanes is None or not regions:
             return False
-        registers = ctx.target.tile[1] if ctx.target is not None else 3
+        registers, in_pairs = (ctx.target.tile[1], bool(ctx.target.bf16_products)) if ctx.target is not None else (3, False)
         staged, packed, changed = staged_values(g), dict[tuple[Value, bool], Value](), False
         for region in regions:
-            for place in range(len(_matmuls(region))):
-                site = _site(region, place, staged, lanes)
+            count = len(_matmuls(region))
+            for place in range(count):
+                site = _site(region, place, staged, lanes, in_pairs and count == 1)
                 if isinstance(site, Reject):
                     if site.reason:
                         ctx.missed(self.name, f"the weight is not packed: {site.reason}", region)
@@ -74,8 +79,10 @@ class PackWeights(Pass):
                 w, nr = region.operands[site.input], registers * lanes
                 key = (w, site.transposed)
                 if key not in packed:
-                    packed[key] = pack(Rewriter(g, region), w, site.transposed, nr)
-                ctx.passed(self.name, f"weight {w!r} packed by {nr} columns: {packed[key].type}", region, number)
+                    rw = Rewriter(g, region)
+                    packed[key] = pairs.pack(rw, w, site.transposed) if site.pairs else pack(rw, w, site.transposed, nr)
+                how = f"in pairs, by {pairs.COLUMNS}" if site.pairs else f"by {nr}"
+                ctx.passed(self.name, f"weight {w!r} packed {how} columns: {packed[key].type}", region, number)
                 region = _rebuild(g, site, packed[key])
                 changed = True
         return changed
@@ -113,7 +120,7 @@ def _matmuls(fusion: Node) -> list[Node]:
     return [n for n in fusion.body.nodes() if n.op.name == "matmul"]
 
 
-def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Reject:
+def _site(fusion: Node, place: int, staged: Staged, lanes: int, in_pairs: bool) -> _Site | Reject:
     matmul = _matmuls(fusion)[place]
     weight = matmul.operands[1]
     if weight.defined_by("slice") and _is_unpack(weight):
@@ -128,12 +135,15 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Rejec
         return Reject(f"it is a batch of matrices, {weight.type}", weight)
     if not source.is_input:
         return Reject("it is read through more views than a transpose", weight)
-    if weight.dtype != types.f32:
-        return Reject(f"weights of dtype {weight.dtype} are not packed, only f32", weight)
     k, n = (int(d) for d in weight.shape)
+    paired = in_pairs and weight.dtype == types.bf16
+    if weight.dtype != types.f32 and not paired:
+        return Reject(f"weights of dtype {weight.dtype} are not packed for this target, only f32", weight)
+    if paired and (n < pairs.COLUMNS // 2 or k < pairs.DEPTH):
+        return Reject(f"{k} rows by {n} columns do not fill a panel of pairs", weight)
     if n < lanes or k == 0:
         return Reject(f"{n} columns do not fill a vector register of {lanes}", weight)
-    return _Site(fusion, matmul, source.index, transposed)
+    return _Site(fusion, matmul, source.index, transposed, paired)
 
 
 def _origin(weight: Value) -> Value | None:
@@ -147,7 +157,9 @@ def _origin(weight: Value) -> Value | None:
 
 def _is_unpack(weight: Value) -> bool:
     node = weight.producer
-    for name in ("slice", "reshape", "transpose"):
+    while node is not None and node.op.name == "slice":
+        node = node.operands[0].producer
+    for name in ("reshape", "transpose"):
         if node is None or node.op.name != name:
             return False
         node = node.operands[0].producer
@@ -163,7 +175,9 @@ def _rebuild(g: Graph, site: _Site, wp: Value) -> Node:
     plain = old.inputs[site.input]
     for v, operand in zip(old.inputs, site.fusion.operands, strict=True):
         if v is plain:
-            unpacked = unpack(Builder(body), body.add_input(wp.type, v.hint), int(site.matmul.operands[1].shape[1]))
+            k, n = (int(d) for d in site.matmul.operands[1].shape)
+            given = body.add_input(wp.type, v.hint)
+            unpacked = pairs.unpack(Builder(body), given, k, n) if site.pairs else unpack(Builder(body), given, n)
             operands.append(wp)
         if v is not plain or _other_uses(plain, site):
             mapping[v] = body.add_input(v.type, v.hint)

@@ -133,3 +133,29 @@ def test_both_weights_of_a_gate_are_packed() -> None:
         }""")  # fmt: skip
     (region,) = [n for n in g.nodes() if n.op.name == "fusion"]
     assert not missed and [str(v.type) for v in region.operands if v.type.rank == 3] == ["f32[2, 4, 6]", "f32[2, 4, 6]"]
+
+
+def half(k: int, n: int) -> Graph:
+    return parse_graph(matmul(f"%x: bf16[B, {k}], weight %w: bf16[{k}, {n}]", "%w", f"bf16[B, {n}]"))
+
+
+@pytest.mark.parametrize("k, n", [(64, 96), (33, 40)])
+def test_bf16_is_packed_in_pairs(k: int, n: int) -> None:
+    g = half(k, n)
+    before = g.clone()
+    run_passes(g, [Fuse(), PackWeights()], ctx := PassContext(target=Target.from_name("cpu:sapphirerapids")))
+    (region,) = [node for node in g.nodes() if node.body is not None]
+    assert region.operands[1].shape == (-(-n // 32), -(-k // 32) * 16, 32, 2)
+    assert "in pairs" in next(r.message for r in ctx.remarks if r.pass_name == "pack-weights")
+    assert_same_values(before, g)
+    assert not run_passes(g, [PackWeights()], PassContext(target=Target.from_name("cpu:sapphirerapids")))  # it has settled
+
+
+@pytest.mark.parametrize(("target", "k", "n", "reason"), [
+    ("x86-64-v4", 64, 96, "dtype bf16"), ("neoverse-v2", 64, 96, "dtype bf16"), ("znver4", 16, 96, "pairs"), ("znver4", 64, 8, "pairs"),
+])  # fmt: skip
+def test_bf16_stays_where_pairs_do_not_pay(target: str, k: int, n: int, reason: str) -> None:
+    g = half(k, n)
+    run_passes(g, [Fuse(), PackWeights()], ctx := PassContext(target=Target.from_name(f"cpu:{target}")))
+    assert any(reason in r.message for r in ctx.remarks if r.kind == "missed")
+    assert all(node.op.name != "reshape" for node in g.nodes())

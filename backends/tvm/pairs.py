@@ -1,0 +1,263 @@
+"""Products of bf16 with a weight packed in pairs, summed in f32 and rounded once: by AMX tiles, or by dot instructions.
+
+The weight is ``[panels, depth / 2, 32, 2]`` behind the views that the packing pass writes; a task computes a panel's 32 columns
+for some rows, from one straight stream. The first factor is read in place where its rows lie in memory as they are; else
+(computed, of a depth that fills no tile, or of rows that fill none) it is brought into that form first.
+
+AMX: a tile of the result is 16 rows by 16 columns; two by two are summed at once, from two tiles of each factor. Dot
+instructions: up to 12 rows by two vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from graphopt.backends.tvm import amx, scalar
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.elementwise import Probe
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.imported import dot, import_dots
+from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.backends.tvm.pairform import COLUMNS, packed_pairs
+from graphopt.backends.tvm.product import operand_index
+from graphopt.backends.tvm.support import VIEWS, is_materialized
+from graphopt.errors import BuildError
+from graphopt.ir.graph import Graph, Value
+
+LANES = 16  # f32 of a vector; columns of a tile
+STEP = amx.BYTES // 2  # of the summed axis: what a row of a tile holds
+
+
+@dataclass
+class _Left:
+    """The first factor as rows of bf16: element (row, k) lies at ``base + row * step + k``."""
+
+    buffer: Any
+    base: Index
+    step: Index
+
+
+class PairKernel:
+    """Emits a region with one matmul of bf16 and a pointwise epilogue of the product's shape.
+
+    Args:
+        engine: ``amx`` or ``dot``.
+        rows: of a tile; at most 16 (``amx``), or as accumulators fit into registers (``dot``).
+        group: pairs of row tiles (``dot``: row tiles) that a task computes.
+    """
+
+    def __init__(self, graph: Graph, engine: str, rows: int, group: int, parallel: bool) -> None:
+        self.graph, self.engine, self.mr, self.group, self.parallel = graph, engine, rows, group, parallel
+        (self.node,) = [n for n in graph.nodes() if is_materialized(n)]
+        packed = packed_pairs(self.node.operands[1])
+        if packed is None:
+            raise BuildError("the second factor is not packed in pairs")
+        self.code = code = Code(graph.symbols)
+        self.args = Arguments(code, graph)
+        self.weight = self.args.inputs[packed]
+        self.panels, half = int(packed.shape[0]), int(packed.shape[1])
+        self.depth, self.k = 2 * half, int(self.node.operands[0].shape[-1])
+        self.lead = [code.size(d) for d in self.node.result.shape[:-1]]
+        self.m = code.bind_index(product(code, self.lead), "rows")
+        self.n = int(self.node.result.shape[-1])
+        if engine == "dot":
+            import_dots(code)
+
+    def emit(self) -> Code:
+        code = self.code
+        left = self._left()
+        side = 2 if self.engine == "amx" and not (isinstance(self.m, int) and self.m <= self.mr) else 1  # row tiles at once
+        height = side * self.mr
+        tiles = code.ceildiv(self.m, height)
+        groups = code.ceildiv(tiles, self.group)
+        work = product(code, [self.m, self.n, self.k])
+        steps = product(code, [groups, self.panels])
+        serial = not self.parallel or (isinstance(work, int) and work < 8 * SMALL) or (isinstance(steps, int) and steps == 1)
+        with code.loop(steps, "serial" if serial else "parallel", "task") as task:
+            go, j = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [groups, self.panels]), [groups, self.panels])]
+            if self.engine == "amx":
+                amx.configure(code, {t: self.mr if t < 6 else amx.ROWS for t in range(8)})
+            acc = code.alloc(height * COLUMNS, "float32", "acc")
+            first = code.simplify(go * self.group)
+            even = isinstance(tiles, int) and tiles % self.group == 0
+            count = self.group if even else code.bind_index(code.least(tiles - first, self.group), "n")
+            with code.loop(count, "serial", "io") as io:
+                row = code.simplify((first + io) * height)
+                if self.engine == "amx":
+                    self._tiles(left, acc, row, j, side)
+                else:
+                    self._dots(left, acc, row, j)
+                self._store(acc, row, height, code.simplify(j * COLUMNS))
+            if self.engine == "amx":
+                amx.release(code)
+        return code
+
+    # --- the first factor ---------------------------------------------------------------------------------------------------
+
+    def _left(self) -> _Left:
+        a, fits = self.node.operands[0], self.depth == self.k
+        if self.engine == "amx":
+            height = self.mr if isinstance(self.m, int) and self.m <= self.mr else 2 * self.mr
+            fits = fits and isinstance(self.m, int) and self.m % height == 0
+        return (self._in_place(a) if fits else None) or self._copied(a)
+
+    def _in_place(self, a: Value) -> _Left | None:
+        """The factor where it lies, if its elements are those of an input in rows."""
+        code, source = self.code, a
+        while source.producer is not None and source.producer.name in VIEWS:
+            source = source.producer.operands[0]
+        if not source.is_input:
+            return None
+        row, k = tirx.Var(code.fresh("p"), "int64"), tirx.Var(code.fresh("p"), "int64")
+        for var, size in ((row, self.m), (k, self.k)):
+            code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(size)))
+        probe = Expressions(self.args, {}, probe=True)
+        probe.at(a, self._index(a, row, k))
+        if len(probe.reads) != 1:
+            return None
+        address = probe.reads[0][1]
+        found = list(tvm.sym.detect_linear_equation(address, [row, k])) if not isinstance(address, int) else []
+        if len(found) != 3 or not code.equal(found[1], 1):
+            return None
+        step, base = code.simplify(found[0]), code.simplify(found[2])
+        return _Left(self.args.inputs[source], base, step)
+
+    def _index(self, a: Value, row: Index, k: Index) -> list[Index]:
+        *lead, i = self.code.unflatten(row, self.lead)
+        return operand_index(lead, a, i, k)
+
+    def _copied(self, a: Value) -> _Left:
+        """The factor brought into rows of the padded depth, zeros behind the last element."""
+        code, depth = self.code, self.depth
+        rows = code.simplify(code.ceildiv(self.m, 2 * self.mr) * (2 * self.mr))
+        buffer = code.alloc(code.simplify(rows * depth), "uint16", "left")
+        probe = Probe(self.args, {}, a)
+        probe([0] * a.type.rank)
+        lanes = 1 if probe.scalar_only else LANES
+        work = product(code, [self.m, depth])
+        small = isinstance(work, int) and work < SMALL
+        with code.loop(self.m, "serial" if small or not self.parallel or self.m == 1 else "parallel", "r") as r:
+            lead = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
+            start = code.bind_index(code.simplify(r * depth), "start")
+
+            def element(k: Index) -> None:
+                value = Expressions(self.args, {}).at(a, operand_index(lead[:-1], a, lead[-1], k))
+                code.store(buffer, code.simplify(start + k), scalar.store(value, a.dtype))
+
+            vector_loop(code, 0, self.k, lanes, element)
+            with code.loop(depth - self.k, "serial", "k") as k:
+                code.store(buffer, code.simplify(start + self.k + k), tirx.const(0, "uint16"))
+        return _Left(buffer, 0, depth)
+
+    # --- sums ---------------------------------------------------------------------------------------------------------------
+
+    def _tiles(self, left: _Left, acc: Any, row: Index, j: Index, side: int) -> None:
+        """AMX: tiles 0 to 3 are sums, 4 and 5 of the first factor, 6 and 7 of the weight."""
+        code = self.code
+        sums = [(i, c) for i in range(side) for c in range(2)]
+        for i, c in sums:
+            amx.zero(code, 2 * i + c)
+        start = code.bind_index(code.simplify(left.base + row * left.step), "x")
+        panel = code.bind_index(code.simplify(j * (self.depth * COLUMNS)), "w")
+        with code.loop(self.depth // STEP, "serial", "k") as k:
+            for c in range(2):
+                amx.load(code, 6 + c, self.weight, code.simplify(panel + k * (STEP * COLUMNS) + c * STEP), COLUMNS * 4)
+            for i in range(side):
+                at = code.simplify(start + k * STEP + i * self.mr * left.step)
+                amx.load(code, 4 + i, left.buffer, at, code.simplify(left.step * 2))
+            for i, c in sums:
+                amx.multiply(code, 2 * i + c, 4 + i, 6 + c)
+        for i, c in sums:
+            amx.store(code, 2 * i + c, acc, i * self.mr * COLUMNS + c * LANES, COLUMNS * 4)
+
+    def _dots(self, left: _Left, acc: Any, row: Index, j: Index) -> None:
+        """Dot instructions: a pair of a row's elements is broadcast, and multiplied with a pair of each column."""
+        code, vectors = self.code, COLUMNS // LANES
+        exact = isinstance(self.m, int) and self.m % self.mr == 0
+        starts = []
+        for i in range(self.mr):
+            r = code.simplify(row + i)
+            r = r if exact else code.least(r, self.m - 1)
+            starts.append(code.bind_index(code.simplify(left.base + r * left.step), "x"))
+        panel = code.bind_index(code.simplify(j * (self.depth * COLUMNS)), "w")
+        chains = 1 if self.mr > 2 else 4 // self.mr  # few rows: sums of their own for neighbouring steps hide the latency
+        sums = code.alloc(chains * self.mr * COLUMNS, "float32", "sums", scope="local")
+
+        def place(q: int) -> list[Any]:
+            return [tirx.Ramp(i64(q * LANES), i64(1), LANES)]
+
+        nothing = tirx.Broadcast(tirx.const(0, "float32"), LANES)
+        for q in range(chains * self.mr * vectors):
+            code.emit(tirx.BufferStore(sums, nothing, place(q)))
+        with code.loop(self.depth // (2 * chains), "serial", "k") as k:
+            for s in range(chains):
+                at = code.simplify((k * chains + s) * 2)
+                ws = [self._pairs(panel + at * COLUMNS + u * 2 * LANES) for u in range(vectors)]
+                for i, start in enumerate(starts):
+                    pair = tirx.reinterpret("uint32", left.buffer[tirx.Ramp(i64(code.simplify(start + at)), i64(1), 2)])
+                    x = tirx.reinterpret(f"uint16x{2 * LANES}", tirx.Broadcast(pair, LANES))
+                    for u, w in enumerate(ws):
+                        q = (s * self.mr + i) * vectors + u
+                        code.emit(tirx.BufferStore(sums, dot(sums[place(q)[0]], x, w), place(q)))
+        for q in range(self.mr * vectors):
+            total = sums[place(q)[0]]
+            for s in range(1, chains):
+                total = total + sums[place(s * self.mr * vectors + q)[0]]
+            code.emit(tirx.BufferStore(acc, total, place(q)))
+
+    def _pairs(self, at: Index) -> Any:
+        return self.code.bind(self.weight[tirx.Ramp(i64(self.code.simplify(at)), i64(1), 2 * LANES)], "w", hidden=False)
+
+    # --- the epilogue -------------------------------------------------------------------------------------------------------
+
+    def _store(self, acc: Any, row: Index, height: int, column: Index) -> None:
+        code = self.code
+        exact = isinstance(self.m, int) and self.m % height == 0
+        count = height if exact else code.bind_index(code.least(self.m - row, height), "count")
+        lanes = self._store_lanes()
+        with code.loop(count, "serial", "i") as i:
+            r = code.bind_index(code.simplify(row + i), "r")
+            lead = [code.bind_index(x, "i", n) for x, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
+
+            def one(c: Index) -> None:
+                self._element(acc, code.simplify(i * COLUMNS + c), [*lead, code.simplify(column + c)])
+
+            def vector(u: Index) -> None:
+                with code.loop(lanes, "vectorized", "v") as v:
+                    one(code.simplify(u * lanes + v))
+
+            if self.n % COLUMNS == 0:
+                with code.loop(COLUMNS // lanes, "serial", "u") as u:
+                    vector(u)
+            else:
+                here = code.bind_index(code.least(self.n - column, COLUMNS), "here")
+                whole = code.div(here, lanes)
+                with code.loop(whole, "serial", "u") as u:
+                    vector(u)
+                with code.loop(code.simplify(here - whole * lanes), "serial", "c") as c:
+                    one(code.simplify(whole * lanes + c))
+
+    def _store_lanes(self) -> int:
+        for v in self.graph.outputs:
+            probe = Probe(self.args, {self.node.result: lambda index: tirx.const(0, "float32")}, v)
+            probe([0] * v.type.rank)
+            if probe.scalar_only:
+                return 1
+        return LANES
+
+    def _element(self, acc: Any, at: Index, index: list[Index]) -> None:
+        value = scalar.rounded(self.code.bind(self.code.load(acc, at)), self.node.result.dtype)
+
+        def source(asked: Sequence[Index]) -> Any:
+            if not all(self.code.equal(p, q) for p, q in zip(asked, index, strict=True)):
+                raise BuildError("the product is used at another place than its own")
+            return value
+
+        sources: dict[Value, Source] = {self.node.result: source}
+        for k, v in enumerate(self.graph.outputs):
+            self.args.store(k, index, Expressions(self.args, sources).at(v, index))
