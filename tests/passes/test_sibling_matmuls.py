@@ -82,7 +82,8 @@ def test_readers_take_the_slices_in() -> None:
     (("%6: f32[B, 2] = add(%5, %q)", "%9: f32[B, 2] = add(%5, %q)\n %6: f32[B, 2] = relu(%9)"), "relu joins its own kernel"),
     (("%6: f32[B, 2] = add(%5, %q)", "%6: f32[B, 2] = reshape(%5) {shape = [B, 2]}"), None),
     (("%7: f32[B, 1, 2] = reshape(%6) {shape = [B, 1, 2]}",
-      "%9: f32[B, 2] = aten(%6) {target = \"aten.tanh.default\", args = [$0]}\n %7: f32[B, 1, 2] = reshape(%9) {shape = [B, 1, 2]}"), "aten is no kernel"),
+      "%9: f32[B, 2] = aten(%6) {target = \"aten.tanh.default\", args = [$0]}\n"
+      " %7: f32[B, 1, 2] = reshape(%9) {shape = [B, 1, 2]}"), "aten is no kernel"),
 ])  # fmt: skip
 def test_must_not_fire(change: tuple[str, str], reason: str | None) -> None:
     text = BEFORE.replace(*change)
