@@ -20,9 +20,12 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
     1: (*_CLEAN_UP, "expand", *_CLEAN_UP, "fuse"),
     # composites are found before anything takes their parts for other ends, batch norms are folded while they are one node,
     # and what expansion leaves is cleaned up again before fusion looks at who uses what; views move reshapes down, unflatten
-    # moves the ones that are left in fusion's way up again
-    2: (*_CLEAN_UP, *_RECOMPOSE, "fold-batch-norm", "dce", "expand", *_CLEAN_UP, *_LAYOUT, "fuse", "pack-weights", "pack-filters"),
-}
+    # moves the ones that are left in fusion's way up again; sibling matmuls meet once their views stand as fusion will see them
+    2: (
+        *_CLEAN_UP, *_RECOMPOSE, "fold-batch-norm", "dce", "expand", *_CLEAN_UP, *_LAYOUT, "sibling-matmuls", "fuse",
+        "pack-weights", "pack-filters",
+    ),
+}  # fmt: skip
 
 _EDITS = ("before", "after", "replace")
 

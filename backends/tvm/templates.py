@@ -162,13 +162,14 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
         nr = columns
     if packed:
         nr = most * lanes
+    several = not isinstance(rows, int) or rows > mr  # what is read once is a stream, which the hardware fetches better itself
     return (
         Param("lanes", (lanes,)),
         Param("mr", tuple(dict.fromkeys((mr, *(r for r in (4, 6, 8) if not isinstance(rows, int) or r <= rows))))),
         Param("nr", tuple(dict.fromkeys((nr, lanes, 2 * lanes, 3 * lanes)))),
         Param("unroll", tuple(dict.fromkeys((_unroll(t), 4, 1, 2, 8)))),
         Param("group", tuple(dict.fromkeys((_row_group(node.result, mr, nr, t), 1, 4, 16, 64)))),
-        Param("prefetch", (True, False)),
+        Param("prefetch", (several, not several)),
         Param("parallel", (True, False)),
     )
 
