@@ -24,14 +24,16 @@ from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.hashing import canonical_text
+from graphopt.ir.narrow import narrow
 from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
 from graphopt.options import Options
 from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.profile import Profile, profile
-from graphopt.program import Program
+from graphopt.program import Program, share_weights
 from graphopt.report import Fallback, KernelInfo, Report, record
 from graphopt.target import Target, detect
+from graphopt.variants import Domain, Variant, VariantProgram, plan_domains
 from graphopt.verification import ValueCheck
 
 Progress = Callable[[str, int, int], None]
@@ -43,7 +45,7 @@ class CompiledGraph:
 
     _boxed_call = True  # AOTAutograd's convention: the caller hands over the list, so that arguments can be freed early
 
-    def __init__(self, captured: Captured, program: Program, report: Report) -> None:
+    def __init__(self, captured: Captured, program: Program | VariantProgram, report: Report) -> None:
         self.program, self.report, self.captured = program, report, captured
         positions = {a.input: i for i, a in enumerate(captured.arguments) if isinstance(a, TensorArgument)}
         self._order = [positions.get(i) for i in range(len(captured.graph.inputs))]
@@ -78,7 +80,9 @@ class CompiledGraph:
     def profile(self, args: Sequence[Any], runs: int = 20) -> Profile:
         """Measure every call of the program; the arguments stay as they are."""
         with torch.no_grad():
-            return profile(self.program, *self.operands(args), runs)
+            inputs, sizes = self.operands(args)
+            program = self.program.choose(sizes)[0] if isinstance(self.program, VariantProgram) else self.program
+            return profile(program, inputs, sizes, runs)
 
     def own_weights(self, take: Callable[[int], torch.Tensor], give_up: Callable[[int], None]) -> dict[int, torch.Tensor | None]:
         """Compute what is staged for good, and let go of the weights that it was made from.
@@ -91,7 +95,8 @@ class CompiledGraph:
             Argument's position -> what to hand in there from now on, for all weights.
         """
         first_constant = len(self._order) - len(self._constants)
-        wanted = self.program.weight_inputs
+        weights = self.program.weights
+        wanted = weights.positions
 
         def give_up_input(i: int) -> None:
             p = self._order[i]
@@ -104,12 +109,12 @@ class CompiledGraph:
             p = self._order[i]
             return take(p) if p is not None else self._constants[i - first_constant]
 
-        kept = self.program.own_weights([take_input(i) for i in wanted], give_up_input)
+        kept = weights.own([take_input(i) for i in wanted], give_up_input)
         for i, x in kept.items():
             if self._order[i] is None:
                 self._constants[i - first_constant] = x
         self.report.owns_weights = True
-        self.report.memory["staged"] = self.program.owned_bytes
+        self.report.memory["staged"] = weights.owned_bytes
         self.report.memory["weights"] = sum(x.nbytes for x in kept.values())
         return {p: kept.get(i) for i, p in enumerate(self._order) if p is not None and i in wanted}
 
@@ -140,23 +145,40 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     cache_dir = options.kernels_dir
     if backend is not None:
         provider().prestart(cache_dir, options.workers)
-    graph = captured.graph
-    report = Report(options.name or label, str(target), text_before=str(graph))
-    optimize(graph, target, options, report)
-    lowering = time.perf_counter()
-    lowered = lower(graph, target, backend, why_none, asked=options.backend == "eager")
-    update_in_place(lowered, _mutated_inputs(captured))
-    report.text_after = str(graph)
-    report_fallbacks(report, lowered, options)  # before time is spent on building
+    name = options.name or label
+    report = Report(name, str(target))
+    domains: list[Domain] = []
+    if backend is not None:
+        domains, notes = plan_domains(captured, options.hot_sizes)
+        report.notes += notes
+    narrowed = [narrow(captured.graph, dict(d.ranges)) for d in domains]  # of the graph as captured: passes work in place
+    units = [_Unit(captured.graph, report)]
+    for domain, graph in zip(domains, narrowed, strict=True):
+        sub = Report(name, str(target), condition=str(domain), reason=domain.reason)
+        report.variants.append(sub)
+        units.append(_Unit(graph, sub))
+    for unit in units:
+        optimize(unit.graph, target, options, unit.report)
+        lowering = time.perf_counter()
+        unit.lowered = lower(unit.graph, target, backend, why_none, asked=options.backend == "eager")
+        update_in_place(unit.lowered, _mutated_inputs(captured))
+        unit.report.text_after = str(unit.graph)
+        report_fallbacks(unit.report, unit.lowered, options)  # before time is spent on building
+        unit.report.seconds["lower"] = time.perf_counter() - lowering
     building = time.perf_counter()
-    report.seconds["lower"] = building - lowering
-    kernels = build_kernels(lowered, target, cache_dir, options, report, progress)
-    report_fallbacks(report, lowered, options)
+    build_kernels(units, target, cache_dir, options, progress)
     report.seconds["build"] = time.perf_counter() - building
-    changed_words = provider().changed_words() if kernels else None
-    program = Program(lowered, kernels, lambda node: LibraryCall(node, device), device, changed_words)
-    report.program = program.source
-    report.memory = _memory(graph, lowered, program)
+    changed_words = provider().changed_words() if units[0].kernels else None
+    for unit in units:
+        report_fallbacks(unit.report, unit.lowered, options)
+        unit.program = Program(unit.lowered, unit.kernels, lambda node: LibraryCall(node, device), device, changed_words)
+        unit.report.program = unit.program.source
+        unit.report.memory = _memory(unit.graph, unit.lowered, unit.program)
+    first, *others = units
+    program: Program | VariantProgram = first.program
+    if others:
+        share_weights([u.program for u in units])
+        program = VariantProgram(first.program, [Variant(d, u.program, u.report) for d, u in zip(domains, others, strict=True)], report)
     report.seconds["total"] = time.perf_counter() - start
     record(report)
     return CompiledGraph(captured, program, report)
@@ -174,15 +196,28 @@ def _mutated_inputs(captured: Captured) -> dict[int, int]:
     return out
 
 
-def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Options, *, label: str = "model",
-               progress: Progress | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
+class _Unit:
+    """One program on its way: the general one, or a variant."""
+
+    lowered: Lowered
+    program: Program
+
+    def __init__(self, graph: Graph, report: Report) -> None:
+        self.graph, self.report = graph, report
+        self.kernels: list[Callable[..., Any]] = []
+        report.text_before = str(graph)
+
+
+def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Options, *, inputs: Mapping[int, str] | None = None,
+               label: str = "model", progress: Progress | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
     """Compile a functional aten graph; what the IR cannot hold runs through library kernels as a whole, and is reported.
 
     Args:
         weights: placeholder index -> name of the frozen weight that it is.
+        inputs: placeholder index -> name of the user's argument that it is.
     """
     try:
-        captured = capture_fx(gm, weights=weights, name=re.sub(r"\W+", "_", label).strip("_") or "main")
+        captured = capture_fx(gm, weights=weights, inputs=inputs, name=re.sub(r"\W+", "_", label).strip("_") or "main")
     except Uncapturable as error:
         return fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
     compiled = compile_captured(captured, options, label=label, progress=progress)
@@ -233,34 +268,35 @@ def provider() -> Any:
     return import_module("graphopt.backends.tvm.provider")  # tvm is an optional package
 
 
-def build_kernels(lowered: Lowered, target: Target, cache_dir: Path, options: Options, report: Report,
-                  progress: Progress | None) -> list[Callable[..., Any]]:  # fmt: skip
+def build_kernels(units: Sequence[_Unit], target: Target, cache_dir: Path, options: Options, progress: Progress | None) -> None:
     """One loaded kernel a KernelStep; equal workloads share one. A step whose kernel cannot be built becomes a library call."""
-    wanted: dict[tuple[Workload, Schedule], list[KernelStep]] = {}
+    wanted = dict.fromkeys(key for u in units for key in _kernel_users(u.lowered))
+    if not wanted:
+        return
+    built = provider().load_or_build(list(wanted), target, cache_dir, options.workers, progress)
+    artifacts = dict(zip(wanted, built, strict=True))
+    for unit in units:
+        for key, users in _kernel_users(unit.lowered).items():
+            artifact = artifacts[key]
+            if isinstance(artifact, BuildError):
+                unit.report.notes.append(f"a kernel could not be built; please report this: {artifact}")
+            else:
+                unit.report.kernels.append(_kernel_info(users, artifact))
+        for i, s in enumerate(unit.lowered.steps):
+            if isinstance(s, KernelStep):
+                artifact = artifacts[s.workload, s.schedule]
+                if isinstance(artifact, BuildError):
+                    unit.lowered.steps[i] = LibraryStep(s.node, f"its kernel could not be built: {str(artifact).splitlines()[0]}")
+                else:
+                    unit.kernels.append(artifact.kernel)
+
+
+def _kernel_users(lowered: Lowered) -> dict[tuple[Workload, Schedule], list[KernelStep]]:
+    users: dict[tuple[Workload, Schedule], list[KernelStep]] = {}
     for s in lowered.steps:
         if isinstance(s, KernelStep):
-            wanted.setdefault((s.workload, s.schedule), []).append(s)
-    if not wanted:
-        return []
-    built = provider().load_or_build(list(wanted), target, cache_dir, options.workers, progress)
-    loaded: dict[tuple[Workload, Schedule], Callable[..., Any]] = {}
-    failed: dict[tuple[Workload, Schedule], str] = {}
-    for (key, users), artifact in zip(wanted.items(), built, strict=True):
-        if isinstance(artifact, BuildError):
-            failed[key] = str(artifact).splitlines()[0]
-            report.notes.append(f"a kernel could not be built; please report this: {artifact}")
-        else:
-            loaded[key] = artifact.kernel
-            report.kernels.append(_kernel_info(users, artifact))
-    kernels = []
-    for i, s in enumerate(lowered.steps):
-        if isinstance(s, KernelStep):
-            key = s.workload, s.schedule
-            if key in failed:
-                lowered.steps[i] = LibraryStep(s.node, f"its kernel could not be built: {failed[key]}")
-            else:
-                kernels.append(loaded[key])
-    return kernels
+            users.setdefault((s.workload, s.schedule), []).append(s)
+    return users
 
 
 def _kernel_info(users: Sequence[KernelStep], artifact: Any) -> KernelInfo:

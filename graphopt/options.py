@@ -36,6 +36,9 @@ class Options:
         freeze: treat parameters and buffers as frozen in inference graphs; they are watched for changes.
         own_weights: let the compiled model own the weights (``graphopt.compile`` only): those that were packed or folded leave the
             model, unless they are read as they are, too; changes are not followed any more.
+        hot_sizes: which sizes of a graph with symbolic ones get a variant of their own, tried before the general program:
+            ``auto`` (those of the example inputs), ``none``, or sizes by name: ``{"input_ids[1]": [128, (1, 16)], "B": [1]}``,
+            where a name is an argument and its axis, or a symbol's own, and a pair is a range, both ends included.
         cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
         workers: processes that build kernels; 0 for one a core.
         name: what reports call the model.
@@ -51,6 +54,7 @@ class Options:
     target: str = "cpu"
     freeze: bool = True
     own_weights: bool = False
+    hot_sizes: Any = "auto"
     cache_dir: Path | None = None
     workers: int = 0
     name: str = ""
@@ -67,6 +71,7 @@ class Options:
             raise UsageError("own_weights=True needs frozen weights; it does not go with freeze=False")
         if not isinstance(self.skip_rewrites, tuple) or not all(type(n) is int and n > 0 for n in self.skip_rewrites):
             raise UsageError(f"option skip_rewrites={self.skip_rewrites!r} must be a list of rewrite numbers, from 1")
+        _check_hot_sizes(self.hot_sizes)
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):
             if value not in allowed:
                 raise UsageError(f"option {name}={value!r} is none of {', '.join(allowed)}{nearest(str(value), allowed)}")
@@ -93,3 +98,20 @@ class Options:
     def kernels_dir(self) -> Path:
         """Folder of the kernel cache."""
         return self.cache_dir or default_cache_dir()
+
+
+def _check_hot_sizes(value: Any) -> None:
+    """Raises UsageError for a value that ``hot_sizes`` cannot have."""
+    if isinstance(value, str) and value in ("auto", "none"):
+        return
+    form = 'option hot_sizes must be "auto", "none", or sizes by name, for instance {"input_ids[1]": [128, (1, 16)]}'
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{form}; it is {value!r}")
+    for name, sizes in value.items():
+        if not isinstance(name, str) or not isinstance(sizes, list | tuple) or not sizes:
+            raise UsageError(f"{form}; {name!r} has {sizes!r}")
+        for s in sizes:
+            one = type(s) is int and s >= 0
+            span = isinstance(s, tuple | list) and len(s) == 2 and all(type(n) is int and n >= 0 for n in s) and s[0] <= s[1]
+            if not one and not span:
+                raise UsageError(f"{form}; {name!r} has {s!r}, which is neither a size nor a range of sizes")

@@ -76,6 +76,9 @@ class Report:
         key: identity of the compilation: captured graph, target, and the code and options of every pass.
         text_before, text_after: the IR as captured and as lowered.
         program: the straight-line program.
+        variants: reports of the variants for some sizes, in the order in which they are tried.
+        condition, reason: of a variant: the sizes that it is for, and why it was made.
+        runs: calls so far, where there are variants.
     """
 
     name: str
@@ -93,10 +96,14 @@ class Report:
     text_before: str = ""
     text_after: str = ""
     program: str = ""
+    variants: list[Report] = field(default_factory=list)
+    condition: str = ""
+    reason: str = ""
+    runs: int = 0
 
     @property
     def kernels_built(self) -> int:
-        return sum(not k.cache.startswith("hit") for k in self.kernels)
+        return sum(not k.cache.startswith("hit") for k in self.kernels) + sum(v.kernels_built for v in self.variants)
 
     @property
     def unasked_fallbacks(self) -> list[Fallback]:
@@ -104,10 +111,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        out = {k: v for k, v in vars(self).items() if k not in ("remarks", "kernels", "fallbacks", "passes")}
+        out = {k: v for k, v in vars(self).items() if k not in ("remarks", "kernels", "fallbacks", "passes", "variants")}
         out["passes"] = [run._asdict() for run in self.passes]
         for key in ("remarks", "kernels", "fallbacks"):
             out[key] = [asdict(x) for x in getattr(self, key)]
+        out["variants"] = [v.to_json() for v in self.variants]
         return out
 
     def summary(self, remarks: str = "missed", limit: int = 12, width: int = 120) -> str:
@@ -127,6 +135,7 @@ class Report:
                 console.print("note: what is staged lies beside its weights; graphopt.compile(..., own_weights=True) keeps one of them")
         for note in self.notes:
             console.print(f"note: {note}")
+        self._variants(console)
         self._passes(console)
         self._kernels(console, limit)
         self._fallbacks(console, limit)
@@ -136,6 +145,15 @@ class Report:
         file = console.file
         assert isinstance(file, StringIO)
         return file.getvalue()
+
+    def _variants(self, console: Console) -> None:
+        if not self.variants:
+            return
+        table = Table("sizes", "why", "kernel calls", "library calls", "calls so far", title="variants", title_justify="left")
+        for v in [*self.variants, self]:
+            calls = str(sum(k.calls for k in v.kernels))
+            table.add_row(v.condition or "all others", v.reason or "the general program", calls, str(len(v.fallbacks)), str(v.runs))
+        console.print(table)
 
     def _passes(self, console: Console) -> None:
         table = Table("pass", "ms", "rewrites", "declined", "what it did", title="passes", title_justify="left")

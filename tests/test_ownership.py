@@ -47,10 +47,10 @@ def test_a_weight_is_released_as_soon_as_it_is_staged() -> None:
     x, a, b, c, d = inputs = [torch.randn(v.shape) for v in graph.inputs]  # type: ignore[arg-type]
     expected = program(inputs)[0]
     gone = []
-    kept = program.own_weights([inputs[i] for i in program.weight_inputs], gone.append)
+    kept = program.weights.own([inputs[i] for i in program.weights.positions], gone.append)
     assert gone == [1] and 1 not in kept and 3 not in kept and kept[4] is d
     assert torch.equal(program([x, torch.empty(0), b, torch.empty(0), d])[0], expected)
-    assert program.owned_bytes == 4 * (a.numel() + c.numel() + d.numel())
+    assert program.weights.owned_bytes == 4 * (a.numel() + c.numel() + d.numel())
 
 
 def test_early_release_frees_memory_before_the_next_weight_is_staged() -> None:
@@ -66,7 +66,7 @@ def test_early_release_frees_memory_before_the_next_weight_is_staged() -> None:
     weights = [torch.randn(8, 8), torch.randn(8, 8)]
     first, second = weakref.ref(weights[0]), weakref.ref(weights[1])
     alive: list[tuple[int, bool, bool]] = []
-    program.own_weights(weights, lambda i: alive.append((i, first() is not None, second() is not None)))
+    program.weights.own(weights, lambda i: alive.append((i, first() is not None, second() is not None)))
     assert alive == [(1, False, True), (2, False, False)] and not weights
 
 

@@ -12,8 +12,11 @@ from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
 from graphopt.errors import BuildError
 from graphopt.ir import dims
+from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
+
+_FEW_ROWS = 8  # rows of the highest tile
 
 
 def entry_name(w: Workload, s: Schedule) -> str:
@@ -140,7 +143,7 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
     products = [n for n in flatten_rows(w.graph).nodes() if n.name == "matmul"]
     node, packed = products[0], any(_is_packed(n.operands[1]) for n in products)
     lanes = max(1, t.lanes(8 if node.result.dtype.bits == 64 else 4))
-    rows, columns = node.result.shape[-2:]
+    rows, columns = (_fixed(d, w.graph) for d in node.result.shape[-2:])
     mr, most = t.tile
     vectors = most
     if isinstance(rows, int) and rows < mr:
@@ -168,7 +171,7 @@ def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
         Param("mr", tuple(dict.fromkeys((mr, *(r for r in (4, 6, 8) if not isinstance(rows, int) or r <= rows))))),
         Param("nr", tuple(dict.fromkeys((nr, lanes, 2 * lanes, 3 * lanes)))),
         Param("unroll", tuple(dict.fromkeys((_unroll(t), 4, 1, 2, 8)))),
-        Param("group", tuple(dict.fromkeys((_row_group(node.result, mr, nr, t), 1, 4, 16, 64)))),
+        Param("group", tuple(dict.fromkeys((_row_group(node.result, w.graph, mr, nr, t), 1, 4, 16, 64)))),
         Param("prefetch", (several, not several)),
         Param("parallel", (True, False)),
     )
@@ -179,16 +182,29 @@ def _unroll(t: Target) -> int:
     return 4 if t.arch != "aarch64" else 1 if t.sve_bits > 128 else 2
 
 
-def _row_group(result: Value, mr: int, nr: int, t: Target) -> int:
+def _row_group(result: Value, graph: Graph, mr: int, nr: int, t: Target) -> int:
     """Row tiles that share a copied panel: as many as leave each core a few steps, a power of two."""
-    sizes = [d if isinstance(d, int) else 16 for d in result.shape]
-    *batch, rows, columns = sizes
+    *batch, rows, columns = [_typical(d, graph) for d in result.shape]
     tiles = -(-rows // mr)
     others = math.prod(batch) * -(-columns // nr)
     group = 64
     while group > 4 and (group >= 2 * tiles or others * -(-tiles // group) < 4 * t.cores):
         group //= 2
     return group
+
+
+def _fixed(d: Dim, graph: Graph) -> Dim:
+    """A size that schedules may count on: of a symbolic one that cannot fill a tile of any kernel, its largest value."""
+    least, most = dims.bounds(d, graph.symbols)
+    return d if most is None or most > _FEW_ROWS or least is None or least < 0 else max(1, most)
+
+
+def _typical(d: Dim, graph: Graph) -> int:
+    """What a size may be like, where any guess is right: a symbolic one is taken for 16, or for the most it can be."""
+    if isinstance(d, int):
+        return d
+    most = dims.bounds(d, graph.symbols)[1]
+    return 16 if most is None else max(1, min(16, most))
 
 
 def _is_packed(v: Value) -> bool:

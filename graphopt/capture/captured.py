@@ -127,6 +127,8 @@ class Captured:
         weight_names: graph input index -> the model's name of that weight.
         constants: graph input index -> a tensor that is part of the program (a literal of the user's code).
         device: where all of it lives.
+        examples: symbol -> its value in the example inputs, where it is known.
+        input_names: graph input index -> what the user calls that argument, where it is known.
     """
 
     graph: Graph
@@ -136,6 +138,8 @@ class Captured:
     weight_names: dict[int, str]
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    examples: dict[str, int] = field(default_factory=dict)
+    input_names: dict[int, str] = field(default_factory=dict)
 
 
 def size_arguments(captured: Captured) -> dict[str, int]:

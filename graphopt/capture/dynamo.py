@@ -32,12 +32,13 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
         raise UsageError("own_weights=True needs graphopt.compile(model, args): torch.compile keeps the weights and hands them in")
     label = graph_label(gm)
     static = frozen_inputs(gm, example_inputs) if chosen.freeze else {}
+    names = input_names(gm)
 
     def inference(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        return compile_graph(gm, chosen, label, inner_weights(gm, static))
+        return compile_graph(gm, chosen, label, inner_weights(gm, static), inner_names(gm, names))
 
     def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        return compile_graph(gm, chosen, f"{label} (forward)", {})
+        return compile_graph(gm, chosen, f"{label} (forward)", {}, inner_names(gm, names))
 
     def backward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         return _undisturbed(compile_graph(gm, chosen, f"{label} (backward)", {}), "compiled by graphopt")
@@ -50,10 +51,11 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     return _undisturbed(compiled, "compiled by graphopt")
 
 
-def compile_graph(gm: torch.fx.GraphModule, options: Options, label: str, weights: Mapping[int, str]) -> Compiled:
+def compile_graph(gm: torch.fx.GraphModule, options: Options, label: str, weights: Mapping[int, str],
+                  inputs: Mapping[int, str] | None = None) -> Compiled:  # fmt: skip
     """Compile outside of the tracer's modes: under its fake tensors, checking a pass by value would compute nothing."""
     with _disable_current_modes():
-        return compile_fx(gm, weights, options, label=label)
+        return compile_fx(gm, weights, options, inputs=inputs, label=label)
 
 
 def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
@@ -65,6 +67,12 @@ def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> di
             source = getattr(node, "_dynamo_source", None)
             found[i] = clean_name(source.name if source is not None else node.name)
     return found
+
+
+def input_names(gm: torch.fx.GraphModule) -> dict[int, str]:
+    """Index and name, as the user's code has it, of the Dynamo inputs."""
+    sources = [getattr(node, "_dynamo_source", None) for node in gm.graph.find_nodes(op="placeholder")]
+    return {i: clean_name(source.name).removeprefix("L.") for i, source in enumerate(sources) if source is not None}
 
 
 def _undisturbed(compiled: Any, reason: str) -> Callable[..., Any]:
@@ -82,6 +90,12 @@ def inner_weights(gm: torch.fx.GraphModule, static: Mapping[int, str]) -> dict[i
     if not any(o is not None for o in origins):  # a PyTorch that does not describe its placeholders: same order if same number
         origins = list(range(len(placeholders)))
     return {i: static[o] for i, (n, o) in enumerate(zip(placeholders, origins)) if o is not None and o in static and n not in updated}
+
+
+def inner_names(gm: torch.fx.GraphModule, names: Mapping[int, str]) -> dict[int, str]:
+    """The user's names of AOTAutograd's placeholders, where they are arguments of the user's."""
+    origins = [_origin(n) for n in gm.graph.find_nodes(op="placeholder")]
+    return {i: names[o] for i, o in enumerate(origins) if o is not None and o in names}
 
 
 def _origin(node: torch.fx.Node) -> int | None:

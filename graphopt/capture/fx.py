@@ -58,23 +58,25 @@ _IGNORED = (  # checks of what tracing has established already
 )  # fmt: skip
 
 
-def capture_fx(gm: torch.fx.GraphModule, *, weights: Mapping[int, str] | None = None, name: str = "main") -> Captured:
+def capture_fx(gm: torch.fx.GraphModule, *, weights: Mapping[int, str] | None = None, inputs: Mapping[int, str] | None = None,
+               name: str = "main") -> Captured:  # fmt: skip
     """Capture a functional aten graph.
 
     Args:
         gm: every node carries fake tensors in ``meta["val"]``.
         weights: placeholder index -> name, of the frozen weights among the inputs.
+        inputs: placeholder index -> name, of the user's arguments, where it is another than the placeholder's.
         name: of the graph, for texts and reports.
 
     Raises:
         Uncapturable: the IR cannot hold it; names the op and the user's source line.
     """
-    return _Capture(gm, weights or {}, name).run()
+    return _Capture(gm, weights or {}, inputs or {}, name).run()
 
 
 class _Capture:
-    def __init__(self, gm: torch.fx.GraphModule, weights: Mapping[int, str], name: str) -> None:
-        self.gm, self.weights = gm, weights
+    def __init__(self, gm: torch.fx.GraphModule, weights: Mapping[int, str], inputs: Mapping[int, str], name: str) -> None:
+        self.gm, self.weights, self.inputs = gm, weights, inputs
         self.graph = Graph(name)
         self.symbols = SymbolTable()
         self.symbols.ranges = self.graph.symbols
@@ -84,6 +86,7 @@ class _Capture:
         self.placeholders: dict[torch.fx.Node, int] = {}
         self.mutated: list[tuple[int, Value]] = []  # argument, new value
         self.weight_names: dict[int, str] = {}
+        self.input_names: dict[int, str] = {}
         self.literals: list[tuple[Value, torch.Tensor]] = []
         self.device: torch.device | None = None
 
@@ -132,6 +135,8 @@ class _Capture:
         value = self.graph.add_input(t, clean_name(name or node.name), weight=name is not None)
         if name is not None:
             self.weight_names[value.index] = clean_name(name)
+        else:
+            self.input_names[value.index] = clean_name(self.inputs.get(index, node.name))
         self.env[node] = value
         self.arguments.append(TensorArgument(value.index))
 
@@ -344,5 +349,5 @@ class _Capture:
         self.graph.set_outputs(results.values, results.strides)
         self.captured = Captured(
             self.graph, self.arguments, listed, mutations, self.weight_names, {v.index: t for v, t in self.literals},
-            self.device or torch.device("cpu"),
+            self.device or torch.device("cpu"), self.symbols.examples, self.input_names,
         )  # fmt: skip

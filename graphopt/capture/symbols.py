@@ -18,10 +18,11 @@ _LEAST = -(2**62)  # stands for "unbounded below"
 
 
 class SymbolTable:
-    """Converts sizes; collects the symbols met, and their ranges, in ``ranges``."""
+    """Converts sizes; collects the symbols met, their ranges in ``ranges``, and their values in the example inputs in ``examples``."""
 
     def __init__(self) -> None:
         self.ranges: dict[str, Range] = {}
+        self.examples: dict[str, int] = {}
         self._names: dict[str, str] = {}
 
     def dim(self, size: Any) -> Dim:
@@ -82,6 +83,11 @@ class SymbolTable:
         lo, hi = (0, None) if values is None else (_bound(values.lower, _LEAST), _bound(values.upper, None))
         self._names[s.name] = name
         self.ranges[name] = Range(_LEAST if lo is None else lo, hi)
+        env = self._env
+        known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # the name in PyTorch before 2.12
+        example = known.get(s)
+        if example is not None:
+            self.examples[name] = int(example)
         return name
 
 
