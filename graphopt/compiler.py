@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +19,7 @@ from graphopt.backends.eager import LibraryCall
 from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
-from graphopt.errors import BuildError, FallbackError, UsageError
+from graphopt.errors import BuildError, FallbackError, UsageError, counted
 from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
@@ -143,8 +143,6 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     target = choose_target(device, options)
     backend, why_none = choose_backend(target, options)
     cache_dir = options.kernels_dir
-    if backend is not None:
-        provider().prestart(cache_dir, options.workers)
     name = options.name or label
     report = Report(name, str(target))
     domains: list[Domain] = []
@@ -153,8 +151,11 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
         report.notes += notes
     narrowed = [narrow(captured.graph, dict(d.ranges)) for d in domains]  # of the graph as captured: passes work in place
     units = [_Unit(captured.graph, report)]
+    report.key = compilation_key(captured.graph, target, options, domains)
+    if backend is not None:
+        provider().prestart(cache_dir, options.workers, report.key)
     for domain, graph in zip(domains, narrowed, strict=True):
-        sub = Report(name, str(target), condition=str(domain), reason=domain.reason)
+        sub = Report(name, str(target), condition=str(domain), reason=domain.reason, key=report.key)
         report.variants.append(sub)
         units.append(_Unit(graph, sub))
     for unit in units:
@@ -232,8 +233,6 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
     instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
     pipeline = edit_pipeline(default_pipeline(), options.pipeline)
     report.pipeline = [str(p) for p in pipeline]
-    ingredients = [canonical_text(graph), target.fingerprint, *(p.key() for p in pipeline)]
-    report.key = hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
     report.passes, report.remarks = ctx.runs, ctx.remarks
     report.seconds["passes"] = time.perf_counter() - start
@@ -247,6 +246,21 @@ def choose_target(device: torch.device, options: Options) -> Target:
     if why := detect().lacks(target):
         raise UsageError(f"kernels for target {options.target!r} cannot run here: {why}")
     return target
+
+
+def compilation_key(graph: Graph, target: Target, options: Options, domains: Sequence[Domain]) -> str:
+    """Identity of a compilation: the captured graph, its variants, the target, the code and options of every pass; 16 hex digits."""
+    pipeline = edit_pipeline(default_pipeline(), options.pipeline)
+    chosen = [*map(str, domains), str(options.fuel), str(options.skip_rewrites)]
+    ingredients = [canonical_text(graph), target.fingerprint, *chosen, *(p.key() for p in pipeline)]
+    return hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]
+
+
+def prestart(options: Options, examples: Iterable[Any]) -> None:
+    """Start the build processes before a model is captured, where it is clear already that kernels must be built."""
+    on_cpu = all(x.device.type == "cpu" for x in examples if isinstance(x, torch.Tensor))
+    if on_cpu and options.backend != "eager" and choose_backend(detect(), options)[0] is not None:
+        provider().prestart(options.kernels_dir, options.workers)
 
 
 def choose_backend(target: Target, options: Options) -> tuple[Any, str]:
@@ -275,6 +289,8 @@ def build_kernels(units: Sequence[_Unit], target: Target, cache_dir: Path, optio
         return
     built = provider().load_or_build(list(wanted), target, cache_dir, options.workers, progress)
     artifacts = dict(zip(wanted, built, strict=True))
+    if not any(isinstance(a, BuildError) for a in built):
+        provider().remember(cache_dir, units[0].report.key)
     for unit in units:
         for key, users in _kernel_users(unit.lowered).items():
             artifact = artifacts[key]
@@ -332,7 +348,8 @@ def operation_name(node: Node) -> str:
 
 
 def _strict_message(report: Report) -> str:
-    lines = [f"{report.name}: strict is on, and {len(report.unasked_fallbacks)} operations have no kernel:"]
+    count = len(report.unasked_fallbacks)
+    lines = [f"{report.name}: strict is on, and {counted(count, 'operation')} {'has' if count == 1 else 'have'} no kernel:"]
     lines += [f"  {f.op} {f.types}: {f.reason}" + (f"  [{f.loc}]" if f.loc else "") for f in report.unasked_fallbacks[:8]]
     if len(report.unasked_fallbacks) > 8:
         lines.append(f"  ... and {len(report.unasked_fallbacks) - 8} more")

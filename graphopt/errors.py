@@ -84,3 +84,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint `` (did you mean 'x'?)`` for a misspelt word, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 operation``, ``2 operations``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from graphopt.capture.export import ExportedGraph, exported_graph
-from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx
+from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, prestart
 from graphopt.errors import UsageError
 from graphopt.options import Options
 from graphopt.ownership import GivenUp, OwnershipError, give_back_memory, replace_everywhere
@@ -110,6 +111,7 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] = (), kwarg
         FallbackError: ``strict`` is on and an operation has no kernel.
     """
     chosen = Options.make(None, options)
+    prestart(chosen, tree_leaves((args, kwargs)))
     exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
     compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, label=label, progress=progress))

@@ -13,7 +13,7 @@ from typing import Any
 
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
-from graphopt.backends.tvm.cache import KernelCache
+from graphopt.backends.tvm.cache import KernelCache, source_hash
 from graphopt.backends.tvm.launch import changed_words as changed_words
 from graphopt.backends.tvm.templates import entry_name
 from graphopt.errors import BuildError
@@ -52,10 +52,31 @@ def writable(cache_dir: Path) -> Path:
         return Path(folder.name)
 
 
-def prestart(cache_dir: Path, workers: int) -> None:
-    """Start build processes if there is nothing in the cache yet, so that they get ready while the passes run."""
-    if not any(writable(cache_dir).glob("*.json")):
+def prestart(cache_dir: Path, workers: int, model: str = "") -> None:
+    """Start build processes if kernels will have to be built, so that they get ready while a model is captured and optimized.
+
+    Args:
+        model: identity of the captured graph, for which :func:`remember` may have been called; before capture, empty:
+            then only an empty cache is reason enough.
+    """
+    folder = writable(cache_dir)
+    expected = not _mark(folder, model).exists() if model else not any(folder.glob("*.json"))
+    if expected:
         _builder().prestart(workers or detect().cores)
+
+
+def remember(cache_dir: Path, model: str) -> None:
+    """Note that all kernels of a captured graph are in the cache."""
+    mark = _mark(writable(cache_dir), model)
+    try:
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+    except OSError:
+        pass  # only time is lost
+
+
+def _mark(folder: Path, model: str) -> Path:
+    return folder / "models" / f"{model}-{source_hash()}"
 
 
 def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,

@@ -17,7 +17,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.capture.source import clean_name
-from graphopt.compiler import compile_fx
+from graphopt.compiler import compile_fx, prestart
 from graphopt.errors import UsageError
 from graphopt.options import Options
 
@@ -30,6 +30,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     chosen = Options.make(mode, options)
     if chosen.own_weights:
         raise UsageError("own_weights=True needs graphopt.compile(model, args): torch.compile keeps the weights and hands them in")
+    prestart(chosen, example_inputs)
     label = graph_label(gm)
     static = frozen_inputs(gm, example_inputs) if chosen.freeze else {}
     names = input_names(gm)

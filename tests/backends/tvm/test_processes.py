@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from graphopt.autotune.space import Schedule, Workload
-from graphopt.backends.tvm import launch
+from graphopt.backends.tvm import launch, provider
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.backends.tvm.cache import KernelCache
@@ -98,7 +98,7 @@ def test_tvms_own_pool_serves_where_there_is_no_libgomp(builder: KernelBuilder, 
         import os, torch
         from pathlib import Path
         from graphopt.autotune.space import Schedule, Workload
-        from graphopt.backends.tvm import launch
+        from graphopt.backends.tvm import launch, provider
         from graphopt.backends.tvm.build import load_kernel
         launch.find_libgomp = lambda: None
         w, s = Workload("pointwise", {job(300000, "exp")[0].text!r}), Schedule.from_json({job(300000, "exp")[1].to_json()!r})
@@ -196,3 +196,37 @@ def test_a_forked_child_builds_and_runs(tmp_path: Path) -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "right", done.stderr[-2000:]
+
+
+def test_build_processes_start_early_for_what_was_never_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(KernelBuilder, "prestart", lambda self, workers: started.append(workers))
+    provider.prestart(tmp_path, detect(), 3)  # before capture: the cache is empty
+    provider.prestart(tmp_path, detect(), 2, "model")
+    assert started == [3, 2]
+    provider.remember(tmp_path, "model")
+    provider.prestart(tmp_path, detect(), 2, "model")
+    assert started == [3, 2], "its kernels are there"
+    (tmp_path / "kernel.json").write_text("{}")
+    provider.prestart(tmp_path, detect(), 3)
+    assert started == [3, 2]
+    provider.prestart(tmp_path, detect(), 1, "another")
+    assert started == [3, 2, 1]
+
+
+WARM = """
+import sys, torch, graphopt
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU()).eval()
+x = torch.linspace(-1, 1, 64).reshape(4, 16)
+run = graphopt.compile(model, (x,), cache_dir=sys.argv[1])
+torch.testing.assert_close(run(x), model(x))
+print(run.report.kernels_built, "tvm" in sys.modules, len(__import__("graphopt.backends.tvm.provider", fromlist=["x"])._builder()._all))
+"""
+
+
+def test_a_second_process_neither_builds_nor_imports_tvm(tmp_path: Path) -> None:
+    for cold in (True, False):
+        done = subprocess.run([sys.executable, "-c", WARM, str(tmp_path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        built, imported, processes = done.stdout.split()
+        assert imported == "False" and (int(built) > 0) == cold and (int(processes) > 0) == cold
