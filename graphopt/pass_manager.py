@@ -6,17 +6,19 @@ import ast
 import gc
 import inspect
 import re
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from typing_extensions import dataclass_transform
 
-from graphopt.errors import GraphoptError, UsageError, nearest
+from graphopt.errors import EquivalenceError, GraphoptError, UsageError, nearest
 from graphopt.ir.graph import Graph
 from graphopt.ir.verify import verify
 from graphopt.rewrite import Rule, apply_rules
@@ -52,16 +54,27 @@ class Pass(ABC):
         """Raise if the pass did not reach what it promises."""
 
     def key(self) -> str:
-        """Identity for cache keys: name, options, and the source of the class."""
-        try:
-            source = inspect.getsource(type(self))
-        except (OSError, TypeError):
-            source = repr({k: v.__code__.co_code for k, v in vars(type(self)).items() if hasattr(v, "__code__")})
-        return f"{self}\n{source}"
+        """Identity for cache keys: name, options, and the source that decides what the pass does."""
+        return "\n".join([str(self), *dict.fromkeys(map(_source, self.parts()))])
+
+    def parts(self) -> Sequence[type]:
+        """The classes whose code the pass runs, its own first."""
+        return [type(self)]
 
     def __str__(self) -> str:
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)  # type: ignore[arg-type]
         return self.name + (f"{{{options}}}" if options else "")
+
+
+@cache
+def _source(part: type) -> str:
+    """The text of the file that a class stands in, helpers included; without a file, of the class, or its code."""
+    for found in (sys.modules.get(part.__module__), part):
+        try:
+            return inspect.getsource(found)  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            pass
+    return repr({k: v.__code__.co_code for k, v in vars(part).items() if hasattr(v, "__code__")})
 
 
 class RewritePass(Pass):
@@ -73,6 +86,9 @@ class RewritePass(Pass):
 
     def run(self, g: Graph, ctx: PassContext) -> bool:
         return apply_rules(g, self.rules(), ctx)
+
+    def parts(self) -> Sequence[type]:
+        return [type(self), *dict.fromkeys(type(r) for r in self.rules())]
 
 
 class Instrument:
@@ -87,7 +103,7 @@ def run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext | None = None,
     """Run passes in order.
 
     Args:
-        structure: check the graph's structure after every pass that changed it.
+        structure: check the graph's structure after every pass that changed it, and that a pass that denies it did not.
 
     Returns:
         Whether any pass changed the graph.
@@ -114,6 +130,7 @@ def _without_collection() -> Iterator[None]:
 
 def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument], structure: bool) -> bool:
     any_changed = False
+    links = _links(g) if structure else []
     for p in passes:
         ctx.pass_name = p.name
         for i in instruments:
@@ -125,6 +142,10 @@ def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments:
             p.ensures(g)
             if structure and changed:
                 verify(g)
+            if structure:
+                before, links = links, _links(g)
+                if not changed and links != before:
+                    raise EquivalenceError("it says that it changed nothing, but nodes or operands are not what they were")
         except GraphoptError as error:
             error.add_note(f"in pass {p}")
             raise
@@ -133,6 +154,11 @@ def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments:
             i.after(p, g, ctx, changed)
         any_changed |= changed
     return any_changed
+
+
+def _links(g: Graph) -> list[tuple[Any, ...]]:
+    """The nodes in order with their operands, and the outputs: what nearly every change of a graph shows in."""
+    return [*((node, node.operands) for node in g.nodes()), (None, g.outputs)]
 
 
 # --- pipelines by name -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from graphopt.errors import counted
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node
@@ -74,7 +75,7 @@ class Profile:
         for c in self.calls:
             groups.setdefault((c.kind, c.what), []).append(c)
         inside = sum(c.seconds for c in self.calls)
-        title = f"a run {self.seconds * 1e3:.2f} ms; {len(self.calls)} calls {inside * 1e3:.2f} ms, with their clocks"
+        title = f"a run {self.seconds * 1e3:.2f} ms; {counted(len(self.calls), 'call')} {inside * 1e3:.2f} ms, with their clocks"
         table = Table("kind", "computes", "calls", "us", "share", "GFLOP/s", "GB/s", title=title, title_justify="left")
         ranked = sorted(groups.items(), key=lambda item: -sum(c.seconds for c in item[1]))
         for (kind, what), found in ranked[:limit]:

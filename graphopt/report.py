@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from graphopt.errors import counted
 from graphopt.remarks import Remark
 from graphopt.rewrite.context import PassRun
 
@@ -127,8 +128,9 @@ class Report:
         """
         console = Console(file=StringIO(), width=width, highlight=False, color_system=None)
         times = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
-        console.print(f"{self.name} for {self.target}: {sum(k.calls for k in self.kernels)} kernel calls of {len(self.kernels)} kernels, "
-                      f"{len(self.fallbacks)} library calls; {times}")  # fmt: skip
+        calls = counted(sum(k.calls for k in self.kernels), "kernel call")
+        library = counted(len(self.fallbacks), "library call")
+        console.print(f"{self.name} for {self.target}: {calls} of {counted(len(self.kernels), 'kernel')}, {library}; {times}")
         if self.memory:
             console.print("memory: " + ", ".join(f"{k} {_bytes(v)}" for k, v in self.memory.items()))
             if not self.owns_weights and (self.memory.get("staged") or 0) > _LARGE:
@@ -167,7 +169,8 @@ class Report:
             declined = sum(r.kind == "missed" for r in mine)
             table.add_row(run.name, f"{run.seconds * 1e3:.1f}", str(made.total()), str(declined), what)
         if idle:
-            table.add_row(f"{len(idle)} others", f"{sum(run.seconds for run in idle) * 1e3:.1f}", "0", "0", "nothing to do")
+            others = "1 other" if len(idle) == 1 else f"{len(idle)} others"
+            table.add_row(others, f"{sum(run.seconds for run in idle) * 1e3:.1f}", "0", "0", "nothing to do")
         console.print(table)
 
     def _kernels(self, console: Console, limit: int) -> None:
@@ -204,7 +207,7 @@ def _remarks(console: Console, kind: str, remarks: list[Remark], limit: int) -> 
         if found[0].node:
             console.print(f"      {found[0].node}", markup=False)
     if len(groups) > limit:
-        console.print(f"  ... and {len(groups) - limit} more kinds")
+        console.print(f"  ... and {counted(len(groups) - limit, 'more kind')}")
 
 
 def _bytes(n: int | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from graphopt.errors import GraphoptError, UsageError, VerifyError
+from graphopt.errors import EquivalenceError, GraphoptError, UsageError, VerifyError
 from graphopt.ir import Builder, Graph, TensorType, parse_graph, types
 from graphopt.pass_manager import PASSES, Instrument, Pass, PassContext, make_pass, parse_pipeline, run_passes
 
@@ -53,7 +53,7 @@ class Picky(Append):
 @pytest.fixture(autouse=True, scope="module")
 def unregister() -> Iterator[None]:
     yield
-    for name in ("test-append", "test-damage", "test-picky"):
+    for name in ("test-append", "test-damage", "test-picky", "test-secretive"):
         PASSES.pop(name, None)
 
 
@@ -133,3 +133,29 @@ def test_a_pass_without_a_name_is_not_registered() -> None:
     assert PASSES["test-append"] is Append
     with pytest.raises(UsageError):
         make_pass("nameless")
+
+
+class Secretive(Append):
+    """Changes the graph and denies it."""
+
+    name = "test-secretive"
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        super().run(g, ctx)
+        return False
+
+
+def test_a_pass_that_denies_its_changes_is_caught() -> None:
+    with pytest.raises(EquivalenceError, match="says that it changed nothing") as caught:
+        run_passes(parse_graph(TEXT), [Secretive()])
+    assert "in pass test-secretive" in caught.value.__notes__
+    run_passes(parse_graph(TEXT), [Secretive(count=0)])
+    run_passes(parse_graph(TEXT), [Secretive()], structure=False)
+
+
+def test_the_key_of_a_pass_covers_its_rules_and_their_files() -> None:
+    key = make_pass("canonicalize").key()
+    for rule in make_pass("canonicalize").rules():  # type: ignore[attr-defined]
+        assert f"class {type(rule).__name__}(" in key
+    first = Pass.key(make_pass("views"))
+    assert "class MergeReshapes(" in first and first != key

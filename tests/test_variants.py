@@ -193,3 +193,14 @@ def test_inputs_in_another_layout() -> None:
     for n in (6, 7):
         judge(CASES["gram"][0], run, randn(9, n).t())
         judge(CASES["gram"][0], run, randn(n, 18)[:, ::2])
+
+
+@tvm
+def test_variants_of_a_model_that_owns_its_weights() -> None:
+    module = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    expected = [module(randn(n, 64)) for n in (6, 7)]
+    run = compiled(module, (6, 64), (Dim.AUTO, None), own_weights=True)
+    assert run.given_up
+    for n, own in zip((6, 7), expected, strict=True):
+        torch.testing.assert_close(run(randn(n, 64)), own)
+    assert [v.runs for v in run.report.variants] == [1] and run.report.runs == 1

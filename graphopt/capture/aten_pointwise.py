@@ -333,18 +333,26 @@ def masked_fill(c: Context, x: Value, mask: Value, value: Operand) -> Value:
 def clamp(c: Context, x: Value, min: Operand | None = None, max: Operand | None = None) -> Value:
     out = c.to(x, c.dtype)
     if min is not None:
-        out = c.b.maximum(out, c.to(min, c.dtype))
-    return out if max is None else c.b.minimum(out, c.to(max, c.dtype))
+        out = _bounded(c, out, min, "maximum")
+    return out if max is None else _bounded(c, out, max, "minimum")
+
+
+def _bounded(c: Context, x: Value, bound: Operand, op: str) -> Value:
+    """x, or the bound where x lies beyond it. Between zeros eager keeps x, and with it the sign of a zero."""
+    limit = c.to(bound, c.dtype)
+    if c.dtype.is_float and not isinstance(bound, Value) and bound == 0:
+        return c.b.where(c.b.lt(x, limit) if op == "maximum" else c.b.gt(x, limit), limit, x)
+    return c.b.maximum(x, limit) if op == "maximum" else c.b.minimum(x, limit)
 
 
 @lowers("clamp_min", "clamp_min.Tensor")
 def clamp_min(c: Context, x: Value, min: Operand) -> Value:
-    return c.b.maximum(c.to(x, c.dtype), c.to(min, c.dtype))
+    return _bounded(c, c.to(x, c.dtype), min, "maximum")
 
 
 @lowers("clamp_max", "clamp_max.Tensor")
 def clamp_max(c: Context, x: Value, max: Operand) -> Value:
-    return c.b.minimum(c.to(x, c.dtype), c.to(max, c.dtype))
+    return _bounded(c, c.to(x, c.dtype), max, "minimum")
 
 
 @lowers("addcmul")

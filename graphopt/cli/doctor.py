@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
+from graphopt.errors import counted
 from graphopt.options import Options
 from graphopt.target import Target, detect
 
@@ -193,5 +194,5 @@ def _cache(folder: Path) -> Finding:
     files = [p for p in folder.rglob("*") if p.is_file()]
     size = sum(p.stat().st_size for p in files)
     writable = os.access(folder, os.W_OK)
-    text = f"{folder}: {len(files)} files, {size / (1 << 20):.1f} MiB"
+    text = f"{folder}: {counted(len(files), 'file')}, {size / (1 << 20):.1f} MiB"
     return Finding("kernel cache", "ok" if writable else "warn", text, "" if writable else "cannot be written: set cache_dir")

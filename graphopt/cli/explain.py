@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from enum import Enum
 from io import StringIO
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,10 @@ def explain(
     verify: Annotated[str, typer.Option(help="off, structure, or each-pass (compare values after every pass).")] = "structure",
     backend: Annotated[str, typer.Option(help="auto, tvm, or eager (library kernels only, nothing is built).")] = "auto",
     pipeline: Annotated[str | None, typer.Option("--pipeline", "-p", help="Other passes than the default: a,b{option=1}.")] = None,
+    fuel: Annotated[int | None, typer.Option(min=0, help="Make at most this many rewrites.")] = None,
+    skip_rewrite: Annotated[list[int] | None, typer.Option(min=1, help="Leave out the rewrite of this number. May be given again.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where kernels are kept; ~/.cache/graphopt unless given.")] = None,
+    name: Annotated[str, typer.Option(help="What the report calls the model; MODEL unless given.")] = "",
     show: Annotated[list[str] | None, typer.Option(help="Also print: before, after (the IR), program. May be given again.")] = None,
     profile: Annotated[bool, typer.Option(help="Run it, and tell what every call costs.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Lines of each kind at most.")] = 20,
@@ -60,9 +65,10 @@ def explain(
     """
     wanted = _sections(show or [])
     module, args, kwargs = load(model)
-    options: dict[str, Any] = {"strict": strict, "verify": verify, "pipeline": pipeline, "backend": backend}
+    options: dict[str, Any] = {"strict": strict, "verify": verify, "pipeline": pipeline, "backend": backend,
+                               "fuel": fuel, "skip_rewrites": skip_rewrite or [], "cache_dir": cache_dir}  # fmt: skip
     with _quiet(bool(ctx.parent and ctx.parent.params.get("debug"))):
-        compiled = graphopt.compile(module, args, kwargs, name=model, **options)
+        compiled = graphopt.compile(module, args, kwargs, name=name or model, **options)
     report: Report = compiled.report
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2, default=str))

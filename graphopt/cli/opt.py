@@ -13,6 +13,8 @@ import typer
 import graphopt.passes  # noqa: F401  (registers the passes)
 from graphopt.errors import UsageError
 from graphopt.ir import Graph, parse_graph, print_graph, verify
+from graphopt.ir.ops import OPS, REQUIRED
+from graphopt.ir.printer import format_attr
 from graphopt.pass_manager import PASSES, Fuel, Instrument, Pass, PassContext, load_entry_points, parse_pipeline, run_passes
 from graphopt.passes.pipelines import default_pipeline
 from graphopt.remarks import Remark
@@ -58,6 +60,7 @@ def opt(
     skip_rewrite: Annotated[list[int] | None, typer.Option(help="Leave out the rewrite of this number. May be given again.")] = None,
     list_passes: Annotated[bool, typer.Option("--list-passes", help="List the passes and their options.")] = False,
     target: Annotated[str, typer.Option("--target", help="The processor to choose layouts for, such as cpu:znver4.")] = "cpu",
+    list_ops: Annotated[bool, typer.Option("--list-ops", help="List the ops: attributes with defaults, and what each computes.")] = False,
     example: Annotated[bool, typer.Option("--example", help="Take a built-in graph instead of a file.")] = False,
 ) -> None:
     """Run passes on a graph in text form, and print the result.
@@ -75,6 +78,9 @@ def opt(
     """
     if list_passes:
         typer.echo(describe_passes())
+        return
+    if list_ops:
+        typer.echo(describe_ops())
         return
     if pipeline is not None and level is not None:
         raise UsageError("--pipeline and --level exclude each other")
@@ -115,6 +121,15 @@ def show_remarks(remarks: list[Remark], wanted: Remarks | None) -> None:
     for r in remarks:
         if r.kind == "analysis" or wanted is Remarks.all or (wanted is not None and wanted.value == r.kind):
             typer.echo(str(r), err=True)
+
+
+def describe_ops() -> str:
+    """One line an op: its name, its attributes with their defaults, and its equation."""
+    lines = []
+    for name, op in sorted(OPS.items()):
+        attrs = ", ".join(k if v is REQUIRED else f"{k} = {format_attr(v)}" for k, v in op.attrs.items())
+        lines.append(f"{name + (f' {{{attrs}}}' if attrs else ''):48} {op.doc}".rstrip())
+    return "\n".join(lines)
 
 
 def describe_passes() -> str:

@@ -61,12 +61,16 @@ def print_graph(graph: Graph, *, canonical: bool = False) -> str:
 
 
 def print_node(node: Node) -> str:
-    """One line for a node, with names taken from hints; for messages."""
+    """One line for a node, for messages: values without a name are called by their operation, as numbers would not be the graph's."""
     printer = _Printer(canonical=False)
-    for i, v in enumerate(node.operands):
-        printer.names[v] = f"%{v.hint or i}"
-    printer.taken.update(name[1:] for name in printer.names.values())  # so that no result is called like an operand
-    printer.count = len(node.operands)
+    for v in dict.fromkeys([*node.operands, *node.results]):
+        base = v.hint or (v.producer.op.name if v.producer is not None else f"arg{v.index}")
+        name, count = base, 1
+        while name in printer.taken:
+            count += 1
+            name = f"{base}.{count}"
+        printer.taken.add(name)
+        printer.names[v] = f"%{name}"
     return printer.node(node, "")[0].split("  // ")[0]
 
 

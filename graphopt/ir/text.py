@@ -21,7 +21,7 @@ import json
 import re
 from typing import Any
 
-from graphopt.errors import GraphoptError, ParseError, nearest
+from graphopt.errors import GraphoptError, ParseError, counted, nearest
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Range, Shape
 from graphopt.ir.graph import Graph, Loc, Value
@@ -293,7 +293,7 @@ class _Parser:
         except GraphoptError as error:
             raise error if isinstance(error, ParseError) else self.error(str(error), op_at) from error
         if len(node.results) != len(results):
-            raise self.error(f"{op_name} has {len(node.results)} results, not {len(results)}", start)
+            raise self.error(f"{op_name} has {counted(len(node.results), 'result')}, not {len(results)}", start)
         for (name, declared, at), result in zip(results, node.results, strict=True):
             if not (declared.dtype == result.dtype and dims.same_shape(declared.shape, result.shape, graph.symbols)):
                 raise self.error(f"{name} is declared {declared} but {op_name} gives {result.type}", at)

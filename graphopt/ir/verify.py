@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.errors import TypeInferenceError, VerifyError
+from graphopt.errors import TypeInferenceError, VerifyError, counted
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
@@ -28,7 +28,8 @@ def verify(graph: Graph) -> None:
             defined[r] = None
     _check_links(graph, graph.ret, defined)
     if len(graph.output_strides) != len(graph.outputs):
-        raise VerifyError(f"@{graph.name}: {len(graph.output_strides)} output layouts for {len(graph.outputs)} outputs")
+        layouts, outputs = counted(len(graph.output_strides), "output layout"), counted(len(graph.outputs), "output")
+        raise VerifyError(f"@{graph.name}: {layouts} for {outputs}")
     for v in defined:
         for user, i in v.uses:
             if user.erased or user.operands[i] is not v or user.graph is not graph:
@@ -59,7 +60,7 @@ def _check_node(graph: Graph, node: Node, defined: dict[Value, None]) -> None:
             expected = [v.type.logical for v in node.body.outputs]
             inner = [v.type for v in node.body.inputs]
             if len(inner) != len(node.operands):
-                raise _fail(node, f"the body takes {len(inner)} inputs")
+                raise _fail(node, f"the body takes {counted(len(inner), 'input')}")
             for v, t in zip(node.operands, inner, strict=True):
                 if v.dtype != t.dtype or not dims.same_shape(v.shape, t.shape, graph.symbols):
                     raise _fail(node, f"the body expects {t}, the operand is {v.type}")

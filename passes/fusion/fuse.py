@@ -172,7 +172,7 @@ def describe(region: Region) -> str:
     saved: Dim = 0
     for n in inner:
         saved = dims.add(saved, dims.mul(2, n.results[0].type.nbytes()))
-    return f"{text}; saves {len(inner)} launches and {_size(saved)} of memory traffic"
+    return f"{text}; saves {len(inner)} {'launch' if len(inner) == 1 else 'launches'} and {_size(saved)} of memory traffic"
 
 
 def _size(n: Dim) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.capture.helpers import check
+from tests.capture.helpers import check, compiled
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 
@@ -93,3 +93,13 @@ def test_complex() -> None:
         return x * y + 1j, x.transpose(0, 1), torch.exp(x), x == y
 
     check(fn, torch.randn(2, 3, dtype=torch.complex64), torch.randn(2, 3, dtype=torch.complex64))
+
+
+CLAMPS = [lambda x: x.clamp(min=0), lambda x: x.clamp(max=0.0), lambda x: x.clamp_min(0), lambda x: x.clamp(0, 1), lambda x: x.clamp(-1, 0)]
+
+
+@pytest.mark.parametrize("fn", CLAMPS)
+def test_clamping_keeps_the_sign_of_a_zero(fn: Any) -> None:
+    x = torch.tensor([-0.0, 0.0, -1.0, 2.0, float("nan")])
+    check(fn, x)
+    assert torch.equal(torch.signbit(compiled(fn)(x)[:4]), torch.signbit(fn(x)[:4]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_a_report_for_people(models: Path) -> None:
     for word in ("fuse", "softmax", models.name, "library calls", "// after\ngraph @"):
         assert word in done.stdout
     assert done.stderr == ""
+
+
+def test_options_of_the_compiler(models: Path, tmp_path: Path) -> None:
+    def report(*args: str) -> dict[str, Any]:
+        done = explain(f"{models}:make", "--json", *args)
+        assert done.exit_code == 0, done.output
+        return dict(json.loads(done.stdout))
+
+    def numbers(*args: str) -> list[int]:
+        return [r["number"] for r in report(*args)["remarks"] if r["number"] is not None]
+
+    every = numbers()
+    assert len(every) >= 2 and numbers("--fuel", "1") == every[:1] and numbers("--fuel", "0") == []
+    assert every[0] not in numbers("--skip-rewrite", str(every[0]))
+    assert report("--name", "mine", "--cache-dir", str(tmp_path / "kernels"))["name"] == "mine"
 
 
 @pytest.mark.parametrize("factory", ["with_keywords", "one_tensor"])

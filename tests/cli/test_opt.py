@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from graphopt.cli.main import app
 from graphopt.cli.opt import EXAMPLE
 from graphopt.ir import Graph, parse_graph, print_graph, structurally_equal
+from graphopt.ir.ops import OPS
 from graphopt.pass_manager import PASSES, Pass, PassContext
 from graphopt.testing import random_graph
 
@@ -119,3 +120,12 @@ def test_faults_of_our_own_are_called_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(PASSES["test-wrong"], "run", fault)
     done = run("-p", "test-wrong", text=NEGS)
     assert done.exit_code == 70 and "internal error: KeyError: 'lost'" in done.stderr and "--debug" in done.stderr
+
+
+def test_every_op_is_listed_with_its_attributes() -> None:
+    done = run("--list-ops")
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert set(lines) == set(OPS)
+    for name, op in OPS.items():
+        assert all(a in lines[name] for a in op.attrs) and op.doc in lines[name]

@@ -201,16 +201,16 @@ def test_a_forked_child_builds_and_runs(tmp_path: Path) -> None:
 def test_build_processes_start_early_for_what_was_never_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
     monkeypatch.setattr(KernelBuilder, "prestart", lambda self, workers: started.append(workers))
-    provider.prestart(tmp_path, detect(), 3)  # before capture: the cache is empty
-    provider.prestart(tmp_path, detect(), 2, "model")
+    provider.prestart(tmp_path, 3)  # before capture: the cache is empty
+    provider.prestart(tmp_path, 2, "model")
     assert started == [3, 2]
     provider.remember(tmp_path, "model")
-    provider.prestart(tmp_path, detect(), 2, "model")
+    provider.prestart(tmp_path, 2, "model")
     assert started == [3, 2], "its kernels are there"
     (tmp_path / "kernel.json").write_text("{}")
-    provider.prestart(tmp_path, detect(), 3)
+    provider.prestart(tmp_path, 3)
     assert started == [3, 2]
-    provider.prestart(tmp_path, detect(), 1, "another")
+    provider.prestart(tmp_path, 1, "another")
     assert started == [3, 2, 1]
 
 
