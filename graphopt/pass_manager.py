@@ -145,7 +145,7 @@ def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments:
             if structure:
                 before, links = links, _links(g)
                 if not changed and links != before:
-                    raise EquivalenceError("it says that it changed nothing, but nodes or operands are not what they were")
+                    raise EquivalenceError(f"pass {p} changed @{g.name} but says that it did not")
         except GraphoptError as error:
             error.add_note(f"in pass {p}")
             raise

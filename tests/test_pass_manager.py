@@ -146,7 +146,7 @@ class Secretive(Append):
 
 
 def test_a_pass_that_denies_its_changes_is_caught() -> None:
-    with pytest.raises(EquivalenceError, match="says that it changed nothing") as caught:
+    with pytest.raises(EquivalenceError, match="changed @g but says that it did not") as caught:
         run_passes(parse_graph(TEXT), [Secretive()])
     assert "in pass test-secretive" in caught.value.__notes__
     run_passes(parse_graph(TEXT), [Secretive(count=0)])

@@ -104,7 +104,7 @@ def layouts(g: Graph) -> None:
         (inside_body, "the result is declared"),
         (lost_use, "does not know of this use"),
         (stale_use, "lists a use that does not exist"),
-        (layouts, "2 output layouts for 1 outputs"),
+        (layouts, "2 output layouts for 1 output"),
     ],
 )
 def test_damage_is_found(damage: Callable[[Graph], None], message: str) -> None:

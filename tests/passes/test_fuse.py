@@ -380,7 +380,7 @@ def test_fuel_leaves_regions_out() -> None:
 def test_remarks_say_what_is_saved() -> None:
     g = parse_graph(graph("%0: f32[B, 4, 8] = exp(%x)\n %1: f32[B, 4, 8] = neg(%0)", "f32[B, 4, 8]", "%1"))
     ctx = run(g, [Fuse()])
-    assert [r.message for r in ctx.remarks] == ["pointwise region: exp, neg; saves 1 launches and 256*B bytes of memory traffic"]
+    assert [r.message for r in ctx.remarks] == ["pointwise region: exp, neg; saves 1 launch and 256*B bytes of memory traffic"]
 
 
 # --- weights in another order ------------------------------------------------------------------------------------------
