@@ -76,7 +76,7 @@ def _inductor(cache: str, freezing: bool = True) -> Any:
 
 def _inductor_told() -> dict[str, Any]:
     found = torch._dynamo.utils.counters["inductor"]
-    return {"found": f"{found['fxgraph_cache_hit']} graphs, {found['fxgraph_cache_bypass']} that its cache does not take"}
+    return {"found": f"graphs found {found['fxgraph_cache_hit']}, passed over {found['fxgraph_cache_bypass']}"}
 
 
 BACKENDS = {"graphopt": _graphopt, "inductor": _inductor, "inductor-cached": lambda cache: _inductor(cache, freezing=False)}
