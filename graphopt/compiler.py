@@ -229,7 +229,7 @@ def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Op
 def optimize(graph: Graph, target: Target, options: Options, report: Report) -> None:
     """Run the pipeline on a graph in place, and report on it."""
     start = time.perf_counter()
-    ctx = PassContext(target=target, fuel=Fuel(options.fuel, options.skip_rewrites))
+    ctx = PassContext(target=target, owns_weights=options.own_weights, fuel=Fuel(options.fuel, options.skip_rewrites))
     instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
     pipeline = edit_pipeline(default_pipeline(), options.pipeline)
     report.pipeline = [str(p) for p in pipeline]

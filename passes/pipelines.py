@@ -14,6 +14,7 @@ _RECOMPOSE = (
     "recompose-softmax", "recompose-layer-norm", "recompose-rms-norm", "recompose-gelu", "recompose-silu", "recompose-rope",
 )  # fmt: skip
 _LAYOUT = ("conv-layout", "unflatten", "views", "dce")
+_PACK = ("pack-weights", "share-packed", "pack-filters")
 
 LEVELS: Mapping[int, tuple[str, ...]] = {
     0: ("expand", "fuse"),
@@ -23,7 +24,7 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
     # moves the ones that are left in fusion's way up again; sibling matmuls meet once their views stand as fusion will see them
     2: (
         *_CLEAN_UP, *_RECOMPOSE, "fold-batch-norm", "dce", "expand", *_CLEAN_UP, *_LAYOUT, "sibling-matmuls", "fuse",
-        "pack-weights", "pack-filters",
+        *_PACK,
     ),
 }  # fmt: skip
 

@@ -126,6 +126,22 @@ def test_the_memory_of_a_packed_weight_is_freed(owned: Any) -> None:
     assert memory["weights"] == 4 * 64 * 4 and memory["staged"] is not None and memory["staged"] >= 64 * 64 * 4
 
 
+def test_a_tied_embedding_is_in_memory_once() -> None:
+    pytest.importorskip("tvm_ffi")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=301, n_positions=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, use_cache=False
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 301, (1, 16))
+    with torch.no_grad():
+        want = graphopt.compile(model, (ids,))(ids).logits
+        weight = weakref.ref(model.lm_head.weight)
+        compiled = graphopt.compile(model, (ids,), own_weights=True, strict=True)
+        assert weight() is None and "lm_head.weight" in compiled.given_up
+        assert torch.equal(compiled(ids).logits, want)
+
+
 def test_refresh_and_options(owned: Any) -> None:
     _, compiled, x, _ = owned
     with pytest.raises(OwnershipError, match="cannot be packed again"):

@@ -44,12 +44,14 @@ class PassContext:
 
     Attributes:
         target: the device compiled for, or None when that does not matter.
+        owns_weights: what is compiled will own its weights: one that nothing reads at run time is let go.
         fuel: shared by all passes of a run.
         remarks: what was said so far, in order.
         runs: the passes that ran, in order.
     """
 
     target: Any = None
+    owns_weights: bool = False
     fuel: Fuel = field(default_factory=Fuel)
     remarks: list[Remark] = field(default_factory=list)
     runs: list[PassRun] = field(default_factory=list)

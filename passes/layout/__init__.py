@@ -3,6 +3,7 @@
 from graphopt.passes.layout.conv_layout import ConvLayout
 from graphopt.passes.layout.pack_filters import PackFilters
 from graphopt.passes.layout.pack_weights import PackWeights
+from graphopt.passes.layout.share_packed import SharePacked
 from graphopt.passes.layout.unflatten import Unflatten
 
-__all__ = ["ConvLayout", "PackFilters", "PackWeights", "Unflatten"]
+__all__ = ["ConvLayout", "PackFilters", "PackWeights", "SharePacked", "Unflatten"]

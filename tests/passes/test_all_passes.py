@@ -15,7 +15,9 @@ from graphopt.verification import ValueCheck, check_changed, check_equivalent, n
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
 
-FIRST = {"pack-weights": ("fuse",), "pack-filters": ("conv-layout", "fuse")}  # passes that look for what another one makes
+FIRST = {  # passes that look for what another one makes
+    "pack-weights": ("fuse",), "share-packed": ("fuse", "pack-weights"), "pack-filters": ("conv-layout", "fuse"),
+}  # fmt: skip
 
 
 def check_on(name: str, seed: int) -> bool:
@@ -23,7 +25,7 @@ def check_on(name: str, seed: int) -> bool:
     g = random_graph(seed, max_nodes=10, symbolic=seed % 3 != 0, fusion=seed % 4 == 3)
     for earlier in FIRST.get(name, ()):
         make_pass(earlier).run(g, PassContext(target=detect()))
-    p, new, ctx = make_pass(name), g.clone(), PassContext(target=detect(), pass_name=name)
+    p, new, ctx = make_pass(name), g.clone(), PassContext(target=detect(), owns_weights=True, pass_name=name)
     try:
         p.requires(new)
     except GraphoptError:
