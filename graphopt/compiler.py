@@ -251,7 +251,7 @@ def choose_target(device: torch.device, options: Options) -> Target:
 def compilation_key(graph: Graph, target: Target, options: Options, domains: Sequence[Domain]) -> str:
     """Identity of a compilation: the captured graph, its variants, the target, the code and options of every pass; 16 hex digits."""
     pipeline = edit_pipeline(default_pipeline(), options.pipeline)
-    chosen = [*map(str, domains), str(options.fuel), str(options.skip_rewrites)]
+    chosen = [*map(str, domains), str(options.fuel), str(options.skip_rewrites), str(options.own_weights)]
     ingredients = [canonical_text(graph), target.fingerprint, *chosen, *(p.key() for p in pipeline)]
     return hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]
 

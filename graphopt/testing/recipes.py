@@ -402,6 +402,15 @@ def _linear(pool: Pool) -> None:
     pool.add(pool.pick(["relu", "gelu", "tanh"]), [y])
 
 
+def _tied(pool: Pool) -> None:
+    """An embedding and the output layer that is tied to it: one weight, looked up and multiplied."""
+    w = pool.input(types.f32, (pool.pick([48, 70]), 4), keep=False)
+    w.type, w.weight = w.type.logical, True
+    x = pool.add("take", [w, pool.input(types.i64, (3,), keep=False)], axis=0)
+    x = pool.add(pool.pick(["relu", "tanh"]), [x])
+    pool.add("matmul", [x, pool.builder.transpose(w, (1, 0))])
+
+
 def _there_and_back(pool: Pool) -> None:
     x = pool.operand(FLOATS, least=2)
     perm = (*range(x.type.rank - 2), x.type.rank - 1, x.type.rank - 2)
@@ -418,7 +427,7 @@ def _there_and_back(pool: Pool) -> None:
             pool.add("mul", [pool.add("mul", [x, pool.builder.constant(2.0, x.dtype)]), pool.builder.constant(0.5, x.dtype)])
 
 
-IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _spelled_out, _conv_and_norm)
+IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _tied, _spelled_out, _conv_and_norm)
 
 
 # --- fusion ------------------------------------------------------------------------------------------------------------
