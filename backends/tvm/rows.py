@@ -19,7 +19,7 @@ from graphopt.backends.tvm.loops import SMALL, Tuning, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.backends.tvm.reduce import BLOCK
 from graphopt.backends.tvm.shapes import row_shape
-from graphopt.backends.tvm.support import REDUCTIONS, VIEWS
+from graphopt.backends.tvm.support import REDUCTIONS, VIEWS, is_softmax_exp
 from graphopt.errors import BuildError
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value
@@ -244,10 +244,8 @@ def _nan_shows_anyway(node: Node) -> bool:
             return False
         exps = [u for u in shifted.result.users if u.name == "exp"]
         sums = [u for e in exps for u in e.result.users if u.name == "sum" and u.attrs["axes"] == node.attrs["axes"]]
-        others = [u for u in shifted.result.users if u.name not in ("exp", "sub")] + [
-            u for e in exps for u in e.result.users if u.name not in ("sum", "div")
-        ]
-        if not sums or others:
+        others = [u for u in shifted.result.users if u.name not in ("exp", "sub")]
+        if not sums or others or not all(is_softmax_exp(e) for e in exps):
             return False
     return True
 

@@ -95,17 +95,40 @@ def is_materialized(node: Node) -> bool:
 
 
 def is_softmax_exp(node: Node) -> bool:
-    """Whether a node is the exponential of a softmax, ``exp(x - max x)``, read by its sum and its quotient alone.
+    """Whether a node is the exponential of a softmax, ``exp(x - max x)``, read alone by its sum and by its quotient with that sum.
 
-    Such a result is at most one, and what is tiny beside one does not count. Products with denormal numbers take a hundred
-    cycles each on many CPUs; a mask of -100 would fill a row with them.
+    Maximum and sum are over the same axes, so the sum is at least one, and what is tiny beside one does not count. Products
+    with denormal numbers take a hundred cycles each on many CPUs; a mask of -100 would fill a row with them. Where a logarithm
+    of the quotient is taken (an entropy), what is tiny does count.
     """
     shifted = node.operands[0].producer if node.name == "exp" else None
-    if shifted is None or shifted.name != "sub" or not all(u.name in ("sum", "div") for u in node.result.users):
+    if shifted is None or shifted.name != "sub":
         return False
     x, largest = shifted.operands
     top = largest.producer
-    return top is not None and top.name == "max" and top.operands[0] is x
+    if top is None or top.name != "max" or top.operands[0] is not x or not top.attrs["keepdims"]:
+        return False
+
+    def totals(v: Value) -> bool:
+        n = v.producer
+        same = n is not None and n.name == "sum" and n.operands[0] is node.result
+        return same and n is not None and set(_axes(n)) == set(_axes(top))
+
+    for user in node.result.users:
+        quotient = user.name == "div" and user.operands[0] is node.result and totals(user.operands[1]) and not _feeds_log(user)
+        if not quotient and not (user.name == "sum" and totals(user.result)):
+            return False
+    return True
+
+
+def _feeds_log(node: Node) -> bool:
+    return any(u.name in ("log", "log2", "log10") or (u.name == "cast" and _feeds_log(u)) for u in node.result.users)
+
+
+def _axes(reduction: Node) -> list[int]:
+    """The reduced axes, counted from the front."""
+    rank = reduction.operands[0].type.rank
+    return [a % rank for a in reduction.attrs["axes"]] if rank else []
 
 
 def work(graph: Graph) -> dims.Dim:
