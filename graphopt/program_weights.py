@@ -71,7 +71,8 @@ class ProgramWeights:
             InputError: a weight is not what the program was compiled for.
         """
         misplaced = self._admit(weights)
-        kept = {i: w for i, w in zip(self.positions, weights, strict=True) if i in self._direct}
+        # a tensor of its own over the same memory: ``p.data = ...`` and ``to()`` must not put another type under the kernels
+        kept = {i: w.detach() for i, w in zip(self.positions, weights, strict=True) if i in self._direct}
         for i, spec in misplaced:
             kept[i] = spec.copy(kept[i])
         memory = [w.untyped_storage().data_ptr() for w in weights]
