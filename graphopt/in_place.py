@@ -66,11 +66,11 @@ def _updated_operand(body: Graph) -> int | None:
 
 
 def _read_later(lowered: Lowered, old: Value, at: int) -> bool:
-    """Whether the memory of a value is read after a step, by a later step or by the caller."""
+    """Whether the memory of a value is read after a step, by a later step or by the caller, or by the step itself through a view."""
     same = {_origin(lowered.steps, old): None}
     for i, step in enumerate(lowered.steps):
         reads = any(v in same for v in step.node.operands)
-        if reads and i > at:
+        if reads and (i > at or (i == at and any(v in same and v is not old for v in step.node.operands))):
             return True
         if reads and (isinstance(step, ViewStep) or (isinstance(step, LibraryStep) and may_alias(step.node))):
             same.update(dict.fromkeys(step.node.results))

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from graphopt import clear_reports, reports
+from graphopt.in_place import _read_later
+from graphopt.ir import Node, parse_graph
+from graphopt.lower import LibraryStep, Lowered, ViewStep
 from tests.opinfo.harness import copied, difference
 
 pytest.importorskip("tvm_ffi")
@@ -134,3 +137,19 @@ def test_an_index_out_of_range_leaves_the_cache_alone() -> None:
             with pytest.raises(IndexError):
                 compiled(cache, torch.tensor([bad]), k)
     assert torch.equal(cache, before)
+
+
+def test_what_the_update_itself_reads_through_a_view_of_the_cache() -> None:
+    graph = parse_graph("""graph @m(%c: f32[8, 4], %i: i64[4], %k: f32[4, 4]) -> (f32[8, 4], f32[8, 4]) {
+  %v: f32[4, 4] = slice(%c) {axis = 0, start = 2, stop = 6}
+  %a: f32[8, 4] = put(%c, %i, %v) {axis = 0, update = "set"}
+  %b: f32[8, 4] = put(%c, %i, %k) {axis = 0, update = "set"}
+  return %a, %b
+}""")
+    view, overlapping, apart = graph.nodes()
+
+    def read(update: Node) -> bool:
+        return _read_later(Lowered(graph, [], [], [ViewStep(view), LibraryStep(update, "")]), graph.inputs[0], 1)
+
+    assert read(overlapping)
+    assert not read(apart)
