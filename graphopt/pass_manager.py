@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
+from types import CodeType
 from typing import Any, ClassVar
 
 from typing_extensions import dataclass_transform
@@ -72,9 +73,15 @@ def _source(part: type) -> str:
     for found in (sys.modules.get(part.__module__), part):
         try:
             return inspect.getsource(found)  # type: ignore[arg-type]
-        except (OSError, TypeError):
+        except (OSError, TypeError, SyntaxError):  # SyntaxError: found in a file that is no module, a page of documentation
             pass
-    return repr({k: v.__code__.co_code for k, v in vars(part).items() if hasattr(v, "__code__")})
+    return repr({k: _code(v.__code__) for k, v in vars(part).items() if hasattr(v, "__code__")})
+
+
+def _code(code: CodeType) -> tuple[object, ...]:
+    """What a function does, without the addresses that ``repr`` of a code object has."""
+    constants = [_code(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return code.co_code, constants, code.co_names
 
 
 class RewritePass(Pass):

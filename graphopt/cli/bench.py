@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ from graphopt.bench.loading import load
 from graphopt.bench.measure import Settings, label, measure, measure_limits
 from graphopt.bench.models import MODELS
 from graphopt.bench.plot import plot
-from graphopt.bench.results import OURS, Results
+from graphopt.bench.results import OURS, ModelResult, Results
 from graphopt.bench.session import Session
 from graphopt.bench.systems import PEERS, SystemFailure
 from graphopt.bench.table import show
@@ -29,6 +30,7 @@ from graphopt.target import detect
 
 PACKAGES = ("torch", "graphopt", "transformers", "onnxruntime", "openvino")
 QUICK_ROUNDS = 4
+INTERRUPTED = 130  # exit status, as shells give for SIGINT
 WIDTH = 112  # tables are no use when their cells are broken
 
 
@@ -72,20 +74,36 @@ def bench(
     for file in (json_file, plot_file):
         if file is not None and not file.resolve().parent.is_dir():
             raise UsageError(f"there is no folder {file.parent} to write {file.name} into")
-    _run(results, names, settings)
+    try:
+        _run(results, names, settings, lambda: _write(results, json_file))
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {len(results.models)} of {len(names)} models were measured", err=True)
+        if not results.models:
+            raise
     console = Console()
     console.width = max(console.width, WIDTH)
     show(results, console)
-    if json_file:
-        json_file.write_text(json.dumps(results.to_json(), indent=2) + "\n")
+    _write(results, json_file)
     if plot_file:
         plot(results, plot_file)
+    if len(results.models) < len(names):
+        raise typer.Exit(INTERRUPTED)
     if any(m.systems[OURS].failed for m in results.models):
         raise typer.Exit(1)
 
 
-def _run(results: Results, names: list[str], settings: Settings) -> None:
-    """Measure the limits, then model by model; progress goes to stderr, and stands still while something is timed."""
+def _write(results: Results, file: Path | None) -> None:
+    if file:
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(results.to_json(), indent=2) + "\n")
+        part.replace(file)  # a reader never sees half of it
+
+
+def _run(results: Results, names: list[str], settings: Settings, keep: Callable[[], None]) -> None:
+    """Measure the limits, then model by model; ``keep`` is called after each.
+
+    Progress goes to stderr, and stands still while something is timed: a bar on a terminal, a line for each model elsewhere.
+    """
     count = TextColumn("{task.completed}/{task.total}")
     columns = (SpinnerColumn(), TextColumn("{task.description:48}"), BarColumn(), count, TimeElapsedColumn())
     console = Console(stderr=True)
@@ -104,7 +122,16 @@ def _run(results: Results, names: list[str], settings: Settings) -> None:
                     results.limits_failed = str(failure)
             if name is not None:
                 results.models.append(measure(name, settings, partial(tell, label(name))))
+                keep()
+                if not console.is_terminal:
+                    typer.echo(_line(results.models[-1], len(results.models), len(names)), err=True)
             progress.advance(bar)
+
+
+def _line(found: ModelResult, index: int, of: int) -> str:
+    """A model's medians in a line."""
+    times = [f"{n} {t * 1e3:.4g} ms" if (t := found.median(n)) else f"{n} -" for n in found.systems]
+    return f"[{index}/{of}] {found.name}: " + ", ".join(times)
 
 
 def _models(wanted: list[str]) -> list[str]:
