@@ -10,6 +10,7 @@ import torch
 
 from graphopt.ir.graph import Node, Value
 from graphopt.lower import Lowered
+from graphopt.pages import Pages
 from graphopt.program_writer import Call
 
 Release = Callable[[int], None]
@@ -52,6 +53,7 @@ class StagedCompute:
             release: called as soon as neither a wanted value nor a later node refers to the memory of a weight; that of
                 one which a wanted value is a view of is kept. ``weights`` is emptied, so that nothing here keeps them.
         """
+        pages = Pages()
         out: list[Any] = [None] * self._count
         env: dict[Value, torch.Tensor] = dict(zip(self.weights, weights, strict=True))
         held = Counter(map(_memory, weights))
@@ -64,7 +66,7 @@ class StagedCompute:
             results = call([env[v] for v in node.operands], {})
             for v, x in zip(node.results, results, strict=True):
                 wanted = self._wanted.get(v, ())
-                plain = x.contiguous() if any(contiguous for _, contiguous in wanted) else x
+                plain = pages.contiguous(x) if any(contiguous for _, contiguous in wanted) else x
                 for i, contiguous in wanted:
                     out[i] = plain if contiguous else x
                     held[_memory(out[i])] += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from graphopt.errors import GraphoptError
+from graphopt.pages import Pages
 from graphopt.target import Target, detect
 
 MEMORY_BYTES = 1 << 30  # far beyond the last-level cache, where memory allows
@@ -68,7 +69,7 @@ class LimitMeter:
         torch.set_num_threads(self.threads)
         try:
             fma = best_seconds(lambda: self._fma(self._constants, self._out), seconds)
-            memory = torch.ones(self.buffer // 4)
+            memory = Pages().empty(torch.Size([self.buffer // 4]), torch.float32).fill_(1.0)  # as packed weights lie
             read = best_seconds(lambda: self._read(memory, self._out), seconds)
         finally:
             torch.set_num_threads(before)

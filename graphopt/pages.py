@@ -1,0 +1,49 @@
+"""Memory in large pages, for what is read from end to end in every run: packed weights.
+
+With pages of 4 KiB, the processor translates an address for every 64 cache lines that it streams, and the hardware prefetcher
+stops at every border; with pages of 2 MiB, neither matters. Linux gives such pages to memory that asks for them, if
+``/sys/kernel/mm/transparent_hugepage/enabled`` is ``madvise`` or ``always``; elsewhere this is ordinary memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import torch
+
+LARGE = 1 << 18  # bytes: smaller tensors are not worth a place of their own
+CHUNK = 1 << 26  # bytes of addresses asked for at a time; memory is taken as it is written
+_ALIGNMENT = 64
+_HAVE = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
+
+
+class Pages:
+    """Hands out tensors side by side in large pages. Their memory is given back when the last tensor of a chunk is gone."""
+
+    def __init__(self) -> None:
+        self._chunk: mmap.mmap | None = None
+        self._next = 0
+
+    def contiguous(self, x: torch.Tensor) -> torch.Tensor:
+        """A row-major tensor of the same elements: ``x`` itself if it is one already, else a copy, in large pages if it is large."""
+        nbytes = x.numel() * x.element_size()
+        if x.is_contiguous() or nbytes < LARGE or not _HAVE or x.device.type != "cpu":
+            return x.contiguous()
+        return self.empty(x.shape, x.dtype).copy_(x)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized row-major tensor on the CPU."""
+        count = shape.numel()
+        nbytes = count * dtype.itemsize
+        if self._chunk is None or self._next + nbytes > len(self._chunk):
+            self._chunk, self._next = _mapped(max(nbytes, CHUNK)), 0
+        at, self._next = self._next, -(-(self._next + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=at).view(shape)
+
+
+def _mapped(nbytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory would not get large pages
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
