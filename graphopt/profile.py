@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from math import prod
 from statistics import median
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.errors import counted
-from graphopt.ir import dims
+from graphopt.ir import dims, work
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node
 from graphopt.lower import KernelStep
@@ -35,8 +34,8 @@ class CallCost:
         what: operands and result of the heaviest operation, or the operations' names.
         kind: family of the kernel, or ``library``.
         seconds: median of the runs.
-        flops: additions and multiplications of matrix products and convolutions.
-        bytes: what must be read and written at least: each operand and each result once.
+        flops: additions and multiplications of matrix products, convolutions and attention.
+        bytes: what must be read and written at least: each operand and each result once, of a table the rows that are taken.
         loc: the user's source line.
     """
 
@@ -128,7 +127,8 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
         if seen:  # what has no elements is not called
             node = step.node
             kind, loc = step.workload.kind if isinstance(step, KernelStep) else "library", str(node.loc or "")
-            calls.append(CallCost(_describe(node, bound), kind, median(seen), _flops(node, bound), _bytes(node, bound), loc))
+            flops, moved = (dims.evaluate(d, bound) for d in (work.flops(node), work.bytes_moved(node)))
+            calls.append(CallCost(_describe(node, bound), kind, median(seen), flops, moved, loc))
     return Profile(tuple(calls), median(whole))
 
 
@@ -136,29 +136,8 @@ def _body(node: Node) -> list[Node]:
     return list(node.body.nodes()) if isinstance(node.body, Graph) else [node]
 
 
-def _numel(shape: Sequence[Dim], bound: Mapping[str, int]) -> int:
-    return prod(_sizes(shape, bound))
-
-
 def _sizes(shape: Sequence[Dim], bound: Mapping[str, int]) -> list[int]:
-    return [d if isinstance(d, int) else dims.evaluate(d, bound) for d in shape]
-
-
-def _flops(node: Node, bound: Mapping[str, int]) -> int:
-    total = 0
-    for n in _body(node):
-        if n.op.name == "matmul":
-            total += 2 * _numel(n.result.shape, bound) * _numel(n.operands[0].shape[-1:], bound)
-        elif n.op.name == "conv":
-            w = n.operands[1].shape
-            of_one = w[:-1] if n.attrs["channels_last"] else w[1:]
-            total += 2 * _numel(n.result.shape, bound) * _numel(of_one, bound)
-    return total
-
-
-def _bytes(node: Node, bound: Mapping[str, int]) -> int:
-    values = dict.fromkeys([*node.operands, *node.results])
-    return sum(_numel(v.shape, bound) * v.dtype.itemsize for v in values)
+    return [dims.evaluate(d, bound) for d in shape]
 
 
 def _describe(node: Node, bound: Mapping[str, int]) -> str:
