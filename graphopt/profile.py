@@ -95,10 +95,11 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
     """Run a program and measure every call of it.
 
     Args:
-        inputs, sizes: as the program takes them.
+        inputs, sizes: as the program takes them; what the program updates in place is updated in a copy.
         runs: runs with clocks, and as many without, in turns.
     """
     graph = program.graph
+    inputs = [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
     bound = program.read_sizes(inputs, sizes) if graph.symbols else {}
     times: list[list[float]] = [[] for _ in program.calls]
 

@@ -42,6 +42,7 @@ class Program:
         plan: the arena's plan; None when no buffer has a static size.
         graph: what the program computes.
         calls: the steps that the text calls kernels or the library for, in order.
+        written: positions of the inputs whose memory a run updates in place.
         weights: the weights that are read, and what is staged from them.
         read_sizes: values of the graph's symbols from a call's inputs.
     """
@@ -53,6 +54,7 @@ class Program:
         writer = ProgramWriter(lowered, kernels, library, device)
         self.source = writer.write()
         self.plan, self.calls = writer.plan, writer.calls
+        self.written = tuple(dict.fromkeys(lowered.in_place.values()))
         self._layout = writer.arena
         self._buffers = writer.buffers
         self._arenas: list[list[torch.Tensor]] = []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import graphopt
 from graphopt import clear_reports, reports
 from graphopt.in_place import _read_later
 from graphopt.ir import Node, parse_graph
@@ -136,6 +137,22 @@ def test_an_index_out_of_range_leaves_the_cache_alone() -> None:
         for bad in (16, -1):
             with pytest.raises(IndexError):
                 compiled(cache, torch.tensor([bad]), k)
+    assert torch.equal(cache, before)
+
+
+def test_a_profile_leaves_the_cache_alone() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, cache: torch.Tensor, at: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            cache.index_copy_(2, at, k)
+            return cache.sum(2)
+
+    cache, at, k = torch.randn(CACHE), torch.tensor([5]), torch.randn(1, 3, 1, 8)
+    before = cache.clone()
+    compiled = graphopt.compile(Step(), (cache, at, k))
+    assert torch.equal(cache, before)
+    assert "update" in [c.kind for c in compiled.profile(cache, at, k, runs=1).calls]
+    assert torch.equal(cache, before)
+    torch.testing.assert_close(compiled(cache, at, k), Step()(before, at, k))
     assert torch.equal(cache, before)
 
 
