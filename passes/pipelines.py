@@ -12,6 +12,7 @@ from graphopt.pass_manager import Pass, make_pass, parse_pipeline
 _CLEAN_UP = ("canonicalize", "fold-constants", "casts", "algebra", "views", "cse", "dce")
 _RECOMPOSE = (
     "recompose-softmax", "recompose-layer-norm", "recompose-rms-norm", "recompose-gelu", "recompose-silu", "recompose-rope",
+    "recompose-lerp",
 )  # fmt: skip
 _LAYOUT = ("conv-layout", "unflatten", "views", "dce")
 _PACK = ("pack-weights", "share-packed", "pack-filters")

@@ -75,6 +75,16 @@ def test_diagonals_and_blocks() -> None:
     check(lambda x: (F.pixel_shuffle(x, 2), F.pixel_unshuffle(x, 2), F.channel_shuffle(x, 4)), torch.randn(2, 8, 4, 6))
 
 
+@pytest.mark.parametrize("mode", ["linear", "bilinear", "trilinear", "bicubic"])
+@pytest.mark.parametrize("size", [3, 5, 8])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_resizing_beside_infinite_elements(mode: str, size: int, align_corners: bool) -> None:
+    rank = {"linear": 1, "trilinear": 3}.get(mode, 2)
+    x = torch.randn(1, 2, *[4] * rank)
+    x.view(-1)[[1, x.numel() // 2, -1]] = torch.tensor([float("inf"), float("-inf"), float("inf")])
+    check(lambda x: F.interpolate(x, size=[size] * rank, mode=mode, align_corners=align_corners), x)
+
+
 @pytest.mark.parametrize("bad", [4, -5])
 def test_out_of_range_raises(bad: int) -> None:
     fn = compiled(lambda x, i: x[:, :4, :4][i, i] + 1)

@@ -394,6 +394,41 @@ def test_rope_declines() -> None:
     declined("recompose-rope", lambda b, x: rotary(b, x, step=2), None, shape=SEQUENCE)
 
 
+# --- lerp --------------------------------------------------------------------------------------------------------------
+
+
+def resized(b: Builder, x: Value, *, wide: bool = False) -> Value:
+    """Two axes resized by half as PyTorch spells it: neighbours i and i + 1 of each axis, mixed by t."""
+    t, i = weight(b, (4,), "t"), b.iota(size=4)
+    j = b.add(i, b.constant(1, types.i64))
+    rows = [b.take(x, k, axis=1, clip=True) for k in (i, j)]
+    corners = [b.take(r, k, axis=2, clip=True) for r in rows for k in (i, j)]
+    if wide:
+        corners = [b.cast(v, dtype=types.f32) for v in corners]
+    top, bottom = (b.add(u, b.mul(b.sub(v, u), t)) for u, v in (corners[:2], corners[2:]))
+    return b.add(top, b.mul(b.sub(bottom, top), b.reshape(t, shape=(4, 1))))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_lerp(wide: bool) -> None:
+    g = built(lambda b, x: resized(b, x, wide=wide), (B, 6, 6), types.f16 if wide else types.f32)
+    made = ops(check_pass(make_pass("recompose-lerp"), g))
+    assert (made.count("sub"), made.count("mul"), made.count("take")) == (3, 6, 6)
+
+
+def test_lerp_declines() -> None:
+    declined("recompose-lerp", lambda b, x: b.add(x, b.mul(b.sub(b.exp(x), x), weight(b, (8,)))), None)
+    other: Spelling = lambda b, x: b.take(weight(b, (B, 8), "other"), b.iota(size=8), axis=1, clip=True)  # noqa: E731
+    mixed: Spelling = lambda b, x: b.take(x, b.iota(size=8), axis=1, clip=True)  # noqa: E731
+    declined("recompose-lerp", lambda b, x: b.add(u := mixed(b, x), b.mul(b.sub(other(b, x), u), weight(b, (8,)))), None)
+
+    def checked(b: Builder, x: Value) -> Value:  # the user's own indices are not clipped
+        u, v = (b.take(x, b.add(b.iota(size=4), b.constant(k, types.i64)), axis=1) for k in (0, 1))
+        return b.add(u, b.mul(b.sub(v, u), weight(b, (4,))))
+
+    declined("recompose-lerp", checked, None)
+
+
 # --- all of them -------------------------------------------------------------------------------------------------------
 
 LOG_OF: Spelling = lambda b, x: b.log(b.softmax(x, axis=1))  # noqa: E731
@@ -406,7 +441,8 @@ def examples() -> list[Graph]:
         lambda b, x: b.mul(b.mul(x, b.rsqrt(b.add(mean_square(b, x), 1e-6))), weight(b, (8,))),
         lambda b, x: b.div(x, b.add(b.exp(b.neg(x)), 1.0)),
     ]
-    return [built(s) for s in (softmax_div, log_softmax, LOG_OF, *NORMS, *scaled, *ERF, *TANH, SIGMOID)] + [built(rotary, SEQUENCE)]
+    of_rows = (softmax_div, log_softmax, LOG_OF, *NORMS, *scaled, *ERF, *TANH, SIGMOID)
+    return [*map(built, of_rows), built(rotary, SEQUENCE), built(resized, (B, 6, 6))]
 
 
 @pytest.mark.parametrize("name", sorted(n for n, p in PASSES.items() if p.__module__.startswith(recompose.__name__)))
