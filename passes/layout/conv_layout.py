@@ -98,9 +98,8 @@ class _Walk:
             return None if node.attrs["channels_last"] else lambda rw: self._conv(rw, node)
         if name == "conv_transpose":
             return lambda rw: phases.build(rw, node, self.last(rw, node.operands[0]))
-        if name in (*WINDOWS, "take") and _channels_innermost(node.operands[0]):
-            self.last(Rewriter(self.graph, node), node.operands[0])
-        if len(node.results) != 1 or not any(v in self.twins for v in node.operands):
+        begins = name in (*WINDOWS, "take") and _channels_innermost(node.operands[0])
+        if len(node.results) != 1 or not (begins or any(v in self.twins for v in node.operands)):
             return None
         if name in WINDOWS and node.attrs["channels_last"]:  # it takes axis 1 for space already
             return None
@@ -113,7 +112,7 @@ class _Walk:
             return (lambda rw: self._concat(rw, node)) if 2 * ready >= len(node.operands) else None
         if name in WINDOWS:
             return lambda rw: self._pool(rw, node)
-        if name == "take" and (node.operands[0] not in self.twins or node.operands[1].type.rank != 1):
+        if name == "take" and (not (begins or node.operands[0] in self.twins) or node.operands[1].type.rank != 1):
             return None
         makers: dict[str, Make] = {
             "pad": lambda rw: self._pad(rw, node), "slice": lambda rw: self._slice(rw, node), "take": lambda rw: self._take(rw, node),

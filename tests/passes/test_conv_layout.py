@@ -179,3 +179,15 @@ def test_a_channels_last_pool_of_what_a_conv_gives_stays() -> None:
       %3: f32[B, 2, 5] = broadcast_to(%2) {shape = [B, 2, 5]}
       return %3
     }""")
+
+
+@pytest.mark.parametrize("line", [
+    "max_pool(%x) {kernel = [2], stride = [1], padding = [0], dilation = [1], channels_last = true}",  # is what it would become
+    "take(%x, %i) {axis = 0}",
+])  # fmt: skip
+def test_what_declines_to_begin_leaves_no_transpose(line: str) -> None:
+    result = "f32[3, 1, 3]" if "pool" in line else "f32[2, 2, 2, 3]"
+    check_pass(ConvLayout(), f"""graph @g(%x: f32[3, 2, 3; 6, 1, 2], %i: i64[2, 2]) -> {result} {{
+      %0: {result} = {line}
+      return %0
+    }}""", fires=False)
