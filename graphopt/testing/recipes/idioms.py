@@ -1,0 +1,105 @@
+"""Idioms: what passes look for, and what random choice alone would seldom make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from graphopt.ir import Builder, Graph, dims, types
+from graphopt.ir.graph import copy_nodes
+from graphopt.ir.ops import Trait
+from graphopt.ir.ops import op as op_named
+from graphopt.testing.pool import FLOATS, Pool
+from graphopt.testing.recipes.layers import convolution
+from graphopt.testing.recipes.registry import RECIPES
+
+
+def _spelled_out(pool: Pool) -> None:
+    """A composite by its definition, as a model may spell it."""
+    name = pool.pick(["softmax", "layer_norm", "rms_norm", "gelu", "silu", "rope", "log_softmax", "attention", "mean"])
+    value = RECIPES[name](pool, name)
+    node = value.producer
+    assert node is not None
+    pool.values[-1] = Builder(pool.graph, before=node).expand(node)
+    pool.graph.erase(node)
+
+
+def _conv_and_norm(pool: Pool) -> None:
+    x = convolution(pool, False)
+    channels = x.shape[1]
+    mean, var = pool.input(x.dtype, (channels,), keep=False), pool.input(x.dtype, (channels,), keep=False)
+    for v in (*x.producer.operands[1:], mean, var) if x.producer is not None else ():
+        v.weight = True
+    pool.add("batch_norm", [x, mean, var])
+
+
+def _linear(pool: Pool) -> None:
+    """A linear layer as capture sees it: leading axes flattened, a weight, a bias, an activation."""
+    x = pool.operand(FLOATS, least=2, most=3)
+    lead, width = x.shape[:-1], pool.pick([pool.static_size(), 48, 70])
+    if isinstance(x.shape[-1], int):
+        w = pool.input(x.dtype, (width, x.shape[-1]), keep=False)
+        w.type, w.weight = w.type.logical, True
+        w = pool.builder.transpose(w, (1, 0))
+    else:
+        w = pool.input(x.dtype, (x.shape[-1], width), keep=False)
+    y = pool.add("matmul", [pool.builder.reshape(x, (dims.numel(lead), x.shape[-1])), w])
+    y = pool.add("add", [y, pool.input(x.dtype, (width,))])
+    if pool.flag():
+        y = pool.add("reshape", [y], shape=(*lead, width))
+    pool.add(pool.pick(["relu", "gelu", "tanh"]), [y])
+
+
+def _tied(pool: Pool) -> None:
+    """An embedding and the output layer that is tied to it: one weight, looked up and multiplied."""
+    w = pool.input(types.f32, (pool.pick([48, 70]), 4), keep=False)
+    w.type, w.weight = w.type.logical, True
+    x = pool.add("take", [w, pool.input(types.i64, (3,), keep=False)], axis=0)
+    x = pool.add(pool.pick(["relu", "tanh"]), [x])
+    pool.add("matmul", [x, pool.builder.transpose(w, (1, 0))])
+
+
+def _there_and_back(pool: Pool) -> None:
+    x = pool.operand(FLOATS, least=2)
+    perm = (*range(x.type.rank - 2), x.type.rank - 1, x.type.rank - 2)
+    match pool.chooser.integer(0, 4):
+        case 0:
+            pool.add("transpose", [pool.add("transpose", [x], perm=perm)], perm=perm)
+        case 1:
+            pool.add("reshape", [pool.add("reshape", [x], shape=(dims.numel(x.shape),))], shape=x.shape)
+        case 2:
+            pool.add("cast", [pool.add("cast", [x], dtype=types.f64)], dtype=x.dtype)
+        case 3:
+            pool.add("neg", [pool.add("neg", [x])])
+        case 4:
+            pool.add("mul", [pool.add("mul", [x, pool.builder.constant(2.0, x.dtype)]), pool.builder.constant(0.5, x.dtype)])
+
+
+IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _tied, _spelled_out, _conv_and_norm)
+
+
+# --- fusion ------------------------------------------------------------------------------------------------------------
+
+
+def fuse_chain(pool: Pool) -> None:
+    """Put one pointwise node, and the pointwise nodes that only it uses, into a ``fusion`` node."""
+    g = pool.graph
+    roots = [n for n in g.nodes() if n.op.has(Trait.POINTWISE) and n.result.uses]
+    if not roots:
+        return
+    root = pool.pick(roots)
+    chain = [root]
+    for node in chain:  # grows while it is walked
+        for v in dict.fromkeys(node.operands):
+            p = v.producer
+            if p is not None and p not in chain and p.op.has(Trait.POINTWISE) and all(u in chain for u in v.users):
+                chain.append(p)
+    inner = [n for n in g.nodes() if n in chain]
+    outer = list(dict.fromkeys(v for n in inner for v in n.operands if v.producer not in chain))
+    body = Graph("body", g.symbols)
+    mapping = {v: body.add_input(v.type.logical, v.hint) for v in outer}
+    copy_nodes(inner, mapping, body)
+    body.set_outputs([mapping[root.result]])
+    fused = g.create(op_named("fusion"), outer, {"kind": "pointwise"}, before=root, body=body)
+    g.replace(root.result, fused.result)
+    for node in reversed(inner):
+        g.erase(node)
