@@ -58,6 +58,17 @@ def _tied(pool: Pool) -> None:
     pool.add("matmul", [x, pool.builder.transpose(w, (1, 0))])
 
 
+def _resized(pool: Pool) -> None:
+    """An axis resized as PyTorch spells it: neighbours, read by clipped indices, mixed by weights."""
+    x = pool.operand(FLOATS, least=1, most=3)
+    size = pool.static_size()
+    low = pool.builder.iota(size=size)
+    high = pool.builder.add(low, pool.builder.constant(1, low.dtype))
+    a, b = (pool.builder.take(x, index, axis=-1, clip=True) for index in (low, high))
+    step = pool.builder.mul(pool.builder.sub(b, a), pool.input(x.dtype, (size,), keep=False))
+    pool.add("add", [a, step])
+
+
 def _there_and_back(pool: Pool) -> None:
     x = pool.operand(FLOATS, least=2)
     perm = (*range(x.type.rank - 2), x.type.rank - 1, x.type.rank - 2)
@@ -74,7 +85,7 @@ def _there_and_back(pool: Pool) -> None:
             pool.add("mul", [pool.add("mul", [x, pool.builder.constant(2.0, x.dtype)]), pool.builder.constant(0.5, x.dtype)])
 
 
-IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _tied, _spelled_out, _conv_and_norm)
+IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _tied, _spelled_out, _conv_and_norm, _resized)
 
 
 # --- fusion ------------------------------------------------------------------------------------------------------------
