@@ -108,14 +108,6 @@ def pixel_unshuffle(c: Context, x: Value, r: int) -> Value:
     return c.b.reshape(c.b.transpose(split, (*range(n), n, n + 2, n + 4, n + 1, n + 3)), c.shape)
 
 
-@lowers("channel_shuffle", "native_channel_shuffle")
-def channel_shuffle(c: Context, x: Value, groups: int) -> Value:
-    """Channel i of group g becomes channel g of group i."""
-    n, channels, *space = x.shape
-    split = c.b.reshape(x, (n, groups, dims.floordiv(channels, groups), *space))
-    return c.b.reshape(c.b.transpose(split, (0, 2, 1, *range(3, split.type.rank))), c.shape)
-
-
 def _border(c: Context, x: Value, pad: Sequence[Dim], reflect: bool) -> Value:
     """Padding with elements of the tensor itself: each axis is taken by an index that stays inside."""
     for i in range(len(pad) // 2):

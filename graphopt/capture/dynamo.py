@@ -16,6 +16,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import clean_name
 from graphopt.compiler import compile_fx, prestart
 from graphopt.errors import UsageError
@@ -46,8 +47,8 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
 
     with functorch_config.patch(unlift_effect_tokens=True):
         compiled = aot_module_simplified(
-            gm, list(example_inputs), fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, decompositions={},
-            partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
+            gm, list(example_inputs), fw_compiler=forward, bw_compiler=backward, inference_compiler=inference,
+            decompositions=dict(DECOMPOSITIONS), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
         )  # fmt: skip
     return _undisturbed(compiled, "compiled by graphopt")
 

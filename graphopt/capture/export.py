@@ -15,6 +15,7 @@ from torch._export.utils import _collect_all_valid_cia_ops, _get_decomp_for_cia
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import short_path
 from graphopt.errors import CaptureError, UsageError
 
@@ -138,7 +139,8 @@ def exported_graph(model: torch.nn.Module | torch.export.ExportedProgram | str |
 def _exported_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedGraph:
     program = _program(model, args, kwargs, dynamic_shapes)
     with torch.no_grad():
-        program = program.run_decompositions({op: _get_decomp_for_cia(op) for op in _collect_all_valid_cia_ops()})
+        composites = {op: _get_decomp_for_cia(op) for op in _collect_all_valid_cia_ops()}
+        program = program.run_decompositions({**composites, **DECOMPOSITIONS})
     signature = program.graph_signature
     owner = model if isinstance(model, torch.nn.Module) else None
     _write_back(program.graph_module, signature)

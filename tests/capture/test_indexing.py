@@ -75,6 +75,16 @@ def test_diagonals_and_blocks() -> None:
     check(lambda x: (F.pixel_shuffle(x, 2), F.pixel_unshuffle(x, 2), F.channel_shuffle(x, 4)), torch.randn(2, 8, 4, 6))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_channel_shuffle_keeps_the_layout(groups: int) -> None:
+    for x in (torch.randn(2, 8, 6), torch.randn(2, 8, 4, 6), torch.randn(2, 8, 2, 3, 4)):
+        check(lambda x: F.channel_shuffle(x, groups), x)
+        channels_last = x.transpose(1, -1).contiguous().transpose(1, -1) if x.dim() == 3 else x.to(
+            memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        )  # fmt: skip
+        check(lambda x: (F.channel_shuffle(x, groups), F.channel_shuffle(x, groups).relu()), channels_last)
+
+
 @pytest.mark.parametrize("mode", ["linear", "bilinear", "trilinear", "bicubic"])
 @pytest.mark.parametrize("size", [3, 5, 8])
 @pytest.mark.parametrize("align_corners", [False, True])
