@@ -13,7 +13,7 @@ from graphopt.capture.export import ExportedGraph, exported_graph
 from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, prestart
 from graphopt.errors import UsageError
 from graphopt.options import Options
-from graphopt.ownership import GivenUp, OwnershipError, give_back_memory, replace_everywhere
+from graphopt.ownership import GivenUp, OwnershipError, give_back_memory, refuse_loading, replace_everywhere
 from graphopt.profile import Profile
 from graphopt.report import Report
 
@@ -88,6 +88,7 @@ class CompiledModel:
         held = self._compiled.own_weights(lambda p: slots[p].get(), give_up)
         self._exported.hold(held)
         self.given_up = tuple(given_up)
+        refuse_loading(modules)
         give_back_memory()
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -89,6 +90,32 @@ def replace_everywhere(modules: Sequence[torch.nn.Module], weight: torch.Tensor,
             for key, x in table.items():
                 if x is weight:
                     table[key] = stand_in
+
+
+def refuse_loading(modules: Sequence[torch.nn.Module]) -> None:
+    """Have these modules say what happened where a state_dict is to be copied into weights that they have no more.
+
+    Under ``assign=True`` nothing is copied: a module gets weights of its own again.
+    """
+    for module in modules:
+        if any(isinstance(x, GivenUp) for _, x in _named(module)):
+            module.register_load_state_dict_pre_hook(_refuse_loading)  # type: ignore[no-untyped-call]
+
+
+def _refuse_loading(module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+    if metadata.get("assign_to_params_buffers"):
+        return
+    for name, x in _named(module):
+        if isinstance(x, GivenUp) and prefix + name in state_dict:
+            raise OwnershipError(
+                f"{x!r} cannot be loaded: the compiled model holds it in packed form, and will not follow. Load the state_dict into a "
+                "fresh model and compile that, or load it with assign=True: the module then has weights of its own, the compiled "
+                "model stays as it is"
+            )
+
+
+def _named(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
 
 
 def give_back_memory() -> None:

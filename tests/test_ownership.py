@@ -117,6 +117,24 @@ def test_what_was_given_up_says_so(owned: Any, use: Callable[[nn.Module, torch.T
     assert "given up" not in repr(model.one.weight) and "owned by the compiled Tied" in repr(model.one.weight)
 
 
+def test_loading_into_what_was_given_up_says_so() -> None:
+    model = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 48))})
+    inner, x = model["inner"].eval(), torch.randn(8, 64)
+    state, before = {k: v.clone() for k, v in inner.state_dict().items()}, inner(x)
+    compiled = graphopt.compile(inner, (x,), own_weights=True)
+    for kwargs in ({}, {"strict": False}):
+        with pytest.raises(OwnershipError, match=r"0\.weight.*assign=True"):
+            inner.load_state_dict(state, **kwargs)
+    with pytest.raises(OwnershipError, match=r"2\.weight"):
+        inner[2].load_state_dict({"weight": state["2.weight"]}, strict=False)
+    with pytest.raises(OwnershipError, match=r"0\.weight"):
+        model.load_state_dict({f"inner.{k}": v for k, v in state.items()})
+    inner.load_state_dict({"0.bias": state["0.bias"]}, strict=False)  # it stayed
+    inner.load_state_dict(state, assign=True)
+    torch.testing.assert_close(inner(x), before)
+    torch.testing.assert_close(compiled(x), before)
+
+
 def test_the_memory_of_a_packed_weight_is_freed(owned: Any) -> None:
     model, x = Tied().eval(), torch.randn(32, 64)
     weight = weakref.ref(model.one.weight)
