@@ -156,6 +156,22 @@ def test_a_profile_leaves_the_cache_alone() -> None:
     assert torch.equal(cache, before)
 
 
+def test_a_result_that_is_the_cache() -> None:
+    """As docs/runtime.md has it: the argument itself under torch.compile, a copy of it after export."""
+
+    class Step(torch.nn.Module):
+        def forward(self, cache: torch.Tensor, at: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return cache.index_copy_(2, at, k)
+
+    args = torch.randn(CACHE), torch.tensor([5]), torch.randn(1, 3, 1, 8)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.compile(Step(), backend="graphopt")(*args) is args[0]
+        result = graphopt.compile(Step(), args)(*args)
+    assert result is not args[0]
+    assert torch.equal(result, args[0])
+
+
 def test_what_the_update_itself_reads_through_a_view_of_the_cache() -> None:
     graph = parse_graph("""graph @m(%c: f32[8, 4], %i: i64[4], %k: f32[4, 4]) -> (f32[8, 4], f32[8, 4]) {
   %v: f32[4, 4] = slice(%c) {axis = 0, start = 2, stop = 6}
