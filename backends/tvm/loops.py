@@ -96,6 +96,16 @@ def product(code: Code, sizes: Sequence[Index]) -> Index:
     return code.simplify(total)
 
 
+def lanewise(code: Code, width: int, lanes: int, body: Callable[[Index], None]) -> None:
+    """Run ``body(i)`` for 0 <= i < width, ``lanes`` at a time and without a loop around them: ``width`` is a multiple of ``lanes``."""
+    for u in range(width // lanes):
+        if lanes == 1:
+            body(u)
+        else:
+            with code.loop(lanes, "vectorized", "v") as v:
+                body(code.simplify(u * lanes + v))
+
+
 def vector_loop(code: Code, start: Index, length: Index, lanes: int, body: Callable[[Index], None], overlap: bool = True) -> None:
     """Run ``body(i)`` for start <= i < start + length, ``lanes`` at a time; see :func:`vector_steps`."""
 

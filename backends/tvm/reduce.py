@@ -17,7 +17,7 @@ from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.code import Index, i64
 from graphopt.backends.tvm.elementwise import Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, expand_index, merge_axes, product, run_space, vector_loop
+from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, expand_index, lanewise, merge_axes, product, run_space, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.ir import types
 from graphopt.ir.graph import Node, Value
@@ -205,7 +205,7 @@ class Reduction:
         code.store(total, 0, self._constant(m.start, total_type))
 
         def clear() -> None:
-            self._lanewise(width, lanes, lambda l: code.store(acc, l, self._constant(m.start)))
+            lanewise(code, width, lanes, lambda l: code.store(acc, l, self._constant(m.start)))
 
         def flush() -> None:
             value = combine(code, acc, width, lanes, m)
@@ -219,7 +219,7 @@ class Reduction:
             whole, rest = code.div(count, width), code.mod(count, width)
             if not (isinstance(whole, int) and whole == 0):
                 with code.loop(whole, "serial", "c") as c:
-                    self._lanewise(width, lanes, lambda l: update(l, code.simplify(first + c * width + l)))
+                    lanewise(code, width, lanes, lambda l: update(l, code.simplify(first + c * width + l)))
             if isinstance(rest, int) and rest == 0:
                 return
             base = code.simplify(first + whole * width)
@@ -256,14 +256,6 @@ class Reduction:
         if not long:
             flush()
         return code.load(total, 0)
-
-    def _lanewise(self, width: int, lanes: int, body: Callable[[Index], None]) -> None:
-        for u in range(width // lanes):
-            if lanes == 1:
-                body(u)
-            else:
-                with self.code.loop(lanes, "vectorized", "v") as v:
-                    body(self.code.simplify(u * lanes + v))
 
     # --- the innermost axis is kept ------------------------------------------------------------------------------------------
 
@@ -302,14 +294,14 @@ class Reduction:
         total = code.alloc(width, m.total, "total") if long else acc
 
         def fill(buffer: Any, dtype: str) -> None:
-            self._lanewise(width, lanes, lambda l: code.store(buffer, l, self._constant(m.start, dtype)))
+            lanewise(code, width, lanes, lambda l: code.store(buffer, l, self._constant(m.start, dtype)))
 
         def update(reduced: list[Index]) -> None:
             def lane(l: Index) -> None:
                 element = self._element(self._lane_index(outer, code.simplify(start + l)), reduced)
                 code.store(acc, l, m.join(code.load(acc, l), element))
 
-            self._lanewise(width, lanes, lane)
+            lanewise(code, width, lanes, lane)
 
         if long:
             fill(total, m.total)
@@ -319,7 +311,7 @@ class Reduction:
                 count = code.bind_index(code.least(first.size - block * ROWS, ROWS))
                 with code.loop(count, "serial", "k") as k:
                     self._loops(rest, lambda at: update([code.simplify(block * ROWS + k), *at]))
-                self._lanewise(width, lanes, lambda l: code.store(total, l, m.join(code.load(total, l), code.load(acc, l).astype(m.total))))
+                lanewise(code, width, lanes, lambda l: code.store(total, l, m.join(code.load(total, l), code.load(acc, l).astype(m.total))))
         else:
             fill(acc, m.held)
             self._loops(self.inner, update)
@@ -327,7 +319,7 @@ class Reduction:
         def out(l: Index) -> None:
             self.sink(self._result_index(self._lane_index(outer, code.simplify(start + l))), self._final(code.load(total, l)))
 
-        self._lanewise(width, lanes, out)
+        lanewise(code, width, lanes, out)
 
     def _arg_step(self, outer: list[Index], start: Index, width: int) -> None:
         """Index of the first extreme element; nan counts as the most extreme."""
@@ -347,14 +339,16 @@ class Reduction:
             code.store(best, l, element(l, [0] * len(self.inner)))
             code.store(where, l, i64(0))
 
-        self._lanewise(width, lanes, begin)
+        lanewise(code, width, lanes, begin)
         self._loops(
             self.inner,
-            lambda k: self._lanewise(width, lanes, lambda l: self._arg_update(best, where, l, element(l, k), k[0] if k else 0)),
+            lambda k: lanewise(code, width, lanes, lambda l: self._arg_update(best, where, l, element(l, k), k[0] if k else 0)),
         )
-        self._lanewise(
-            width, lanes, lambda l: self.sink(self._result_index(self._lane_index(outer, code.simplify(start + l))), code.load(where, l))
-        )
+
+        def out(l: Index) -> None:
+            self.sink(self._result_index(self._lane_index(outer, code.simplify(start + l))), code.load(where, l))
+
+        lanewise(code, width, lanes, out)
         return None
 
     def _arg_row(self, kept: list[Index], length: int, name: str) -> None:
@@ -366,12 +360,14 @@ class Reduction:
             code.store(best, l, self._arg_element(kept, [l]))
             code.store(where, l, i64(l))
 
-        self._lanewise(lanes, lanes, begin)
+        lanewise(code, lanes, lanes, begin)
         with code.loop(length // lanes - 1, "serial", "c") as c:
             first = code.simplify((c + 1) * lanes)
-            self._lanewise(
-                lanes, lanes, lambda l: self._arg_update(best, where, l, self._arg_element(kept, [code.simplify(first + l)]), first + l)
-            )
+
+            def lane(l: Index) -> None:
+                self._arg_update(best, where, l, self._arg_element(kept, [code.simplify(first + l)]), first + l)
+
+            lanewise(code, lanes, lanes, lane)
         with code.loop(lanes - 1, "serial", "l") as l:
             at = code.simplify(l + 1)
             self._arg_update(best, where, 0, code.load(best, at), code.load(where, at), ordered=False)

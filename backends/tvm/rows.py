@@ -15,7 +15,7 @@ from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import HEAVY, Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import SMALL, Tuning, product, vector_loop
+from graphopt.backends.tvm.loops import SMALL, Tuning, lanewise, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.backends.tvm.reduce import BLOCK
 from graphopt.backends.tvm.shapes import row_shape
@@ -139,7 +139,7 @@ class RowKernel:
         acc, total = code.alloc(width, m.held, "acc"), code.alloc(1, total_type, "total")
 
         def fill() -> None:
-            self._vectors(width, lanes, lambda l: code.store(acc, l, _constant(m.start, m.held)))
+            lanewise(code, width, lanes, lambda l: code.store(acc, l, _constant(m.start, m.held)))
 
         def element(column: Index) -> Any:
             value = self._at(x, column)
@@ -156,7 +156,7 @@ class RowKernel:
 
         def vectors(start: Index, count: Index) -> None:
             with code.loop(count, "serial", "c") as c:
-                self._vectors(width, lanes, lambda l: join(l, element(code.simplify(start + c * width + l))))
+                lanewise(code, width, lanes, lambda l: join(l, element(code.simplify(start + c * width + l))))
 
         code.store(total, 0, _constant(m.start, total_type))
         fill()
@@ -205,14 +205,6 @@ class RowKernel:
             return
         with code.loop(rest, "serial", "t") as t:
             join(0, element(code.simplify(base + t)))
-
-    def _vectors(self, width: int, lanes: int, body: Any) -> None:
-        for u in range(width // lanes):
-            if lanes == 1:
-                body(u)
-            else:
-                with self.code.loop(lanes, "vectorized", "v") as v:
-                    body(self.code.simplify(u * lanes + v))
 
     def _write(self, k: int, v: Value) -> None:
         """Store an output's part of this row."""

@@ -16,7 +16,7 @@ from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.code import Index, i64
 from graphopt.backends.tvm.elementwise import Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import SMALL, Tuning, expand_index, merge_axes, product
+from graphopt.backends.tvm.loops import SMALL, Tuning, expand_index, lanewise, merge_axes, product
 from graphopt.backends.tvm.monoid import Monoid
 from graphopt.backends.tvm.pointwise import Ops
 from graphopt.ir import types
@@ -90,17 +90,9 @@ class Scan:
             for cell, value in zip(cells, self.carry.start(), strict=True):
                 code.store(cell, l, value)
 
-        self._lanewise(width, lanes, begin)
+        lanewise(code, width, lanes, begin)
         with code.loop(self.length, "serial", "k") as k:
-            self._lanewise(width, lanes, lambda l: self._step(cells, l, [*lead, code.simplify(start + l)], k))
-
-    def _lanewise(self, width: int, lanes: int, body: Callable[[Index], None]) -> None:
-        for u in range(width // lanes):
-            if lanes == 1:
-                body(u)
-            else:
-                with self.code.loop(lanes, "vectorized", "v") as v:
-                    body(self.code.simplify(u * lanes + v))
+            lanewise(code, width, lanes, lambda l: self._step(cells, l, [*lead, code.simplify(start + l)], k))
 
     def _step(self, cells: Sequence[Any], l: Index, others: list[Index], k: Index) -> None:
         code = self.code
