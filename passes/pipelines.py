@@ -15,7 +15,7 @@ _RECOMPOSE = (
     "recompose-lerp",
 )  # fmt: skip
 _LAYOUT = ("conv-layout", "unflatten", "views", "dce")
-_PACK = ("pack-weights", "share-packed", "pack-filters")
+_PACK = ("pack-weights", "share-packed", "winograd-filters", "pack-filters")
 
 LEVELS: Mapping[int, tuple[str, ...]] = {
     0: ("expand", "fuse"),

@@ -21,10 +21,12 @@ class ConvForm:
 
     Attributes:
         packed: the input that holds the weight in panels ``[groups * ceil(O / groups / nr), K * C / groups, nr]``, if it is.
+        transformed: the input that holds the weight by Winograd's transform, ``[O / nr, 16, C, nr]``, if it is.
     """
 
     node: Node
     packed: Value | None
+    transformed: Value | None = None
 
     @property
     def x(self) -> Value:
@@ -125,7 +127,7 @@ def conv_of(graph: Graph) -> ConvForm | str:
     for v in graph.outputs:
         if not dims.same_shape(v.shape, node.result.shape):
             return f"the output {v.type} has not the convolution's shape"
-    return ConvForm(node, _packed(node.operands[1]))
+    return ConvForm(node, _packed(node.operands[1]), _transformed(node))
 
 
 def _packed(w: Value) -> Value | None:
@@ -137,6 +139,30 @@ def _packed(w: Value) -> Value | None:
             return None
         v = node.operands[0]
     return v if v.is_input and v.type.strides is None and v.type.rank == 3 and v.dtype in (types.f32, types.f64) else None
+
+
+def _transformed(conv: Node) -> Value | None:
+    """The weight by Winograd's transform behind the nodes that the transforming pass writes, of a convolution that it is for."""
+    v, a = conv.operands[1], conv.attrs
+    if a["groups"] != 1 or set(a["stride"]) | set(a["dilation"]) != {1} or not dims.is_static(conv.result.shape):
+        return None
+    for axis in (1, 0):
+        whole = v.defined_by("concat")
+        if whole is None or len(whole.operands) != 3 or whole.attrs["axis"] != axis:
+            return None
+        middle = whole.operands[1].defined_by("sub")
+        parts = [whole.operands[0], *(middle.operands if middle is not None else ()), whole.operands[2]]
+        rows = [p.defined_by("slice") for p in parts]
+        wanted = [{"axis": axis, "start": i, "stop": i + 1, "step": 1} for i in range(4)]
+        if [dict(n.attrs) for n in rows if n is not None] != wanted or len({n.operands[0] for n in rows if n is not None}) != 1:
+            return None
+        v = parts[0].defined_by("slice").operands[0]  # type: ignore[union-attr]
+    split = v.defined_by("reshape")
+    moved = split.operands[0].defined_by("transpose") if split is not None else None
+    if moved is None or v.shape[:2] != (4, 4) or moved.attrs["perm"] != (1, 2, 0, 3):
+        return None
+    u = moved.operands[0]
+    return u if u.is_input and u.type.strides is None and u.type.rank == 4 and u.shape[1] == 16 and u.dtype == types.f32 else None
 
 
 def tile_rows(form: ConvForm, vectors: int, t: Target) -> tuple[int, ...]:
@@ -152,3 +178,32 @@ def tile_rows(form: ConvForm, vectors: int, t: Target) -> tuple[int, ...]:
         return float(tiles * (rows * vectors + 2))
 
     return tuple(sorted(range(1, most + 1), key=lambda r: (cost(r), -r)))
+
+
+def winograd_shares(form: ConvForm, t: Target) -> tuple[tuple[int, int, int], ...]:
+    """(squares of a register tile, lines of squares of a task, groups of panels) for Winograd's kernel, the best ones first.
+
+    A task transforms its lines and multiplies them by a group of panels: more groups make more tasks, each of which
+    transforms its lines anew. The unit of the costs is one multiply-add of a vector; the other figures are rough.
+    """
+    u = form.transformed
+    assert u is not None
+    panels, _, channels, nr = (int(d) for d in u.shape)
+    n, height, width, _ = (int(d) for d in form.node.result.shape)
+    all_lines, across = n * -(-height // 2), -(-width // 2)
+    lanes = max(1, t.lanes(4))
+    vectors = max(1, nr // lanes)
+    most = max(1, min(16, (t.vector_registers - 2 - vectors) // vectors))
+
+    def cost(share: tuple[int, int, int]) -> float:
+        rows, lines, groups = share
+        squares, each = lines * across, -(-panels // groups)
+        products = 16 * each * channels * -(-squares // rows) * (rows * vectors + 2)
+        changes = squares * (50 * -(-channels // lanes) + 50 * each * vectors)
+        weights = 64 * each * channels * nr  # bytes
+        far = 64 * squares * (channels + nr) + weights > t.cache[1]  # what it reads again and again does not stay in the cache
+        turns = -(-(-(-all_lines // lines) * groups) // t.cores)
+        return turns * (products + changes + weights / (8 if far else 32))
+
+    shares = [(r, k, g) for r in range(1, most + 1) for k in range(1, all_lines + 1) for g in range(1, panels + 1) if panels % g == 0]
+    return tuple(sorted(shares, key=lambda s: (cost(s), s))[:6])

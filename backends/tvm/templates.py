@@ -281,6 +281,37 @@ def _write_depthwise(w: Workload, s: Schedule, t: Target) -> Any:
     return DepthwiseKernel(w.graph, form, s["lanes"], s["pixels"], s["parallel"]).emit()
 
 
+def _winograd_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.convform import conv_of
+
+    form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
+    return form if isinstance(form, str) else None if form.transformed is not None else "its weight is not transformed"
+
+
+def _winograd_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.convform import ConvForm, conv_of, winograd_shares
+
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    shares = winograd_shares(form, t)
+    return (
+        Param("lanes", (max(1, t.lanes(4)),)),
+        Param("share", shares),
+        Param("unroll", (4, 2, 8)),
+        Param("parallel", (True, False)),
+    )
+
+
+def _write_winograd(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.convform import ConvForm, conv_of
+    from graphopt.backends.tvm.winograd import WinogradKernel
+
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    rows, lines, groups = s["share"]
+    return WinogradKernel(w.graph, form, s["lanes"], rows, lines, groups, s["unroll"], s["parallel"]).emit()
+
+
 def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     from graphopt.backends.tvm.convform import ConvForm, conv_of, tile_rows
 
@@ -319,9 +350,10 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise)
+WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows)
 NEST = Template("nest", lambda w, t: "a convolution" if w.kind == "conv" else None, _nest_params, _write_nest)
-TEMPLATES: tuple[Template, ...] = (DEPTHWISE, CONV, PAIRS, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (DEPTHWISE, WINOGRAD, CONV, PAIRS, TILE, ROWS, NEST)

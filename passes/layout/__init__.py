@@ -5,5 +5,6 @@ from graphopt.passes.layout.pack_filters import PackFilters
 from graphopt.passes.layout.pack_weights import PackWeights
 from graphopt.passes.layout.share_packed import SharePacked
 from graphopt.passes.layout.unflatten import Unflatten
+from graphopt.passes.layout.winograd import WinogradFilters
 
-__all__ = ["ConvLayout", "PackFilters", "PackWeights", "SharePacked", "Unflatten"]
+__all__ = ["ConvLayout", "PackFilters", "PackWeights", "SharePacked", "Unflatten", "WinogradFilters"]

@@ -20,6 +20,8 @@ Reference: Georganas et al., "Anatomy of High-Performance Deep Learning Convolut
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 from graphopt.errors import UsageError
@@ -50,7 +52,7 @@ class PackFilters(Pass):
         staged, changed = staged_values(g), False
         packed: dict[tuple[object, ...], Value] = {}
         for fusion in sites:
-            found = _chain(fusion, staged)
+            found = weight_of(fusion, staged)
             if isinstance(found, Reject):
                 if found.reason:
                     ctx.missed(self.name, f"the weight is not packed: {found.reason}", fusion)
@@ -59,17 +61,18 @@ class PackFilters(Pass):
                 continue
             conv, chain = found
             groups, w = int(conv.attrs["groups"]), conv.operands[1]
-            source = fusion.operands[_input(w).index]
+            source = fusion.operands[origin(w).index]
             key = (source, groups, *((n.op.name, *n.attrs.values()) for n in chain))
             filters = int(w.shape[-1]) // groups
             nr = None if _depthwise(conv) else self.width or ctx.target.panel_width(filters, types.f32.itemsize)
             if key not in packed:
                 rw = Rewriter(g, fusion)
-                mapping = {_input(w): source}
+                mapping = {origin(w): source}
                 copy_nodes(chain, mapping, g, fusion)
                 packed[key] = mapping[w] if nr is None else pack(rw, mapping[w], groups, nr)
             ctx.passed(self.name, f"weight {source!r} becomes {packed[key].type}", fusion, number)
-            _rebuild(g, fusion, conv, packed[key], nr is not None)
+            unpacked = partial(unpack, groups=groups, shape=w.shape) if nr is not None else lambda b, w: w  # type: ignore[arg-type]
+            read_prepared(g, fusion, conv, packed[key], unpacked)
             changed = True
         return changed
 
@@ -101,20 +104,20 @@ def unpack(b: Builder, wp: Value, groups: int, shape: tuple[int, ...]) -> Value:
     return b.create("reshape", [v], {"shape": shape})  # type: ignore[no-any-return]
 
 
-def _input(v: Value) -> Value:
+def origin(v: Value) -> Value:
     """The input of the body that a value is a view of, or the value that is no view."""
     while v.producer is not None and is_view(v.producer):
         v = v.producer.operands[0]
     return v
 
 
-def _chain(fusion: Node, staged: Staged) -> tuple[Node, list[Node]] | Reject:
-    """The convolution, and the views between the body's input and its weight."""
+def weight_of(fusion: Node, staged: Staged) -> tuple[Node, list[Node]] | Reject:
+    """The convolution of a region, and the views between the body's input and its weight, the input's first."""
     assert fusion.body is not None
     conv = next(n for n in fusion.body.nodes() if n.op.name == "conv")
     w = conv.operands[1]
-    origin = _input(w)
-    if not origin.is_input or fusion.operands[origin.index] not in staged:
+    start = origin(w)
+    if not start.is_input or fusion.operands[start.index] not in staged:
         return Reject("")
     chain: list[Node] = []
     v = w
@@ -128,19 +131,19 @@ def _chain(fusion: Node, staged: Staged) -> tuple[Node, list[Node]] | Reject:
     return conv, chain[::-1]
 
 
-def _rebuild(g: Graph, fusion: Node, conv: Node, wp: Value, packed: bool) -> None:
-    """The same region, reading the prepared weight in the place of the plain one."""
+def read_prepared(g: Graph, fusion: Node, conv: Node, wp: Value, unpacked: Callable[[Builder, Value], Value]) -> None:
+    """Put in a region's place the same one that reads a prepared weight; ``unpacked(b, wp)`` builds the plain one from it."""
     old = fusion.body
     assert old is not None
     weight = conv.operands[1]
-    plain = _input(weight)
+    plain = origin(weight)
     new_body, operands = Graph("body", old.symbols), []
     mapping: dict[Value, Value] = {}
     others = _other_uses(weight)
     for v, operand in zip(old.inputs, fusion.operands, strict=True):
         if v is plain:
             w = new_body.add_input(wp.type.logical, v.hint)
-            unpacked = unpack(Builder(new_body), w, int(conv.attrs["groups"]), weight.shape) if packed else w  # type: ignore[arg-type]
+            found = unpacked(Builder(new_body), w)
             operands.append(wp)
         if v is not plain or others:
             mapping[v] = new_body.add_input(v.type, v.hint)
@@ -151,7 +154,7 @@ def _rebuild(g: Graph, fusion: Node, conv: Node, wp: Value, packed: bool) -> Non
             continue
         kept = mapping.get(weight)
         if node is conv:
-            mapping[weight] = unpacked
+            mapping[weight] = found
         copy_nodes([node], mapping, new_body)
         if node is conv and kept is not None:
             mapping[weight] = kept

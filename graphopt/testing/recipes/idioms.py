@@ -32,6 +32,13 @@ def _conv_and_norm(pool: Pool) -> None:
     pool.add("batch_norm", [x, mean, var])
 
 
+def _wide_conv(pool: Pool) -> None:
+    """A 3x3 convolution of channels enough for Winograd's transform."""
+    x, w = pool.input(types.f32, (1, 32, 11, 12), keep=False), pool.input(types.f32, (32, 32, 3, 3), keep=False)
+    w.type, w.weight = w.type.logical, True
+    pool.add("conv", [x, w], stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+
+
 def _linear(pool: Pool) -> None:
     """A linear layer as capture sees it: leading axes flattened, a weight, a bias, an activation."""
     x = pool.operand(FLOATS, least=2, most=3)
@@ -85,7 +92,7 @@ def _there_and_back(pool: Pool) -> None:
             pool.add("mul", [pool.add("mul", [x, pool.builder.constant(2.0, x.dtype)]), pool.builder.constant(0.5, x.dtype)])
 
 
-IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _tied, _spelled_out, _conv_and_norm, _resized)
+IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _tied, _spelled_out, _conv_and_norm, _wide_conv, _resized)
 
 
 # --- fusion ------------------------------------------------------------------------------------------------------------
