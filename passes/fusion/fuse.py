@@ -11,19 +11,22 @@ region and the region's kind accepts it; else it is the root of a region of its 
   same rows, with pointwise ops on full rows or on one element a row before, between and after.
 - ``scan``: anything pointwise -> one running sum, product or extreme -> pointwise ops of its shape.
 - ``scatter``: anything pointwise -> updates by index; nothing can follow, since an element may be written several times.
-- ``matmul``: views on the operands, one matmul, pointwise ops of the result's shape after it. A second matmul of the same
-  left operand and type may meet it there: a gate, ``act(x a) * (x b)``, writes neither product.
+- ``matmul``: views on the operands, cheap work on the left one, one matmul, pointwise ops of the result's shape after it. A second
+  matmul of the same left operand and type may meet it there: a gate, ``act(x a) * (x b)``, writes neither product.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 
 In the last two, cheap pointwise ops on single numbers (a scale, an epsilon) may stand beside.
 
-Constants, iota and views cost nothing to repeat: each region that reads one gets a copy, unless it only moves the cost
-elsewhere. Declined, with a remark: a value with other users; pointwise work before a matmul (each tile would do it again); work
-that is not cheap below a broadcast or below several index maps; a reduction over other rows; a region of ``max_nodes`` nodes or
-``max_inputs`` inputs; a move across a call that mutates. Staged values (of weights alone) are computed once and are inputs;
-only views of them join, and of those no transpose that is read element by element: it is done once as well, and each call
-reads neighbours (a product's factor is packed later, from the view). Complex numbers and 8-bit floats, other convolutions
-and library calls stay as they are. So do a view or a constant that no region takes.
+Where a region would compute an element more than once (below a broadcast, through several index maps, for each tile of a
+matmul), the cost model (:mod:`~graphopt.passes.fusion.cost`) compares that with a kernel of its own, and so it does where few
+rows would keep a reduction and what follows it on few cores. Constants, iota and views cost nothing to repeat: each region
+that reads one gets a copy, unless it only moves the cost elsewhere. Declined, with a remark: a value with other users; what the
+cost model declines, with the numbers; work before a product that is dear, or that can follow the kernel before it;
+a reduction over other rows; a region of ``max_nodes`` nodes or ``max_inputs`` inputs; a move across a call that mutates. Staged
+values (of weights alone) are computed once and are inputs; only views of them join, and of those no transpose that is read
+element by element: it is done once as well, and each call reads neighbours (a product's factor is packed later, from the
+view). Complex numbers and 8-bit floats, other convolutions and library calls stay as they are. So do a view or a constant
+that no region takes.
 
 Legality, proven. Copying a constant or view for each reader keeps the graph acyclic and every value what it was. Afterwards each
 member of a region but its root has all of its users inside; so from every member a path leads to the root *within* the region,
@@ -41,7 +44,7 @@ Chen et al., TVM, OSDI 2018, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from graphopt.errors import UsageError
 from graphopt.ir import dims
@@ -49,6 +52,7 @@ from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
+from graphopt.passes.fusion.cost import CostModel, size_text
 from graphopt.passes.fusion.outline import outline
 from graphopt.passes.fusion.region import Limits, Region
 from graphopt.passes.fusion.roles import Role, role
@@ -68,10 +72,13 @@ class Fuse(Pass):
     max_nodes: int = 64
     max_inputs: int = 24
 
+    def parts(self) -> Sequence[type]:
+        return [type(self), Region, CostModel, Role]
+
     def run(self, g: Graph, ctx: PassContext) -> bool:
         if self.max_nodes < 1 or self.max_inputs < 1:
             raise UsageError(f"{self}: max_nodes and max_inputs must be positive")
-        plan = Plan(g, Limits(self.max_nodes, self.max_inputs))
+        plan = Plan(g, Limits(self.max_nodes, self.max_inputs), CostModel(ctx.target, g.symbols))
         for node, reason in reversed(plan.cut):
             ctx.missed(self.name, f"{node.op.name} is not fused with its reader: {reason}", node)
         changed = False
@@ -95,8 +102,8 @@ class Plan:
         cut: fusable nodes that a fusable reader did not take, and why.
     """
 
-    def __init__(self, graph: Graph, limits: Limits) -> None:
-        self.limits, self.staged = limits, staged_values(graph)
+    def __init__(self, graph: Graph, limits: Limits, costs: CostModel) -> None:
+        self.limits, self.costs, self.staged = limits, costs, staged_values(graph)
         self.regions: list[Region] = []
         self.cut: list[tuple[Node, str]] = []
         self._placed: dict[Node, list[Region]] = {}
@@ -142,7 +149,7 @@ class Plan:
             self._alone[node] = None
 
     def _open(self, node: Node, epoch: int) -> None:
-        region = Region.at(node, epoch)
+        region = Region.at(node, epoch, self.costs)
         self.regions.append(region)
         self._placed[node] = [*self._placed.get(node, ()), region]
 
@@ -172,13 +179,4 @@ def describe(region: Region) -> str:
     saved: Dim = 0
     for n in inner:
         saved = dims.add(saved, dims.mul(2, n.results[0].type.nbytes()))
-    return f"{text}; saves {len(inner)} {'launch' if len(inner) == 1 else 'launches'} and {_size(saved)} of memory traffic"
-
-
-def _size(n: Dim) -> str:
-    if not isinstance(n, int):
-        return f"{dims.format_dim(n)} bytes"
-    for unit, step in (("MB", 1 << 20), ("KB", 1 << 10)):
-        if n >= step:
-            return f"{n / step:.1f} {unit}"
-    return f"{n} bytes"
+    return f"{text}; saves {len(inner)} {'launch' if len(inner) == 1 else 'launches'} and {size_text(saved)} of memory traffic"

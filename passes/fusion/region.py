@@ -6,13 +6,16 @@ one joins it is pointwise. ``reject`` answers for one node whose users in the re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from graphopt.bounds import INDEXED, can_be_checked
 from graphopt.ir import dims
+from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
+from graphopt.passes.fusion import cost
+from graphopt.passes.fusion.cost import CostModel, Load
 from graphopt.passes.fusion.roles import (
     ARG_REDUCTIONS,
     PRODUCTS,
@@ -21,18 +24,14 @@ from graphopt.passes.fusion.roles import (
     SCATTERS,
     Role,
     Rows,
-    is_cheap,
     is_scalar,
-    rereads,
     role,
     rows_of,
 )
 
 # A value may be computed through at most this many different index maps (x read plainly, shifted, flipped ...): each is a
-# copy of the work, and they multiply along a chain.
+# copy of the code, and they multiply along a chain. What they cost to run is the cost model's to say.
 _MAX_FRAMES = 4
-# Cheap work that a broadcast repeats, in nodes a region.
-_MAX_REPEATED = 8
 _LOOKAHEAD = 12
 
 Frame = tuple[object, ...]
@@ -54,27 +53,31 @@ class Region:
     Attributes:
         kind: ``pointwise``, ``reduction``, ``rowwise``, ``scan``, ``scatter``, ``matmul`` or ``conv``.
         epoch: number of mutating calls before the root; nothing is moved across one.
-        members: node -> the index maps through which the root reads it, root first, in reverse execution order.
-        repeated: members whose elements a broadcast computes again.
+        members: node -> the index maps through which the root reads it, and how many elements are computed through each; root
+            first, in reverse execution order.
+        spent: cycles that computing elements again costs, as :mod:`~graphopt.passes.fusion.cost` counts them.
+        before: members that products read, through others or at once, and as which operand; -1 for several.
         inputs: values read from outside.
         rows: the iteration space of a rowwise region, or of a reduction over trailing axes.
     """
 
     root: Node
     epoch: int
+    costs: CostModel
     kind: str = "pointwise"
-    members: dict[Node, tuple[Frame, ...]] = field(default_factory=dict)
-    repeated: dict[Node, None] = field(default_factory=dict)
+    members: dict[Node, dict[Frame, Dim]] = field(default_factory=dict)
+    spent: tuple[float, float] = (0.0, 0.0)
+    before: dict[Node, int] = field(default_factory=dict)
     inputs: dict[Value, None] = field(default_factory=dict)
     anchors: list[Node] = field(default_factory=list)
     rows: Rows | None = None
     weight: int = 0  # members that count against the limit
 
     @staticmethod
-    def at(root: Node, epoch: int) -> Region:
+    def at(root: Node, epoch: int, costs: CostModel) -> Region:
         """A region that is its root alone."""
-        region = Region(root, epoch)
-        region._include(root, (_ROOT_FRAME,), False)
+        region = Region(root, epoch, costs)
+        region._include(root, {_ROOT_FRAME: root.results[0].type.numel})
         if role(root) is Role.ANCHOR:
             region.anchors.append(root)
             region.rows = rows_of(root)
@@ -98,25 +101,27 @@ class Region:
         uses = [(u, i) for u, i in node.results[0].uses if u in self.members]
         if reason := _index_rejects(node, uses):
             return reason
-        frames = self._frames(uses)
+        frames = self._evaluations(node, uses)
         if len(frames) > _MAX_FRAMES:
             return f"it would be computed through {len(frames)} different index maps"
         if part is Role.ANCHOR:
             if reason := self._admit_anchor(node, uses):
                 return reason
-            self._include(node, frames, False)
+            self._include(node, frames)
             return None
         users = list(dict.fromkeys(u for u, _ in uses))
-        repeated = any(rereads(u, i) or u in self.repeated for u, i in uses) and not self._once_a_row(node, users)
-        if reason := self._kind_rejects(node, part, users) or self._repeat_rejects(node, part, frames, repeated):
+        before = self._before(uses)
+        if reason := self._kind_rejects(node, part, users, before):
             return reason
-        self._include(node, frames, repeated)
+        if part in (Role.POINTWISE, Role.MOVER) and (reason := self._price_rejects(node, frames, before)):
+            return reason
+        self._include(node, frames)
+        if before is not None:
+            self.before[node] = before
         return None
 
-    def _include(self, node: Node, frames: tuple[Frame, ...], repeated: bool) -> None:
+    def _include(self, node: Node, frames: dict[Frame, Dim]) -> None:
         self.members[node] = frames
-        if repeated:
-            self.repeated[node] = None
         for r in node.results:
             self.inputs.pop(r, None)
         for v in node.operands:
@@ -132,29 +137,49 @@ class Region:
             return f"the region would read over {limits.inputs} values, the most allowed"
         return None
 
-    def _frames(self, uses: Iterable[tuple[Node, int]]) -> tuple[Frame, ...]:
-        found: dict[Frame, None] = {}
+    # --- what computing again costs -------------------------------------------------------------------------------------
+
+    def _evaluations(self, node: Node, uses: list[tuple[Node, int]]) -> dict[Frame, Dim]:
+        """The index maps through which a node is read, and how many elements are computed through each."""
+        found: dict[Frame, Dim] = {}
+        once = self._once_a_row(node)
         for user, i in uses:
             own = role(user) in (Role.VIEW, Role.MOVER) or user.op.name in PRODUCTS
-            for frame in self.members[user]:
-                found[(user, i, frame) if own else frame] = None
-        return tuple(found)
+            for frame, count in self.members[user].items():
+                key: Frame = (user, i, frame) if own else frame
+                n = node.results[0].type.numel if once else self.costs.reads(user, i, count)
+                found[key] = self.costs.larger(found[key], n) if key in found else n
+        return found
 
-    def _repeat_rejects(self, node: Node, part: Role, frames: tuple[Frame, ...], repeated: bool) -> str | None:
-        if part in (Role.VIEW, Role.CREATION):
+    def _price_rejects(self, node: Node, frames: dict[Frame, Dim], before: int | None) -> str | None:
+        """Why a node is better computed by a kernel of its own: its elements would be computed again; None, and paid, if not."""
+        if role(node) is Role.MOVER and before is not None:  # a padding around what a convolution reads: not computed, but left out
             return None
-        if not is_cheap(node) and part is Role.POINTWISE:
-            if repeated:
-                return f"its elements are read many times: {node.op.name} would be computed again for each"
-            if len(frames) > 1:
-                return f"it is read through {len(frames)} index maps: {node.op.name} would be computed again for each"
-        if repeated and len(self.repeated) >= _MAX_REPEATED:
-            return f"a broadcast would repeat the work of over {_MAX_REPEATED} nodes"
+        total = _total(frames)
+        if dims.same(total, node.results[0].type.numel):
+            return None
+        price, _ = self.costs.join(self._load(), node, total, self.spent, None if before is None else 1)
+        if not price.pays:
+            return cost.describe(node, total, price)
+        self.spent = price.costs
         return None
+
+    def _load(self) -> Load:
+        """The region as a kernel, so far."""
+        total = self.costs.traffic((*self.inputs, *self.root.results))
+        for node, frames in self.members.items():
+            total += self.costs.work(node) if node in self.anchors else self.costs.work(node, _total(frames))
+        return total
+
+    def _before(self, uses: list[tuple[Node, int]]) -> int | None:
+        """As which operand products read a node, through others or at once; -1 for several, None where none does."""
+        found = {self.before[u]: None for u, _ in uses if u in self.before}
+        found |= {i: None for u, i in uses if u in self.anchors and u.op.name in PRODUCTS}
+        return None if not found else next(iter(found)) if len(found) == 1 else -1
 
     # --- what each kind accepts ---------------------------------------------------------------------------------------
 
-    def _kind_rejects(self, node: Node, part: Role, users: list[Node]) -> str | None:
+    def _kind_rejects(self, node: Node, part: Role, users: list[Node], before: int | None) -> str | None:
         if self.kind in ("pointwise", "scan", "scatter") or part is Role.CREATION:
             return None
         if part is Role.MOVER and self.kind == "conv" and node.op.name == "pad" and node.results[0] is self.anchors[0].operands[0]:
@@ -164,34 +189,39 @@ class Region:
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
         if self.kind in PRODUCTS:
-            return self._product_rejects(node, users)
+            return self._product_rejects(node, users, before)
         return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None
 
-    def _product_rejects(self, node: Node, users: list[Node]) -> str | None:
-        product = self.anchors[0]
-        for user in users:
-            if user in self.anchors or role(user) in (Role.VIEW, Role.MOVER):
-                what = f"an operand of the {self.kind}" if self._feeds_product(user) else "read through a view"
-                return f"it is {what}: it would be computed again for every tile"
-        if not is_scalar(node.results[0].shape) and not dims.same_shape(node.results[0].shape, product.results[0].shape):
+    def _product_rejects(self, node: Node, users: list[Node], before: int | None) -> str | None:
+        if before is not None:
+            return self._factor_rejects(node, before)
+        if any(role(u) in (Role.VIEW, Role.MOVER) for u in users):
+            return "it is read through a view: it would be computed again for every tile"
+        if not is_scalar(node.results[0].shape) and not dims.same_shape(node.results[0].shape, self.anchors[0].results[0].shape):
             return f"its shape is not the {self.kind}'s: it would be computed again for every tile"
         return None
 
+    def _factor_rejects(self, node: Node, operand: int) -> str | None:
+        """Why a product's kernel does not compute its factor on the way: only a matmul does, one instruction on its left one."""
+        if (home := _home(node)) is not None:
+            return f"it is an operand of the {self.kind}, and follows {home.op.name} without a pass over memory"
+        if self.kind == "matmul" and operand == 0 and cost.instructions(node) <= 1:
+            return None
+        total = _total(self._evaluations(node, [(u, i) for u, i in node.results[0].uses if u in self.members]))
+        price, _ = self.costs.join(self._load(), node, total, self.spent, 1)
+        why = f"whose kernel takes no {node.op.name} on the way" if price.pays else cost.describe(node, total, price)
+        return f"it is an operand of the {self.kind}, {why}"
+
     def reads_in_order(self, node: Node) -> bool:
         """Whether no product reads the node's result as a factor: what reads it goes through it element by element."""
-        return not any(self._feeds_product(u) for u in node.results[0].users if u in self.members)
+        return self._before([(u, i) for u, i in node.results[0].uses if u in self.members]) is None
 
-    def _feeds_product(self, user: Node) -> bool:
-        while role(user) in (Role.VIEW, Role.MOVER):
-            user = next(u for u in user.results[0].users if u in self.members)
-        return user in self.anchors and user.op.name in PRODUCTS
-
-    def _once_a_row(self, node: Node, users: list[Node]) -> bool:
+    def _once_a_row(self, node: Node) -> bool:
         """Whether a node is computed once a row although full rows read it: a statistic, or what is made of one."""
         shape = node.results[0].shape
         if self.kind == "rowwise" and self.rows is not None:
             return self.rows.form(shape) in ("kept", "reduced")
-        if self.kind != "pointwise" or is_cheap(node):
+        if self.kind != "pointwise" or role(node) is not Role.POINTWISE:
             return False
         full = self.root.results[0].shape
         return not dims.same_shape(shape, full) and _statistic(node, full)
@@ -228,8 +258,15 @@ class Region:
             self.kind, self.rows = kind, rows
             self.anchors.append(node)
             if kind == "rowwise":
-                self.repeated = {n: None for n in self.repeated if rows and rows.form(n.results[0].shape) is None}
+                self._settle_rows()
         return reason
+
+    def _settle_rows(self) -> None:
+        """Rows are known: what was taken for repeated work is done once a row."""
+        for node in self.members:
+            if self._once_a_row(node):
+                self.members[node] = {_ROOT_FRAME: node.results[0].type.numel}
+        self.spent = (0.0, 0.0)
 
     def _mover_in(self, kind: str) -> str | None:
         mover = next((n for n in self.members if role(n) is Role.MOVER), None)
@@ -276,8 +313,8 @@ class Region:
             return "its reader is a reduction already"
         if any((r := rows_of(a)) is None or not rows.same(r) for a in self.anchors):
             return "its rows are not those of the reduction that reads it"
-        if not rows.reduced and _reduces(node):
-            return "it has one row only: nothing to spread over the cores"
+        if _reduces(node) and not (price := self.costs.one_after_another(self._load(), node, dims.numel(rows.reduced))).pays:
+            return f"its rows are too few to spread both over the cores: {price.text}"
         if reason := self._mover_in("rowwise"):
             return reason
         for n in self.members:
@@ -326,6 +363,30 @@ def _reader_rejects(node: Node, users: list[Node], rows: Rows) -> str | None:
         elif user.operands[0] is not node.results[0] or form != "full":
             return f"it is the scale or shift of {user.op.name}"
     return None
+
+
+def _home(node: Node) -> Node | None:
+    """The reduction or product, in a kernel of its own in any case, that a pointwise node can follow in that kernel."""
+    shape = node.results[0].shape
+    stack, seen = [node], 0
+    while stack and seen < _LOOKAHEAD:
+        n = stack.pop()
+        seen += 1
+        if role(n) is Role.ANCHOR:
+            return n
+        for v in n.operands:
+            p = v.producer
+            if p is not None and role(p) in (Role.POINTWISE, Role.ANCHOR) and v.has_one_use and dims.same_shape(v.shape, shape):
+                stack.append(p)
+    return None
+
+
+def _total(frames: Mapping[Frame, Dim]) -> Dim:
+    """Elements that are computed through all index maps together."""
+    total: Dim = 0
+    for n in frames.values():
+        total = dims.add(total, n)
+    return total
 
 
 def _text(node: Node) -> str:

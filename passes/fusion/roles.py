@@ -1,4 +1,4 @@
-"""What each op may be within a fusion region, and what its result costs to compute again."""
+"""What each op may be within a fusion region."""
 
 from __future__ import annotations
 
@@ -34,14 +34,6 @@ SCATTERS = ("put", "scatter")
 
 _ANCHORS = (*ARG_REDUCTIONS, *SCANS, *SCATTERS)
 
-# Pointwise ops that cost about one instruction an element: computing them again is cheaper than a trip to memory.
-_CHEAP = frozenset({
-    "neg", "abs", "sign", "floor", "ceil", "trunc", "round", "relu", "logical_not", "bitwise_not", "isnan", "isinf", "add", "sub",
-    "mul", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and",
-    "bitwise_or", "bitwise_xor", "where", "cast", "leaky_relu", "wrap_index",
-})  # fmt: skip
-
-
 def fusable_dtype(dtype: DType) -> bool:
     """Complex numbers, 8-bit floats and packed sub-byte types stay outside of regions."""
     return not dtype.is_complex and dtype.bits >= 8 and not (dtype.is_float and dtype.bits == 8)
@@ -74,11 +66,6 @@ def _is_product(node: Node) -> bool:
         x, w = node.operands
         return bool(node.attrs["channels_last"]) and dims.is_static(w.shape) and isinstance(x.shape[-1], int)
     return node.op.name in PRODUCTS
-
-
-def is_cheap(node: Node) -> bool:
-    """Whether computing the node's elements again costs next to nothing."""
-    return node.op.name in _CHEAP or node.op.has(Trait.VIEW, Trait.CREATION)
 
 
 def is_scalar(shape: Shape) -> bool:
@@ -128,15 +115,3 @@ def rows_of(node: Node) -> Rows | None:
         if axes and axes == list(range(len(shape) - len(axes), len(shape))):
             return Rows(shape, len(axes))
     return None
-
-
-def rereads(user: Node, index: int) -> bool:
-    """Whether a node reads elements of its operand ``index`` more than once."""
-    operand, name = user.operands[index], user.op.name
-    if user.op.has(Trait.POINTWISE) or name == "broadcast_to" or (name == "take" and index == 1):
-        return not dims.same(dims.numel(operand.shape), dims.numel(user.results[0].shape))
-    if name in ("take", "gather"):
-        return index == 0
-    if name == "put" and index == 1:  # once for each stretch that the index selects
-        return not dims.same(dims.numel(operand.shape), dims.numel(user.operands[2].shape))
-    return name in PRODUCTS or (name in ROW_OPS and index > 0)

@@ -10,8 +10,9 @@ all have the same window, as with a kernel of the strides' size, they are one. T
 
 When: a convolution with 1 to 3 spatial axes, and a weight and a number of channels of known size, for a CPU. What follows is
 carried along as far as it goes: pointwise ops (other operands broadcast along the same axes), sums, means and extremes,
-pooling, pad, slice, take by a vector, and concat if half of its operands are in the layout. Pooling and take also begin with an
-input that lies in memory so. Everything else reads the value through the transpose. Declined, with a remark: unknown sizes, and integers.
+pooling, pad, slice, take by a vector, and concat if half of its bytes are in the layout (the lesser part is transposed). Pooling
+and take also begin with an input that lies in memory so. Everything else reads the value through the transpose. Declined, with a
+remark: unknown sizes, and integers.
 
 Numerics: bitwise in the IR; a kernel may sum in another order.
 Reference: Liu et al., "Optimizing CNN Model Inference on CPUs", USENIX ATC 2019, sections 3.1 and 3.2.
@@ -19,12 +20,13 @@ Reference: Liu et al., "Optimizing CNN Model Inference on CPUs", USENIX ATC 2019
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from graphopt.ir import Trait, dims
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.pass_manager import Pass
+from graphopt.passes.fusion.cost import CostModel
 from graphopt.passes.layout import phases
 from graphopt.rewrite import PassContext, Rewriter, erase_dead
 
@@ -46,10 +48,13 @@ class ConvLayout(Pass):
 
     name = "conv-layout"
 
+    def parts(self) -> Sequence[type]:
+        return [type(self), CostModel]
+
     def run(self, g: Graph, ctx: PassContext) -> bool:
         if ctx.target is not None and ctx.target.kind != "cpu":
             return False
-        walk = _Walk(g)
+        walk = _Walk(g, CostModel(ctx.target, g.symbols))
         changed = False
         for node in g.nodes():
             if node.erased:
@@ -87,8 +92,8 @@ Make = Callable[[Rewriter], Value]
 class _Walk:
     """The values that are views of channels-last ones, and how to go on from them."""
 
-    def __init__(self, g: Graph) -> None:
-        self.graph = g
+    def __init__(self, g: Graph, costs: CostModel) -> None:
+        self.graph, self.costs = g, costs
         self.twins: dict[Value, Value] = {}  # [N, C, *S] -> the same as [N, *S, C]
 
     def maker(self, node: Node) -> Make | None:
@@ -108,8 +113,8 @@ class _Walk:
         if name in _REDUCTIONS:
             return (lambda rw: self._reduction(rw, node)) if self._keeps_order(node) else None
         if name == "concat":
-            ready = sum(v in self.twins for v in node.operands)
-            return (lambda rw: self._concat(rw, node)) if 2 * ready >= len(node.operands) else None
+            ready, other = ([v for v in node.operands if (v in self.twins) is there] for there in (True, False))
+            return (lambda rw: self._concat(rw, node)) if not self.costs.is_less(ready, other) else None
         if name in WINDOWS:
             return lambda rw: self._pool(rw, node)
         if name == "take" and (not (begins or node.operands[0] in self.twins) or node.operands[1].type.rank != 1):

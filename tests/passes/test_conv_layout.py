@@ -191,3 +191,16 @@ def test_what_declines_to_begin_leaves_no_transpose(line: str) -> None:
       %0: {result} = {line}
       return %0
     }}""", fires=False)
+
+
+@pytest.mark.parametrize(("beside", "last"), [(4, True), (64, False)])
+def test_the_lesser_part_of_a_concat_is_transposed(beside: int, last: bool) -> None:
+    g = parse_graph(f"""graph @g(%x: f32[B, 4, 6, 6], %y: f32[B, {beside}, 6, 6], weight %w: f32[8, 4, 1, 1]) -> f32[B, {beside + 8}, 6, 6]
+    where 1 <= B {{
+      %0: f32[B, 8, 6, 6] = conv(%x, %w) {{stride = [1, 1], padding = [0, 0], dilation = [1, 1]}}
+      %1: f32[B, {beside + 8}, 6, 6] = concat(%0, %y) {{axis = 1}}
+      return %1
+    }}""")
+    run_passes(g, [ConvLayout()], PassContext(target=Target.from_name("cpu:znver5")))
+    (concat,) = (n for n in g.nodes() if n.op.name == "concat")
+    assert (concat.attrs["axis"] == 3) is last

@@ -6,8 +6,11 @@ import pytest
 from fusing import regions, run
 
 from graphopt.ir import parse_graph
+from graphopt.pass_manager import run_passes
 from graphopt.passes.fusion import Fuse, SiblingMatmuls
 from graphopt.passes.layout import PackWeights
+from graphopt.rewrite import PassContext
+from graphopt.target import Target
 from graphopt.testing import check_pass
 
 HEAD = """graph @g(%x: f32[B, 4], %y: f32[B, 4], weight %a: f32[6, 4], weight %b: f32[2, 4], weight %c: f32[4, 6],
@@ -41,11 +44,11 @@ AFTER = HEAD.format(result="f32[B, 3, 2]") + """
 
 
 def test_before_and_after() -> None:
-    check_pass(SiblingMatmuls(rows=None), BEFORE, AFTER)
+    check_pass(SiblingMatmuls(always=True), BEFORE, AFTER)
 
 
 def test_plain_and_transposed_weights_without_bias() -> None:
-    check_pass(SiblingMatmuls(rows=None), HEAD.format(result="f32[B, 3, 2]") + """
+    check_pass(SiblingMatmuls(always=True), HEAD.format(result="f32[B, 3, 2]") + """
       %0: f32[4, 6] = transpose(%a) {perm = [1, 0]}
       %1: f32[B, 6] = matmul(%x, %0)
       %2: f32[B, 3, 2] = reshape(%1) {shape = [B, 3, 2]}
@@ -69,7 +72,7 @@ def test_plain_and_transposed_weights_without_bias() -> None:
 def test_readers_take_the_slices_in() -> None:
     """No copy is left: the kernels behind read the wide result in place, and its weight is packed."""
     g = parse_graph(BEFORE)
-    run(g, [SiblingMatmuls(rows=None), Fuse(), PackWeights(lanes=2)])
+    run(g, [SiblingMatmuls(always=True), Fuse(), PackWeights(lanes=2)])
     assert [(kind, ops[-1]) for kind, ops in regions(g)] == [("matmul", "matmul"), ("pointwise", "mul")]
     assert not [n for n in g.nodes() if n.op.name == "slice"]
 
@@ -88,24 +91,24 @@ def test_readers_take_the_slices_in() -> None:
 def test_must_not_fire(change: tuple[str, str], reason: str | None) -> None:
     text = BEFORE.replace(*change)
     assert text != BEFORE
-    check_pass(SiblingMatmuls(rows=None), text, fires=False, reason=reason)
+    check_pass(SiblingMatmuls(always=True), text, fires=False, reason=reason)
 
 
 def test_a_result_that_is_returned_stays() -> None:
     text = BEFORE.replace("-> f32[B, 3, 2]", "-> (f32[B, 3, 2], f32[B, 6])").replace("return %8", "return %8, %2")
-    check_pass(SiblingMatmuls(rows=None), text, fires=False, reason="it is returned")
+    check_pass(SiblingMatmuls(always=True), text, fires=False, reason="it is returned")
 
 
 def test_a_weight_that_is_converted_stays() -> None:
     old = "%4: f32[4, 2] = transpose(%b) {perm = [1, 0]}"
     new = "%9: f32[2, 4] = cast(%b) {dtype = f32}\n %4: f32[4, 2] = transpose(%9) {perm = [1, 0]}"
     text = BEFORE.replace("weight %b: f32[2, 4]", "weight %b: f64[2, 4]").replace(old, new)
-    check_pass(SiblingMatmuls(rows=None), text, fires=False, reason="its weight is no frozen matrix")
+    check_pass(SiblingMatmuls(always=True), text, fires=False, reason="its weight is no frozen matrix")
 
 
 def test_a_gate_is_left_to_fusion() -> None:
     """Products that meet in one pointwise op share a kernel that writes neither of them."""
-    check_pass(SiblingMatmuls(rows=None), HEAD.format(result="f32[B, 6]") + """
+    check_pass(SiblingMatmuls(always=True), HEAD.format(result="f32[B, 6]") + """
       %0: f32[4, 6] = transpose(%a) {perm = [1, 0]}
       %1: f32[B, 6] = matmul(%x, %0)
       %2: f32[B, 6] = matmul(%x, %c)
@@ -116,13 +119,32 @@ def test_a_gate_is_left_to_fusion() -> None:
 
 def test_at_most() -> None:
     g = parse_graph(BEFORE)
-    run(g, [SiblingMatmuls(most=1, rows=None)])
+    run(g, [SiblingMatmuls(most=1, always=True)])
     assert len([n for n in g.nodes() if n.op.name == "matmul"]) == 2
 
 
-@pytest.mark.parametrize(("rows", "count"), [("B", 2), ("9", 2), ("8", 1)])
-def test_only_few_rows_by_default(rows: str, count: int) -> None:
-    text = BEFORE if rows == "B" else BEFORE.replace("[B,", f"[{rows},").replace(" where 1 <= B", "")
-    g = parse_graph(text)
-    run(g, [SiblingMatmuls()])
+LARGE = """graph @g(%x: f32[{rows}, 768], weight %a: f32[768, 768], weight %b: f32[768, 768]) -> f32[{rows}, 12, 64]{where} {{
+  %0: f32[{rows}, 768] = matmul(%x, %a)
+  %1: f32[{rows}, 768] = matmul(%x, %b)
+  %2: f32[{rows}, 12, 64] = reshape(%0) {{shape = [{rows}, 12, 64]}}
+  %3: f32[{rows}, 12, 64] = reshape(%1) {{shape = [{rows}, 12, 64]}}
+  %4: f32[{rows}, 12, 64] = mul(%2, %3)
+  return %4
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "where", "name", "count"),
+    [
+        (1, "", "znver5", 1),
+        (16, "", "znver5", 1),
+        (16, "", "neoverse-n1", 2),  # narrow vectors have more to do for each byte
+        (128, "", "znver5", 2),
+        ("B", " where 1 <= B <= 16", "znver5", 1),
+        ("B", " where 1 <= B", "znver5", 2),
+    ],
+)
+def test_products_that_wait_for_memory_become_one(rows: object, where: str, name: str, count: int) -> None:
+    g = parse_graph(LARGE.format(rows=rows, where=where))
+    run_passes(g, [SiblingMatmuls()], PassContext(target=Target.from_name(f"cpu:{name}")))
     assert len([n for n in g.nodes() if n.op.name == "matmul"]) == count
