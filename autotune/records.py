@@ -33,6 +33,9 @@ class Status(str, Enum):
         return self.value
 
 
+_FOR_NAN = {"seconds": None, "spread": None, "error": math.inf, "gain": None, "build_seconds": 0.0, "trial_seconds": 0.0}
+
+
 @dataclass(frozen=True)
 class Measured:
     """What trying one candidate gave.
@@ -41,7 +44,7 @@ class Measured:
         status: how it ended.
         seconds: median time of a call; always there if ``OK``.
         spread: (p90 - p10) / median of the calls.
-        error: the largest difference to the f64 result, as the gate counts it; ``inf`` for a result that is not finite.
+        error: the largest difference to the f64 result, as the gate counts it; ``inf`` where that is no number.
         gain: the incumbent's median / its own, the two timed in alternation.
         reason: in words, why it is not ``OK``.
         build_seconds, trial_seconds: what building it, and all of the trial, cost.
@@ -59,8 +62,10 @@ class Measured:
     def __post_init__(self) -> None:
         if self.status is Status.OK and not (self.seconds is not None and 0 < self.seconds < math.inf):
             raise ValueError(f"a candidate that is ok was timed; seconds = {self.seconds}")
-        if self.error is not None and math.isnan(self.error):
-            object.__setattr__(self, "error", math.inf)  # NaN equals nothing, not even the record that was stored
+        for name, for_nan in _FOR_NAN.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _plain(value, for_nan))
+        object.__setattr__(self, "reason", self.reason.encode(errors="backslashreplace").decode())  # may quote any program's output
 
     @property
     def ok(self) -> bool:
@@ -69,7 +74,7 @@ class Measured:
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, without the numbers that are not known."""
         numbers = {k: v for k, v in asdict(self).items() if k not in ("status", "reason") and v is not None}
-        return {"status": self.status.value, "reason": self.reason, **{k: _number_out(float(v)) for k, v in numbers.items()}}
+        return {"status": self.status.value, "reason": self.reason, **{k: _number_out(v) for k, v in numbers.items()}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Measured:
@@ -113,6 +118,8 @@ class TuningRecord:
     when: str = ""
 
     def __post_init__(self) -> None:
+        if self.threads < 1 or not 0 <= self.trial < 1 << 63:
+            raise ValueError(f"threads = {self.threads} and trial = {self.trial} cannot be")
         object.__setattr__(self, "versions", tuple(sorted(self.versions)))
 
     @cached_property
@@ -135,15 +142,22 @@ class TuningRecord:
         data = _object(text)
         _expect(data, _TYPES, "a tuning record")
         _expect(data["workload"], {"kind": str, "text": str}, "a workload")
-        _expect(data["schedule"], {"template": str, "sketch": str, "knobs": dict}, "a schedule")
         _expect(data["versions"], dict.fromkeys(data["versions"], str), "versions")
-        s = data["schedule"]
-        knobs = {name: _knob(name, value) for name, value in s["knobs"].items()}
-        return TuningRecord(
-            Workload(**data["workload"]), data["target"], data["device"], data["threads"],
-            Schedule(s["template"], s["sketch"], tuple(sorted(knobs.items()))), Measured.from_dict(data["measured"]),
-            tuple(data["versions"].items()), data["run"], data["trial"], data["when"],
-        )  # fmt: skip
+        data["workload"] = Workload(**data["workload"])
+        data["schedule"] = schedule_from(data["schedule"])
+        data["measured"] = Measured.from_dict(data["measured"])
+        data["versions"] = tuple(data["versions"].items())
+        try:
+            return TuningRecord(**data)
+        except ValueError as error:
+            raise UsageError(f"not a tuning record: {error}") from None
+
+
+def schedule_from(data: Mapping[str, Any]) -> Schedule:
+    """A schedule from what ``Schedule.to_json`` writes, read as JSON. Raises UsageError for anything else."""
+    _expect(data, {"template": str, "sketch": str, "knobs": dict}, "a schedule")
+    knobs = {name: _knob(name, value) for name, value in data["knobs"].items()}
+    return Schedule(data["template"], data["sketch"], tuple(sorted(knobs.items())))
 
 
 _TYPES: dict[str, type] = {
@@ -179,6 +193,11 @@ def _knob(name: str, value: Any) -> Knob:
     if isinstance(value, int | str | bool):
         return value
     raise UsageError(f"knob {name} is {value!r}, which no knob can be")
+
+
+def _plain(value: float, for_nan: float | None) -> float | None:
+    """A number that equals itself, and is the same after any journey: neither NaN nor -0.0, and of no other type than float."""
+    return for_nan if math.isnan(value) else float(value) + 0.0
 
 
 def _number_out(value: float) -> float | str:

@@ -80,6 +80,12 @@ class BuildError(GraphoptError):
     exit_status = 8
 
 
+class DatabaseError(GraphoptError):
+    """The tuning database is damaged, or could not be read or written."""
+
+    exit_status = 9
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint `` (did you mean 'x'?)`` for a misspelt word, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
