@@ -82,10 +82,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Param:
-    """A knob and its choices, the default first."""
+    """A knob and its choices, the default first.
+
+    Choices that are all tuples are tile sizes: the factors of one size by level; all numbers, they are ordered; otherwise they are names.
+
+    Attributes:
+        group: knobs of one group shape one structure (a register tile, the division into tasks): what is good for one of them depends
+            on the others, so a search inherits them together. A knob without a group is one of its own.
+    """
 
     name: str
     choices: tuple[Knob, ...]
+    group: str = ""
 
 
 @dataclass(frozen=True)
