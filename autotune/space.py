@@ -105,13 +105,55 @@ class Constraint:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A loop of a kernel, or several that run as one.
+
+    Attributes:
+        trips: iterations for one of the level around it; a mean where they differ.
+        touched: bytes of each operand (in the order of :class:`LoopNest`) that one iteration touches.
+        kind: ``parallel``, ``serial``, ``unrolled`` or ``vector``.
+    """
+
+    trips: float
+    touched: tuple[float, ...]
+    kind: str = "serial"
+
+
+@dataclass(frozen=True)
+class LoopNest:
+    """The loops that a schedule makes of a workload, as far as they decide its speed: what a cost model looks at.
+
+    Attributes:
+        operands: what is read and written: inputs, outputs, scratch.
+        levels: outermost first. All trips together, each doing ``flops``, are the whole kernel.
+        flops: operations of one iteration of the innermost level, with those that are wasted.
+        waste: operations done / operations needed, at least 1.
+        registers: vector registers that the innermost level holds.
+        moved: bytes copied before the loops start: packing, padding.
+    """
+
+    operands: tuple[str, ...]
+    levels: tuple[Level, ...]
+    flops: float
+    waste: float = 1.0
+    registers: int = 0
+    moved: float = 0.0
+
+
+@dataclass(frozen=True)
 class SearchSpace:
-    """All schedules of a template for a workload; the default is always among them."""
+    """All schedules of a template for a workload; the default is always among them.
+
+    Attributes:
+        sketches: structures that have the same knobs.
+        nest: the loops of a schedule, for a cost model; None where a template does not tell.
+    """
 
     template: str
     sketches: tuple[str, ...] = ("default",)
     params: tuple[Param, ...] = ()
     constraints: tuple[Constraint, ...] = field(default_factory=tuple)
+    nest: Callable[[Schedule], LoopNest] | None = field(default=None, compare=False)
 
     def default(self) -> Schedule:
         """The schedule that needs no tuning: the first sketch, the first choice of every knob."""

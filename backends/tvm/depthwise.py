@@ -23,8 +23,7 @@ from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
-LINES = 8  # lines of a task: their taps overlap, and stay in the cache
-TASKS = 32  # of an image, at least where it has the channels for it
+LINES, TASKS = 8, 32  # where a schedule does not say
 
 
 class DepthwiseKernel:
@@ -33,9 +32,13 @@ class DepthwiseKernel:
     Args:
         lanes: channels a vector, a power of two; at most as many as there are.
         pixels: of a tile.
+        lines: of a task, at most: their taps overlap, and stay in the cache.
+        tasks: of an image, at least where it has the channels for it.
     """
 
-    def __init__(self, graph: Graph, form: ConvForm, lanes: int, pixels: int, parallel: bool) -> None:
+    def __init__(self, graph: Graph, form: ConvForm, lanes: int, pixels: int, parallel: bool, lines: int = LINES,
+                 tasks: int = TASKS) -> None:  # fmt: skip
+        self.lines, self.tasks = lines, tasks
         self.graph, self.form, self.lanes, self.tile, self.parallel = graph, form, lanes, pixels, parallel
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)
@@ -55,9 +58,9 @@ class DepthwiseKernel:
         *lead, width = self.out
         blocks = -(-self.channels // self.lanes)
         lines = lead[-1] if len(lead) > 1 else 1
-        each = -(-lines // -(-lines // LINES)) if isinstance(lines, int) else LINES  # even pieces
+        each = -(-lines // -(-lines // self.lines)) if isinstance(lines, int) else self.lines  # even pieces
         pieces = code.bind_index(code.ceildiv(lines, each), "pieces")
-        chunks = min(blocks, -(-TASKS // pieces)) if isinstance(pieces, int) else min(blocks, 4)
+        chunks = min(blocks, -(-self.tasks // pieces)) if isinstance(pieces, int) else min(blocks, 4)
         per_chunk = -(-blocks // chunks)
         chunks = -(-blocks // per_chunk)
         sizes = [*(lead[:-1] if len(lead) > 1 else lead), pieces, chunks]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
+from graphopt.autotune.space import Constraint, LoopNest, Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
 from graphopt.errors import BuildError
 from graphopt.ir import dims
-from graphopt.ir.dims import Dim
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph
 from graphopt.target import Target
-
-_FEW_ROWS = 8  # rows of the highest tile
 
 
 def entry_name(w: Workload, s: Schedule) -> str:
@@ -42,16 +38,26 @@ class Template:
         takes: why a region is not for this template, or None if it is. Looks at the IR only.
         params: the knobs for a workload.
         write: (workload, schedule, target) -> the emitted :class:`~graphopt.backends.tvm.code.Code`; imports tvm.
+        spaces_of: (workload, target) -> the spaces of a template with several sketches; that of the default first.
+        nest: (workload, target) -> the loops of a schedule, for a cost model.
     """
 
     name: str
     takes: Callable[[Workload, Target], str | None]
     params: Callable[[Workload, Target], tuple[Param, ...]]
     write: Callable[[Workload, Schedule, Target], Any]
+    spaces_of: Callable[[Workload, Target], tuple[SearchSpace, ...]] | None = None
+    nest: Callable[[Workload, Target], Callable[[Schedule], LoopNest]] | None = None
 
     def space(self, w: Workload, t: Target) -> SearchSpace:
-        """All schedules; the default needs no tuning."""
-        return SearchSpace(self.name, params=self.params(w, t))
+        """The space whose default needs no tuning."""
+        return self.spaces(w, t)[0]
+
+    def spaces(self, w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+        """All schedules, the space of the default first."""
+        if self.spaces_of is not None:
+            return self.spaces_of(w, t)
+        return (SearchSpace(self.name, params=self.params(w, t), nest=self.nest and self.nest(w, t)),)
 
     def emit(self, w: Workload, s: Schedule, t: Target) -> KernelSource:
         """The kernel as a TensorIR function; its text is TVMScript."""
@@ -66,10 +72,10 @@ class Template:
 def _nest_params(w: Workload, t: Target) -> tuple[Param, ...]:
     lanes = lanes_of(w.graph, t)
     return (
-        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2))))),
-        Param("unroll", (4, 2, 8)),
-        Param("chunk", (4096, 1024, 16384)),
-        Param("parallel", (True, False)),
+        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes, 4 * lanes)))),
+        Param("unroll", (4, 1, 2, 8)),
+        Param("chunk", (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536), "tasks"),
+        Param("parallel", (True, False), "tasks"),
     )
 
 
@@ -107,10 +113,10 @@ def _rows_params(w: Workload, t: Target) -> tuple[Param, ...]:
     step = max(1, min(16, 2048 // max(1, columns)))
     lanes = lanes_of(w.graph, t)
     return (
-        Param("lanes", (lanes,)),
-        Param("unroll", (4, 2, 8)),
-        Param("rows", tuple(dict.fromkeys((step, 1, 4, 16)))),
-        Param("parallel", (True, False)),
+        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes)))),
+        Param("unroll", (4, 1, 2, 8)),
+        Param("rows", tuple(dict.fromkeys((step, 1, 2, 4, 8, 16, 32, 64))), "tasks"),
+        Param("parallel", (True, False), "tasks"),
     )
 
 
@@ -138,87 +144,25 @@ def _tile_refuse(w: Workload, t: Target) -> str | None:
 
 
 def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.prepare import flatten_rows
+    from graphopt.backends.tvm.tileform import params
 
-    products = [n for n in flatten_rows(w.graph).nodes() if n.name == "matmul"]
-    node, packed = products[0], any(_is_packed(n.operands[1]) for n in products)
-    lanes = max(1, t.lanes(8 if node.result.dtype.bits == 64 else 4))
-    rows, columns = (_fixed(d, w.graph) for d in node.result.shape[-2:])
-    mr, most = t.tile
-    vectors = most
-    if isinstance(rows, int) and rows < mr:
-        mr, vectors = rows, (4 if rows == 1 else 3 if rows < 4 else most)
-    elif isinstance(rows, int):
-        mr = -(-rows // -(-rows // mr))  # the same number of tiles, filled evenly
-    if (
-        isinstance(columns, int)
-        and columns % (3 * lanes)
-        and columns % (2 * lanes) == 0
-        and vectors == 3
-        and not packed
-    ):
-        vectors = 2
-    nr = lanes * vectors
-    while isinstance(columns, int) and nr > lanes and columns <= nr - lanes:
-        nr -= lanes
-    if isinstance(columns, int) and columns < lanes:
-        nr = columns
-    if packed:
-        nr = most * lanes
-    several = not isinstance(rows, int) or rows > mr  # what is read once is a stream, which the hardware fetches better itself
-    return (
-        Param("lanes", (lanes,)),
-        Param("mr", tuple(dict.fromkeys((mr, *(r for r in (4, 6, 8) if not isinstance(rows, int) or r <= rows))))),
-        Param("nr", tuple(dict.fromkeys((nr, lanes, 2 * lanes, 3 * lanes)))),
-        Param("unroll", tuple(dict.fromkeys((_unroll(t), 4, 1, 2, 8)))),
-        Param("group", tuple(dict.fromkeys((_row_group(node.result, w.graph, mr, nr, t), 1, 4, 16, 64)))),
-        Param("prefetch", (several, not several)),
-        Param("parallel", (True, False)),
-    )
+    return params(w.graph, t)
 
 
-def _unroll(t: Target) -> int:
-    """Steps of the summed axis at a time: on Arm, LLVM gathers the elements of more steps into registers that it has not."""
-    return 4 if t.arch != "aarch64" else 1 if t.sve_bits > 128 else 2
+def _tile_variants(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.tileform import variants
 
-
-def _row_group(result: Value, graph: Graph, mr: int, nr: int, t: Target) -> int:
-    """Row tiles that share a copied panel: as many as leave each core a few steps, a power of two."""
-    *batch, rows, columns = [_typical(d, graph) for d in result.shape]
-    tiles = -(-rows // mr)
-    others = math.prod(batch) * -(-columns // nr)
-    group = 64
-    while group > 4 and (group >= 2 * tiles or others * -(-tiles // group) < 4 * t.cores):
-        group //= 2
-    return group
-
-
-def _fixed(d: Dim, graph: Graph) -> Dim:
-    """A size that schedules may count on: of a symbolic one that cannot fill a tile of any kernel, its largest value."""
-    least, most = dims.bounds(d, graph.symbols)
-    return d if most is None or most > _FEW_ROWS or least is None or least < 0 else max(1, most)
-
-
-def _typical(d: Dim, graph: Graph) -> int:
-    """What a size may be like, where any guess is right: a symbolic one is taken for 16, or for the most it can be."""
-    if isinstance(d, int):
-        return d
-    most = dims.bounds(d, graph.symbols)[1]
-    return 16 if most is None else max(1, min(16, most))
-
-
-def _is_packed(v: Value) -> bool:
-    """Whether a factor is written as columns packed in panels: slice(reshape(transpose(wp)))."""
-    node = v.producer
-    return node is not None and node.name == "slice" and node.operands[0].defined_by("reshape") is not None
+    return variants(w.graph, t)
 
 
 def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
     from graphopt.backends.tvm.tile import TileKernel
+    from graphopt.backends.tvm.tileform import BLOCK, BLOCKED
 
-    graph = flatten_rows(expand_rows(w.graph))
-    return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"]).emit()
+    graph, block = flatten_rows(expand_rows(w.graph)), s["block"] if s.sketch in BLOCKED else BLOCK
+    return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"], block,
+                      s.sketch in BLOCKED, s.sketch.endswith("rows-first")).emit()  # fmt: skip
 
 
 # --- products of bf16 in pairs -----------------------------------------------------------------------------------------
@@ -268,17 +212,40 @@ def _depthwise_params(w: Workload, t: Target) -> tuple[Param, ...]:
     lanes = max(1, t.lanes(max(4, form.node.result.dtype.itemsize)))
     while lanes > form.groups:
         lanes //= 2
-    pixels = (8, 4, 6, 12) if t.vector_registers == 32 else (4, 6, 2)
-    return (Param("lanes", (lanes,)), Param("pixels", pixels), Param("parallel", (True, False)))
+    pixels = (8, 4, 6, 12, 2, 3, 5, 7, 10, 14) if t.vector_registers == 32 else (4, 6, 2, 3, 5)
+    return (Param("lanes", (lanes,)), Param("pixels", pixels, "tile"), Param("parallel", (True, False)))
+
+
+def _depthwise_variants(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    """Tasks of the size that suits most, and of any."""
+    from graphopt.backends.tvm.loopnests import depthwise_loops
+
+    own, loops = _depthwise_params(w, t), depthwise_loops(w.graph, t)
+    lanes = own[0].choices[0]
+    assert isinstance(lanes, int)
+    pieces = (
+        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes))), "tile"), *own[1:],
+        Param("lines", (8, 1, 2, 4, 14, 28, 56), "tasks"), Param("tasks", (32, 1, 4, 8, 16, 64, 128), "tasks"),
+    )  # fmt: skip
+    groups = _conv_form(w).groups
+    whole = Constraint("vectors wider than there are channels", lambda k: k["lanes"] == lanes or int(str(k["lanes"])) <= groups)
+    return SearchSpace("depthwise", params=own, nest=loops), SearchSpace("depthwise", ("pieces",), pieces, (whole,), loops)
+
+
+def _conv_form(w: Workload) -> Any:
+    from graphopt.backends.tvm.convform import conv_of
+
+    return conv_of(w.graph)
 
 
 def _write_depthwise(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.convform import ConvForm, conv_of
-    from graphopt.backends.tvm.depthwise import DepthwiseKernel
+    from graphopt.backends.tvm.depthwise import LINES, TASKS, DepthwiseKernel
 
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
-    return DepthwiseKernel(w.graph, form, s["lanes"], s["pixels"], s["parallel"]).emit()
+    lines, tasks = (s["lines"], s["tasks"]) if s.sketch == "pieces" else (LINES, TASKS)
+    return DepthwiseKernel(w.graph, form, s["lanes"], s["pixels"], s["parallel"], lines, tasks).emit()
 
 
 def _winograd_refuse(w: Workload, t: Target) -> str | None:
@@ -328,14 +295,14 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     block = 512 if t.cache[1] >= 1 << 20 else 256  # of a panel: an eighth of the cache that it is read from again and again
     return (
         Param("lanes", (lanes if columns % lanes == 0 else columns,)),
-        Param("rows", rows),
-        Param("columns", (columns,)),
+        Param("rows", rows, "tile"),
+        Param("columns", (columns,), "tile"),
         Param("unroll", (4, 2, 8)),
-        Param("tiles", (12, 4, 6, 24, 48)),
-        Param("block", (block, 128, 256 if block == 512 else 512)),
+        Param("tiles", (12, 2, 4, 6, 8, 16, 24, 48), "tasks"),
+        Param("block", tuple(dict.fromkeys((block, 64, 128, 256, 384, 512))), "tasks"),
         Param("fetch", (far, not far)),
-        Param("split", ("panels", "pixels") if deep else ("pixels", "panels")),
-        Param("parallel", (True, False)),
+        Param("split", ("panels", "pixels") if deep else ("pixels", "panels"), "tasks"),
+        Param("parallel", (True, False), "tasks"),
     )
 
 
@@ -349,11 +316,23 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
                       s["split"], s["parallel"]).emit()  # fmt: skip
 
 
-DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise)
+def _loops(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopNest]]:
+    """The loops of a template, by the name of the function that tells them."""
+
+    def of(w: Workload, t: Target) -> Callable[[Schedule], LoopNest]:
+        from graphopt.backends.tvm import loopnests
+
+        return getattr(loopnests, name)(w.graph, t)
+
+    return of
+
+
+DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
-CONV = Template("conv", _conv_refuse, _conv_params, _write_conv)
+CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=_loops("conv_loops"))
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
-TILE = Template("tile", _tile_refuse, _tile_params, _write_tile)
-ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows)
-NEST = Template("nest", lambda w, t: "a convolution" if w.kind == "conv" else None, _nest_params, _write_nest)
+TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
+ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=_loops("row_loops"))
+NEST = Template("nest", lambda w, t: "a convolution" if w.kind == "conv" else None, _nest_params, _write_nest,
+                nest=_loops("element_loops"))  # fmt: skip
 TEMPLATES: tuple[Template, ...] = (DEPTHWISE, WINOGRAD, CONV, PAIRS, TILE, ROWS, NEST)

@@ -23,11 +23,11 @@ from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.support import is_materialized
+from graphopt.backends.tvm.tileform import BLOCK
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Node, Value
 
 LINE = 64  # bytes of a cache line
-BLOCK = 128  # terms that are summed before the sum is added to the total
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,16 @@ class TileKernel:
         unroll: steps of the summed axis that are unrolled.
         group: row tiles that a parallel step takes, with one panel of the second factor (copied once for them, where it must be).
         prefetch: while a packed panel is used, bring the next one into the second-level cache, a part with every row tile.
+        block: terms that are summed before the sum is added to the total.
+        blocked: sum a block of all row tiles of a step before the next block, so that a block of a panel stays in the first-level
+            cache; otherwise a row tile is summed to its end.
+        rows_first: threads divide the rows first, not the panels.
     """
 
     def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, group: int, prefetch: bool,
-                 parallel: bool) -> None:  # fmt: skip
+                 parallel: bool, block: int = BLOCK, blocked: bool = False, rows_first: bool = False) -> None:  # fmt: skip
         self.graph, self.mr, self.nr, self.unroll, self.prefetch, self.parallel = graph, rows, columns, unroll, prefetch, parallel
+        self.block, self.blocked, self.rows_first = block, blocked, rows_first
         self.lanes, self.vector = min(lanes, columns), lanes
         nodes = [n for n in graph.nodes() if is_materialized(n)]
         self.code = Code(graph.symbols)
@@ -86,18 +91,23 @@ class TileKernel:
     def emit(self) -> Code:
         code = self.code
         tiles = code.ceildiv(self.m, self.mr)
-        blocks = [*self.batch, code.ceildiv(self.n, self.nr), code.ceildiv(tiles, self.group)]
+        sizes = [code.ceildiv(self.n, self.nr), code.ceildiv(tiles, self.group)]
+        blocks = [*self.batch, *(sizes[::-1] if self.rows_first else sizes)]
         work = product(code, [*self.batch, self.m, self.n, self.k])
         steps = product(code, blocks)
         serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
         with code.loop(steps, "serial" if serial else "parallel", "tile") as tile:
             *lead, jo, go = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(tile, blocks), blocks, strict=True)]
+            if self.rows_first:
+                jo, go = go, jo
             column = code.simplify(jo * self.nr)
             panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
             first = code.simplify(go * self.group)
+            if self.blocked and not any(p.dots for p in self.products):
+                self._by_blocks(lead, column, first, tiles, panels)
+                return code
             totals = [None if p.dots else code.alloc(self.mr * self.nr, self.held, "total") for p in self.products]
-            even = isinstance(tiles, int) and tiles % self.group == 0
-            with code.loop(self.group if even else code.bind_index(code.least(tiles - first, self.group)), "serial", "io") as io:
+            with code.loop(self._here(first, tiles), "serial", "io") as io:
                 tile_row = code.simplify(first + io)
                 row = code.simplify(tile_row * self.mr)
                 sums = []
@@ -106,6 +116,35 @@ class TileKernel:
                     sums.append(self._sum(p, lead, row, column, panel, ahead, total))
                 self._store(lead, row, column, sums)
         return code
+
+    def _here(self, first: Index, tiles: Index) -> Index:
+        """Row tiles of a step."""
+        code, even = self.code, isinstance(tiles, int) and tiles % self.group == 0
+        return self.group if even else code.bind_index(code.least(tiles - first, self.group))
+
+    def _by_blocks(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index, panels: Sequence[Any]) -> None:
+        """All row tiles of a step, a block of the summed axis at a time; then they are stored."""
+        code, size, here = self.code, self.mr * self.nr, self._here(first, tiles)
+        totals = [code.alloc(self.group * size, self.held, "total") for _ in self.products]
+        for total in totals:
+            with code.loop(code.simplify(here * (size // self.lanes)), "serial", "q") as q, code.loop(self.lanes, "vectorized", "v") as v:
+                code.store(total, code.simplify(q * self.lanes + v), tirx.const(0, self.held))
+        with code.loop(code.ceildiv(self.k, self.block), "serial", "block") as block, code.loop(here, "serial", "io") as io:
+            tile_row = code.simplify(first + io)
+            row, base = code.simplify(tile_row * self.mr), code.simplify(io * size)
+            for p, panel, total in zip(self.products, panels, totals, strict=True):
+                ahead = self._next_panel(p.factor, lead, column, tile_row, tiles) if self.prefetch else None
+                acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead)
+                self._everywhere(acc, lambda sums, at, _: code.store(sums, at, tirx.const(0, self.held)))
+                span(*self._block(block))
+
+                def add(sums: Any, at: Index, q: Index, total: Any = total, base: Index = base) -> None:
+                    place = code.simplify(base + q)
+                    code.store(total, place, code.load(total, place) + code.load(sums, at))
+
+                self._everywhere(acc, add)
+        with code.loop(here, "serial", "io") as io:
+            self._store(lead, code.simplify((first + io) * self.mr), column, totals, code.simplify(io * size))
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
         """An index that is surely inside, unless tiles fit the size."""
@@ -143,8 +182,7 @@ class TileKernel:
 
         A long sum is taken in blocks, so that its rounding error stays that of a library's.
         """
-        code, a = self.code, self.left
-        rows = [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
+        code, a, rows = self.code, self.left, self._rows(row)
         if p.dots:
 
             def left(r: Index, k: Index) -> Any:
@@ -154,18 +192,46 @@ class TileKernel:
                 return p.factor.at(lead, k, code.simplify(column + j))
 
             return sum_dots(code, self.k, rows, self.nr, self.vector, self.result.dtype, self.held, left, right)
-        zero, nr = tirx.const(0, self.held), self.nr
+        zero = tirx.const(0, self.held)
+        acc, span = self._tile_sum(p, lead, rows, column, panel, ahead)
+        if isinstance(self.k, int) and self.k <= self.block:
+            self._everywhere(acc, lambda sums, at, _: code.store(sums, at, zero))
+            span(0, self.k)
+            self._everywhere(acc, lambda sums, at, q: code.store(total, q, code.load(sums, at)))
+            return total
+        self._everywhere(acc, lambda _, at, q: code.store(total, q, zero))
+        with code.loop(code.ceildiv(self.k, self.block), "serial", "block") as block:
+            self._everywhere(acc, lambda sums, at, _: code.store(sums, at, zero))
+            span(*self._block(block))
+            self._everywhere(acc, lambda sums, at, q: code.store(total, q, code.load(total, q) + code.load(sums, at)))
+        return total
+
+    def _rows(self, row: Index) -> list[Index]:
+        """The rows of a tile, all of them inside."""
+        code = self.code
+        return [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
+
+    def _block(self, block: Index) -> tuple[Index, Index]:
+        """Where a block of the summed axis starts, and how long it is."""
+        code, even = self.code, isinstance(self.k, int) and self.k % self.block == 0
+        start = code.simplify(block * self.block)
+        return start, self.block if even else code.bind_index(code.least(self.k - block * self.block, self.block))
+
+    def _everywhere(self, acc: Sequence[Any], body: Callable[[Any, Index, Index], None]) -> None:
+        """``body(row's accumulators, place in them, place in the tile)`` for all vectors of the tile."""
+        code = self.code
+        for i, sums in enumerate(acc):
+            for u in range(0, self.nr, self.lanes):
+                with code.loop(self.lanes, "vectorized", "v") as v:
+                    body(sums, code.simplify(u + v), code.simplify(i * self.nr + u + v))
+
+    def _tile_sum(self, p: Product, lead: Sequence[Index], rows: Sequence[Index], column: Index, panel: Any,
+                  ahead: Callable[[Index], None] | None) -> tuple[list[Any], Callable[[Index, Index], None]]:  # fmt: skip
+        """A tile's accumulators, and ``span(first, length)``, which adds so many terms to them."""
+        code, a, nr = self.code, self.left, self.nr
         # a row of accumulators a buffer: small enough to become registers, whatever else the loop does with memory
         acc = [code.alloc(nr, self.held, "acc") for _ in rows]
         line = code.alloc(nr, self.held, "line")
-        blocked = not (isinstance(self.k, int) and self.k <= BLOCK)
-
-        def everywhere(body: Callable[[Any, Index, Index], None]) -> None:
-            """``body(row's accumulators, place in them, place in the tile)`` for all vectors of the tile."""
-            for i, sums in enumerate(acc):
-                for u in range(0, nr, self.lanes):
-                    with code.loop(self.lanes, "vectorized", "v") as v:
-                        body(sums, code.simplify(u + v), code.simplify(i * nr + u + v))
 
         def step(k: Index) -> None:
             # the factor's vectors are read first; then a row's element is needed once, by neighbouring instructions, so that
@@ -195,18 +261,7 @@ class TileKernel:
                 with code.loop(rest, "serial", "k") as k:
                     step(code.simplify(first + whole * self.unroll + k))
 
-        if not blocked:
-            everywhere(lambda sums, at, _: code.store(sums, at, zero))
-            span(0, self.k)
-            everywhere(lambda sums, at, q: code.store(total, q, code.load(sums, at)))
-            return total
-        everywhere(lambda _, at, q: code.store(total, q, zero))
-        with code.loop(code.ceildiv(self.k, BLOCK), "serial", "block") as block:
-            everywhere(lambda sums, at, _: code.store(sums, at, zero))
-            even = isinstance(self.k, int) and self.k % BLOCK == 0
-            span(code.simplify(block * BLOCK), BLOCK if even else code.bind_index(code.least(self.k - block * BLOCK, BLOCK)))
-            everywhere(lambda sums, at, q: code.store(total, q, code.load(total, q) + code.load(sums, at)))
-        return total
+        return acc, span
 
     def _packed_width(self, b: Value) -> int:
         """Whether columns beyond the last are there to be read: the second factor is a slice of padded packed columns."""
@@ -218,8 +273,8 @@ class TileKernel:
         width = x.shape[-1]
         return width if isinstance(width, int) and width % self.nr == 0 else 0
 
-    def _store(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any]) -> None:
-        """Write the tile: all of its vectors, or element by element where the tile is cut off by the edge."""
+    def _store(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any], base: Index = 0) -> None:
+        """Write the tile, which starts at ``base`` of ``sums``: all of its vectors, or element by element where the edge cuts it off."""
         code = self.code
         fits_columns = isinstance(self.n, int) and self.n % self.nr == 0
         fits_rows = isinstance(self.m, int) and self.m % self.mr == 0
@@ -229,10 +284,10 @@ class TileKernel:
             with code.loop(count, "serial", "i") as i:
                 if width:
                     with code.loop(self.nr // width, "serial", "u") as u, code.loop(width, "vectorized", "v") as v:
-                        self._element(lead, row, column, i, code.simplify(u * width + v), sums)
+                        self._element(lead, row, column, i, code.simplify(u * width + v), sums, base)
                 else:
                     with code.loop(code.least(self.n - column, self.nr), "serial", "j") as j:
-                        self._element(lead, row, column, i, j, sums)
+                        self._element(lead, row, column, i, j, sums, base)
 
         lanes = self._store_lanes(lead)
         if fits_columns:
@@ -256,12 +311,12 @@ class TileKernel:
                 return 1
         return self.lanes
 
-    def _element(self, lead: Sequence[Index], row: Index, column: Index, i: Index, j: Index, sums: Sequence[Any]) -> None:
+    def _element(self, lead: Sequence[Index], row: Index, column: Index, i: Index, j: Index, sums: Sequence[Any], base: Index) -> None:
         code = self.code
         at = [*lead, code.simplify(row + i), code.simplify(column + j)]
 
         def summed(acc: Any) -> Source:
-            value = scalar.rounded(code.bind(code.load(acc, code.simplify(i * self.nr + j))), self.result.dtype)
+            value = scalar.rounded(code.bind(code.load(acc, code.simplify(base + i * self.nr + j))), self.result.dtype)
 
             def source(index: Sequence[Index]) -> Any:
                 if not all(code.equal(p, q) for p, q in zip(index, at, strict=True)):

@@ -1,0 +1,220 @@
+"""The schedules of a matrix product by register tiles. Looks at the IR only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from graphopt.autotune.space import Constraint, Knob, Level, LoopNest, Param, Schedule, SearchSpace
+from graphopt.backends.tvm.prepare import flatten_rows
+from graphopt.backends.tvm.support import is_materialized
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Graph, Value
+from graphopt.target import Target
+
+BLOCK = 128  # terms that are summed before the sum is added to the total, where a schedule does not say
+PLAIN = ("default", "rows-first")  # a row tile is summed to its end; threads divide the panels, or the rows
+BLOCKED = ("blocked", "blocked-rows-first")  # a block of the depth is used by all row tiles of a step, then the next one
+_FEW_ROWS = 8  # rows of the highest tile of a default schedule
+_HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
+_LINE = 64  # bytes of a cache line
+
+
+def params(graph: Graph, t: Target) -> tuple[Param, ...]:
+    """The knobs of the plain sketches."""
+    node, packed = _product(graph)
+    lanes = max(1, t.lanes(8 if node.dtype.bits == 64 else 4))
+    rows, columns = (_fixed(d, graph) for d in node.shape[-2:])
+    mr, most = t.tile
+    vectors = most
+    if isinstance(rows, int) and rows < mr:
+        mr, vectors = rows, (4 if rows == 1 else 3 if rows < 4 else most)
+    elif isinstance(rows, int):
+        mr = -(-rows // -(-rows // mr))  # the same number of tiles, filled evenly
+    if (
+        isinstance(columns, int)
+        and columns % (3 * lanes)
+        and columns % (2 * lanes) == 0
+        and vectors == 3
+        and not packed
+    ):
+        vectors = 2
+    nr = lanes * vectors
+    while isinstance(columns, int) and nr > lanes and columns <= nr - lanes:
+        nr -= lanes
+    if isinstance(columns, int) and columns < lanes:
+        nr = columns
+    if packed:
+        nr = most * lanes
+    several = not isinstance(rows, int) or rows > mr  # what is read once is a stream, which the hardware fetches better itself
+    heights = (r for r in _HEIGHTS if not isinstance(rows, int) or r <= rows)
+    return (
+        Param("lanes", (lanes,)),
+        Param("mr", tuple(dict.fromkeys((mr, *heights))), "tile"),
+        Param("nr", tuple(dict.fromkeys((nr, *(v * lanes for v in (1, 2, 3, 4))))), "tile"),
+        Param("unroll", tuple(dict.fromkeys((_unroll(t), 4, 1, 2, 8)))),
+        Param("group", tuple(dict.fromkeys((_row_group(node, graph, mr, nr, t), 1, 2, 4, 8, 16, 32, 64))), "tasks"),
+        Param("prefetch", (several, not several)),
+        Param("parallel", (True, False), "tasks"),
+    )
+
+
+def constraints(graph: Graph, t: Target) -> tuple[Constraint, ...]:
+    """What all sketches must keep to. The default does, on every target."""
+    default = {p.name: p.choices[0] for p in params(graph, t)}
+    width = _panel_width(graph)
+    registers = t.vector_registers
+
+    def same(k: Mapping[str, Knob]) -> bool:
+        return all(k[n] == default[n] for n in ("mr", "nr"))
+
+    return (
+        Constraint(
+            f"the sums, the vectors of a row and an element need more than {registers} registers",
+            lambda k: same(k) or needed_registers(k) <= registers,
+        ),
+        Constraint(
+            f"tiles of columns that straddle packed panels of {width}",
+            lambda k: same(k) or not width or width % _int(k, "nr") == 0,
+        ),
+    )
+
+
+def needed_registers(k: Mapping[str, Knob]) -> int:
+    """Vector registers of a tile: its sums, the vectors of a row of the second factor, an element of the first."""
+    vectors = -(-_int(k, "nr") // _int(k, "lanes"))
+    return _int(k, "mr") * vectors + vectors + 1
+
+
+def variants(graph: Graph, t: Target) -> tuple[SearchSpace, ...]:
+    """The spaces of the tiled sketches, that of the default first."""
+    own, limits, loops = params(graph, t), constraints(graph, t), TileLoops(graph, t)
+    plain = SearchSpace("tile", PLAIN, own, limits, loops)
+    node, _ = _product(graph)
+    rows, depth = _fixed(node.shape[-2], graph), _depth(graph)
+    if (isinstance(rows, int) and rows <= t.tile[0]) or (isinstance(depth, int) and depth <= 64):
+        return (plain,)  # one row tile, or one block: the same loops
+    block = Param("block", (BLOCK, 64, 256, 384, 512), "tasks")
+    return plain, SearchSpace("tile", BLOCKED, (*own, block), limits, loops)
+
+
+# --- the loops, for the cost model ---------------------------------------------------------------------------------------
+
+
+class TileLoops:
+    """What each loop of a schedule touches of the first factor, the second, the outputs with what is read beside them, and the totals."""
+
+    def __init__(self, graph: Graph, t: Target) -> None:
+        flat = flatten_rows(graph)
+        products = [n for n in flat.nodes() if n.name == "matmul"]
+        result, left = products[0].result, products[0].operands[0]
+        *batch, self.m, self.n = [_typical(d, flat) for d in result.shape]
+        self.k, self.count, self.products = _typical(left.shape[-1], flat), math.prod(batch), len(products)
+        self.size, self.read = left.dtype.itemsize, products[0].operands[1].dtype.itemsize * len(products)
+        beside = (v for v in flat.inputs if dims.same_shape(v.shape, result.shape))
+        self.ends = sum(v.dtype.itemsize for v in (*flat.outputs, *beside))
+        self.packed, self.target = _panel_width(flat), t
+
+    def __call__(self, s: Schedule) -> LoopNest:
+        m, n, k = self.m, self.n, self.k
+        mr, nr, unroll, lanes = s["mr"], s["nr"], s["unroll"], s["lanes"]
+        rows_first, blocked = s.sketch.endswith("rows-first"), s.sketch in BLOCKED
+        block = min(k, s["block"] if blocked else BLOCK)
+        tiles, panels = -(-m // mr), -(-n // nr)
+        pieces = -(-tiles // s["group"])
+        height = tiles / pieces  # row tiles of a step, a mean
+        tasks = self.count * panels * pieces
+        cores = min(self.target.cores, tasks) if s["parallel"] else 1
+
+        def touched(rows: float, depth: float, columns: float) -> tuple[float, ...]:
+            line = max(depth * self.size, min(_LINE, k * self.size))
+            totals = 4.0 * rows * columns if blocked else 0.0
+            return (rows * line, depth * columns * self.read, rows * columns * self.ends, totals)
+
+        across, down = (min(cores, pieces), 1) if rows_first else (1, min(cores, panels))  # how threads divide rows, and columns
+        thread = touched(max(height * mr, m / across), k, max(nr, n / down))
+        tile = Level(height, touched(mr, block if blocked else k, nr))
+        blocks = Level(k / block, touched(height * mr if blocked else mr, block, nr))
+        return LoopNest(
+            ("left", "right", "ends", "totals"),
+            (
+                Level(cores, thread, "parallel"),
+                Level(tasks / cores, touched(height * mr, k, nr)),
+                *((blocks, tile) if blocked else (tile, blocks)),
+                Level(block / unroll, touched(mr, unroll, nr), "unrolled"),
+                Level(unroll * mr * -(-nr // lanes), (float(self.size), float(lanes * self.read), 0.0, 0.0), "vector"),
+            ),
+            flops=2.0 * lanes * self.products,
+            waste=tiles * mr * panels * nr / (m * n),
+            registers=needed_registers(dict(s.knobs)),
+            moved=0.0 if self.packed else float(self.count * k * n * self.read),
+        )
+
+
+# --- what the region looks like ------------------------------------------------------------------------------------------
+
+
+def _int(k: Mapping[str, Knob], name: str) -> int:
+    value = k[name]
+    assert isinstance(value, int)
+    return value
+
+
+def _product(graph: Graph) -> tuple[Value, bool]:
+    """The result of the first product, its rows under one axis where they can be, and whether a second factor is packed."""
+    products = [n for n in flatten_rows(graph).nodes() if n.name == "matmul"]
+    return products[0].result, any(_is_packed(n.operands[1]) for n in products)
+
+
+def _depth(graph: Graph) -> Dim:
+    node = next(n for n in graph.nodes() if is_materialized(n))
+    return node.operands[0].shape[-1]
+
+
+def _panel_width(graph: Graph) -> int:
+    """Columns of a panel of the packed second factor; 0 if it is not packed, or not by columns."""
+    for node in graph.nodes():
+        if node.name == "matmul" and _is_packed(node.operands[1]):
+            v = node.operands[1]
+            while v.producer is not None and v.producer.name in ("slice", "reshape", "transpose"):
+                v = v.producer.operands[0]
+            if v.type.rank == 3 and isinstance(v.shape[-1], int):
+                return v.shape[-1]
+    return 0
+
+
+def _unroll(t: Target) -> int:
+    """Steps of the summed axis at a time: on Arm, LLVM gathers the elements of more steps into registers that it has not."""
+    return 4 if t.arch != "aarch64" else 1 if t.sve_bits > 128 else 2
+
+
+def _row_group(result: Value, graph: Graph, mr: int, nr: int, t: Target) -> int:
+    """Row tiles that share a copied panel: as many as leave each core a few steps, a power of two."""
+    *batch, rows, columns = [_typical(d, graph) for d in result.shape]
+    tiles = -(-rows // mr)
+    others = math.prod(batch) * -(-columns // nr)
+    group = 64
+    while group > 4 and (group >= 2 * tiles or others * -(-tiles // group) < 4 * t.cores):
+        group //= 2
+    return group
+
+
+def _fixed(d: Dim, graph: Graph) -> Dim:
+    """A size that schedules may count on: of a symbolic one that cannot fill a tile of any kernel, its largest value."""
+    least, most = dims.bounds(d, graph.symbols)
+    return d if most is None or most > _FEW_ROWS or least is None or least < 0 else max(1, most)
+
+
+def _typical(d: Dim, graph: Graph) -> int:
+    """What a size may be like, where any guess is right: a symbolic one is taken for 16, or for the most it can be."""
+    if isinstance(d, int):
+        return d
+    most = dims.bounds(d, graph.symbols)[1]
+    return 16 if most is None else max(1, min(16, most))
+
+
+def _is_packed(v: Value) -> bool:
+    """Whether a factor is written as columns packed in panels: slice(reshape(transpose(wp)))."""
+    node = v.producer
+    return node is not None and node.name == "slice" and node.operands[0].defined_by("reshape") is not None

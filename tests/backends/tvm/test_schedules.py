@@ -1,0 +1,86 @@
+"""Every sketch of every template, at points of its space that chance picks, computes what the default computes."""
+
+from __future__ import annotations
+
+from math import prod
+from random import Random
+
+import pytest
+import torch
+from families import families, inputs
+from tvm_check import check
+
+from graphopt.autotune.moves import sketches_of
+from graphopt.autotune.space import LoopNest, Workload
+from graphopt.backends.tvm.backend import TvmBackend
+from graphopt.backends.tvm.build import load_kernel
+from graphopt.ir.text import parse_graph
+from graphopt.target import Target, detect
+
+POINTS = 3  # of each sketch
+CASES = ("pointwise: functions", "pointwise: transposed", "reduction: sum 0", "rowwise: softmax", "matmul: plain", "matmul: transposed",
+         "matmul: f64", "matmul: bf16", "matmul: packed, 7 rows", "matmul: packed, 35 rows", "conv: 3x3 packed",
+         "conv: depthwise", "conv: depthwise strided")  # fmt: skip
+LARGE = """graph @g(%x: f32[3, 40, 300], %y: f32[300, 100], %z: f32[300, 100]) -> f32[3, 40, 100] {
+ %0: f32[3, 40, 100] = matmul(%x, %y)
+ %1: f32[3, 40, 100] = matmul(%x, %z)
+ %2: f32[3, 40, 100] = silu(%0)
+ %3: f32[3, 40, 100] = mul(%2, %1)
+ return %3
+}"""
+
+
+def test_points_of_every_sketch_are_right(builder, kernels_dir) -> None:
+    target, rng = detect(), Random(0)
+    regions = {name: region for name, region in families(target).items() if name in CASES}
+    assert len(regions) == len(CASES)
+    regions["two products"] = (parse_graph(LARGE), "matmul")
+    jobs, graphs, sketches = [], [], dict.fromkeys(list[str]())
+    for graph, kind in regions.values():
+        w = Workload.of(graph, kind)
+        for template in TvmBackend().templates(w, target):
+            for sketch in sketches_of(template.spaces(w, target)):
+                sketches[f"{template.name}/{sketch.name}"] = None
+                found = (s for s in (sketch.random(rng) for _ in range(1000)) if sketch.space.rejection(s) is None)
+                for _ in range(POINTS):
+                    jobs.append((w, next(found)))
+                    graphs.append(graph)
+    assert {"tile/default", "tile/rows-first", "tile/blocked", "tile/blocked-rows-first", "depthwise/pieces"} <= set(sketches)
+    paths = builder.build_many(jobs, target, kernels_dir)
+    for graph, (w, s), path in zip(graphs, jobs, paths, strict=True):
+        kernel = load_kernel(path, w, s)
+
+        def run(values, _, graph=graph, kernel=kernel) -> list[torch.Tensor]:
+            outputs = [torch.full([int(d) for d in v.shape], float("nan"), dtype=v.dtype.torch) for v in graph.outputs]
+            kernel(*values, *outputs)
+            return outputs
+
+        check(graph, run, inputs(graph), {}, factor=4.0)
+
+
+@pytest.mark.parametrize("name", ["cpu:graniterapids:2", "cpu:x86-64-v3:8", "cpu:aarch64:4", "cpu:neoverse-v1:16"])
+def test_defaults_are_in_their_spaces_and_nests_add_up(name: str) -> None:
+    """Device-free. The trips of a nest make up the operations that its waste says, where sizes are known."""
+    target = Target.from_name(name)
+    for region, (graph, kind) in families(target).items():
+        w = Workload.of(graph, kind)
+        for template in TvmBackend().templates(w, target):
+            spaces = template.spaces(w, target)
+            assert template.space(w, target).default() == spaces[0].default()
+            for sketch in sketches_of(spaces):
+                assert sketch.space.rejection(sketch.default()) is None, (region, sketch.name)
+                if sketch.space.nest is None:
+                    continue
+                nest = sketch.space.nest(sketch.default())
+                assert isinstance(nest, LoopNest) and nest.waste >= 0.999 and nest.registers >= 0
+                assert all(level.trips > 0 and len(level.touched) == len(nest.operands) for level in nest.levels)
+                if template.name in ("tile", "conv", "depthwise") and not graph.symbols:
+                    done = nest.flops * prod(level.trips for level in nest.levels)
+                    (needed,) = {work for node in graph.nodes() if (work := _flops(node))}
+                    assert done == pytest.approx(needed * nest.waste, rel=0.35), (region, sketch.name)
+
+
+def _flops(node) -> float:
+    from graphopt.ir.work import flops
+
+    return float(flops(node))
