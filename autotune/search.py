@@ -23,7 +23,6 @@ from graphopt.autotune.records import Measured
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.target import Target
 
-ENUMERATED = 4096  # points of a space, or fewer, are listed
 TRIES = 200  # random points in a row that are rejected or known, after which a space counts as exhausted
 
 
@@ -48,6 +47,7 @@ class Evolution:
         parents: how many of the best measured points have children.
         crossover: share of children with two parents.
         wander: share of children that carry a parent's knobs over to another sketch of its template.
+        enumerated: points of a space, or fewer, are listed.
     """
 
     epsilon: float = 0.15
@@ -56,6 +56,7 @@ class Evolution:
     parents: int = 32
     crossover: float = 0.3
     wander: float = 0.05
+    enumerated: int = 4096
 
 
 class Search:
@@ -165,7 +166,7 @@ class Search:
 
     def _enumerate(self) -> list[Schedule] | None:
         """All points in a random order, if they are few."""
-        if sum(k.size for k in self.sketches) > ENUMERATED:
+        if sum(k.size for k in self.sketches) > self.options.enumerated:
             return None
         points = [s for k in self.sketches for s in k.points() if self._accepts(s)]
         self._rng.shuffle(points)

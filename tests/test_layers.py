@@ -52,7 +52,8 @@ DELAYED = {
     ("graphopt/capture/dynamo.py", "graphopt"): "from graphopt import compiler, as above",
 }
 
-OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "matplotlib"}
+OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "matplotlib",
+            "xgboost"}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
