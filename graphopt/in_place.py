@@ -46,7 +46,7 @@ def _chain(lowered: Lowered, new: Value, old: Value) -> list[tuple[KernelStep, i
             continue
         if not isinstance(step, KernelStep) or step.workload.kind != "scatter":
             return []
-        operand = _updated_operand(step.workload.graph)
+        operand = updated_operand(step.workload.graph)
         if operand is None or _read_later(lowered, step.node.operands[operand], i):
             return []
         found.append((step, operand))
@@ -54,7 +54,7 @@ def _chain(lowered: Lowered, new: Value, old: Value) -> list[tuple[KernelStep, i
     return found
 
 
-def _updated_operand(body: Graph) -> int | None:
+def updated_operand(body: Graph) -> int | None:
     """The input of a region that its update starts from, if nothing else of the region reads it."""
     root = body.outputs[0].producer
     if root is None or body.output_strides[0] is not None:

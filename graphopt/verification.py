@@ -123,16 +123,16 @@ def compare(before: Graph, after: Graph, *, bindings: Mapping[str, int] | None =
         wide_after, native_after = _run(after, inputs, known, wide=True), _run(after, inputs, known, wide=False)
     except (RuntimeError, IndexError, ValueError) as error:
         return Comparison(seed, known, (OutputCheck(0, "wide", math.inf, 0.0, f"the new graph cannot be evaluated: {error}"),))
-    steps, calls = _has(before, _STEPS) or _has(after, _STEPS), _has(before, ("aten",))
+    steps, calls = has_steps(before) or has_steps(after), _has(before, ("aten",))
     tolerance = max(WIDE_TOLERANCE[numerics], 1e-6 if calls else 0.0)  # a library call may refuse f64
     noise = NOISE * max([1.0, *(float(x.abs().max()) for x in inputs if x.is_floating_point() and x.numel() and bool(x.isfinite().all()))])
     checks: list[OutputCheck] = []
     for i, (ref, own, wide, new) in enumerate(zip(reference, native, wide_after, native_after, strict=True)):
         own_error, _ = _error(own, ref)
         slack = own_error * ILL_CONDITIONED if math.isfinite(own_error) and not _exact(own) else 0.0
-        checks.append(_judge_wide(i, wide, ref, tolerance + slack, noise))
+        checks.append(judge_wide(i, wide, ref, tolerance + slack, noise))
         if own.dtype not in (torch.float64, torch.complex128):  # those are their own wide form
-            checks.append(_judge_native(i, new, own, ref, numerics, steps))
+            checks.append(judge_native(i, new, own, ref, numerics, steps))
     return Comparison(seed, known, tuple(checks))
 
 
@@ -157,6 +157,11 @@ def _has(graph: Graph, ops: Sequence[str]) -> bool:
     return any(n.op.name in ops or (n.body is not None and _has(n.body, ops)) for n in graph.nodes())
 
 
+def has_steps(graph: Graph) -> bool:
+    """Whether a small difference in a value may become a large one in a result."""
+    return _has(graph, _STEPS)
+
+
 def _exact(x: torch.Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex())
 
@@ -175,7 +180,8 @@ def _error(x: torch.Tensor, ref: torch.Tensor) -> tuple[float, torch.Tensor]:
     return (float(gap.max()) if gap.numel() else 0.0), gap
 
 
-def _judge_wide(i: int, new: torch.Tensor, ref: torch.Tensor, budget: float, noise: float) -> OutputCheck:
+def judge_wide(i: int, new: torch.Tensor, ref: torch.Tensor, budget: float, noise: float) -> OutputCheck:
+    """Output i, computed in f64, against the f64 result: an error relative to the largest element, or a difference below ``noise``."""
     if new.shape != ref.shape or new.dtype != ref.dtype:
         return OutputCheck(i, "wide", math.inf, budget, f"was {_kind(ref)}, now it is {_kind(new)}")
     error, _ = _error(new, ref)
@@ -192,7 +198,13 @@ def _judge_wide(i: int, new: torch.Tensor, ref: torch.Tensor, budget: float, noi
     return OutputCheck(i, "wide", error, budget)
 
 
-def _judge_native(i: int, new: torch.Tensor, own: torch.Tensor, ref: torch.Tensor, numerics: Numerics, steps: bool) -> OutputCheck:
+def judge_native(i: int, new: torch.Tensor, own: torch.Tensor, ref: torch.Tensor, numerics: Numerics, steps: bool) -> OutputCheck:
+    """Output i, computed in its own precision, against the f64 result, with eager's error as the yardstick.
+
+    Args:
+        own: what eager computes in that precision.
+        steps: whether a few elements may fall to the other side of a step (:func:`has_steps`).
+    """
     if new.shape != own.shape or new.dtype != own.dtype:
         return OutputCheck(i, "native", math.inf, 0.0, f"was {_kind(own)}, now it is {_kind(new)}")
     (own_error, own_gap), (error, gap) = _error(own, ref), _error(new, ref)

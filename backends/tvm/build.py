@@ -213,6 +213,61 @@ class KernelBuilder:
         return Path(reply["path"])
 
 
+    def build_together(self, w: Workload, schedules: Sequence[Schedule], target: Target, folder: Path, workers: int = 0,
+                       together: int = 8) -> list[tuple[Path, float] | BuildError]:  # fmt: skip
+        """Build candidates of one workload, several in a file, into a folder that belongs to the caller.
+
+        A candidate that kills or stops a build process takes those of its file with it; they are then built one by one.
+
+        Args:
+            workers: processes at most; 0 for one a core of this machine.
+            together: candidates in a file at most.
+
+        Returns:
+            The file of each and its share of the time, in order.
+        """
+        workers = workers or max(1, detect().cores)
+        size = max(1, min(together, -(-len(schedules) // workers)))
+        parts = deque(range(0, len(schedules), size))
+        found: dict[int, list[tuple[Path, float] | BuildError]] = {}
+
+        def work() -> None:
+            while True:
+                try:
+                    at = parts.popleft()
+                except IndexError:
+                    return
+                found[at] = self._build_part(w, schedules[at : at + size], target, folder)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(len(parts), workers))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [one for at in sorted(found) for one in found[at]]
+
+    def _build_part(self, w: Workload, schedules: Sequence[Schedule], target: Target,
+                    folder: Path) -> list[tuple[Path, float] | BuildError]:  # fmt: skip
+        request = {"kind": w.kind, "text": w.text, "schedules": [s.to_json() for s in schedules], "target": target_to_json(target),
+                   "cache": str(folder)}  # fmt: skip
+        worker = self._take()
+        sound = False
+        try:
+            reply = worker.request(request, self.seconds)
+            sound = True
+        except BuildError as error:
+            if len(schedules) == 1:
+                return [error]
+        finally:
+            self._give(worker, sound)
+        if not sound:
+            return [r for s in schedules for r in self._build_part(w, [s], target, folder)]
+        if "error" in reply:
+            return [BuildError(reply["error"])] * len(schedules)
+        share = reply["seconds"] / len(schedules)
+        return [(Path(b["path"]), share) if "path" in b else BuildError(b["error"]) for b in reply["built"]]
+
+
 def load_kernel(path: Path, w: Workload, s: Schedule) -> Any:
     """The built kernel of a workload and schedule, as a callable."""
     return load(path, entry_name(w, s))

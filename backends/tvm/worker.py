@@ -1,6 +1,9 @@
 """A process that builds kernels: JSON lines in, JSON lines out. Started by :mod:`build`, lives until its input ends.
 
 Request: ``{"kind", "text", "schedule", "target", "cache"}``. Answer: ``{"path", "how", "seconds"}`` or ``{"error"}``.
+
+With ``schedules`` in place of ``schedule``, candidates of a tuner: they are built into one file, which is not kept in the cache. Answer:
+``{"built", "seconds"}``, where ``built`` has the path, or the error, of each.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.backend import template_named
 from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.link import link
+from graphopt.backends.tvm.templates import entry_name
 from graphopt.target import Target
 
 
@@ -54,13 +59,50 @@ def build_one(w: Workload, s: Schedule, t: Target, cache: KernelCache) -> tuple[
     return path, how or "not linked"
 
 
+def build_together(w: Workload, schedules: Sequence[Schedule], t: Target, folder: Path) -> list[dict[str, str]]:
+    """Kernels of one workload in one file of their own: a compiler pipeline, an object file and a link for all.
+
+    Returns:
+        ``{"path"}`` or ``{"error"}`` of each.
+    """
+    from graphopt.backends.tvm.gomp import build_launcher
+    from graphopt.backends.tvm.lowering import compile_functions
+
+    functions, answers = {}, list[dict[str, str]]()
+    build_launcher(folder)
+    handle, file = tempfile.mkstemp(dir=folder, suffix=".so")
+    os.close(handle)
+    for s in schedules:
+        try:
+            source = template_named(s.template).write(w, s, t)
+            functions[entry_name(w, s)] = source.function(entry_name(w, s))
+            answers.append({"path": file})
+        except Exception as error:  # one schedule's error is its own
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+    if functions:
+        objects = Path(file).with_suffix(".o")
+        try:
+            compile_functions(functions, t).write_to_file(str(objects))
+        except Exception as error:
+            if len(functions) > 1:  # which of them was it?
+                return [build_together(w, [s], t, folder)[0] if "path" in a else a for s, a in zip(schedules, answers, strict=True)]
+            return [{"error": f"{type(error).__name__}: {error}"} if "path" in a else a for a in answers]
+        if link(objects, Path(file), t) is None:
+            return [{"path": str(objects)} if "path" in a else a for a in answers]
+        objects.unlink()
+    return answers
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request; errors become answers."""
     start = time.perf_counter()
     try:
-        w = Workload(request["kind"], request["text"])
-        s, t = Schedule.from_json(request["schedule"]), target_from_json(request["target"])
-        path, how = build_one(w, s, t, KernelCache(Path(request["cache"])))
+        w, t = Workload(request["kind"], request["text"]), target_from_json(request["target"])
+        folder = Path(request["cache"])
+        if "schedules" in request:
+            built = build_together(w, [Schedule.from_json(s) for s in request["schedules"]], t, folder)
+            return {"built": built, "seconds": time.perf_counter() - start}
+        path, how = build_one(w, Schedule.from_json(request["schedule"]), t, KernelCache(folder))
     except Exception as error:  # any failure of one kernel is that kernel's answer; the worker goes on
         return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     return {"path": str(path), "how": how, "seconds": time.perf_counter() - start}

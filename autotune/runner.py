@@ -1,0 +1,276 @@
+"""Running candidates in another process, from this side: requests with deadlines, the gate, and who is the incumbent.
+
+A candidate can only hurt the process that it runs in. If that dies or does not answer in time, the candidate is written down as
+``crashed`` or ``timed-out``, and the next one finds a fresh process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from graphopt.autotune.arena import Arena
+from graphopt.autotune.measure import Built, Incumbent, Race, Subject, Timing, Trial, Verdict, spread
+from graphopt.autotune.records import Measured, Status
+from graphopt.errors import GraphoptError
+
+START = 120.0  # seconds that a process may take to be ready
+MOST_CASES = 3  # sets of inputs that winners are tried on, besides the first
+
+
+class Failed(Exception):
+    """A candidate did not do what it was asked to."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class RunnerProcess:
+    """The supervisor and its child. ``ask`` sends one request at a time."""
+
+    def __init__(self, loader: str) -> None:
+        path = json.dumps([p for p in sys.path if p])
+        program = f"import sys; sys.path[:] = {path}; from graphopt.autotune.runner_process import main; main({loader!r})"
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=self._errors, start_new_session=True)  # fmt: skip
+        self._rest = b""
+        self._child = 0  # pid; 0 while there is none that is ready
+        self._requests = 0
+
+    def ready(self) -> None:
+        """Wait for a child. Raises GraphoptError if none can be had."""
+        while not self._child:
+            answer = self._line(time.monotonic() + START)
+            if answer is None:
+                raise GraphoptError(f"the process that runs candidates does not start: {self._last_words()}")
+            self._child = answer.get("ready", 0)
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            Failed: the child died, or was killed as it gave no answer in time.
+        """
+        self.ready()
+        assert self._process.stdin is not None
+        self._requests += 1
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"id": self._requests, **request}).encode() + b"\n")
+            self._process.stdin.flush()
+        end = time.monotonic() + seconds
+        answer = self._line(end)
+        while answer is not None and answer.get("id", self._requests) != self._requests:
+            answer = self._line(end)  # a child that died between two requests left the first to its successor
+        if answer is None:
+            self._kill_child()
+            raise Failed(Status.TIMED_OUT, f"no answer for {seconds:.2g} s")
+        if "died" in answer:
+            self._child = 0
+            raise Failed(Status.CRASHED, died_of(answer["died"]))
+        if "failed" in answer:
+            raise Failed(Status.CRASHED, answer["failed"])
+        return answer
+
+    def _kill_child(self) -> None:
+        child, self._child = self._child, 0
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        end = time.monotonic() + START
+        while (answer := self._line(end)) is not None and "died" not in answer:
+            pass  # an answer that came too late
+
+    def _line(self, end: float) -> dict[str, Any] | None:
+        """The next message; None if there is none in time."""
+        assert self._process.stdout is not None
+        fd = self._process.stdout.fileno()
+        while b"\n" not in self._rest:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([fd], [], [], left)[0]:
+                return None
+            data = os.read(fd, 1 << 20)
+            if not data:
+                raise GraphoptError(f"the process that runs candidates is gone: {self._last_words()}")
+            self._rest += data
+        line, self._rest = self._rest.split(b"\n", 1)
+        return dict(json.loads(line))
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit status {self._process.poll()}"
+
+    def close(self) -> None:
+        """End supervisor and child."""
+        for pid in (self._process.pid, self._child):
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def died_of(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"it ended the process with exit status {code}"
+    try:
+        return f"it was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"it was killed by signal {-code}"
+
+
+@dataclass
+class _Session:
+    """The cases of the subject that is being measured, and which of them the child has."""
+
+    subject: Subject
+    arenas: dict[int, Arena]
+    loaded: int | None = None
+    wins: int = 0
+
+
+class ProcessRunner:
+    """Measures candidates in one process that is started again as often as they break it.
+
+    Args:
+        loader: ``module:function``, imported there: (file, entry) -> kernel.
+        threads: that each kernel may use.
+    """
+
+    def __init__(self, loader: str, threads: int, timing: Timing | None = None, seed: int = 0) -> None:
+        self.loader, self.threads, self.timing, self.seed = loader, threads, timing or Timing(), seed
+        self._process: RunnerProcess | None = None
+        self._session: _Session | None = None
+
+    def start(self) -> None:
+        """Start the process; it gets ready while others work."""
+        if self._process is None:
+            self._process = RunnerProcess(self.loader)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+        self._forget()
+
+    def _forget(self) -> None:
+        for arena in self._session.arenas.values() if self._session else ():
+            arena.close()
+        self._session = None
+
+    def measure(self, subject: Subject, candidates: Sequence[Built], incumbent: Incumbent | None) -> Iterator[Trial]:
+        self.start()
+        if self._session is None or self._session.subject is not subject:
+            self._forget()
+            self._session = _Session(subject, {})
+        for built in candidates:
+            start = time.perf_counter()
+            try:
+                trial = self._trial(self._session, built, incumbent)
+            except Failed as failure:
+                trial = Trial(built, Measured(failure.status, reason=failure.reason))
+                self._session.loaded = None if failure.status is not Status.WRONG else self._session.loaded
+            seconds = time.perf_counter() - start
+            trial = replace(trial, measured=replace(trial.measured, build_seconds=built.seconds, trial_seconds=built.seconds + seconds))
+            if trial.won:
+                assert trial.measured.seconds is not None
+                incumbent = Incumbent(built, trial.measured.seconds)
+            yield trial
+
+    def _trial(self, session: _Session, built: Built, incumbent: Incumbent | None) -> Trial:
+        if built.failure:
+            raise Failed(Status.BUILD_FAILED, built.failure)
+        verdict = self._check(session, 0, built, incumbent)
+        race = self._race(session, built, incumbent, self.timing.floor)
+        if incumbent is None:
+            return Trial(built, _measured(race, None, verdict.error, True), won=True)
+        if race.won(self.timing.margin):
+            session.wins += 1
+            again = 1 + (session.wins - 1) % MOST_CASES
+            other = self._check(session, again, built, incumbent)
+            self._check(session, 0, built, incumbent)
+            race = self._race(session, built, incumbent, self.timing.recheck)
+            won = race.won(self.timing.margin)
+            return Trial(built, _measured(race, incumbent, max(verdict.error, other.error), won), won)
+        return Trial(built, _measured(race, incumbent, verdict.error, False))
+
+    # --- requests ------------------------------------------------------------------------------------------------------
+
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._process is not None
+        try:
+            return self._process.ask(request, seconds)
+        except GraphoptError:  # even the supervisor is gone
+            self._process.close()
+            self._process = RunnerProcess(self.loader)
+            raise Failed(Status.CRASHED, "it took the process that watches over it down, too") from None
+
+    def _load_case(self, session: _Session, n: int) -> Arena:
+        """Case n of the subject, in shared memory and known to the child."""
+        if n not in session.arenas:
+            session.arenas[n] = Arena(session.subject.case(2 * self.seed + n))
+        arena = session.arenas[n]
+        if session.loaded != n:
+            session.loaded = None
+            self._ask({"do": "case", **arena.description, "weights": list(session.subject.weights), "between": session.subject.between,
+                       "threads": self.threads}, START)  # fmt: skip
+            session.loaded = n
+        return arena
+
+    def _check(self, session: _Session, n: int, built: Built, incumbent: Incumbent | None) -> Verdict:
+        """Run once on case n, and judge. Raises Failed."""
+        arena = self._load_case(session, n)
+        arena.poison()
+        patience = max(self.timing.patience, self.timing.patience_ratio * (incumbent.seconds if incumbent else 0.0))
+        self._ask({"do": "check", "which": [built.path, built.entry]}, patience)
+        return _judged(arena)
+
+    def _race(self, session: _Session, built: Built, incumbent: Incumbent | None, floor: float) -> Race:
+        t = self.timing
+        arena = session.arenas[0]
+        arena.poison()
+        other = [incumbent.built.path, incumbent.built.entry] if incumbent else None
+        seconds = 10.0 * floor + max(t.patience, t.patience_ratio * (incumbent.seconds if incumbent else 0.0))
+        answer = self._ask({"do": "race", "candidate": [built.path, built.entry], "incumbent": other, "floor": floor, "slice": t.slice,
+                            "hopeless": t.hopeless, "leak": t.leak}, seconds)  # fmt: skip
+        if answer.get("leaked"):
+            raise Failed(Status.LEAKED, f"resident memory grows by {answer['leaked']:.0f} bytes a call")
+        if arena.case.in_place is None:
+            _judged(arena)
+        return Race(tuple(answer["candidate"]), tuple(answer["incumbent"]))
+
+
+def _judged(arena: Arena) -> Verdict:
+    """The verdict on what lies in the arena. Raises Failed if it is wrong."""
+    if damage := arena.damage():
+        raise Failed(Status.WRONG, damage)
+    verdict = arena.case.judge(arena.results())
+    if verdict.reason:
+        raise Failed(Status.WRONG, verdict.reason)
+    return verdict
+
+
+def _measured(race: Race, incumbent: Incumbent | None, error: float, won: bool) -> Measured:
+    """The time of a candidate, in the incumbent's measure; no gain for one that was not shown to be faster."""
+    if incumbent is None:
+        return Measured(Status.OK, median(race.candidate), spread(race.candidate), error)
+    ratio = race.ratio if won else max(race.ratio, 1.0)
+    return Measured(Status.OK, incumbent.seconds * ratio, spread(race.candidate), error, 1.0 / ratio)

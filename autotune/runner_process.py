@@ -1,0 +1,233 @@
+"""The process in which candidates run: JSON lines in, JSON lines out. Started by :mod:`graphopt.autotune.runner`.
+
+It is two: a supervisor that has imported what is needed and never runs a kernel, and a child forked from it that does. When a kernel
+kills the child, the supervisor says so and forks another one in milliseconds; nothing is imported again.
+
+Requests to the child:
+
+- ``case``: the shared memory, which inputs are weights, and how many threads.
+- ``check``: load a kernel, and call it once on the shared memory. Answer: seconds of the call.
+- ``race``: time a kernel in turns with another one, or alone. Answer: the times, growth of memory, and its last results in the
+  shared memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.autotune.arena import map_shared
+
+Kernel = Callable[..., Any]
+Load = Callable[[Path, str], Kernel]
+MAX_COPIES = 4096
+LEAST_PAIRS = 5
+PROBED_PAIRS = 3  # after so many pairs a hopeless candidate is given up
+_SIGKILL, _PDEATHSIG = 9, 1
+_INPUT_ENDED = 96  # exit status of a child that was not killed by a kernel
+
+
+class Bench:
+    """One case, and memory of its own to time kernels on."""
+
+    def __init__(self, load: Load, request: dict[str, Any]) -> None:
+        torch.set_num_threads(request["threads"])
+        self.load = load
+        self.inputs, self.outputs = map_shared(request)
+        self.sizes: list[int] = request["sizes"]
+        self.in_place: int | None = request["in_place"]
+        self.kernels: dict[tuple[str, str], Kernel] = {}
+        self._weights: list[int] = request["weights"]
+        self._between: int = request["between"]
+        self._calls: Iterator[list[Any]] | None = None
+        self._own: list[torch.Tensor] = []
+
+    def kernel(self, which: Sequence[str]) -> Kernel:
+        """A kernel by file and name, loaded once."""
+        path, entry = which
+        if (path, entry) not in self.kernels:
+            self.kernels[path, entry] = self.load(Path(path), entry)
+        return self.kernels[path, entry]
+
+    def check(self, which: Sequence[str]) -> dict[str, Any]:
+        """Call a kernel once, on the shared memory."""
+        kernel = self.kernel(which)
+        inputs = list(self.inputs)
+        if self.in_place is not None:
+            self.outputs[0].copy_(inputs[self.in_place])
+            inputs[self.in_place] = self.outputs[0]
+        start = time.perf_counter()
+        kernel(*inputs, *self.outputs, *self.sizes)
+        return {"seconds": time.perf_counter() - start}
+
+    def arguments(self) -> Iterator[list[Any]]:
+        """Arguments of the calls that are timed, for ever: weights from one copy after the other, the rest from the same place.
+
+        The memory is ordinary memory of this process: pages of shared memory are mapped differently, which a kernel that reads
+        much of it feels.
+        """
+        rest = [None if i in self._weights else _copy(x) for i, x in enumerate(self.inputs)]
+        if self.in_place is not None:
+            self._own = [rest[self.in_place]]  # type: ignore[list-item]
+        else:
+            self._own = [_empty_like(x) for x in self.outputs]
+        size = sum(self.inputs[i].nbytes for i in self._weights)
+        copies = min(MAX_COPIES, max(1, -(-self._between // size))) if size else 1
+        sets = []
+        for _ in range(copies):
+            operands = [_copy(self.inputs[i]) if x is None else x for i, x in enumerate(rest)]
+            sets.append([*operands, *self._own, *self.sizes])
+        while True:
+            yield from sets
+
+    def race(self, candidate: Sequence[str], incumbent: Sequence[str] | None, floor: float, slice: float, hopeless: float,
+             leak: int) -> dict[str, Any]:  # fmt: skip
+        """Time a kernel in turns with the incumbent, or alone."""
+        if self._calls is None:
+            self._calls = self.arguments()
+        new, old = self.kernel(candidate), self.kernel(incumbent) if incumbent else None
+        calls = self._slice_length(new, old, slice)
+        before, done = _resident(), 0
+        times: tuple[list[float], list[float]] = ([], [])
+        total, pairs = 0.0, 0
+        while pairs < PROBED_PAIRS or (pairs < LEAST_PAIRS and total < 10 * floor) or total < floor:
+            turns = [(0, new)] if old is None else [(0, new), (1, old)] if pairs % 2 else [(1, old), (0, new)]
+            for which, kernel in turns:
+                seconds = self._timed(kernel, calls)
+                times[which].append(seconds / calls)
+                total += seconds
+            pairs, done = pairs + 1, done + calls
+            if old is not None and pairs >= PROBED_PAIRS and min(times[0]) > hopeless * sorted(times[1])[pairs // 2]:
+                break
+            if old is not None and min(times[0]) > 4 * hopeless * max(times[1]):
+                break
+        answer: dict[str, Any] = {"candidate": times[0], "incumbent": times[1], "calls": calls}
+        if _resident() - before > leak:
+            answer["leaked"] = self._growth(new, max(done, 16), leak)
+        if self.in_place is None:
+            self._timed(new, 1)
+            for x, own in zip(self.outputs, self._own, strict=True):
+                x.copy_(own)
+        return answer
+
+    def _slice_length(self, new: Kernel, old: Kernel | None, seconds: float) -> int:
+        """Calls between two readings of the clock: few of a pair of which one takes long. Each kernel is warm afterwards."""
+        times = [min(self._timed(kernel, n) / n for n in (1, 2)) for kernel in (new, old) if kernel is not None]
+        wanted, most = seconds / max(min(times), 1e-9), 10 * seconds / max(*times, 1e-9)
+        return max(1, min(1024, round(min(wanted, most))))
+
+    def _timed(self, kernel: Kernel, calls: int) -> float:
+        assert self._calls is not None
+        arguments = [next(self._calls) for _ in range(calls)]
+        start = time.perf_counter()
+        for a in arguments:
+            kernel(*a)
+        return time.perf_counter() - start
+
+    def _growth(self, kernel: Kernel, calls: int, leak: int) -> float:
+        """Bytes a call by which resident memory grows, after it was seen to grow once; 0 if it does not any more."""
+        before, end, done = _resident(), time.perf_counter() + 0.5, 0
+        while done < calls and (done < 8 or time.perf_counter() < end):
+            self._timed(kernel, 1)
+            done += 1
+        grown = _resident() - before
+        return grown / done if grown > leak // 4 else 0.0
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return _empty_like(x).copy_(x)
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+
+
+def _resident() -> int:
+    """Bytes of resident memory of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- the processes -----------------------------------------------------------------------------------------------------
+
+
+def serve(load: Load, requests: Iterator[dict[str, Any]], reply: Callable[[dict[str, Any]], None]) -> None:
+    """Answer requests until there are none."""
+    bench: Bench | None = None
+    for request in requests:
+        what, number = request.pop("do"), request.pop("id")
+        try:
+            if what == "case":
+                bench = Bench(load, request)
+                answer: dict[str, Any] = {}
+            else:
+                assert bench is not None, "a case comes first"
+                answer = getattr(bench, what)(**request)
+        except Exception as error:  # what a kernel raises is an answer, too
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        reply({"id": number, **answer})
+
+
+def main(loader: str) -> None:
+    """Be the supervisor.
+
+    Args:
+        loader: ``module:function`` of what loads a kernel: (file, name) -> kernel.
+    """
+    _die_with_parent()
+    replies = os.dup(1)
+    os.dup2(2, 1)  # whatever a kernel prints must not mix with the answers
+    module, _, name = loader.partition(":")
+    load: Load = getattr(importlib.import_module(module), name)
+
+    def reply(answer: dict[str, Any]) -> None:
+        os.write(replies, json.dumps(answer).encode() + b"\n")
+
+    while True:
+        child = os.fork()
+        if child == 0:
+            _die_with_parent()
+            gc.disable()  # collecting takes longer than many a trial
+            reply({"ready": os.getpid()})
+            serve(load, _lines(), reply)
+            os._exit(_INPUT_ENDED)
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code == _INPUT_ENDED:
+            return
+        reply({"died": code})
+
+
+def _lines() -> Iterator[dict[str, Any]]:
+    """Requests, read byte by byte as they come: what a child leaves unread is its successor's."""
+    rest = b""
+    while True:
+        data = os.read(0, 1 << 16)  # one request at a time is on its way
+        if not data:
+            return
+        rest += data
+        while b"\n" in rest:
+            line, rest = rest.split(b"\n", 1)
+            yield json.loads(line)
+
+
+def _die_with_parent() -> None:
+    """Linux: be killed when the parent dies, even if that is killed itself."""
+    try:
+        ctypes.CDLL(None).prctl(_PDEATHSIG, _SIGKILL)
+    except (OSError, AttributeError):
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,82 @@
+"""Cases that the tuner tries kernels on: random inputs that a workload admits, and what must come out, judged against f64.
+
+The reference is computed once a case, not once a candidate. The budget is that of :mod:`graphopt.verification`: four times the error
+that eager has itself, plus a few units of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from graphopt.autotune.measure import Case, Output, Verdict
+from graphopt.autotune.space import Workload
+from graphopt.in_place import updated_operand
+from graphopt.ir import dims
+from graphopt.ir.graph import Graph
+from graphopt.ir.interpreter import evaluate
+from graphopt.rewrite import Numerics
+from graphopt.sampling import random_inputs, sample_bindings
+from graphopt.verification import WIDE_TOLERANCE, has_steps, incomparable, judge_native, judge_wide
+
+_F64_NOISE = 1e-12
+
+
+def cannot_be_tried(w: Workload) -> str:
+    """Why a kernel of a workload cannot be judged, in words; empty if it can."""
+    return incomparable(w.graph)
+
+
+def case_maker(w: Workload, sizes: Mapping[str, int] | None = None) -> Callable[[int], Case]:
+    """Seed -> case. Seeds that 2 divides have the given sizes; others, where sizes are symbolic, different ones.
+
+    Args:
+        sizes: values of the symbols of the workload's graph.
+    """
+    graph = w.graph
+    known = dict(sizes or {})
+    if set(known) != set(graph.symbols):
+        known = sample_bindings(graph, count=1)[0]
+    others = [b for b in sample_bindings(graph, max_elements=1 << 20) if b != known] or [known]
+
+    def make(seed: int) -> Case:
+        return make_case(w, known if seed % 2 == 0 else others[seed // 2 % len(others)], seed)
+
+    return make
+
+
+def make_case(w: Workload, sizes: Mapping[str, int], seed: int) -> Case:
+    """Random inputs of a workload, and the judge of its results on them."""
+    graph = w.graph
+    inputs = random_inputs(graph, sizes, seed)
+    with torch.no_grad():
+        reference = evaluate(graph, inputs, bindings=sizes, wide=True)
+        native = evaluate(graph, inputs, bindings=sizes, wide=False)
+    outputs = tuple(_output(x, s, sizes) for x, s in zip(native, graph.output_strides, strict=True))
+    in_place = updated_operand(graph) if w.kind == "update" else None
+
+    def judge(results: Sequence[torch.Tensor]) -> Verdict:
+        return _judge(graph, results, native, reference)
+
+    return Case(tuple(inputs), outputs, judge, tuple(n for _, n in sorted(sizes.items())), in_place)
+
+
+def _output(x: torch.Tensor, strides: Sequence[dims.Dim] | None, sizes: Mapping[str, int]) -> Output:
+    fixed = torch.empty(x.shape, device="meta").stride() if strides is None else tuple(dims.evaluate(s, sizes) for s in strides)
+    return Output(tuple(x.shape), fixed, x.dtype)
+
+
+def _judge(graph: Graph, results: Sequence[torch.Tensor], native: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> Verdict:
+    worst = 0.0
+    for i, (new, own, ref) in enumerate(zip(results, native, reference, strict=True)):
+        if new.dtype == torch.bool and bool((new.view(torch.uint8) > 1).any()):
+            return Verdict(1.0, f"output {i}: elements were not written")
+        if own.dtype in (torch.float64, torch.complex128):  # eager is its own reference
+            check = judge_wide(i, new, ref, WIDE_TOLERANCE[Numerics.REASSOCIATES], _F64_NOISE)
+        else:
+            check = judge_native(i, new, own, ref, Numerics.REASSOCIATES, has_steps(graph))
+        worst = max(worst, check.error)
+        if not check.ok:
+            return Verdict(check.error, str(check))
+    return Verdict(worst)
