@@ -7,6 +7,7 @@ file system: it goes with the last process that holds it, however that ends.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -103,10 +104,8 @@ class Arena:
 
     def close(self) -> None:
         del self._memory
-        try:
+        with contextlib.suppress(BufferError):  # a tensor still looks at it; it goes with that
             self._map.close()
-        except BufferError:
-            pass  # a tensor still looks at it; it goes with that
         os.close(self.file)
 
 

@@ -14,7 +14,7 @@ Reference: Georganas et al., "Anatomy of High-Performance Deep Learning Convolut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -43,14 +43,17 @@ class ConvKernel:
         block: products summed before the sum is added to the total, about.
         fetch: whether what the epilogue reads and writes is fetched before the sum.
         split: what threads divide first, ``pixels`` or ``panels``.
+        ahead: whether the weight of the next block is brought into the second-level cache during this one.
+        tasks: at least wanted, where there are so many tiles.
     """
 
     def __init__(self, graph: Graph, form: ConvForm, lanes: int, rows: int, columns: int, unroll: int, tiles: int, block: int,
-                 fetch: bool, split: str, parallel: bool) -> None:  # fmt: skip
+                 fetch: bool, split: str, ahead: bool, tasks: int, parallel: bool) -> None:  # fmt: skip
         self.graph, self.form, self.lanes, self.mr, self.nr, self.tiles = graph, form, lanes, rows, columns, tiles
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)
         self.parallel, self.block, self.fetch, self.split = parallel, block, fetch, split
+        self.ahead, self.tasks = ahead, tasks
         self.held = scalar.COMPUTE[form.node.result.dtype]
         self.out = [code.bind_index(code.size(d), "size") for d in form.node.result.shape[:-1]]  # N, *S'
         self.pixels = code.bind_index(product(code, self.out), "pixels")
@@ -77,30 +80,30 @@ class ConvKernel:
             first = code.simplify(piece * per_task)
             here = code.bind_index(code.least(count - first, per_task), "tiles")
             if blocks == 1:
-                acc = code.alloc(self.mr * self.nr, self.held, "acc")
+                total = code.alloc(self.mr * self.nr, self.held, "total")
                 with code.loop(here, "serial", "tile") as tile:
                     row = code.simplify((first + tile) * self.mr)
                     if self.fetch:
                         self._fetch_ends(j, row)
-                    self._sum(acc, weight, image, j, row, 0, prod(self.taps), 0, self.run)
-                    self._store(acc, 0, j, row)
+                    acc = self._sum(weight, image, j, row, 0, prod(self.taps), 0, self.run, (tile, per_task))
+                    self._each(acc, 0, lambda sums, at, q: self._set(total, q, self._vector(sums, at)))
+                    self._store(total, 0, j, row)
                 return code
             total = code.alloc(per_task * self.mr * self.nr, self.held, "total")
-            acc = code.alloc(self.mr * self.nr, self.held, "acc")
-            self._each(code.simplify(per_task * self.mr * self.nr), lambda at: self._set(total, at, self._zero()))
+            with code.loop(per_task * self.mr * self.nr // self.lanes, "serial", "q") as q:
+                self._set(total, code.simplify(q * self.lanes), self._zero())
             with code.loop(blocks, "serial", "block") as block, code.loop(here, "serial", "tile") as tile:
                 row = code.simplify((first + tile) * self.mr)
                 if chunks > 1:
                     tap, start = code.div(block, chunks), code.simplify(code.mod(block, chunks) * length)
                     size = length if self.run % length == 0 else code.bind_index(code.least(self.run - start, length))
-                    self._sum(acc, weight, image, j, row, tap, 1, start, size)
+                    acc = self._sum(weight, image, j, row, tap, 1, start, size, (tile, per_task))
                 else:
                     tap, all_taps = code.simplify(block * length), prod(self.taps)
                     taps = length if all_taps % length == 0 else code.bind_index(code.least(all_taps - tap, length))
-                    self._sum(acc, weight, image, j, row, tap, taps, 0, self.run)
+                    acc = self._sum(weight, image, j, row, tap, taps, 0, self.run, (tile, per_task))
                 base = code.simplify(tile * (self.mr * self.nr))
-                for q in range(0, self.mr * self.nr, self.lanes):
-                    self._set(total, base + q, self._vector(total, base + q) + self._vector(acc, q))
+                self._each(acc, base, lambda sums, at, q: self._set(total, q, self._vector(total, q) + self._vector(sums, at)))
             with code.loop(here, "serial", "tile") as tile:
                 self._store(total, code.simplify(tile * (self.mr * self.nr)), j, code.simplify((first + tile) * self.mr))
         return code
@@ -129,7 +132,7 @@ class ConvKernel:
         """As many tiles as wanted, but tasks enough for many threads."""
         if not isinstance(count, int):
             return self.tiles
-        wanted = max(1, 32 // (self.form.groups * self.panels))
+        wanted = max(1, self.tasks // (self.form.groups * self.panels))
         pieces = max(wanted, -(-count // self.tiles))
         return max(1, -(-count // pieces))
 
@@ -155,9 +158,11 @@ class ConvKernel:
     def _set(self, buffer: Any, at: Index, value: Any) -> None:
         self.code.emit(tirx.BufferStore(buffer, value, [self._place(at)]))
 
-    def _each(self, size: int, body: Any) -> None:
-        with self.code.loop(size // self.lanes, "serial", "q") as q:
-            body(self.code.simplify(q * self.lanes))
+    def _each(self, acc: Sequence[Any], base: Index, body: Callable[[Any, int, Index], None]) -> None:
+        """``body(a pixel's sums, a vector's place in them, its place in a buffer of tiles)`` for all vectors of a tile."""
+        for i, sums in enumerate(acc):
+            for u in range(0, self.nr, self.lanes):
+                body(sums, u, self.code.simplify(base + (i * self.nr + u)))
 
     # --- operands -------------------------------------------------------------------------------------------------------
 
@@ -258,8 +263,12 @@ class ConvKernel:
         flat = code.flatten([n, *(code.simplify(i * s) for i, s in zip(at, stride, strict=True))], [self.out[0], *self.padded])
         return code.simplify(flat * channels + group * form.inner)
 
-    def _sum(self, acc: Any, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index) -> None:
-        """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile."""
+    def _sum(self, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index,
+             part: tuple[Index, int]) -> list[Any]:  # fmt: skip
+        """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile.
+
+        ``part``: the tile's number in its task, and how many there are. Returns the sums, a buffer a pixel.
+        """
         code, form, lanes = self.code, self.form, self.lanes
         vectors = self.nr // lanes
         group = code.div(j, self.panels) if form.groups > 1 else 0
@@ -268,8 +277,9 @@ class ConvKernel:
         for i in range(self.mr):
             r = code.simplify(row + i)
             rows.append(code.bind_index(self._start(r if exact else code.bind_index(code.least(r, self.pixels - 1), "r"), group), "x"))
-        for q in range(0, self.mr * self.nr, lanes):
-            self._set(acc, q, self._zero())
+        # a pixel's accumulators a buffer: small enough to become registers, whatever else the loop does with memory
+        acc = [code.alloc(self.nr, self.held, "acc") for _ in rows]
+        self._each(acc, 0, lambda sums, at, _: self._set(sums, at, self._zero()))
         channels = form.groups * form.inner
         dilation = form.dilation
         with code.loop(taps, "serial", "tap") as t:
@@ -282,19 +292,42 @@ class ConvKernel:
 
             def step(k: Index) -> None:
                 ws = [code.bind(self._vector(weight, code.simplify(base + k * self.nr + u * lanes)), "w") for u in range(vectors)]
-                for i, r in enumerate(rows):
+                for sums, r in zip(acc, rows, strict=True):
                     x = self._wide(code.bind(code.load(image, code.simplify(r + offset + k)), "a"))
                     for u, w in enumerate(ws):
-                        q = i * self.nr + u * lanes
-                        self._set(acc, q, self._vector(acc, q) + x * w)
+                        self._set(sums, u * lanes, self._vector(sums, u * lanes) + x * w)
 
             whole, rest = code.div(length, self.unroll), code.mod(length, self.unroll)
+            ahead = self._next_block(weight, code.simplify(base - t * length * self.nr), taps, length, t, part) if self.ahead else None
             with code.loop(whole, "serial", "k") as k:
+                if ahead is not None:
+                    ahead(k)
                 for q in range(self.unroll):
                     step(code.simplify(k * self.unroll + q))
             if not (isinstance(rest, int) and rest == 0):
                 with code.loop(rest, "serial", "k") as k:
                     step(code.simplify(whole * self.unroll + k))
+        return acc
+
+    def _next_block(self, weight: Any, start: Index, taps: Index, length: Index, tap: Index,
+                    part: tuple[Index, int]) -> Callable[[Index], None]:  # fmt: skip
+        """What to do at an unrolled step of a tap's products to bring a part of the next block of the weight nearer.
+
+        Blocks lie one after the other, and so do panels; each tile of a task asks for an equal part of the block that begins
+        behind the one at ``start``, of ``length`` products for each of ``taps`` taps.
+        """
+        code, (tile, tiles) = self.code, part
+        line = LINE // (8 if self.held == "float64" else 4)  # elements of a cache line
+        lines = -(-self.nr * self.unroll // (line * tiles))
+        steps = code.div(length, self.unroll)
+        done = code.simplify((tile * taps + tap) * steps * (lines * line))
+        first = code.bind_index(code.simplify(start + taps * length * self.nr + done), "ahead")
+
+        def step(k: Index) -> None:
+            for q in range(lines):
+                code.prefetch(weight, code.simplify(first + (k * lines + q) * line))
+
+        return step
 
     # --- the epilogue -----------------------------------------------------------------------------------------------------
 

@@ -302,6 +302,8 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
         Param("block", tuple(dict.fromkeys((block, 64, 128, 256, 384, 512))), "tasks"),
         Param("fetch", (far, not far)),
         Param("split", ("panels", "pixels") if deep else ("pixels", "panels"), "tasks"),
+        Param("ahead", (True, False)),
+        Param("tasks", (4 * t.cores, 32 * t.cores), "tasks"),
         Param("parallel", (True, False), "tasks"),
     )
 
@@ -313,7 +315,7 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
     return ConvKernel(w.graph, form, s["lanes"], s["rows"], s["columns"], s["unroll"], s["tiles"], s["block"], s["fetch"],
-                      s["split"], s["parallel"]).emit()  # fmt: skip
+                      s["split"], s["ahead"], s["tasks"], s["parallel"]).emit()  # fmt: skip
 
 
 def _loops(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopNest]]:
