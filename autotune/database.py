@@ -114,6 +114,25 @@ class Database:
                                   [*part, target, threads, _versions(versions)])  # fmt: skip
         return {wanted[r.workload.key]: r for r in found if wanted[r.workload.key] == r.workload}
 
+    def seconds_of(self, trials: Iterable[tuple[Workload, Schedule, str]], target: str, threads: int, versions: Versions
+                   ) -> dict[Workload, float]:  # fmt: skip
+        """Median seconds of one schedule of each workload, as measured in some run; without those that were not, or failed."""
+        wanted = list(trials)
+        out: dict[Workload, float] = {}
+        with self._file.reading() as c:
+            for i in range(0, len(wanted) if c else 0, _MANY // 3):
+                part = wanted[i : i + _MANY // 3]
+                values = [x for n, (w, s, run) in enumerate(part) for x in (n, w.key, s.to_json(), run)]
+                rows = c.execute(  # type: ignore[union-attr]  # no connection, no iteration
+                    f"WITH wanted (n, key, schedule, run) AS (VALUES {', '.join(['(?, ?, ?, ?)'] * len(part))}) "
+                    "SELECT wanted.n, r.seconds FROM wanted JOIN workloads w ON w.key = wanted.key JOIN records r "
+                    "ON r.workload = w.id AND r.schedule = wanted.schedule AND r.run = wanted.run "
+                    "WHERE r.target = ? AND r.threads = ? AND r.versions = ? AND r.status = 'ok' ORDER BY r.at, r.trial",
+                    [*values, target, threads, _versions(versions)],
+                )
+                out.update((part[n][0], seconds) for n, seconds in rows)
+        return out
+
     def elsewhere(self, workloads: Iterable[Workload]) -> dict[Workload, list[TuningRecord]]:
         """For each workload the best records of all devices, thread counts and versions, newest first."""
         wanted = {w.key: w for w in workloads}

@@ -18,9 +18,9 @@ from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+from graphopt.autotune import DEFAULT_NAME
 from graphopt.errors import DatabaseError, UsageError
 
-DEFAULT_NAME = "tuning.db"
 APPLICATION = 0x67_6F_74_64  # "gotd": tells the file(1) command, and this code, whose file it is
 VERSION = 1  # of the schema
 
@@ -32,7 +32,7 @@ CREATE TABLE records (
   target TEXT NOT NULL, device TEXT NOT NULL, threads INTEGER NOT NULL, versions TEXT NOT NULL, schedule TEXT NOT NULL,
   status TEXT NOT NULL, seconds REAL, spread REAL, error REAL, gain REAL, reason TEXT NOT NULL,
   build_seconds REAL NOT NULL, trial_seconds REAL NOT NULL, run TEXT NOT NULL, trial INTEGER NOT NULL, at TEXT NOT NULL);
-CREATE INDEX records_of ON records (workload, target, threads, versions);
+CREATE INDEX records_of ON records (workload, target, threads, versions, schedule);
 CREATE TABLE best (
   workload INTEGER NOT NULL, target TEXT NOT NULL, threads INTEGER NOT NULL, versions TEXT NOT NULL,
   record INTEGER NOT NULL REFERENCES records, PRIMARY KEY (workload, target, threads, versions)) WITHOUT ROWID;

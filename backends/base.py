@@ -62,3 +62,6 @@ class Backend(Protocol):
 
     def build(self, src: KernelSource, t: Target) -> Kernel:
         """Compile in this process."""
+
+    def versions(self) -> tuple[tuple[str, str], ...]:
+        """(name, version) of everything but workload, schedule and target that decides a kernel's code; sorted."""

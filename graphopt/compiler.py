@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.base import Backend
 from graphopt.backends.eager import LibraryCall
 from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
 from graphopt.capture.fx import capture_fx
@@ -33,6 +34,7 @@ from graphopt.profile import Profile, profile
 from graphopt.program import Program, share_weights
 from graphopt.report import Fallback, KernelInfo, Report, record
 from graphopt.target import Target, detect
+from graphopt.tuned import key_with, use_records
 from graphopt.variants import Domain, Variant, VariantProgram, plan_domains
 from graphopt.verification import ValueCheck
 
@@ -151,7 +153,7 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
         report.notes += notes
     narrowed = [narrow(captured.graph, dict(d.ranges)) for d in domains]  # of the graph as captured: passes work in place
     units = [_Unit(captured.graph, report)]
-    report.key = compilation_key(captured.graph, target, options, domains)
+    captured_key = report.key = compilation_key(captured.graph, target, options, domains)
     if backend is not None:
         provider().prestart(cache_dir, options.workers, report.key)
     for domain, graph in zip(domains, narrowed, strict=True):
@@ -166,8 +168,9 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
         unit.report.text_after = str(unit.graph)
         report_fallbacks(unit.report, unit.lowered, options)  # before time is spent on building
         unit.report.seconds["lower"] = time.perf_counter() - lowering
+    choose_schedules(units, target, backend, options)
     building = time.perf_counter()
-    build_kernels(units, target, cache_dir, options, progress)
+    build_kernels(units, dict.fromkeys([captured_key, report.key]), target, cache_dir, options, progress)
     report.seconds["build"] = time.perf_counter() - building
     changed_words = provider().changed_words() if units[0].kernels else None
     for unit in units:
@@ -183,6 +186,22 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     report.seconds["total"] = time.perf_counter() - start
     record(report)
     return CompiledGraph(captured, program, report)
+
+
+def choose_schedules(units: Sequence[_Unit], target: Target, backend: Backend | None, options: Options) -> None:
+    """Take schedules from the tuning database, where it has any. They become part of the compilation's key."""
+    path = options.tuning_path
+    if backend is None or path is None:
+        return
+    start = time.perf_counter()
+    report = units[0].report
+    strict = options.tuning_db != "auto"
+    chosen = use_records([(u.lowered, u.report) for u in units], target, backend, path, torch.get_num_threads(), strict=strict)
+    if chosen:
+        for u in units:
+            u.report.key = key_with(u.report.key, chosen)
+        provider().prestart(options.kernels_dir, options.workers, report.key)
+    report.seconds["lower"] += time.perf_counter() - start
 
 
 def _mutated_inputs(captured: Captured) -> dict[int, int]:
@@ -282,7 +301,8 @@ def provider() -> Any:
     return import_module("graphopt.backends.tvm.provider")  # tvm is an optional package
 
 
-def build_kernels(units: Sequence[_Unit], target: Target, cache_dir: Path, options: Options, progress: Progress | None) -> None:
+def build_kernels(units: Sequence[_Unit], keys: Iterable[str], target: Target, cache_dir: Path, options: Options,
+                  progress: Progress | None) -> None:  # fmt: skip
     """One loaded kernel a KernelStep; equal workloads share one. A step whose kernel cannot be built becomes a library call."""
     wanted = dict.fromkeys(key for u in units for key in _kernel_users(u.lowered))
     if not wanted:
@@ -290,7 +310,8 @@ def build_kernels(units: Sequence[_Unit], target: Target, cache_dir: Path, optio
     built = provider().load_or_build(list(wanted), target, cache_dir, options.workers, progress)
     artifacts = dict(zip(wanted, built, strict=True))
     if not any(isinstance(a, BuildError) for a in built):
-        provider().remember(cache_dir, units[0].report.key)
+        for model in keys:
+            provider().remember(cache_dir, model)
     for unit in units:
         for key, users in _kernel_users(unit.lowered).items():
             artifact = artifacts[key]
@@ -321,7 +342,7 @@ def _kernel_info(users: Sequence[KernelStep], artifact: Any) -> KernelInfo:
     locs = tuple(dict.fromkeys(str(n.loc) for n in body if n.loc))
     ops = tuple(n.op.name for n in body if n.op.name != "constant")
     return KernelInfo(artifact.name, users[0].backend, users[0].workload.kind, len(users), artifact.cache, users[0].schedule.to_json(),
-                      locs, ops, str(artifact.path))  # fmt: skip
+                      locs, ops, str(artifact.path), users[0].tuned)  # fmt: skip
 
 
 def report_fallbacks(report: Report, lowered: Lowered, options: Options) -> None:

@@ -24,7 +24,7 @@ from graphopt.target import Target
 class KernelStep:
     """Launch a generated kernel. ``symbols`` are passed behind the tensors, in this order.
 
-    ``in_place``: the operand in whose memory the result lies, if any.
+    ``in_place``: the operand in whose memory the result lies, if any. ``tuned``: where the schedule is from, in words.
     """
 
     node: Node
@@ -34,6 +34,7 @@ class KernelStep:
     symbols: list[str]
     checks: list[IndexCheck] = field(default_factory=list)
     in_place: int | None = None
+    tuned: str = "default schedule"
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from graphopt.autotune import DEFAULT_NAME
 from graphopt.errors import UsageError, nearest
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -40,6 +42,8 @@ class Options:
             ``auto`` (those of the example inputs), ``none``, or sizes by name: ``{"input_ids[1]": [128, (1, 16)], "B": [1]}``,
             where a name is an argument and its axis, or a symbol's own, and a pair is a range, both ends included.
         cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
+        tuning_db: the tuning database whose records choose schedules; ``auto`` for ``tuning.db`` in the folder of the kernels, None for
+            default schedules.
         workers: processes that build kernels; 0 for one a core.
         name: what reports call the model.
     """
@@ -56,6 +60,7 @@ class Options:
     own_weights: bool = False
     hot_sizes: Any = "auto"
     cache_dir: Path | None = None
+    tuning_db: Path | str | None = "auto"
     workers: int = 0
     name: str = ""
 
@@ -71,6 +76,8 @@ class Options:
             raise UsageError("own_weights=True needs frozen weights; it does not go with freeze=False")
         if not isinstance(self.skip_rewrites, tuple) or not all(type(n) is int and n > 0 for n in self.skip_rewrites):
             raise UsageError(f"option skip_rewrites={self.skip_rewrites!r} must be a list of rewrite numbers, from 1")
+        if not isinstance(self.tuning_db, str | os.PathLike | None) or self.tuning_db == "":
+            raise UsageError(f"option tuning_db={self.tuning_db!r} must be a path, \"auto\", or None for default schedules")
         _check_hot_sizes(self.hot_sizes)
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):
             if value not in allowed:
@@ -98,6 +105,13 @@ class Options:
     def kernels_dir(self) -> Path:
         """Folder of the kernel cache."""
         return self.cache_dir or default_cache_dir()
+
+    @property
+    def tuning_path(self) -> Path | None:
+        """The tuning database; None for default schedules."""
+        if self.tuning_db is None:
+            return None
+        return self.kernels_dir / DEFAULT_NAME if self.tuning_db == "auto" else Path(self.tuning_db).expanduser()
 
 
 def _check_hot_sizes(value: Any) -> None:

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from graphopt.options import Options
+
 torch.set_num_threads(1)  # several test processes share the cores: spinning OpenMP threads would slow all of them down
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_tuning_database_of_the_user() -> Iterator[None]:
+    """Tests compile with default schedules, whatever was tuned on this machine, unless they name a database or a folder."""
+    path = Options.tuning_path.fget
+    assert path is not None
+    named = property(lambda o: None if o.tuning_db == "auto" and o.cache_dir is None else path(o))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Options, "tuning_path", named)
+        yield

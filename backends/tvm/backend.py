@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
+from graphopt.backends.tvm.cache import package_version, package_versions
 from graphopt.backends.tvm.support import refusal
 from graphopt.backends.tvm.templates import CONV, TEMPLATES, Template
 from graphopt.ir.opset.window import WINDOWS
@@ -33,6 +34,10 @@ class TvmBackend:
         from graphopt.backends.tvm.build import build_in_process
 
         return build_in_process(src, t)
+
+    def versions(self) -> tuple[tuple[str, str], ...]:
+        """(name, version) of everything but workload, schedule and target that decides a kernel's code; sorted."""
+        return tuple(sorted({"graphopt": package_version("graphopt"), **package_versions()}.items()))
 
 
 @lru_cache(maxsize=4096)

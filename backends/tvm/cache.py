@@ -33,10 +33,13 @@ def ingredients(w: Workload, s: Schedule, t: Target) -> dict[str, str]:
         "schedule": s.to_json(),
         "target": f"{t} {t.fingerprint}",
         "target features": " ".join(llvm_features(t)),
-        "tvm": _version("apache-tvm"),
-        "tvm-ffi": _version("apache-tvm-ffi"),
-        "backend source": source_hash(),
+        **package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The ingredients that are the same for all kernels."""
+    return {"tvm": package_version("apache-tvm"), "tvm-ffi": package_version("apache-tvm-ffi"), "backend source": source_hash()}
 
 
 def key_of(parts: Mapping[str, str]) -> str:
@@ -45,7 +48,8 @@ def key_of(parts: Mapping[str, str]) -> str:
 
 
 @cache
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version of a package, or that there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -27,7 +27,8 @@ graphopt doctor                                      what is installed, what was
 \b
 Exit status: 0 fine, 1 a check failed, 2 wrong request (unknown pass, option or file), 3 malformed IR text,
 4 a graph is not well-formed, 5 a pass changed what a graph computes, 6 a model could not be captured,
-7 a library fallback under --strict, 8 a kernel could not be built, 70 a fault in graphopt itself.
+7 a library fallback under --strict, 8 a kernel could not be built, 9 the tuning database is damaged or out of reach,
+70 a fault in graphopt itself.
 """
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from db_check import HERE, NOW, record, workload, writers
 
+from graphopt.autotune import DEFAULT_NAME
 from graphopt.autotune.database import Database
 from graphopt.autotune.records import TuningRecord
-from graphopt.autotune.sqlite import DEFAULT_NAME, Damaged
+from graphopt.autotune.sqlite import Damaged
 from graphopt.errors import DatabaseError, UsageError
 
 

@@ -1,0 +1,126 @@
+"""Tuned schedules: a compilation asks the tuning database once, for all of its kernels.
+
+A record is used only if it was measured on this device, with this number of threads and these versions, and if its schedule is
+still in its template's space. Everything else keeps its default schedule, and a remark says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from graphopt.autotune.database import Database
+from graphopt.autotune.records import TuningRecord
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.base import Backend
+from graphopt.errors import DatabaseError, UsageError
+from graphopt.lower import KernelStep, Lowered
+from graphopt.remarks import Kind, Remark
+from graphopt.report import Report
+from graphopt.target import Target, detect
+
+DEFAULT = "default schedule"
+_PATIENCE = 2.0  # seconds that a compilation waits for a process that writes the database
+
+
+def device_key(target: Target) -> str:
+    """Fingerprint of what was timed where: kernels for a target, on this machine. ``TuningRecord.target``."""
+    here = detect()
+    if target == here or target.kind != here.kind:
+        return target.fingerprint
+    return hashlib.sha256(f"{target.fingerprint} on {here.fingerprint}".encode()).hexdigest()[:16]
+
+
+def use_records(units: Sequence[tuple[Lowered, Report]], target: Target, backend: Backend, path: Path, threads: int,
+                *, strict: bool) -> list[tuple[Workload, Schedule]]:  # fmt: skip
+    """Give kernel steps the schedules of the best records, and say so in the reports.
+
+    Args:
+        units: the programs of one compilation, lowered; their steps are changed.
+        path: the tuning database; there may be none.
+        threads: how many the kernels will use.
+        strict: a file that is no tuning database is an error, not a note.
+
+    Returns:
+        What was chosen that is not the default.
+    """
+    if not path.exists():
+        return []
+    defaults = {s.workload: s.schedule for lowered, _ in units for s in lowered.steps if isinstance(s, KernelStep)}
+    versions = backend.versions()
+    try:
+        db = Database(path, _PATIENCE)
+        key = device_key(target)
+        best = db.best_of(defaults, key, threads, versions)
+        before = db.seconds_of([(w, defaults[w], r.run) for w, r in best.items()], key, threads, versions)
+        others = db.elsewhere([w for w in defaults if w not in best])
+    except (DatabaseError, UsageError) as error:
+        if strict and isinstance(error, UsageError):
+            raise
+        units[0][1].notes.append(f"{error}; default schedules are used")
+        return []
+    verdicts: dict[Workload, tuple[Schedule, str, Remark | None]] = {}
+    for w, default in defaults.items():
+        if w in best:
+            verdicts[w] = _verdict(best[w], default, before.get(w), target, backend)
+        else:
+            where = next((_elsewhere(r, key, threads, versions) for r in others.get(w, [])), "")
+            verdicts[w] = default, DEFAULT, _remark("missed", where) if where else None
+    for lowered, report in units:
+        _apply(lowered, report, verdicts)
+    return [(w, schedule) for w, (schedule, _, _) in verdicts.items() if schedule != defaults[w]]
+
+
+def key_with(key: str, chosen: Sequence[tuple[Workload, Schedule]]) -> str:
+    """Identity of a compilation with tuned schedules; the same without."""
+    parts = [key, *(f"{w.key} {s.to_json()}" for w, s in chosen)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if chosen else key
+
+
+def _apply(lowered: Lowered, report: Report, verdicts: Mapping[Workload, tuple[Schedule, str, Remark | None]]) -> None:
+    told: dict[Workload, None] = {}
+    for step in lowered.steps:
+        if isinstance(step, KernelStep):
+            step.schedule, step.tuned, remark = verdicts[step.workload]
+            if remark and step.workload not in told:
+                told[step.workload] = None
+                report.remarks.append(replace(remark, node=str(step.node).partition(" body (")[0], loc=str(step.node.loc or "")))
+
+
+def _verdict(r: TuningRecord, default: Schedule, before: float | None, target: Target, backend: Backend) -> tuple[Schedule, str, Remark]:
+    """What becomes of the best record of a workload: the schedule to use, what it is called, and the remark."""
+    date = r.when[:10]
+    if (why := _outside(r.workload, r.schedule, target, backend)) is not None:
+        return default, DEFAULT, _remark("missed", f"the best record, of {date}, is not used: {why}")
+    if r.schedule == default:
+        text = f"{DEFAULT}, the best that was found, measured {date}"
+        return default, text, _remark("analysis", text)
+    assert r.measured.seconds is not None
+    gain = f"{before / r.measured.seconds:.2f}x over the {DEFAULT}, " if before else ""
+    text = f"tuned: {gain}measured {date}"
+    return r.schedule, text, _remark("passed", text)
+
+
+def _outside(w: Workload, s: Schedule, target: Target, backend: Backend) -> str | None:
+    """Why a schedule cannot be used, or None if it can."""
+    template = next((t for t in backend.templates(w, target) if t.name == s.template), None)
+    if template is None:
+        return f"no template {s.template!r} takes this region"
+    return template.space(w, target).rejection(s)
+
+
+def _elsewhere(r: TuningRecord, key: str, threads: int, versions: tuple[tuple[str, str], ...]) -> str:
+    """Where a record was measured, so that it does not count here; in words."""
+    if r.target != key:
+        return f"tuned {r.when[:10]} on another device ({r.device}): not used here"
+    if r.threads != threads:
+        return f"tuned {r.when[:10]} for {r.threads} threads, this process has {threads}: not used"
+    now = dict(versions)
+    differ = ", ".join(k for k in sorted({**dict(r.versions), **now}) if dict(r.versions).get(k) != now.get(k))
+    return f"tuned {r.when[:10]} for another version ({differ}): not used until it is measured again"
+
+
+def _remark(kind: Kind, message: str) -> Remark:
+    return Remark(kind, "lower", "tuned-schedule", message)
