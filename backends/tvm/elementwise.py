@@ -8,7 +8,7 @@ from typing import Any
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import Tuning, expand_index, merge_axes, run_space, vector_loop
+from graphopt.backends.tvm.loops import Tuning, linear_index, merge_axes, run_space, vector_loop
 from graphopt.backends.tvm.squares import find_crossing, write_squares
 from graphopt.ir import dims
 from graphopt.ir.graph import Value
@@ -87,7 +87,7 @@ def write_value(args: Arguments, sources: Mapping[Value, Source], value: Value, 
     lanes = 1 if probe.scalar_only else tuning.lanes
 
     def index_of(at: Sequence[Index]) -> list[Index]:
-        return placed(expand_index(code, axes, at, shape))
+        return placed(linear_index(axes, at, len(shape)))
 
     def element(at: Sequence[Index], known: Mapping[Value, Source]) -> None:
         index = index_of(at)

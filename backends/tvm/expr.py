@@ -60,8 +60,8 @@ class Expressions:
 
     Args:
         sources: how to read values that are already computed.
-        probe: only find out what would be read: nothing is bound, every address goes to ``addresses``, and those of inputs,
-            with the input, to ``reads``.
+        probe: only find out what would be read: nothing is bound, every address goes to ``addresses``, those of inputs,
+            with the input, to ``reads`` too, and what conditions depend on to ``conditions``.
     """
 
     def __init__(self, args: Arguments, sources: dict[Value, Source], probe: bool = False) -> None:
@@ -69,6 +69,7 @@ class Expressions:
         self.ops = pointwise.Ops(self.let)
         self.addresses: list[Any] = []
         self.reads: list[tuple[Value, Any]] = []
+        self.conditions: list[Any] = []
         self._memo: dict[tuple[Value, tuple[Any, ...]], Any] = {}
         self._alive: list[Any] = []  # keeps index objects alive while their ids are keys
 
@@ -97,10 +98,7 @@ class Expressions:
             return self.sources[v](index)
         node = v.producer
         if node is None:
-            at = _address(self.code, index, self.args.strides(v))
-            self.addresses.append(at)
-            self.reads.append((v, at))
-            return scalar.load(self.code.load(self.args.inputs[v], at), v.dtype)
+            return self._read(v, _address(self.code, index, self.args.strides(v)))
         move = _MOVES.get(node.name)
         if move is not None:
             return move(self, node, index)
@@ -109,6 +107,12 @@ class Expressions:
         args = [self.at(x, self._broadcast(index, x)) for x in node.operands]
         name = "exp_shifted" if is_softmax_exp(node) else node.name
         return self.ops.apply(name, args, node.operands[-1].dtype, v.dtype, node.attrs, [constant_of(x) for x in node.operands])
+
+    def _read(self, v: Value, at: Index) -> Any:
+        """An input's element by its place in memory."""
+        self.addresses.append(at)
+        self.reads.append((v, at))
+        return scalar.load(self.code.load(self.args.inputs[v], at), v.dtype)
 
     def _broadcast(self, index: Sequence[Index], x: Value) -> list[Index]:
         tail = index[len(index) - x.type.rank :]
@@ -119,7 +123,9 @@ class Expressions:
 
     def _conditional(self, *indices: Index) -> None:
         """Note that conditions, not only addresses, depend on these indices."""
-        self.addresses.extend(tirx.floormod(i64(i), i64(3)) for i in indices if not isinstance(i, int))
+        found = [tirx.floormod(i64(i), i64(3)) for i in indices if not isinstance(i, int)]
+        self.addresses.extend(found)
+        self.conditions.extend(found)
 
     # --- ops that move elements ----------------------------------------------------------------------------------------
 
@@ -138,6 +144,8 @@ class Expressions:
 
     def _reshape(self, node: Node, index: Sequence[Index]) -> Any:
         x = node.operands[0]
+        if x.is_input and x not in self.sources and x.type.is_contiguous:  # memory is what it was: nothing is divided
+            return self._read(x, self.code.flatten(index, self.sizes(node.result)))
         out: list[Index] = []
         for old, new in reshape_groups(x.shape, node.result.shape):
             flat = self.code.flatten([index[k] for k in new], [self.code.size(node.result.shape[k]) for k in new])

@@ -89,6 +89,18 @@ def expand_index(code: Code, axes: Sequence[Axis], at: Sequence[Index], shape: S
     return out
 
 
+def linear_index(axes: Sequence[Axis], at: Sequence[Index], rank: int) -> list[Index]:
+    """As :func:`expand_index`, without divisions, for what touches the addresses that the axes were merged by and no others.
+
+    A merged loop's variable goes into its innermost axis, beyond whose end it runs, and zeros into the others: each address
+    is linear in them with steps that fit, so it is the same.
+    """
+    out: list[Index] = [0] * rank
+    for axis, i in zip(axes, at, strict=True):
+        out[axis.members[-1]] = i
+    return out
+
+
 def product(code: Code, sizes: Sequence[Index]) -> Index:
     total: Index = 1
     for n in sizes:

@@ -17,7 +17,7 @@ from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.code import Index, i64
 from graphopt.backends.tvm.elementwise import Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, expand_index, lanewise, merge_axes, product, run_space, vector_loop
+from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, lanewise, linear_index, merge_axes, product, run_space, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.ir import types
 from graphopt.ir.graph import Node, Value
@@ -96,7 +96,7 @@ class Reduction:
     def _element(self, kept: Sequence[Index], reduced: Sequence[Index]) -> Any:
         """The operand's element, as accumulators hold it."""
         at = dict(zip((id(a) for a in self.kept), kept, strict=True)) | dict(zip((id(a) for a in self.inner), reduced, strict=True))
-        index = expand_index(self.code, self.axes, [at[id(a)] for a in self.axes], self.shape)
+        index = linear_index(self.axes, [at[id(a)] for a in self.axes], len(self.shape))
         value = Expressions(self.args, self.sources).at(self.x, index)
         if (self.monoid is not None and self.monoid.held == "uint8" and self.x.dtype != types.u8) or self.op in ("any", "all"):
             return scalar.cast(value, self.x.dtype, types.b1).astype("uint8")

@@ -6,7 +6,8 @@ and needed by several passes (the exponentials of a softmax) are kept in a scrat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -15,7 +16,7 @@ from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import HEAVY, Probe, weight_of
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import SMALL, Tuning, lanewise, product, vector_loop
+from graphopt.backends.tvm.loops import SMALL, Tuning, lanewise, linear_index, merge_axes, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.backends.tvm.reduce import BLOCK
 from graphopt.backends.tvm.shapes import row_shape
@@ -25,6 +26,15 @@ from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value
 
 IDEMPOTENT = ("max", "min", "any", "all")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A row of a value as ``count`` runs of ``length`` columns; ``index(run, i)`` is the value's index of a run's element."""
+
+    count: Index
+    length: Index
+    index: Callable[[Index, Index], list[Index]]
 
 
 class RowKernel:
@@ -112,16 +122,38 @@ class RowKernel:
 
         return source
 
-    def _at(self, v: Value, column: Index) -> Any:
-        return Expressions(self.args, self.sources).at(v, self._index(v, column))
+    def _runs(self, v: Value) -> Runs:
+        """How to go through a row of a value: in one run, or where what it reads has other steps from run to run, in several."""
+        code, shape = self.code, [self.code.size(d) for d in v.shape]
+        whole = Runs(1, self.columns, lambda _, i: self._index(v, i))
+        k = next((k for k in range(len(shape), -1, -1) if code.equal(product(code, shape[k:]), self.columns)), None)
+        if k is None or len(shape) - k < 2:
+            return whole
+        lead, trail = code.unflatten(self.row, shape[:k]), shape[k:]
+
+        def place(index: Sequence[Index]) -> list[Index]:
+            return [0 if isinstance(n, int) and n == 1 else i for i, n in zip([*lead, *index], shape, strict=True)]
+
+        def touched(index: Sequence[Index]) -> list[Any]:
+            probe = Expressions(self.args, self.sources, probe=True)
+            probe.at(v, place(index))
+            written = [self.args.place(k, place(index)) for k, out in enumerate(self.graph.outputs) if out is v]
+            return [*(at for _, at in probe.reads), *probe.conditions, *written]
+
+        axes = merge_axes(code, trail, touched, [0] * len(trail))
+        if not axes:
+            return whole
+        outer = [a.size for a in axes[:-1]]
+        count, length = product(code, outer), axes[-1].size
+        return Runs(count, length, lambda o, i: place(linear_index(axes, [*code.unflatten(o, outer), i], len(trail))))
 
     # --- passes -------------------------------------------------------------------------------------------------------------
 
-    def _lanes(self, v: Value) -> int:
+    def _lanes(self, v: Value, length: Index) -> int:
         probe = Probe(self.args, self.sources, v)
         probe(self._index(v, self.row))
         lanes = 1 if probe.scalar_only else self.tuning.lanes
-        while lanes > 1 and isinstance(self.columns, int) and self.columns < lanes:
+        while lanes > 1 and isinstance(length, int) and length < lanes:
             lanes //= 2
         return lanes
 
@@ -129,9 +161,10 @@ class RowKernel:
         """One pass: reduce an operand over the row, and keep its elements if a later pass wants them."""
         code, x = self.code, node.operands[0]
         m = Monoid.of(node.name, x.dtype, nan_matters=not _nan_shows_anyway(node))
-        lanes = self._lanes(x)
+        runs = self._runs(x)
+        lanes = self._lanes(x, runs.length)
         unroll = self.tuning.unroll
-        while unroll > 1 and isinstance(self.columns, int) and self.columns < lanes * unroll * 4:
+        while unroll > 1 and isinstance(runs.length, int) and runs.length < lanes * unroll * 4:
             unroll //= 2
         width = lanes * unroll if lanes > 1 else 1
         long = m.total != m.held and not (isinstance(self.columns, int) and self.columns <= BLOCK)
@@ -141,12 +174,6 @@ class RowKernel:
         def fill() -> None:
             lanewise(code, width, lanes, lambda l: code.store(acc, l, _constant(m.start, m.held)))
 
-        def element(column: Index) -> Any:
-            value = self._at(x, column)
-            if keep is not None:
-                code.store(keep, column, value.astype("uint8") if x.dtype.is_bool else value)
-            return scalar.cast(value, x.dtype, types.b1).astype("uint8") if m.held == "uint8" and x.dtype != types.u8 else value
-
         def join(at: Index, value: Any) -> None:
             code.store(acc, at, m.join(code.load(acc, at), value))
 
@@ -154,34 +181,46 @@ class RowKernel:
             value = combine(code, acc, width, lanes, m)
             code.store(total, 0, m.join(code.load(total, 0), value if total_type == m.held else value.astype(total_type)))
 
-        def vectors(start: Index, count: Index) -> None:
-            with code.loop(count, "serial", "c") as c:
-                lanewise(code, width, lanes, lambda l: join(l, element(code.simplify(start + c * width + l))))
+        def run(o: Index) -> None:
+            def element(i: Index) -> Any:
+                value = Expressions(self.args, self.sources).at(x, runs.index(o, i))
+                if keep is not None:
+                    code.store(keep, code.simplify(o * runs.length + i), value.astype("uint8") if x.dtype.is_bool else value)
+                return scalar.cast(value, x.dtype, types.b1).astype("uint8") if m.held == "uint8" and x.dtype != types.u8 else value
+
+            def vectors(start: Index, count: Index) -> None:
+                with code.loop(count, "serial", "c") as c:
+                    lanewise(code, width, lanes, lambda l: join(l, element(code.simplify(start + c * width + l))))
+
+            if long and width > 1:
+                block = BLOCK // width
+                whole = code.div(runs.length, width)
+                with code.loop(code.ceildiv(whole, block), "serial", "block") as b:
+                    vectors(code.simplify(b * BLOCK), code.bind_index(code.least(whole - b * block, block)))
+                    flush()
+                    fill()
+            elif not (isinstance(runs.length, int) and runs.length < width):
+                vectors(0, code.div(runs.length, width))
+            held = None if keep is None else lambda i: code.load(keep, code.simplify(o * runs.length + i))
+            self._leftover(runs.length, weight_of(x), width, lanes, held, element, join, node.name in IDEMPOTENT and m.held != "uint8")
 
         code.store(total, 0, _constant(m.start, total_type))
         fill()
-        if long and width > 1:
-            block = BLOCK // width
-            whole = code.div(self.columns, width)
-            with code.loop(code.ceildiv(whole, block), "serial", "block") as b:
-                vectors(code.simplify(b * BLOCK), code.bind_index(code.least(whole - b * block, block)))
-                flush()
-                fill()
-        elif not (isinstance(self.columns, int) and self.columns < width):
-            vectors(0, code.div(self.columns, width))
-        self._leftover(x, width, lanes, keep, element, join, node.name in IDEMPOTENT and m.held != "uint8")
+        with code.loop(runs.count, "serial", "run") as o:
+            run(o)
         flush()
         value = code.load(total, 0)
         self.sources[node.result] = self._row_source(node.result, code.bind(_finish(code, node, value, self.columns), "row_value"))
         if keep is not None:
             self.sources[x] = self._kept_source(x, keep)
 
-    def _leftover(self, x: Value, width: int, lanes: int, keep: Any, element: Any, join: Any, idempotent: bool) -> None:
+    def _leftover(self, columns: Index, weight: int, width: int, lanes: int, held: Any, element: Any, join: Any,
+                  idempotent: bool) -> None:  # fmt: skip
         """The columns behind the last full step: single vectors, then elements.
 
         Where computing an element twice does no harm, the last elements are done by a vector that overlaps the one before.
         """
-        code, columns = self.code, self.columns
+        code = self.code
         rest = code.mod(columns, width)
         if isinstance(rest, int) and rest == 0:
             return
@@ -193,15 +232,14 @@ class RowKernel:
             base = code.simplify(columns - rest)
         if isinstance(rest, int) and rest == 0:
             return
-        heavy = weight_of(x) > 2
-        if lanes > 1 and isinstance(columns, int) and columns >= lanes and heavy and (idempotent or keep is not None):
+        if lanes > 1 and isinstance(columns, int) and columns >= lanes and weight > 2 and (idempotent or held is not None):
             with code.loop(lanes, "vectorized", "v") as v:
                 value = element(code.simplify(columns - lanes + v))
                 if idempotent:
                     join(v, value)
             if not idempotent:
                 with code.loop(rest, "serial", "t") as t:
-                    join(0, code.load(keep, code.simplify(base + t)))
+                    join(0, held(code.simplify(base + t)))
             return
         with code.loop(rest, "serial", "t") as t:
             join(0, element(code.simplify(base + t)))
@@ -213,15 +251,20 @@ class RowKernel:
             index = code.unflatten(self.row, [code.size(d) for d in v.shape])
             self.args.store(k, index, Expressions(self.args, self.sources).at(v, index))
             return
-        lanes = self._lanes(v)
-        if isinstance(self.columns, int) and self.columns % lanes and lanes < self.tuning.lanes:
+        runs = self._runs(v)
+        lanes = self._lanes(v, runs.length)
+        if isinstance(runs.length, int) and runs.length % lanes and lanes < self.tuning.lanes:
             lanes = 1
 
-        def element(column: Index) -> None:
-            index = self._index(v, column)
-            self.args.store(k, index, Expressions(self.args, self.sources).at(v, index))
+        def run(o: Index) -> None:
+            def element(i: Index) -> None:
+                index = runs.index(o, i)
+                self.args.store(k, index, Expressions(self.args, self.sources).at(v, index))
 
-        vector_loop(code, 0, self.columns, lanes, element)
+            vector_loop(code, 0, runs.length, lanes, element)
+
+        with code.loop(runs.count, "serial", "run") as o:
+            run(o)
 
     def _is_full(self, v: Value) -> bool:
         return self.code.equal(product(self.code, [self.code.size(d) for d in v.shape]), product(self.code, [self.row_count, self.columns]))

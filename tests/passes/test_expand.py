@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusing import run
+from fusing import regions, run
 
 from graphopt.errors import UsageError
 from graphopt.ir import Graph, evaluate, parse_graph
 from graphopt.pass_manager import make_pass, run_passes
 from graphopt.passes.expand import Expand
+from graphopt.passes.fusion import Fuse
 from graphopt.testing import check_pass
 
 
@@ -66,6 +67,18 @@ def test_expanded(case: str) -> None:
     assert name not in ops(g)
     assert all(Expand()._why(n) is None for n in g.nodes())
     assert any(name in r.message for r in ctx.remarks)
+
+
+@pytest.mark.parametrize("batch", ["2", "B"])
+def test_a_group_norm_is_one_region(batch: str) -> None:
+    """Scale, shift and the activation after it go with the rows that are normalized."""
+    where = " where 1 <= B" if batch == "B" else ""
+    g = parse_graph(f"""graph @g(%x: f32[{batch}, 4, 5, 3], %w: f32[4], %b: f32[4]) -> f32[{batch}, 4, 5, 3]{where} {{
+      %0: f32[{batch}, 4, 5, 3] = group_norm(%x, %w, %b) {{groups = 2}}
+      return %0
+    }}""")
+    run(g, [Expand(), Fuse()])
+    assert [kind for kind, _ in regions(g)] == ["rowwise"]
 
 
 @pytest.mark.parametrize("case", STAYS)

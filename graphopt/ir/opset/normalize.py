@@ -162,12 +162,15 @@ def _check_groups(ts: Sequence[TensorType], attrs: Attrs) -> None:
 
 
 def _expand_group_norm(b: Builder, node: Node) -> Value:
+    """Each group's channels on an axis of their own: scale and shift have one shape with the rows that are normalized."""
     x, *affine = node.operands
-    n, c, *rest = x.shape
+    n, c, *space = x.shape
     groups = node.attrs["groups"]
-    grouped = b.reshape(x, shape=(n, groups, dims.mul(dims.floordiv(c, groups), dims.numel(rest))))
-    normal = b.reshape(b.layer_norm(grouped, axes=1, eps=node.attrs["eps"]), shape=x.shape)
-    return _affine(b, normal, [b.reshape(v, shape=channel_shape(x.type)) for v in affine])
+    channels = dims.floordiv(c, groups)
+    grouped = b.reshape(x, shape=(n, groups, channels, *space))
+    normal = b.layer_norm(grouped, axes=1 + len(space), eps=node.attrs["eps"])
+    of_group = [b.reshape(v, shape=(groups, channels, *[1] * len(space))) for v in affine]
+    return b.reshape(_affine(b, normal, of_group), shape=x.shape)  # type: ignore[no-any-return]
 
 
 def _evaluate_group_norm(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:

@@ -56,6 +56,27 @@ def test_rows_of_any_length(compile_all, template: int) -> None:
         check(graph, run, inputs(graph), factor=4.0)
 
 
+@pytest.mark.parametrize("space", [(1, 1), (3, 5), (8, 16), (31, 33)])
+def test_rows_in_runs(compile_all, space: tuple[int, int]) -> None:
+    """A group norm: in a row, scale and shift, and what is added before, change from channel to channel."""
+    h, w = space
+    text = f"""graph @g(%x: f32[B, 12, {h}, {w}], %t: f32[B, 12, 1, 1], %s: f32[12], %b: f32[12]) -> f32[B, 4, 3, {h}, {w}] where 1 <= B {{
+      %0: f32[B, 12, {h}, {w}] = add(%x, %t)
+      %1: f32[B, 4, 3, {h}, {w}] = reshape(%0) {{shape = [B, 4, 3, {h}, {w}]}}
+      %2: f32[B, 4, 3, {h}, {w}] = layer_norm(%1) {{axes = 3}}
+      %3: f32[4, 3, 1, 1] = reshape(%s) {{shape = [4, 3, 1, 1]}}
+      %4: f32[B, 4, 3, {h}, {w}] = mul(%2, %3)
+      %5: f32[4, 3, 1, 1] = reshape(%b) {{shape = [4, 3, 1, 1]}}
+      %6: f32[B, 4, 3, {h}, {w}] = add(%4, %5)
+      return %6
+    }}"""
+    symbolic = parse_graph(text)
+    static = parse_graph(text.replace("[B,", "[2,").replace(" where 1 <= B", ""))
+    for graph, run in zip((symbolic, static), compile_all([(g, "rowwise") for g in (symbolic, static)]), strict=True):
+        for bindings in ({"B": 1}, {"B": 3}) if graph is symbolic else ({},):
+            check(graph, run, inputs(graph, **bindings), bindings or None, factor=4.0)
+
+
 def test_masked_rows_hold_no_denormals(compile_all) -> None:
     """A softmax is zero where it is tiny: neither exp(-100) nor what is left of it after the division; nan and inf stay."""
     graph = parse_graph("graph @g" + ROWS["softmax"].replace("C", "49"))
