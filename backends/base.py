@@ -33,7 +33,10 @@ class KernelTemplate(Protocol):
     name: str
 
     def space(self, w: Workload, t: Target) -> SearchSpace:
-        """All schedules; the default needs no tuning."""
+        """The schedules of the default's structure; the default needs no tuning."""
+
+    def spaces(self, w: Workload, t: Target) -> Sequence[SearchSpace]:
+        """All schedules: ``space`` first, then those of other structures (sketches)."""
 
     def emit(self, w: Workload, s: Schedule, t: Target) -> KernelSource:
         """Source of the kernel. Pure: needs no device."""

@@ -108,7 +108,8 @@ def _outside(w: Workload, s: Schedule, target: Target, backend: Backend) -> str 
     template = next((t for t in backend.templates(w, target) if t.name == s.template), None)
     if template is None:
         return f"no template {s.template!r} takes this region"
-    return template.space(w, target).rejection(s)
+    spaces = template.spaces(w, target)
+    return next((space for space in spaces if s.sketch in space.sketches), spaces[0]).rejection(s)
 
 
 def _elsewhere(r: TuningRecord, key: str, threads: int, versions: tuple[tuple[str, str], ...]) -> str:
