@@ -118,7 +118,7 @@ def test_the_default_schedule_may_be_the_best_that_was_found(tmp_path: Path, tun
     ("change", "message"),
     [
         ({"schedule": Schedule.make("nest", lanes=16, unroll=99, chunk=4096, parallel=True)},
-         "the best record, of 2026-01-31, is not used: unroll = 99 is not among (4, 2, 8)"),
+         "the best record, of 2026-01-31, is not used: unroll = 99 is not among (4, 1, 2, 8)"),
         ({"schedule": Schedule.make("gone", unroll=2)},
          "the best record, of 2026-01-31, is not used: no template 'gone' takes this region"),
         ({"target": "0" * 16, "device": "cpu:x86_64 (another, 64 cores)"},
