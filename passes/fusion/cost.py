@@ -42,7 +42,7 @@ from graphopt.ir.opset.window import WINDOWS
 from graphopt.ir.work import bytes_moved, flops
 from graphopt.target import Target
 
-LAUNCH = 8_000  # cycles: 0.7 us for the call, the rest for waking and joining a pool; measured 1.5 to 3 us on Zen 5 and Granite Rapids
+LAUNCH = 8_000  # cycles: 0.7 us for the call, the rest for waking and joining a pool (an estimate)
 CLOCK = 3.5e9  # cycles a second, about, in remarks
 LARGE = 4096  # a symbolic size without a bound
 
