@@ -1,0 +1,121 @@
+"""The tuner's loop: bad candidates are never chosen, the budget is kept, Ctrl-C loses nothing, and a run can be gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from graphopt.autotune.measure import Timing, Trial
+from graphopt.autotune.records import Measured
+from graphopt.autotune.runner import ProcessRunner
+from graphopt.autotune.search import Search
+from graphopt.autotune.space import Schedule, SearchSpace
+from graphopt.autotune.tuner import Budget, Event, Outcome, Progress, Standing, Task, Tried, Tuner
+from graphopt.target import Target
+from tests.autotune.fake_kernels import BAD, LOADER, FakeBuilder, schedule, space, subject
+
+TARGET = Target("cpu", "x86_64")
+QUICK = Timing(floor=0.002, recheck=0.004, patience=1.0)
+Records = list[tuple[Trial, int]]
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[ProcessRunner]:
+    runner = ProcessRunner(LOADER, threads=1, timing=QUICK)
+    yield runner
+    runner.close()
+
+
+class Setup:
+    """A tuner over fake kernels, and what it wrote down."""
+
+    def __init__(self, runner: ProcessRunner, spaces: SearchSpace, *, batch: int = 4, known: Standing | None = None, done: int = 0,
+                 tried: tuple[tuple[Schedule, Measured], ...] = (), listener: Callable[[Event], None] | None = None) -> None:  # fmt: skip
+        self.records: Records = []
+        self.builder = FakeBuilder()
+        task = Task(subject(), "x + y", spaces.default())
+        self.tuner = Tuner(
+            [task], search=lambda t: Search(t.workload, TARGET, [spaces], seed=0, known=tried), builder=self.builder, runner=runner,
+            record=lambda t, trial, n: self.records.append((trial, n)), batch=batch, known={0: known} if known else None, done=done,
+            listener=listener,
+        )  # fmt: skip
+
+    def run(self, budget: Budget) -> tuple[Outcome, Progress]:
+        outcome = self.tuner.run(budget)
+        return outcome, outcome.progress[0]
+
+
+def test_no_bad_candidate_is_ever_chosen_and_all_are_tried(runner: ProcessRunner) -> None:
+    setup = Setup(runner, space("slow", *BAD, "good"))
+    outcome, p = setup.run(Budget())
+    assert outcome.why == "done" and outcome.trials == len(BAD) + 2
+    assert p.incumbent is not None and p.incumbent.schedule == schedule("good")
+    assert p.gain is not None and p.gain > 5
+    for trial, _ in setup.records:
+        kernel = trial.schedule["kernel"]
+        assert trial.measured.status.value == BAD.get(kernel, "ok"), kernel
+        assert not (trial.won and kernel in BAD)
+    assert [n for _, n in setup.records] == list(range(1, len(BAD) + 3))
+
+
+def test_a_bad_default_leaves_the_task_to_the_next_that_is_right(runner: ProcessRunner) -> None:
+    _, p = Setup(runner, space("crashes", "good")).run(Budget())
+    assert p.incumbent is not None and p.incumbent.schedule == schedule("good")
+    assert p.default is not None and not p.default.ok and p.gain is None
+
+
+def test_the_number_of_trials_is_kept(runner: ProcessRunner) -> None:
+    outcome, p = Setup(runner, space("good", n=100)).run(Budget(trials=6))
+    assert (outcome.why, outcome.trials, p.trials) == ("trials", 6, 6)
+
+
+def test_the_seconds_are_kept_up_to_one_trial_and_one_build(runner: ProcessRunner) -> None:
+    outcome, _ = Setup(runner, space("good", n=4000)).run(Budget(seconds=0.5))
+    assert outcome.why == "budget" and outcome.trials > 0
+    assert outcome.trials < 4000
+
+
+def test_every_trial_is_written_down_before_it_is_told(runner: ProcessRunner) -> None:
+    seen: list[int] = []
+    setup = Setup(runner, space("good", n=8), listener=lambda e: seen.append(len(setup.records)) if isinstance(e, Tried) else None)
+    setup.run(Budget())
+    assert seen == list(range(1, 9))
+
+
+def test_an_interrupt_ends_it_and_what_was_tried_is_kept(runner: ProcessRunner) -> None:
+    setup = Setup(runner, space("slow", n=4000))
+    killer = threading.Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    killer.start()
+    try:
+        outcome, p = setup.run(Budget(seconds=60))
+    finally:
+        killer.cancel()
+    assert outcome.why == "interrupted"
+    assert outcome.trials == len(setup.records) == p.trials
+
+
+def test_a_run_is_gone_on_with(runner: ProcessRunner) -> None:
+    first = Setup(runner, space("slow", "good", n=6))
+    _, p = first.run(Budget(trials=5))
+    assert p.incumbent is not None
+    tried = tuple((t.schedule, t.measured) for t, _ in first.records)
+    standing = Standing(p.incumbent.schedule, p.incumbent.seconds, p.default)
+    second = Setup(runner, space("slow", "good", n=6), known=standing, done=5, tried=tried)
+    outcome, q = second.run(Budget(trials=9))
+    assert (outcome.why, outcome.trials) == ("trials", 4)
+    assert [n for _, n in second.records] == [6, 7, 8, 9]
+    assert not {t.schedule for t, _ in first.records} & {t.schedule for t, _ in second.records}
+    assert q.default == p.default and q.best is not None and q.best <= p.incumbent.seconds
+
+
+def test_a_task_at_its_roofline_gets_one_batch(runner: ProcessRunner) -> None:
+    spaces = space("good", n=100)
+    setup = Setup(runner, spaces)
+    p = setup.tuner.progress[0]
+    p.task = Task(subject(), "x + y", spaces.default(), least=1.0)
+    outcome, _ = setup.run(Budget())
+    assert (outcome.why, outcome.trials) == ("done", 4)
