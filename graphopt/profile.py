@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ from graphopt.errors import counted
 from graphopt.ir import dims, work
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node
-from graphopt.lower import KernelStep
+from graphopt.lower import KernelStep, LibraryStep
 from graphopt.program import Program
 
 
@@ -37,6 +37,7 @@ class CallCost:
         flops: additions and multiplications of matrix products, convolutions and attention.
         bytes: what must be read and written at least: each operand and each result once, of a table the rows that are taken.
         loc: the user's source line.
+        step: what is called.
     """
 
     what: str
@@ -45,6 +46,7 @@ class CallCost:
     flops: int
     bytes: int
     loc: str
+    step: KernelStep | LibraryStep | None = None
 
     @property
     def gflops(self) -> float:
@@ -63,10 +65,13 @@ class Profile:
 
     Attributes:
         seconds: a whole run without clocks inside, median.
+        graph, sizes: what the program computes, and the values of its symbols.
     """
 
     calls: tuple[CallCost, ...]
     seconds: float
+    graph: Graph | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def table(self, limit: int = 30, width: int = 140) -> str:
         """Text for people: the dearest calls first, equal ones together."""
@@ -129,8 +134,8 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
             node = step.node
             kind, loc = step.workload.kind if isinstance(step, KernelStep) else "library", str(node.loc or "")
             flops, moved = (dims.evaluate(d, bound) for d in (work.flops(node), work.bytes_moved(node)))
-            calls.append(CallCost(_describe(node, bound), kind, median(seen), flops, moved, loc))
-    return Profile(tuple(calls), median(whole))
+            calls.append(CallCost(_describe(node, bound), kind, median(seen), flops, moved, loc, step))
+    return Profile(tuple(calls), median(whole), graph, bound)
 
 
 def _body(node: Node) -> list[Node]:

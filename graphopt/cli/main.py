@@ -12,6 +12,7 @@ from graphopt.cli.bench import bench
 from graphopt.cli.doctor import doctor
 from graphopt.cli.explain import explain
 from graphopt.cli.opt import opt
+from graphopt.cli.tune import tune_command
 from graphopt.errors import GraphoptError
 
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
@@ -22,6 +23,7 @@ HELP = """A graph compiler for PyTorch that people can read, verify and tune.
 graphopt opt mlp.gir --pipeline canonicalize,fuse    run passes on IR text, print the result
 graphopt explain model.py:make                       compile a model, tell what was done and why
 graphopt bench bert mlp                              times beside other systems and the machine's limits
+graphopt tune bert --budget 10m                      find faster schedules for its kernels, and keep them
 graphopt doctor                                      what is installed, what was found, what is missing
 
 \b
@@ -79,6 +81,7 @@ def options(
 app.command("opt")(opt)
 app.command("explain")(explain)
 app.command("bench")(bench)
+app.command("tune")(tune_command)
 app.command("doctor")(doctor)
 
 

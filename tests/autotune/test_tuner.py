@@ -19,7 +19,7 @@ from graphopt.target import Target
 from tests.autotune.fake_kernels import BAD, LOADER, FakeBuilder, schedule, space, subject
 
 TARGET = Target("cpu", "x86_64")
-QUICK = Timing(floor=0.002, recheck=0.004, patience=1.0)
+QUICK = Timing(floor=0.002, recheck=0.004, patience=3.0)
 Records = list[tuple[Trial, int]]
 
 

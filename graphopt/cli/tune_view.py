@@ -1,0 +1,179 @@
+"""What ``graphopt tune`` shows: the plan, the tasks while it runs, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.autotune.tuner import Budget, Event, Outcome, RoundBegins, TimingBegins, Tried
+from graphopt.bench.limits import Limits
+from graphopt.errors import counted
+from graphopt.tuning import BeforeAfter, Tasks
+
+LINES = 24  # tasks shown at most
+REDRAW = 0.25  # seconds between two pictures
+LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
+TYPICAL_GAIN = 1.1  # expected of a task about which nothing is known, where the roofline allows it
+TYPICAL_TRIALS, TYPICAL_TRIAL_SECONDS = 128, 0.2
+
+
+def microseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Console) -> None:
+    """What would be tuned: share of the models' time, distance to the roofline, and what to expect."""
+    table = Table("kernel", "calls", "us", "share", "roofline", "expected", "seconds", title="Plan", title_justify="left")
+    left = 0.0
+    for task, share in zip(found.tasks, found.share, strict=True):
+        gain = expected_gain(task.seconds, task.least)
+        wanted = TYPICAL_TRIALS * (TYPICAL_TRIAL_SECONDS + 20 * task.seconds)
+        left += share * (1 - 1 / gain)
+        near = f"{task.least / task.seconds:.0%}" if task.least and task.seconds else "?"
+        table.add_row(task.name, str(task.calls), microseconds(task.seconds), f"{share:.1%}", near, f"{gain:.2f}x", f"{wanted:.0f}")
+    console.print(table)
+    for what, why in dict.fromkeys(found.left_out):
+        console.print(f"not tuned: {what}: {why}", style="dim", highlight=False)
+    if limits is None:
+        console.print("roofline: the machine's limits could not be measured")
+    else:
+        measured = f"{limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s"
+        console.print(f"roofline: {measured}, measured with {counted(limits.threads, 'thread')}", highlight=False)
+    if found.tasks:
+        console.print(f"expected: {1 / (1 - left):.2f}x for the whole; a guess, as nothing is known of a kernel but its distance to the "
+                      f"roofline. The budget is {budget:.0f} s", highlight=False)  # fmt: skip
+    else:
+        console.print("there is nothing to tune")
+
+
+def expected_gain(seconds: float, least: float) -> float:
+    """A modest guess: a tenth, or half of what the roofline leaves if that is less."""
+    if not seconds or not least:
+        return TYPICAL_GAIN
+    return max(1.0, min(TYPICAL_GAIN, 1 + (seconds / least - 1) / 2))
+
+
+# --- while it runs -----------------------------------------------------------------------------------------------------
+
+
+class View:
+    """The tasks as they stand; a picture on a terminal, lines elsewhere. ``with view: ... listen``."""
+
+    def __init__(self, found: Tasks, budget: Budget, console: Console) -> None:
+        self.found, self.budget, self.console = found, budget, console
+        self.best: list[float | None] = [None] * len(found.tasks)
+        self.default: list[float | None] = [None] * len(found.tasks)
+        self.trials = [0] * len(found.tasks)
+        self.failed = 0
+        self.now, self.doing = 0, ""
+        self._start = self._drawn = time.monotonic()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> View:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def listen(self, event: Event) -> None:
+        """Take an event in, and draw if it is time."""
+        self.now = event.task
+        if isinstance(event, RoundBegins):
+            self.doing = f"build {event.size}"
+        elif isinstance(event, TimingBegins):
+            self.doing = "measure"
+        else:
+            self._tried(event)
+        wait = REDRAW if self._live else LINE_EVERY
+        if time.monotonic() - self._drawn >= wait:
+            self._drawn = time.monotonic()
+            if self._live:
+                self._live.update(self.picture(), refresh=True)
+            else:
+                self.console.print(self.line(), highlight=False, soft_wrap=True)
+
+    def _tried(self, event: Tried) -> None:
+        m, i = event.trial.measured, event.task
+        self.trials[i] += 1
+        self.failed += not m.ok
+        if event.trial.schedule == self.found.tasks[i].default and m.ok:
+            self.default[i] = m.seconds
+        if event.trial.won:
+            self.best[i] = m.seconds
+
+    @property
+    def estimate(self) -> float:
+        """Seconds of a run of all models, if every kernel gains in them what it gained alone."""
+        saved = 0.0
+        for task, best, default in zip(self.found.tasks, self.best, self.default, strict=True):
+            if best and default:
+                saved += task.calls * task.seconds * (1 - best / default)
+        return sum(self.found.seconds) - saved
+
+    def line(self) -> str:
+        before = sum(self.found.seconds)
+        task = self.found.tasks[self.now]
+        return (
+            f"{time.monotonic() - self._start:5.0f} s, {counted(sum(self.trials), 'trial')}, {self.failed} failed; {before * 1e3:.2f} -> "
+            f"{self.estimate * 1e3:.2f} ms (estimate){self._left()}; now {task.name}"
+        )
+
+    def _left(self) -> str:
+        if self.budget.seconds is None:
+            return ""
+        return f"; {max(0.0, self.budget.seconds - (time.monotonic() - self._start)):.0f} s left"
+
+    def picture(self) -> Group:
+        table = Table("", "kernel", "share", "trials", "default us", "best us", "gain", "roofline", box=None, pad_edge=False)
+        for i, (task, share) in enumerate(zip(self.found.tasks, self.found.share, strict=True)):
+            if i >= LINES and i != self.now:
+                continue
+            best, default = self.best[i], self.default[i]
+            gain = f"{default / best:.2f}x" if best and default else ""
+            near = f"{task.least / best:.0%}" if best and task.least else ""
+            table.add_row(">" if i == self.now else "", task.name, f"{share:.1%}", str(self.trials[i] or ""), microseconds(default),
+                          microseconds(best), gain, near)  # fmt: skip
+        return Group(table, Text(f"{self.line()}: {self.doing}"))
+
+
+# --- at the end --------------------------------------------------------------------------------------------------------
+
+
+def show_result(outcome: Outcome, found: Tasks, measured: Sequence[BeforeAfter] | None, console: Console) -> None:
+    """What was tried and found; with ``measured``, the models before and after."""
+    table = Table("kernel", "share", "trials", "failed", "default us", "best us", "gain", title="Kernels alone, each timed in turns",
+                  title_justify="left")  # fmt: skip
+    for p, share in zip(outcome.progress, found.share, strict=True):
+        failed = sum(n for status, n in p.statuses.items() if status != "ok")
+        gain = f"{p.gain:.2f}x" if p.gain else ""
+        default = p.default.seconds if p.default else None
+        table.add_row(p.task.name, f"{share:.1%}", str(p.trials), str(failed or ""), microseconds(default), microseconds(p.best), gain)
+    console.print(table)
+    why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
+    rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
+    console.print(f"{counted(outcome.trials, 'trial')} in {rate}; {why[outcome.why]}", highlight=False)
+    for m in measured or ():
+        _show_model(m, console)
+
+
+def _show_model(m: BeforeAfter, console: Console) -> None:
+    table = Table("kernel", "calls", "before us", "after us", "gain", title=f"{m.name}: kernels inside the model", title_justify="left")
+    for k in m.kernels:
+        table.add_row(k.name, str(k.calls), microseconds(k.before), microseconds(k.after), f"{k.before / k.after:.2f}x")
+    console.print(table)
+    before, after = median(m.before), median(m.after)
+    claim = f"{before / after:.2f}x" if not m.noisy else "no ratio is claimed: the times vary too much"
+    console.print(f"{m.name}: {before * 1e3:.3f} ms before, {after * 1e3:.3f} ms after, medians of {len(m.before)} runs in turns: {claim}",
+                  highlight=False)  # fmt: skip
