@@ -105,6 +105,11 @@ class Target:
             return "amx"
         return "dot" if self.has("avx512_bf16") else ""
 
+    @property
+    def f32_thirds(self) -> bool:
+        """Whether products of f32 are best summed from thirds, which are bf16, on AMX tiles."""
+        return self.bf16_products == "amx"
+
     def has(self, feature: str) -> bool:
         return feature in self.features
 

@@ -10,7 +10,6 @@ instructions: up to 12 rows by two vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,12 @@ from tvm import tirx
 from graphopt.backends.tvm import amx, scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.imported import dot, import_dots
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.pairform import COLUMNS, packed_pairs
 from graphopt.backends.tvm.product import operand_index
+from graphopt.backends.tvm.rowstore import RowStore
 from graphopt.backends.tvm.support import VIEWS, is_materialized
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
@@ -78,6 +78,7 @@ class PairKernel:
         work = product(code, [self.m, self.n, self.k])
         steps = product(code, [groups, self.panels])
         serial = not self.parallel or (isinstance(work, int) and work < 8 * SMALL) or (isinstance(steps, int) and steps == 1)
+        rows = RowStore(code, self.args, self.graph, [self.node.result], COLUMNS, LANES)
         with code.loop(steps, "serial" if serial else "parallel", "task") as task:
             go, j = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [groups, self.panels]), [groups, self.panels])]
             if self.engine == "amx":
@@ -92,7 +93,9 @@ class PairKernel:
                     self._tiles(left, acc, row, j, side)
                 else:
                     self._dots(left, acc, row, j)
-                self._store(acc, row, height, code.simplify(j * COLUMNS))
+                exact = isinstance(self.m, int) and self.m % height == 0
+                here = height if exact else code.bind_index(code.least(self.m - row, height), "count")
+                rows.write([acc], 0, row, here, code.simplify(j * COLUMNS))
             if self.engine == "amx":
                 amx.release(code)
         return code
@@ -212,52 +215,3 @@ class PairKernel:
 
     def _pairs(self, at: Index) -> Any:
         return self.code.bind(self.weight[tirx.Ramp(i64(self.code.simplify(at)), i64(1), 2 * LANES)], "w", hidden=False)
-
-    # --- the epilogue -------------------------------------------------------------------------------------------------------
-
-    def _store(self, acc: Any, row: Index, height: int, column: Index) -> None:
-        code = self.code
-        exact = isinstance(self.m, int) and self.m % height == 0
-        count = height if exact else code.bind_index(code.least(self.m - row, height), "count")
-        lanes = self._store_lanes()
-        with code.loop(count, "serial", "i") as i:
-            r = code.bind_index(code.simplify(row + i), "r")
-            lead = [code.bind_index(x, "i", n) for x, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
-
-            def one(c: Index) -> None:
-                self._element(acc, code.simplify(i * COLUMNS + c), [*lead, code.simplify(column + c)])
-
-            def vector(u: Index) -> None:
-                with code.loop(lanes, "vectorized", "v") as v:
-                    one(code.simplify(u * lanes + v))
-
-            if self.n % COLUMNS == 0:
-                with code.loop(COLUMNS // lanes, "serial", "u") as u:
-                    vector(u)
-            else:
-                here = code.bind_index(code.least(self.n - column, COLUMNS), "here")
-                whole = code.div(here, lanes)
-                with code.loop(whole, "serial", "u") as u:
-                    vector(u)
-                with code.loop(code.simplify(here - whole * lanes), "serial", "c") as c:
-                    one(code.simplify(whole * lanes + c))
-
-    def _store_lanes(self) -> int:
-        for v in self.graph.outputs:
-            probe = Probe(self.args, {self.node.result: lambda index: tirx.const(0, "float32")}, v)
-            probe([0] * v.type.rank)
-            if probe.scalar_only:
-                return 1
-        return LANES
-
-    def _element(self, acc: Any, at: Index, index: list[Index]) -> None:
-        value = scalar.rounded(self.code.bind(self.code.load(acc, at)), self.node.result.dtype)
-
-        def source(asked: Sequence[Index]) -> Any:
-            if not all(self.code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                raise BuildError("the product is used at another place than its own")
-            return value
-
-        sources: dict[Value, Source] = {self.node.result: source}
-        for k, v in enumerate(self.graph.outputs):
-            self.args.store(k, index, Expressions(self.args, sources).at(v, index))

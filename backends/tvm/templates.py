@@ -187,6 +187,35 @@ def _write_pairs(w: Workload, s: Schedule, t: Target) -> Any:
     return PairKernel(expand_rows(w.graph), s["engine"], s["rows"], s["group"], s["parallel"]).emit()
 
 
+# --- products of f32 from thirds ---------------------------------------------------------------------------------------
+
+
+def _thirds_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.thirdform import refusal
+
+    return _tile_refuse(w, t) or refusal(w.graph, t)
+
+
+def _thirds_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.thirdform import params
+
+    return params(w.graph, t)
+
+
+def _thirds_space(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.thirdform import space
+
+    return (space(w.graph, t),)
+
+
+def _write_thirds(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.thirds import ThirdsKernel
+
+    graph = expand_rows(w.graph)
+    return ThirdsKernel(graph, s["block"], s["rows"], s["group"], s["chunk"], s["panels"], s["ahead"], s["parallel"]).emit()
+
+
 # --- convolution -------------------------------------------------------------------------------------------------------
 
 
@@ -333,8 +362,9 @@ DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_d
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=_loops("conv_loops"))
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
+THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=_loops("row_loops"))
 NEST = Template("nest", lambda w, t: "a convolution" if w.kind == "conv" else None, _nest_params, _write_nest,
                 nest=_loops("element_loops"))  # fmt: skip
-TEMPLATES: tuple[Template, ...] = (DEPTHWISE, WINOGRAD, CONV, PAIRS, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (DEPTHWISE, WINOGRAD, CONV, PAIRS, THIRDS, TILE, ROWS, NEST)
