@@ -23,7 +23,7 @@ from typing import Any
 from graphopt.autotune.arena import Arena
 from graphopt.autotune.measure import Built, Incumbent, Race, Subject, Timing, Trial, Verdict, spread
 from graphopt.autotune.records import Measured, Status
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, WorkerError
 
 START = 120.0  # seconds that a process may take to be ready
 MOST_CASES = 3  # sets of inputs that winners are tried on, besides the first
@@ -48,15 +48,17 @@ class RunnerProcess:
                                          stderr=self._errors, start_new_session=True)  # fmt: skip
         self._rest = b""
         self._child = 0  # pid; 0 while there is none that is ready
+        self.started = False  # whether there ever was one
         self._requests = 0
 
     def ready(self) -> None:
-        """Wait for a child. Raises GraphoptError if none can be had."""
+        """Wait for a child. Raises WorkerError if none can be had."""
         while not self._child:
             answer = self._line(time.monotonic() + START)
             if answer is None:
-                raise GraphoptError(f"the process that runs candidates does not start: {self._last_words()}")
+                raise WorkerError(f"the process that runs candidates does not start: {self._last_words()}")
             self._child = answer.get("ready", 0)
+            self.started = self.started or self._child > 0
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The answer to a request.
@@ -102,7 +104,7 @@ class RunnerProcess:
                 return None
             data = os.read(fd, 1 << 20)
             if not data:
-                raise GraphoptError(f"the process that runs candidates is gone: {self._last_words()}")
+                raise WorkerError(f"the process that runs candidates is gone: {self._last_words()}")
             self._rest += data
         line, self._rest = self._rest.split(b"\n", 1)
         return dict(json.loads(line))
@@ -219,6 +221,8 @@ class ProcessRunner:
         try:
             return self._process.ask(request, seconds)
         except GraphoptError:  # even the supervisor is gone
+            if not self._process.started:
+                raise  # through no fault of a candidate's
             self._process.close()
             self._process = RunnerProcess(self.loader)
             raise Failed(Status.CRASHED, "it took the process that watches over it down, too") from None

@@ -12,6 +12,7 @@ Reference: "How To Corrupt An SQLite Database File" and "Atomic Commit In SQLite
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from graphopt.autotune import DEFAULT_NAME
-from graphopt.errors import DatabaseError, UsageError
+from graphopt.errors import DatabaseError, DiskFullError, UsageError
 
 APPLICATION = 0x67_6F_74_64  # "gotd": tells the file(1) command, and this code, whose file it is
 VERSION = 1  # of the schema
@@ -141,14 +142,23 @@ class File:
             return UsageError(f"{self.path} is not a tuning database; it was left as it is")
         if "malformed" in text or "not a database" in text or "no such" in text:
             return Damaged(self.path, text, inode)
+        if "full" in text or ("I/O" in text and self._no_room()):
+            return DiskFullError(f"tuning database {self.path}: the disk is full; the records of this call were not kept, all earlier ones "
+                                 f"are ({text})")  # fmt: skip
         reasons = {
             "locked": f"another process has been writing it for over {self.timeout:g} s",
-            "full": "the disk is full; the records of this call were not kept, all earlier ones are",
             "readonly": "it may not be written",
             "unable to open": "it cannot be opened; is its folder there, and may it be read and written?",
         }
         why = next((reason for word, reason in reasons.items() if word in text), "")
         return DatabaseError(f"tuning database {self.path}: {why or text}" + (f" ({text})" if why else ""))
+
+    def _no_room(self) -> bool:
+        """Whether the disk has less room left than a transaction may take."""
+        try:
+            return shutil.disk_usage(self.path.parent).free < 1 << 16
+        except OSError:
+            return False
 
     def _ours(self) -> bool:
         """Whether a file that SQLite cannot read was a tuning database: by its header, or because it lies in the usual place."""

@@ -31,6 +31,8 @@ class Task:
         calls: how often a run of the models calls its kernel.
         seconds: of one call, as it was found in the model; 0 if not known.
         least: seconds that no kernel can do without: the roofline. 0 if not known.
+        library: seconds of a call of PyTorch's kernels for the same. 0 if not known.
+        flops, read: of a call: floating-point operations, and bytes that come from memory.
     """
 
     subject: Subject
@@ -39,6 +41,9 @@ class Task:
     calls: int = 1
     seconds: float = 0.0
     least: float = 0.0
+    library: float = 0.0
+    flops: float = 0.0
+    read: float = 0.0
 
     @property
     def workload(self) -> Workload:
@@ -159,7 +164,16 @@ class Tried:
     trial: Trial
 
 
-Event = RoundBegins | TimingBegins | Tried
+@dataclass(frozen=True)
+class GoesOn:
+    """A task takes up where an earlier part of the run stood."""
+
+    task: int
+    seconds: float
+    default: float | None
+
+
+Event = RoundBegins | TimingBegins | Tried | GoesOn
 Listener = Callable[[Event], None]
 Record = Callable[[Task, Trial, int], None]
 """(task, trial, number of the trial in the run): written down when it returns."""
@@ -283,6 +297,7 @@ class Tuner:
         if not built.failure:
             p.incumbent = Incumbent(built, known.seconds)
             p.curve.append((self.elapsed, known.seconds))
+            self._listener(GoesOn(index, known.seconds, known.default.seconds if known.default else None))
 
     def _note(self, p: Progress, trial: Trial) -> None:
         m = trial.measured

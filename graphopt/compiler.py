@@ -20,7 +20,7 @@ from graphopt.backends.eager import LibraryCall
 from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
-from graphopt.errors import BuildError, FallbackError, UsageError, counted
+from graphopt.errors import BuildError, DeviceError, FallbackError, UsageError, counted
 from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
@@ -258,12 +258,12 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
 
 
 def choose_target(device: torch.device, options: Options) -> Target:
-    """The device to compile for. Raises UsageError for a target whose kernels this machine cannot run."""
+    """The device to compile for. Raises DeviceError for a target whose kernels this machine cannot run."""
     if device.type != "cpu":
         return Target(device.type, "unknown")
     target = Target.from_name(options.target)
     if why := detect().lacks(target):
-        raise UsageError(f"kernels for target {options.target!r} cannot run here: {why}")
+        raise DeviceError(f"kernels for target {options.target!r} cannot run here: {why}")
     return target
 
 

@@ -86,6 +86,24 @@ class DatabaseError(GraphoptError):
     exit_status = 9
 
 
+class DeviceError(UsageError):
+    """A device that is not known, or whose kernels do not run here."""
+
+    exit_status = 10
+
+
+class DiskFullError(DatabaseError):
+    """There is no room for a record, or for candidates of the tuner."""
+
+    exit_status = 11
+
+
+class WorkerError(GraphoptError):
+    """A process that builds or runs candidates cannot be started."""
+
+    exit_status = 12
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint `` (did you mean 'x'?)`` for a misspelt word, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

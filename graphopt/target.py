@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from graphopt.errors import UsageError, nearest
+from graphopt.errors import DeviceError, nearest
 from graphopt.processors import PROCESSORS
 
 _VECTOR_BITS = (("avx512f", 512), ("avx2", 256), ("avx", 256))  # all others: 128, or as wide as SVE is
@@ -127,7 +127,7 @@ class Target:
         """A target from ``cpu`` (this machine's), ``cpu:znver4``, ``cpu:znver4:8`` (8 cores), ``cuda:sm_90``, ``hip:gfx942``.
 
         Raises:
-            UsageError: the name is not known; it lists those that are.
+            DeviceError: the name is not known; it lists those that are.
         """
         kind, _, rest = name.partition(":")
         arch, _, cores = rest.partition(":")
@@ -141,7 +141,7 @@ class Target:
             return Target("cpu", processor.arch, arch, features, int(cores or 1), (l1 << 10, l2 << 10, l3 << 10), processor.sve_bits)
         hint = nearest(arch, tuple(PROCESSORS)) if kind == "cpu" else ""
         known = ", ".join(f"cpu:{p}" for p in PROCESSORS)
-        raise UsageError(f"unknown target {name!r}{hint}; known are cpu, {known} (each with :CORES), cuda:sm_90, hip:gfx942")
+        raise DeviceError(f"unknown target {name!r}{hint}; known are cpu, {known} (each with :CORES), cuda:sm_90, hip:gfx942")
 
     def lacks(self, other: Target) -> str:
         """Why kernels for ``other`` cannot run here, in words; empty if they can."""

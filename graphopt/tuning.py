@@ -1,136 +1,36 @@
-"""Tuning models: which kernels to tune, with what, and what comes of it.
+"""Tuning: here the tuner (:mod:`graphopt.autotune.tuner`), which knows no backend, meets the TVM backend and the database.
 
-Here the tuner (:mod:`graphopt.autotune.tuner`), which knows no backend, meets the TVM backend, the database, and compiled models.
+Which kernels of a model to tune: :mod:`graphopt.tuning_tasks`. What the model gained: :mod:`graphopt.before_after`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
-from math import prod
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 from graphopt.autotune.cost_model import CostModel
 from graphopt.autotune.database import Database
-from graphopt.autotune.measure import Built, Subject, Timing, Trial
+from graphopt.autotune.measure import Built, Timing, Trial
 from graphopt.autotune.records import TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.autotune.tuner import Budget, Listener, Outcome, Scheduler, Standing, Task, Tuner
-from graphopt.errors import BuildError, UsageError, counted
-from graphopt.ir import dims
-from graphopt.ir.graph import Value
-from graphopt.ir.stage import staged_values
-from graphopt.lower import KernelStep
-from graphopt.profile import Profile
+from graphopt.errors import BuildError, DatabaseError, DeviceError, DiskFullError, UsageError, counted
 from graphopt.target import Target, detect
-from graphopt.trials import cannot_be_tried, case_maker
 from graphopt.tuned import device_key
 
 LOADER = "graphopt.backends.tvm.launch:load"
-MOST_BETWEEN = 256 << 20  # bytes over which weights are rotated at most
 BUILD_SECONDS = 30.0  # of one file of candidates
-
-LeastSeconds = Callable[[float, float], float]
-"""(floating-point operations, bytes from memory) -> seconds that the machine needs at least."""
-
-
-# --- tasks -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Use:
-    """A workload in a model, and the calls of it."""
-
-    step: KernelStep
-    sizes: dict[str, int]
-    weights: tuple[int, ...]
-    weight_bytes: int
-    name: str = ""
-    calls: int = 0
-    seconds: float = 0.0
-    flops: int = 0
-
-
-@dataclass
-class Tasks:
-    """What can be tuned of some models.
-
-    Attributes:
-        tasks: the dearest first.
-        share: of the models' time, by task.
-        seconds: of a run of each model, with default schedules.
-        left_out: (what, why) of calls that are not tuned.
-    """
-
-    tasks: list[Task] = field(default_factory=list)
-    share: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-
-
-def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | None = None) -> Tasks:
-    """The tasks of models that were profiled with default schedules.
-
-    Args:
-        least: what the machine can do; None if that was not measured.
-    """
-    found = Tasks()
-    uses: dict[Workload, _Use] = {}
-    between = 0
-    for profile in profiles:
-        assert profile.graph is not None
-        found.seconds.append(profile.seconds)
-        staged, sizes = staged_values(profile.graph), profile.sizes
-        values: dict[Value, None] = {}
-        for call in profile.calls:
-            if not isinstance(call.step, KernelStep):
-                found.left_out.append((call.what, "a library call"))
-                continue
-            values.update(dict.fromkeys((*call.step.node.operands, *call.step.node.results)))
-            use = uses.setdefault(call.step.workload, _use(call.step, staged, sizes))
-            use.name, use.calls, use.flops = call.what, use.calls + 1, call.flops
-            use.seconds += call.seconds
-        between += sum(_bytes(v, sizes) for v in values)
-    total = sum(found.seconds)
-    cold = between > 4 * target.cores * target.cache[1]
-    for w, use in sorted(uses.items(), key=lambda item: -item[1].seconds):
-        if why := cannot_be_tried(w) or _fixed(w, target):
-            found.left_out.append((use.name, why))
-            continue
-        one = use.seconds / use.calls
-        floor = least(use.flops, use.weight_bytes if cold else 0) if least else 0.0
-        subject = Subject(w, case_maker(w, use.sizes), use.weights, min(between, MOST_BETWEEN))
-        found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, floor))
-        found.share.append(use.seconds / total if total else 0.0)
-    return found
-
-
-def _use(step: KernelStep, staged: Any, sizes: Mapping[str, int]) -> _Use:
-    operands = step.node.operands
-    weights = tuple(i for i, v in enumerate(operands) if v in staged and i != step.in_place)
-    values = {new: sizes[old] for new, old in zip(sorted(step.workload.graph.symbols), step.symbols, strict=True)}
-    return _Use(step, values, weights, sum(_bytes(operands[i], sizes) for i in weights))
-
-
-def _bytes(v: Value, sizes: Mapping[str, int]) -> int:
-    return prod(d if isinstance(d, int) else dims.evaluate(d, sizes) for d in v.shape) * v.dtype.itemsize
-
-
-def _fixed(w: Workload, target: Target) -> str:
-    """Why there is nothing to choose for a workload; empty if there is."""
-    spaces = spaces_of(w, target)
-    return "" if sum(prod(len(p.choices) for p in s.params) * len(s.sketches) for s in spaces) > 1 else "there is one schedule only"
-
 
 def spaces_of(w: Workload, target: Target) -> list[SearchSpace]:
     """The search spaces of all templates that take a workload, the preferred one first."""
@@ -161,7 +61,10 @@ class CandidateBuilder:
     def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
         from graphopt.backends.tvm.templates import entry_name
 
+        """Raises DiskFullError if the folder's disk is full, which is no candidate's fault."""
         done = self._builder.build_together(w, schedules, self.target, self._folder, self.workers, self.together)
+        if any(isinstance(r, BuildError) and os.strerror(errno.ENOSPC) in str(r) for r in done):
+            raise DiskFullError(f"there is no room for candidates: the disk of {self._folder} is full; TMPDIR chooses another one")
         return [
             Built(s, failure=str(r).splitlines()[0]) if isinstance(r, BuildError) else Built(s, str(r[0]), entry_name(w, s), r[1])
             for s, r in zip(schedules, done, strict=True)
@@ -226,7 +129,8 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
         runner.close()
         builder.close()
         if len(model):
-            run.database.save_model(_model_name(run), model.to_bytes())
+            with contextlib.suppress(DatabaseError):  # it can be taught again, and must not hide what else went wrong
+                run.database.save_model(_model_name(run), model.to_bytes())
 
 
 def new_run() -> str:
@@ -294,88 +198,11 @@ def _record(run: Run, name: str, task: Task, trial: Trial, number: int) -> None:
                                    versions(), name, number, now)])  # fmt: skip
 
 
-# --- before and after --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KernelTimes:
-    """A kernel in a model: seconds of a call, median over all its calls, with default and with tuned schedules."""
-
-    name: str
-    calls: int
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class BeforeAfter:
-    """A model with default and with tuned schedules: seconds of runs that took turns, and its kernels, the dearest first."""
-
-    name: str
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    kernels: tuple[KernelTimes, ...]
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the times vary so much that their medians claim nothing: quartiles further apart than a fifth."""
-        return any(_quartiles(t) > 0.2 * median(t) for t in (self.before, self.after))
-
-
-Call = Callable[[], object]
-
-
-def before_and_after(name: str, calls: tuple[Call, Call], profiles: tuple[Callable[[], Profile], Callable[[], Profile]],
-                     seconds: float = 3.0) -> BeforeAfter:  # fmt: skip
-    """Measure a model with default and with tuned schedules, in turns.
-
-    Args:
-        calls: run the one and the other.
-        profiles: profile the one and the other.
-    """
-    before, after = interleaved(calls, seconds)
-    found: tuple[list[Profile], list[Profile]] = ([], [])
-    for n in range(3):
-        for which in (0, 1) if n % 2 else (1, 0):
-            found[which].append(profiles[which]())
-    kernels: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for i, call in enumerate(found[0][0].calls):
-        old, new = (median(p.calls[i].seconds for p in side) for side in found)
-        kernels.setdefault((call.kind, call.what), []).append((old, new))
-    rows = [KernelTimes(what, len(t), median(a for a, _ in t), median(b for _, b in t)) for (_, what), t in kernels.items()]
-    return BeforeAfter(name, tuple(before), tuple(after), tuple(sorted(rows, key=lambda r: -r.calls * r.before)))
-
-
-def interleaved(calls: Sequence[Call], seconds: float, rounds: int = 9) -> list[list[float]]:
-    """Seconds of calls that take turns: a list each, in the order of the calls.
-
-    Args:
-        seconds: for all of it; each is called in so many rounds at least.
-    """
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    end, n = time.perf_counter() + seconds, 0
-    while n < rounds or time.perf_counter() < end:
-        for i in range(len(calls)) if n % 2 else reversed(range(len(calls))):
-            calls[i]()  # not timed: the other one has just used the caches
-            start = time.perf_counter()
-            calls[i]()
-            times[i].append(time.perf_counter() - start)
-        n += 1
-    return times
-
-
-def _quartiles(times: Sequence[float]) -> float:
-    low, _, high = quantiles(times, n=4)
-    return high - low
-
-
 def check_device(name: str) -> Target:
-    """The device to tune for. Raises UsageError for one whose kernels do not run here."""
+    """The device to tune for. Raises DeviceError for one whose kernels do not run here."""
     target = Target.from_name(name)
     if target.kind != "cpu":
-        raise UsageError(f"{name!r}: only processors are tuned so far")
+        raise DeviceError(f"{name!r}: only processors are tuned so far")
     if why := detect().lacks(target):
-        raise UsageError(f"kernels for {name!r} cannot be timed here: {why}")
+        raise DeviceError(f"kernels for {name!r} cannot be timed here: {why}")
     return target

@@ -7,6 +7,7 @@ worker that dies or hangs costs the kernel it was at, never the others.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -39,7 +40,8 @@ class _Worker:
         path = json.dumps([p for p in sys.path if p])
         program = f"import sys; sys.path[:] = {path}; from graphopt.backends.tvm.worker import main; main({os.getpid()})"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+                                        start_new_session=True)  # fmt: skip  # Ctrl-C is for the process that waits for the answers
         self.ready = False
         self._rest = b""
 
@@ -84,7 +86,8 @@ class _Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.errors):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # half a request, which nobody takes any more
+                    pipe.close()
 
 
 class KernelBuilder:
@@ -100,6 +103,7 @@ class KernelBuilder:
         self._all: list[_Worker] = []
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        self._closed = False
         atexit.register(self.close)
 
     def prestart(self, workers: int) -> None:
@@ -112,9 +116,10 @@ class KernelBuilder:
                 self._idle.append(worker)
 
     def close(self) -> None:
-        """Stop all workers."""
+        """Stop all workers, for good: what is being built ends with an error."""
         with self._lock:
             self._after_fork()
+            self._closed = True
             for worker in self._all:
                 worker.stop()
             self._all, self._idle = [], []
@@ -127,6 +132,8 @@ class KernelBuilder:
     def _take(self) -> _Worker:
         with self._lock:
             self._after_fork()
+            if self._closed:
+                raise BuildError("the build processes were stopped")
             if self._idle:
                 return self._idle.pop()
             worker = _Worker()
@@ -237,7 +244,11 @@ class KernelBuilder:
                     at = parts.popleft()
                 except IndexError:
                     return
-                found[at] = self._build_part(w, schedules[at : at + size], target, folder)
+                part = schedules[at : at + size]
+                try:
+                    found[at] = self._build_part(w, part, target, folder)
+                except Exception as error:  # nothing may be left without an answer
+                    found[at] = [BuildError(f"{type(error).__name__}: {error}")] * len(part)
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(min(len(parts), workers))]
         for thread in threads:

@@ -14,21 +14,26 @@ import typer
 from rich.console import Console
 
 import graphopt
+from graphopt.autotune import DEFAULT_NAME
 from graphopt.autotune.database import Database
-from graphopt.autotune.tuner import Budget
+from graphopt.autotune.sqlite import Damaged
+from graphopt.autotune.tuner import Budget, Outcome
+from graphopt.before_after import BeforeAfter, before_and_after
 from graphopt.bench.limits import LimitMeter, Limits
 from graphopt.bench.loading import load
 from graphopt.bench.measure import label
 from graphopt.bench.models import MODELS
-from graphopt.cli.tune_view import View, show_plan, show_result
+from graphopt.cli import INTERRUPTED
+from graphopt.cli.tune_view import View, show_model, show_plan, show_result
 from graphopt.errors import GraphoptError, UsageError, counted
+from graphopt.library_time import library_seconds
 from graphopt.model import CompiledModel
 from graphopt.options import default_cache_dir
 from graphopt.profile import Profile
 from graphopt.target import Target
-from graphopt.tuning import BeforeAfter, Run, Tasks, before_and_after, check_device, last_run, tasks_of, tune
+from graphopt.tuning import Run, check_device, last_run, run_records, tune
+from graphopt.tuning_tasks import Tasks, tasks_of
 
-INTERRUPTED = 130  # exit status, as shells give for SIGINT
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -65,7 +70,7 @@ def tune_command(
 
     Candidates are built, checked against f64, and timed in turns with the fastest one so far, in processes of their own. Every trial
     is kept at once: Ctrl-C, or worse, loses nothing. At the end the models are measured with default and with tuned schedules,
-    in turns.
+    in turns. The budget is for the trials; compiling before and measuring after come on top.
 
     \b
     graphopt tune mlp --budget 30s                   a built-in model, for half a minute
@@ -74,7 +79,8 @@ def tune_command(
     graphopt tune mlp --resume                       go on where it was interrupted
 
     \b
-    Exit status: 130 if it was interrupted; what was found is kept. How it works: docs/tuning.md.
+    Exit status: 130 if it was interrupted; what was found is kept. 9 the database is damaged (it is kept aside) or out of reach,
+    10 no such device here, 11 the disk is full, 12 no process to build or run candidates in. How it works: docs/tuning.md.
     """
     seconds = duration(budget)
     target = check_device(device)
@@ -83,29 +89,95 @@ def tune_command(
     if threads:
         torch.set_num_threads(threads)
     threads = torch.get_num_threads()
-    cache_dir = cache_dir or default_cache_dir()
-    database = Database(db or cache_dir / "tuning.db")
-    database.models()  # a file that is no database is told now
-    console = Console()
-    console.width = max(console.width, 110)
-    options = {"target": device, "cache_dir": cache_dir, "tuning_db": None}
-    loaded = [_load(name, options) for name in dict.fromkeys(models)]
-    limits = _limits(threads)
-    found = tasks_of([m.compiled.profile(*m.args, **m.kwargs) for m in loaded], target, limits.least_seconds if limits else None)
-    if plan or not found.tasks:
-        show_plan(found, limits, seconds, console)
-        return
-    run = _run(target, database, threads, seed, found, resume)
-    view = View(found, Budget(seconds, trials), Console(stderr=True))
-    with view:
-        outcome = tune(found.tasks, run, Budget(seconds, trials), listener=view.listen)
-    if outcome.why == "interrupted":
-        show_result(outcome, found, None, console)
-        again = _again(models, device, budget, seed, db, cache_dir if cache_dir != default_cache_dir() else None)
-        typer.echo(f"interrupted; {counted(outcome.trials, 'trial')} made, and kept in {database.path}. To go on:\n  {again}", err=True)
-        raise typer.Exit(INTERRUPTED)
-    measured = [_measured(m, options, database) for m in loaded]
-    show_result(outcome, found, measured, console)
+    folder = cache_dir or default_cache_dir()
+    database = Database(db or folder / DEFAULT_NAME)
+    again = _again(models, device, budget, trials, seed, threads, db, cache_dir)
+    session = _Session(list(dict.fromkeys(models)), target, database, {"target": device, "cache_dir": folder, "tuning_db": None}, threads)
+    try:
+        database.models()  # a file that is no database is told now
+        session.prepare()
+        if plan or not session.found.tasks:
+            show_plan(session.found, session.limits, seconds, session.console)
+            return
+        session.tune(Budget(seconds, trials), seed, resume)
+        session.finish()
+    except KeyboardInterrupt:
+        typer.echo(session.interrupted(again), err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except GraphoptError as error:
+        if isinstance(error, Damaged):
+            error.set_aside()
+        if session.trials:
+            error.add_note(f"{counted(session.trials, 'trial')} of this run are kept in {database.path}. To go on:\n  {again}")
+        raise
+
+
+class _Session:
+    """One call of the command, and how far it has come."""
+
+    def __init__(self, names: list[str], target: Target, database: Database, options: dict[str, Any], threads: int) -> None:
+        self.names, self.target, self.database, self.options, self.threads = names, target, database, options, threads
+        self.console = Console()
+        self.console.width = max(self.console.width, 110)
+        self.errors = Console(stderr=True)
+        self.models: list[_Model] = []
+        self.found = Tasks()
+        self.limits: Limits | None = None
+        self.view: View | None = None
+        self.outcome: Outcome | None = None
+
+    @property
+    def trials(self) -> int:
+        """Trials that were made, and written down."""
+        return sum(self.view.trials) if self.view else 0
+
+    def say(self, text: str) -> None:
+        self.errors.print(text, style="dim", highlight=False, soft_wrap=True)
+
+    def prepare(self) -> None:
+        """Compile and profile the models with default schedules: what there is to tune, and how far it is from the limits."""
+        for name in self.names:
+            self.say(f"compiling {label(name)} with default schedules")
+            self.models.append(_load(name, self.options))
+        self.say("measuring the machine's limits, the models, and PyTorch's kernels")
+        self.limits = _limits(self.threads)
+        profiles = [m.compiled.profile(*m.args, runs=10, **m.kwargs) for m in self.models]
+        self.found = tasks_of(profiles, self.target, self.limits.least_seconds if self.limits else None, library_seconds)
+
+    def tune(self, budget: Budget, seed: int, resume: bool) -> None:
+        """Make trials. Raises KeyboardInterrupt if it was interrupted."""
+        run = self._run(seed, resume)
+        done = len(run_records(run, self.found.tasks)) if run.run else 0
+        if done:
+            self.say(f"going on with run {run.run}, which has made {counted(done, 'trial')}")
+        self.view = View(self.found, budget, self.errors)
+        with self.view:
+            self.outcome = tune(self.found.tasks, run, budget, listener=self.view.listen)
+        if self.outcome.why == "interrupted":
+            raise KeyboardInterrupt
+        show_result(self.outcome, self.found, self.console)
+
+    def _run(self, seed: int, resume: bool) -> Run:
+        last = last_run(self.database, self.found.tasks, self.target, self.threads) if resume else None
+        if resume and last is None:
+            self.say(f"{self.database.path} has no run of these models on this device to go on with; a new one begins")
+        return Run(self.target, self.database, self.threads, seed, last or "")
+
+    def finish(self) -> None:
+        """Measure the models before and after."""
+        for m in self.models:
+            self.say(f"measuring {m.name} with default and with tuned schedules, in turns")
+            show_model(m.name, _measured(m, self.options, self.database), self.console)
+
+    def interrupted(self, again: str) -> str:
+        """What to say after Ctrl-C."""
+        kept = f"{counted(self.trials, 'trial')} made, and kept in {self.database.path}"
+        if self.outcome is not None and self.outcome.why != "interrupted":
+            return f"interrupted while the models were measured; {kept}: they count from the next compilation on"
+        if not self.trials or self.outcome is None:
+            return "interrupted before the first trial; nothing was tuned"
+        show_result(self.outcome, self.found, self.console)
+        return f"interrupted; {kept}. To go on:\n  {again}"
 
 
 def duration(text: str) -> float:
@@ -134,22 +206,19 @@ def _limits(threads: int) -> Limits | None:
         return None
 
 
-def _run(target: Target, database: Database, threads: int, seed: int, found: Tasks, resume: bool) -> Run:
-    last = last_run(database, found.tasks, target, threads) if resume else None
-    if resume and last is None:
-        typer.echo(f"{database.path} has no run of these models on this device to go on with; a new one begins", err=True)
-    return Run(target, database, threads, seed, last or "")
-
-
-def _again(models: Sequence[str], device: str, budget: str, seed: int, db: Path | None, cache_dir: Path | None) -> str:
+def _again(models: Sequence[str], device: str, budget: str, trials: int | None, seed: int, threads: int, db: Path | None,
+           cache_dir: Path | None) -> str:  # fmt: skip
     """The command that goes on."""
-    words = ["graphopt", "tune", *models, "--device", device, "--budget", budget, "--seed", str(seed)]
+    words = ["graphopt", "tune", *models, "--device", device, "--budget", budget, "--seed", str(seed), "--threads", str(threads)]
+    words += ["--trials", str(trials)] if trials else []
     words += ["--db", str(db)] if db else []
     words += ["--cache-dir", str(cache_dir)] if cache_dir else []
     return shlex.join([*words, "--resume"])
 
 
-def _measured(m: _Model, options: dict[str, Any], database: Database) -> BeforeAfter:
-    """The model as it was compiled at first, and as it is compiled now."""
+def _measured(m: _Model, options: dict[str, Any], database: Database) -> BeforeAfter | None:
+    """The model as it was compiled at first, and as it is compiled now; None if that is the same."""
     tuned = graphopt.compile(m.module, m.args, m.kwargs, name=m.name, **{**options, "tuning_db": str(database.path)})
+    if tuned.report.key == m.compiled.report.key:  # tuned schedules are part of it
+        return None
     return before_and_after(m.name, (m.call(m.compiled), m.call(tuned)), (m.profile(m.compiled), m.profile(tuned)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from statistics import median
 
 from rich.console import Console, Group
@@ -11,10 +10,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.autotune.tuner import Budget, Event, Outcome, RoundBegins, TimingBegins, Tried
+from graphopt.autotune.tuner import Budget, Event, GoesOn, Outcome, RoundBegins, TimingBegins, Tried
+from graphopt.before_after import BeforeAfter
 from graphopt.bench.limits import Limits
 from graphopt.errors import counted
-from graphopt.tuning import BeforeAfter, Tasks
+from graphopt.tuning_tasks import Tasks
 
 LINES = 24  # tasks shown at most
 REDRAW = 0.25  # seconds between two pictures
@@ -24,7 +24,8 @@ TYPICAL_TRIALS, TYPICAL_TRIAL_SECONDS = 128, 0.2
 
 
 def microseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e6:.1f}"
+    """For people; empty for a time that is not known."""
+    return f"{seconds * 1e6:.1f}" if seconds else ""
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------------
@@ -32,14 +33,15 @@ def microseconds(seconds: float | None) -> str:
 
 def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Console) -> None:
     """What would be tuned: share of the models' time, distance to the roofline, and what to expect."""
-    table = Table("kernel", "calls", "us", "share", "roofline", "expected", "seconds", title="Plan", title_justify="left")
+    table = Table("kernel", "calls", "us", "PyTorch us", "share", "roofline", "expected", "seconds", title="Plan", title_justify="left")
     left = 0.0
     for task, share in zip(found.tasks, found.share, strict=True):
         gain = expected_gain(task.seconds, task.least)
         wanted = TYPICAL_TRIALS * (TYPICAL_TRIAL_SECONDS + 20 * task.seconds)
         left += share * (1 - 1 / gain)
         near = f"{task.least / task.seconds:.0%}" if task.least and task.seconds else "?"
-        table.add_row(task.name, str(task.calls), microseconds(task.seconds), f"{share:.1%}", near, f"{gain:.2f}x", f"{wanted:.0f}")
+        table.add_row(task.name, str(task.calls), microseconds(task.seconds), microseconds(task.library), f"{share:.1%}", near,
+                      f"{gain:.2f}x", f"{wanted:.0f}")  # fmt: skip
     console.print(table)
     for what, why in dict.fromkeys(found.left_out):
         console.print(f"not tuned: {what}: {why}", style="dim", highlight=False)
@@ -94,9 +96,11 @@ class View:
             self.doing = f"build {event.size}"
         elif isinstance(event, TimingBegins):
             self.doing = "measure"
+        elif isinstance(event, GoesOn):
+            self.best[event.task], self.default[event.task] = event.seconds, event.default
         else:
             self._tried(event)
-        wait = REDRAW if self._live else LINE_EVERY
+        wait = LINE_EVERY if self._live is None else REDRAW if isinstance(event, Tried) else 0.0
         if time.monotonic() - self._drawn >= wait:
             self._drawn = time.monotonic()
             if self._live:
@@ -136,44 +140,53 @@ class View:
         return f"; {max(0.0, self.budget.seconds - (time.monotonic() - self._start)):.0f} s left"
 
     def picture(self) -> Group:
-        table = Table("", "kernel", "share", "trials", "default us", "best us", "gain", "roofline", box=None, pad_edge=False)
+        table = Table("", "kernel", "share", "trials", "PyTorch us", "default us", "best us", "gain", "roofline", box=None, pad_edge=False)
         for i, (task, share) in enumerate(zip(self.found.tasks, self.found.share, strict=True)):
             if i >= LINES and i != self.now:
                 continue
             best, default = self.best[i], self.default[i]
             gain = f"{default / best:.2f}x" if best and default else ""
             near = f"{task.least / best:.0%}" if best and task.least else ""
-            table.add_row(">" if i == self.now else "", task.name, f"{share:.1%}", str(self.trials[i] or ""), microseconds(default),
-                          microseconds(best), gain, near)  # fmt: skip
+            table.add_row(">" if i == self.now else "", task.name, f"{share:.1%}", str(self.trials[i] or ""), microseconds(task.library),
+                          microseconds(default), microseconds(best), gain, near)  # fmt: skip
         return Group(table, Text(f"{self.line()}: {self.doing}"))
 
 
 # --- at the end --------------------------------------------------------------------------------------------------------
 
 
-def show_result(outcome: Outcome, found: Tasks, measured: Sequence[BeforeAfter] | None, console: Console) -> None:
-    """What was tried and found; with ``measured``, the models before and after."""
-    table = Table("kernel", "share", "trials", "failed", "default us", "best us", "gain", title="Kernels alone, each timed in turns",
-                  title_justify="left")  # fmt: skip
+def show_result(outcome: Outcome, found: Tasks, console: Console) -> None:
+    """What was tried and found."""
+    table = Table("kernel", "share", "trials", "failed", "PyTorch us", "default us", "best us", "gain",
+                  title="Kernels alone, each timed in turns with the best so far", title_justify="left")  # fmt: skip
     for p, share in zip(outcome.progress, found.share, strict=True):
         failed = sum(n for status, n in p.statuses.items() if status != "ok")
         gain = f"{p.gain:.2f}x" if p.gain else ""
         default = p.default.seconds if p.default else None
-        table.add_row(p.task.name, f"{share:.1%}", str(p.trials), str(failed or ""), microseconds(default), microseconds(p.best), gain)
+        table.add_row(p.task.name, f"{share:.1%}", str(p.trials), str(failed or ""), microseconds(p.task.library), microseconds(default),
+                      microseconds(p.best), gain)  # fmt: skip
     console.print(table)
     why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
     rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
     console.print(f"{counted(outcome.trials, 'trial')} in {rate}; {why[outcome.why]}", highlight=False)
-    for m in measured or ():
-        _show_model(m, console)
 
 
-def _show_model(m: BeforeAfter, console: Console) -> None:
+def show_model(name: str, m: BeforeAfter | None, console: Console) -> None:
+    """A model before and after; None if nothing has changed."""
+    if m is None:
+        console.print(f"{name}: no schedule was found that is faster than the default ones; nothing changes", highlight=False)
+        return
     table = Table("kernel", "calls", "before us", "after us", "gain", title=f"{m.name}: kernels inside the model", title_justify="left")
     for k in m.kernels:
-        table.add_row(k.name, str(k.calls), microseconds(k.before), microseconds(k.after), f"{k.before / k.after:.2f}x")
+        gain = f"{k.before / k.after:.2f}x" if k.changed else "same schedule"
+        table.add_row(k.name, str(k.calls), microseconds(k.before), microseconds(k.after), gain)
     console.print(table)
     before, after = median(m.before), median(m.after)
-    claim = f"{before / after:.2f}x" if not m.noisy else "no ratio is claimed: the times vary too much"
+    ratio, low, high = m.gain
+    claim = f"{ratio:.2f}x (95% interval of the median: {low:.2f} to {high:.2f})"
+    if low <= 1.0 <= high:
+        claim = f"no difference can be told (95% interval of the median: {low:.2f}x to {high:.2f}x)"
+    if m.noisy:
+        claim = "no ratio is claimed: the times vary too much"
     console.print(f"{m.name}: {before * 1e3:.3f} ms before, {after * 1e3:.3f} ms after, medians of {len(m.before)} runs in turns: {claim}",
                   highlight=False)  # fmt: skip

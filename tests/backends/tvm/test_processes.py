@@ -43,7 +43,8 @@ def test_a_killed_worker_costs_the_kernel_it_was_at(tmp_path: Path) -> None:
     worker.ready = True
     os.kill(worker.process.pid, signal.SIGKILL)
     results = builder.build_many([job(11), job(12), job(13)], detect(), tmp_path, workers=1, errors="return")
-    assert isinstance(results[0], BuildError) and "died" in str(results[0]) and "f32[11]" in str(results[0])
+    assert isinstance(results[0], BuildError) and "f32[11]" in str(results[0])
+    assert "died" in str(results[0]) or "is gone" in str(results[0])
     assert all(isinstance(r, Path) for r in results[1:])
     builder.close()
 

@@ -1,0 +1,111 @@
+"""A model with default and with tuned schedules, measured in turns: whole, and kernel by kernel inside of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from graphopt.lower import KernelStep
+from graphopt.profile import CallCost, Profile
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """A kernel in a model: seconds of a call, median over all its calls, with default and with tuned schedules.
+
+    Attributes:
+        changed: whether its schedule is another one now; if not, its two times tell how far such times can be trusted.
+    """
+
+    name: str
+    calls: int
+    before: float
+    after: float
+    changed: bool = True
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """A model with default and with tuned schedules: seconds of runs that took turns, and its kernels, the dearest first.
+
+    Attributes:
+        before, after: seconds; run i of the one and of the other were neighbours.
+    """
+
+    name: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    kernels: tuple[KernelTimes, ...]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the times vary so much that their medians claim nothing: quartiles further apart than a fifth."""
+        return any(_quartiles(t) > 0.2 * median(t) for t in (self.before, self.after))
+
+    @property
+    def gain(self) -> tuple[float, float, float]:
+        """Time before in times of the time after: the median over neighbouring runs, and the 95% interval of that median.
+
+        The interval comes from order statistics: of n pairs each lies above the true median or below it, like a coin's throws.
+        """
+        ratios = sorted(b / a for b, a in zip(self.before, self.after, strict=True))
+        n = len(ratios)
+        k = max(0, min(n // 2, math.floor(n / 2 - 0.98 * math.sqrt(n))))
+        return median(ratios), ratios[k], ratios[n - 1 - k]
+
+
+Call = Callable[[], object]
+
+
+def before_and_after(name: str, calls: tuple[Call, Call], profiles: tuple[Callable[[], Profile], Callable[[], Profile]],
+                     seconds: float = 3.0) -> BeforeAfter:  # fmt: skip
+    """Measure a model with default and with tuned schedules, in turns.
+
+    Args:
+        calls: run the one and the other.
+        profiles: profile the one and the other.
+    """
+    before, after = interleaved(calls, seconds)
+    found: tuple[list[Profile], list[Profile]] = ([], [])
+    for n in range(3):
+        for which in (0, 1) if n % 2 else (1, 0):
+            found[which].append(profiles[which]())
+    kernels: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
+    for i, call in enumerate(found[0][0].calls):
+        old, new = (median(p.calls[i].seconds for p in side) for side in found)
+        changed = _schedule(call) != _schedule(found[1][0].calls[i])
+        kernels.setdefault((call.kind, call.what, changed), []).append((old, new))
+    rows = [KernelTimes(what, len(t), median(a for a, _ in t), median(b for _, b in t), c) for (_, what, c), t in kernels.items()]
+    return BeforeAfter(name, tuple(before), tuple(after), tuple(sorted(rows, key=lambda r: -r.calls * r.before)))
+
+
+def _schedule(call: CallCost) -> object:
+    return call.step.schedule if isinstance(call.step, KernelStep) else None
+
+
+def interleaved(calls: Sequence[Call], seconds: float, rounds: int = 9) -> list[list[float]]:
+    """Seconds of calls that take turns: a list each, in the order of the calls.
+
+    Args:
+        seconds: for all of it; each is called in so many rounds at least.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end, n = time.perf_counter() + seconds, 0
+    while n < rounds or time.perf_counter() < end:
+        for i in range(len(calls)) if n % 2 else reversed(range(len(calls))):
+            calls[i]()  # not timed: the other one has just used the caches
+            start = time.perf_counter()
+            calls[i]()
+            times[i].append(time.perf_counter() - start)
+        n += 1
+    return times
+
+
+def _quartiles(times: Sequence[float]) -> float:
+    low, _, high = quantiles(times, n=4)
+    return high - low

@@ -1,0 +1,49 @@
+"""What is claimed of two models that took turns."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from graphopt.before_after import BeforeAfter, interleaved
+
+
+def measured(gain: float, noise: float, n: int = 100, seed: int = 0) -> BeforeAfter:
+    """Times of a model whose true gain is known, each with noise of its own, on a machine that drifts by a tenth."""
+    rng = Random(f"{n}/{seed}")
+    drift = [1.0 + 0.1 * i / n for i in range(n)]
+    after = tuple(d * (1 + noise * rng.random()) for d in drift)
+    return BeforeAfter("model", tuple(gain * d * (1 + noise * rng.random()) for d in drift), after, ())
+
+
+@pytest.mark.parametrize("n", [9, 100])
+def test_the_interval_holds_the_true_gain_as_often_as_it_says(n: int) -> None:
+    intervals = [measured(1.1, 0.05, n, seed).gain for seed in range(400)]
+    assert all(low <= gain <= high for gain, low, high in intervals)
+    held = sum(low <= 1.1 <= high for _, low, high in intervals)
+    assert 370 <= held <= 399
+
+
+def test_a_gain_is_told_from_none_and_noise_is_not() -> None:
+    _, low, _ = measured(1.1, 0.05).gain
+    assert low > 1.0
+    _, low, high = measured(1.0, 0.05).gain
+    assert low < 1.0 < high
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_of_few_runs_the_interval_is_all_of_them(n: int) -> None:
+    m = measured(1.3, 0.2, n)
+    ratios = [b / a for b, a in zip(m.before, m.after, strict=True)]
+    _, low, high = m.gain
+    assert (min(ratios), max(ratios)) == (low, high) or n == 9
+    assert low <= 1.3 * 1.2 and high >= 1.3 / 1.2
+
+
+def test_calls_take_turns() -> None:
+    calls: list[str] = []
+    times = interleaved((lambda: calls.append("a"), lambda: calls.append("b")), seconds=0.0, rounds=3)
+    assert [len(t) for t in times] == [3, 3]
+    assert calls[:2] == ["a", "b"]
+    assert "".join(calls[2:]) == "bbaa" + "aabb" + "bbaa"
