@@ -8,7 +8,7 @@ left them, in a cache or not.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from statistics import median
@@ -150,13 +150,24 @@ def _describe(node: Node, bound: Mapping[str, int]) -> str:
     def size(shape: Sequence[Dim]) -> str:
         return "x".join(map(str, _sizes(shape, bound)))
 
-    body = _body(node)
+    return _title(_body(node), [r.shape for r in node.results], node.attrs.get("target", "") or node.op.name, size)
+
+
+def describe_region(graph: Graph) -> str:
+    """What a region computes, in the words of a profile; its sizes may be symbolic."""
+
+    def size(shape: Sequence[Dim]) -> str:
+        return "x".join(map(dims.format_dim, shape))
+
+    return _title(list(graph.nodes()), [v.shape for v in graph.outputs], "", size)
+
+
+def _title(body: Sequence[Node], results: Sequence[Sequence[Dim]], name: str, size: Callable[[Sequence[Dim]], str]) -> str:
     heavy = [n for n in body if n.op.name in ("matmul", "conv")]
     others = [n for n in body if n not in heavy and n.op.name not in ("constant", "reshape", "transpose", "slice", "broadcast_to")]
     names = ", ".join(dict.fromkeys(n.op.name for n in others))
     if not heavy:
-        ends = ", ".join(size(r.shape) for r in node.results)
-        return f"{node.attrs.get('target', names) or node.op.name} -> {ends}"
+        return f"{name if name.startswith('aten') else names or name} -> {', '.join(map(size, results))}"
     parts = []
     for n in heavy:
         stride = n.attrs["stride"][-1] if n.op.name == "conv" else 1

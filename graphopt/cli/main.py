@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from graphopt import __version__
 from graphopt.cli.bench import bench
+from graphopt.cli.db import app as db
 from graphopt.cli.doctor import doctor
 from graphopt.cli.explain import explain
 from graphopt.cli.opt import opt
@@ -25,6 +26,7 @@ graphopt opt mlp.gir --pipeline canonicalize,fuse    run passes on IR text, prin
 graphopt explain model.py:make                       compile a model, tell what was done and why
 graphopt bench bert mlp                              times beside other systems and the machine's limits
 graphopt tune bert --budget 10m                      find faster schedules for its kernels, and keep them
+graphopt db ls                                       what was tuned; show, export, import, merge, prune
 graphopt doctor                                      what is installed, what was found, what is missing
 
 \b
@@ -85,6 +87,7 @@ app.command("opt")(opt)
 app.command("explain")(explain)
 app.command("bench")(bench)
 app.command("tune")(tune_command)
+app.add_typer(db, name="db")
 app.command("doctor")(doctor)
 
 
