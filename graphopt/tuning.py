@@ -34,7 +34,7 @@ BUILD_SECONDS = 30.0  # of one file of candidates
 
 def spaces_of(w: Workload, target: Target) -> list[SearchSpace]:
     """The search spaces of all templates that take a workload, the preferred one first."""
-    return [t.space(w, target) for t in _backend().templates(w, target)]
+    return [space for t in _backend().templates(w, target) for space in t.spaces(w, target)]
 
 
 def _backend() -> Any:
