@@ -33,6 +33,7 @@ from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.profile import Profile, profile
 from graphopt.program import Program, share_weights
 from graphopt.report import Fallback, KernelInfo, Report, record
+from graphopt.tape import Native
 from graphopt.target import Target, detect
 from graphopt.tuned import key_with, use_records
 from graphopt.variants import Domain, Variant, VariantProgram, plan_domains
@@ -172,10 +173,11 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     building = time.perf_counter()
     build_kernels(units, dict.fromkeys([captured_key, report.key]), target, cache_dir, options, progress)
     report.seconds["build"] = time.perf_counter() - building
-    changed_words = provider().changed_words() if units[0].kernels else None
+    changed_words, found = (provider().changed_words(), provider().native()) if units[0].kernels else (None, None)
+    native = None if found is None else Native(*found)
     for unit in units:
         report_fallbacks(unit.report, unit.lowered, options)
-        unit.program = Program(unit.lowered, unit.kernels, lambda node: LibraryCall(node, device), device, changed_words)
+        unit.program = Program(unit.lowered, unit.kernels, lambda node: LibraryCall(node, device), device, changed_words, native)
         unit.report.program = unit.program.source
         unit.report.memory = _memory(unit.graph, unit.lowered, unit.program)
     first, *others = units

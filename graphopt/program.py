@@ -10,7 +10,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +18,9 @@ from graphopt.guards import InputGuard
 from graphopt.ir.graph import Node
 from graphopt.lower import Lowered
 from graphopt.program_weights import ProgramWeights, picker
-from graphopt.program_writer import Call, KernelFunction, ProgramWriter
+from graphopt.program_writer import Call, ProgramWriter
 from graphopt.sizes import SizeReader
+from graphopt.tape import KernelFunction, Native, Tapes
 from graphopt.weights import ChangedWords, StagedValues
 
 _CALL = re.compile(r"^(.*?\b)([kL]\d+)\(", re.MULTILINE)  # of a kernel or the library; at most one a line
@@ -36,9 +37,10 @@ class Program:
         library: makes the call of a node that PyTorch runs.
         device: where buffers live.
         changed_words: compares words of weights in native code; None to do it in Python.
+        native: makes calls of kernels that follow one another in one go; None to make each from Python.
 
     Attributes:
-        source: the generated text.
+        source: the generated text, call by call.
         plan: the arena's plan; None when no buffer has a static size.
         graph: what the program computes.
         calls: the steps that the text calls kernels or the library for, in order.
@@ -48,7 +50,7 @@ class Program:
     """
 
     def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device,
-                 changed_words: ChangedWords | None = None) -> None:  # fmt: skip
+                 changed_words: ChangedWords | None = None, native: Native | None = None) -> None:  # fmt: skip
         self.device = device
         graph = self.graph = lowered.graph
         writer = ProgramWriter(lowered, kernels, library, device)
@@ -57,7 +59,7 @@ class Program:
         self.written = tuple(dict.fromkeys(lowered.in_place.values()))
         self._layout = writer.arena
         self._buffers = writer.buffers
-        self._arenas: list[list[torch.Tensor]] = []
+        self._arenas: list[_Arena] = []
         used = dict.fromkeys(v for node in (*(step.node for step in lowered.steps), graph.ret) for v in node.operands)
         direct = [v.index for v in graph.inputs if v.weight and v in used]
         self.weights = ProgramWeights(lowered, writer.staged, direct, bool(kernels), library, device, changed_words)
@@ -69,6 +71,10 @@ class Program:
         self._symbols = bool(graph.symbols)
         self._namespace = writer.namespace
         self._run = self._compiled(self.source, self._namespace)
+        self._native, self._joined = native, writer.joined() if native is not None else None
+        self._run_joined: Callable[..., list[torch.Tensor]] | None = None
+        if native is not None and self._joined is not None:
+            self._run_joined = self._compiled(self._joined.source, {**self._namespace, "run": native.run})
 
     def _compiled(self, source: str, namespace: Mapping[str, Any]) -> Callable[..., list[torch.Tensor]]:
         names = dict(namespace)
@@ -90,6 +96,7 @@ class Program:
             return f"{match[1]}call{i}("
 
         twin = copy.copy(self)
+        twin._run_joined = None
         twin._run = self._compiled(_CALL.sub(renamed, self.source), namespace)
         return twin
 
@@ -103,9 +110,10 @@ class Program:
         Raises:
             InputError: an input has not the dtype, the sizes or the device that the program was compiled for.
         """
-        staged, inputs = self.weights(inputs)
-        if self._mine is not None:
-            staged = self._mine(staged)
+        values, placed = self.weights(inputs)
+        staged = values if self._mine is None else self._mine(values)
+        run = self._run_joined if placed is inputs else None  # copies of weights, for this call alone, lie elsewhere each time
+        inputs = placed
         if self._guard is not None:
             inputs = self._guard(inputs)
         if sizes is None:
@@ -113,7 +121,12 @@ class Program:
         torch.get_num_threads()  # in a new thread, the call that makes OpenMP's number of threads PyTorch's
         arena = self._arenas.pop() if self._arenas else self._make_arena()
         try:
-            return self._run(inputs, staged, arena, sizes)
+            if run is None or self._joined is None:
+                return self._run(inputs, staged, arena.tensors, sizes)
+            table = values.made.get(self._joined)
+            if table is None:
+                table = values.made[self._joined] = self._joined.table(staged, inputs)
+            return run(inputs, staged, arena.tensors, sizes, arena.tapes.addresses, table.address)
         finally:
             self._arenas.append(arena)
 
@@ -122,16 +135,23 @@ class Program:
         """What is computed from weights once; None where no weights are read."""
         return self.weights.staged
 
-    def _make_arena(self) -> list[torch.Tensor]:
-        if self.plan is None:
-            return []
-        memory = torch.empty(self.plan.peak, dtype=torch.uint8, device=self.device)
-        out = []
-        for place, dtype in self._layout:
-            start = self.plan.offsets[place.buffer]
-            flat = memory[start : start + self._buffers[place.buffer]].view(dtype)
-            out.append(flat.as_strided(place.shape, place.strides, flat.storage_offset() + place.offset))
-        return out
+    def _make_arena(self) -> _Arena:
+        tensors = []
+        if self.plan is not None:
+            memory = torch.empty(self.plan.peak, dtype=torch.uint8, device=self.device)
+            for place, dtype in self._layout:
+                start = self.plan.offsets[place.buffer]
+                flat = memory[start : start + self._buffers[place.buffer]].view(dtype)
+                tensors.append(flat.as_strided(place.shape, place.strides, flat.storage_offset() + place.offset))
+        joined, native = self._joined, self._native
+        return _Arena(tensors, Tapes([]) if joined is None or native is None else joined.tapes(tensors, native))
+
+
+class _Arena(NamedTuple):
+    """The memory of one call at a time, and the tapes of the kernels' calls that work on it."""
+
+    tensors: list[torch.Tensor]
+    tapes: Tapes
 
 
 def share_weights(programs: Sequence[Program]) -> None:

@@ -14,7 +14,7 @@ from graphopt.ir.printer import format_attr
 from graphopt.lower import Lowered
 from graphopt.program_writer import Call
 from graphopt.staging import Release, StagedCompute
-from graphopt.weights import ChangedWords, StagedValues
+from graphopt.weights import ChangedWords, StagedValues, Values
 
 Wanted = Sequence[tuple[Value, bool]]
 """Staged values that a program reads, and whether in row-major memory."""
@@ -46,14 +46,18 @@ class ProgramWeights:
         self._pick = picker(self.positions)
         keeps = bool(self.positions or wanted)
         self.staged = StagedValues(self._compute, len(read), self._admit, changed_words) if keeps else None
-        self.owned: list[torch.Tensor] | None = None
+        self.owned: Values | None = None
+        self._kept: list[torch.Tensor] = []  # weights that are read as they are, once this owns them
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """The staged values of a call, and its inputs, with the weights in the layout that kernels expect."""
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[Values, Sequence[torch.Tensor]]:
+        """The staged values of a call, and its inputs, with the weights in the layout that kernels expect.
+
+        The values are the same object as long as all weights lie where they lay, unless the inputs are not the ones given.
+        """
         if self.owned is not None:
             return self.owned, inputs
         if self.staged is None:
-            return (), inputs
+            return Values(), inputs
         staged, misplaced = self.staged.get(self._pick(inputs))
         return staged, self._guard.in_layout(inputs, misplaced) if misplaced else inputs
 
@@ -85,7 +89,8 @@ class ProgramWeights:
                 release(self.positions[k])
 
         with torch.no_grad():
-            self.owned = self._compute(read, gone)
+            self.owned = Values(self._compute(read, gone))
+        self._kept = list(kept.values())
         return kept
 
     @property

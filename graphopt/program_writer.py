@@ -20,8 +20,8 @@ from graphopt.ir.interpreter import restride
 from graphopt.ir.types import TensorType, f32
 from graphopt.lower import KernelStep, LibraryStep, Lowered, Step, ViewStep, kernel_operand_types, may_alias
 from graphopt.memory import Lifetime, Plan, plan
+from graphopt.tape import Joined, KernelFunction, Launch
 
-KernelFunction = Callable[..., Any]
 Call = Callable[[Sequence[torch.Tensor], Mapping[str, int]], list[torch.Tensor]]
 
 
@@ -80,6 +80,9 @@ class ProgramWriter:
         self.storage = Storage()
         self.last_use: dict[Value, int] = {}
         self.lines: list[str] = []
+        self._head: list[str] = []  # after the names
+        self._launches: dict[int, Launch] = {}  # by line
+        self._early: list[int] = []  # lines
         self.calls: list[KernelStep | LibraryStep] = []  # in the order of their lines
         self._count = 0
 
@@ -161,10 +164,17 @@ class ProgramWriter:
             head.append(f"    {', '.join(f't{i}' for i in range(len(self.arena)))}, = arena")
         checks = self._size_checks() if kernel else []
         lines = [*self.lines, returned, *checks]
-        head += [f"    s_{s} = sizes['{s}']" for s in sorted(graph.symbols) if any(f"s_{s}" in line for line in lines)]
+        self._head = [f"s_{s} = sizes['{s}']" for s in sorted(graph.symbols) if any(f"s_{s}" in line for line in lines)]
         if checks:
-            head.append(f"    if not ({' and '.join(checks)}): refuse_sizes(inputs)")
-        return "\n".join([*head, *(f"    {line}" for line in self.lines), f"    {returned}"]) + "\n"
+            self._head.append(f"if not ({' and '.join(checks)}): refuse_sizes(inputs)")
+        self.lines.append(returned)
+        return "\n".join([*head, *(f"    {line}" for line in (*self._head, *self.lines))]) + "\n"
+
+    def joined(self) -> Joined | None:
+        """The same program with calls of kernels that follow one another joined; None if there are none. Once it is written."""
+        weights = [v.index for v in self.lowered.graph.inputs if v.weight]
+        joined = Joined(self._head, self.lines, self._launches, self._early, weights, len(self.staged))
+        return joined if joined.runs else None
 
     def _refuse_sizes(self, inputs: Sequence[torch.Tensor]) -> None:
         graph = self.lowered.graph
@@ -214,9 +224,12 @@ class ProgramWriter:
             results = [self._result(r, i) for r in node.results]
         if all(r.type.is_static and r.type.numel == 0 for r in node.results):
             return
-        call = f"{name}({', '.join([*operands, *results, *(f's_{s}' for s in step.symbols)])})"
+        arguments = (*operands, *results, *(f"s_{s}" for s in step.symbols))
+        call = f"{name}({', '.join(arguments)})"
         if not all(r.type.is_static for r in node.results):  # an empty result needs no launch
             call = f"if {results[0]}.numel(): {call}"
+        elif all(a.isidentifier() for a in arguments):  # anything else is made when the call is
+            self._launches[len(self.lines)] = Launch(kernel, arguments)
         where = f"  # {node.loc}" if node.loc else ""
         self.calls.append(step)
         self.lines.append(call + where)
@@ -236,6 +249,8 @@ class ProgramWriter:
             self.places[v] = Place(len(self.buffers) - 1, shape, dims_static(dims.contiguous_strides(shape)))
             return self._arena_name(v)
         name = self.names[v] = self._new("v")
+        if root in self.escaping:
+            self._early.append(len(self.lines))
         self.lines.append(f"{name} = empty({shape_expression(v.shape)}, dtype={v.dtype.torch}, device=device)")
         return name
 
@@ -254,6 +269,8 @@ class ProgramWriter:
                 self._arena_name(v)
                 return
         name = self.names[v] = self._new("v")
+        if self.names[source].startswith("v") and source in self._fresh and self.storage.find(source) in self.escaping:
+            self._early.append(len(self.lines))  # of row-major memory: a view, whatever will be written there
         self.lines.append(f"{name} = {self._operand(source, False)}{view_expression(node)}")
 
     def _library(self, step: LibraryStep) -> None:
@@ -272,6 +289,7 @@ class ProgramWriter:
     def _free(self, step: Step, i: int) -> None:
         """Let go of tensors of this run that nothing uses any more."""
         done = [v for v in dict.fromkeys((*step.node.operands, *step.node.results)) if self.last_use[v] == i]
+        done = [v for v in done if self.storage.find(v) not in self.escaping]  # a caller gets that memory
         names = [self.names[v] for v in done if self.names.get(v, "").startswith("v")]
         if names:
             self.lines.append(f"del {', '.join(names)}")

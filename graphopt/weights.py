@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -85,6 +85,14 @@ def _addresses(w: torch.Tensor) -> list[int]:
     return out
 
 
+class Values(list[torch.Tensor]):
+    """Staged values of one state of the weights. ``made``: what programs made for it; it goes when the values do."""
+
+    def __init__(self, values: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__(values)
+        self.made: dict[object, Any] = {}
+
+
 class _Entry:
     """One set of weights: the state that it was in, and the staged values of that state.
 
@@ -95,7 +103,7 @@ class _Entry:
 
     def __init__(self, weights: Sequence[torch.Tensor], staged: int, values: list[torch.Tensor], admitted: object,
                  changed: ChangedWords | None) -> None:  # fmt: skip
-        self.values, self.admitted = values, admitted
+        self.values, self.admitted = Values(values), admitted
         self._staged = staged
         self._ids = [*map(id, weights)]
         self._dead = False
@@ -161,7 +169,7 @@ class StagedValues:
         self.computed = 0
         _ALIVE.add(self)
 
-    def get(self, weights: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+    def get(self, weights: Sequence[torch.Tensor]) -> tuple[Values, Any]:
         """The values for these weights in their present state, and what ``admit`` said of the weights."""
         entries = self._entries
         if entries and entries[0].is_current(weights):
@@ -173,12 +181,12 @@ class StagedValues:
         with self._lock:
             self._entries = []
 
-    def _find_or_compute(self, weights: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
+    def _find_or_compute(self, weights: Sequence[torch.Tensor]) -> tuple[Values, Any]:
         read = weights[: self._read]
         if any(w.is_inference() for w in read):  # no version counter: a change could not be seen, so nothing is kept
             admitted = self._admit(weights)
             self.computed += 1
-            return self._compute(list(read)), admitted
+            return Values(self._compute(list(read))), admitted
         with self._lock:
             kept = [e for e in self._entries if not e.dead]
             for e in kept:

@@ -3,7 +3,9 @@
 ``GOMP_parallel(body, c, 0, 0)`` runs ``body`` once in every thread of the team, whose size is the caller's: what
 ``torch.set_num_threads`` set. Each thread calls the loop's function with its number and the team's size.
 
-Beside it, ``graphopt_changed_words`` compares words in memory with those that were seen before, without a branch between them, so that
+Beside it, ``graphopt_run_tape`` calls one kernel after the other: see :mod:`graphopt.tape`, whose structures it reads.
+
+``graphopt_changed_words`` compares words in memory with those that were seen before, without a branch between them, so that
 the many cache misses of looking at every weight overlap.
 """
 
@@ -24,6 +26,10 @@ from graphopt.target import detect
 _IR = """target triple = "TRIPLE"
 %call = type { ptr, ptr }
 %env = type { ptr, i32 }
+%record = type { i32, i32, ptr }
+%step = type { ptr, ptr, i64 }
+%patch = type { ptr, i64 }
+%tape = type { ptr, ptr, i64, ptr, i64, ptr, i64 }
 declare i32 @omp_get_thread_num()
 declare i32 @omp_get_num_threads()
 declare void @GOMP_parallel(ptr, ptr, i32, i32)
@@ -68,6 +74,71 @@ look:
   br label %test
 done:
   ret i32 %all
+}
+define internal void @place(ptr %tape, i32 %values, ptr %from) {
+entry:
+  %first = getelementptr %tape, ptr %tape, i32 0, i32 3
+  %own = getelementptr %tape, ptr %tape, i32 0, i32 5
+  %is = icmp ne i32 %values, 0
+  %which = select i1 %is, ptr %first, ptr %own
+  %patches = load ptr, ptr %which
+  %np = getelementptr ptr, ptr %which, i64 1
+  %n = load i64, ptr %np
+  br label %test
+test:
+  %i = phi i64 [0, %entry], [%next, %put]
+  %more = icmp ult i64 %i, %n
+  br i1 %more, label %put, label %done
+put:
+  %pp = getelementptr %patch, ptr %patches, i64 %i
+  %to = load ptr, ptr %pp
+  %sp = getelementptr %patch, ptr %patches, i64 %i, i32 1
+  %source = load i64, ptr %sp
+  %record = getelementptr %record, ptr %from, i64 %source
+  %both = load i128, ptr %record, align 8
+  store i128 %both, ptr %to, align 8
+  %next = add i64 %i, 1
+  br label %test
+done:
+  ret void
+}
+define i32 @graphopt_run_tape(ptr %self, ptr %args, i32 %count, ptr %result) {
+entry:
+  %r = alloca %record
+  %tp = getelementptr %record, ptr %args, i64 0, i32 2
+  %tape = load ptr, ptr %tp
+  %wp = getelementptr %record, ptr %args, i64 1, i32 2
+  %weights = load ptr, ptr %wp
+  %values = getelementptr %record, ptr %args, i64 2
+  call void @place(ptr %tape, i32 1, ptr %values)
+  call void @place(ptr %tape, i32 0, ptr %weights)
+  %call = load ptr, ptr %tape
+  %stp = getelementptr %tape, ptr %tape, i32 0, i32 1
+  %steps = load ptr, ptr %stp
+  %np = getelementptr %tape, ptr %tape, i32 0, i32 2
+  %n = load i64, ptr %np
+  br label %test
+test:
+  %i = phi i64 [0, %entry], [%next, %step]
+  %error = phi i32 [0, %entry], [%code, %step]
+  %more = icmp ult i64 %i, %n
+  %fine = icmp eq i32 %error, 0
+  %go = and i1 %more, %fine
+  br i1 %go, label %step, label %done
+step:
+  store %record zeroinitializer, ptr %r
+  %fp = getelementptr %step, ptr %steps, i64 %i
+  %f = load ptr, ptr %fp
+  %ap = getelementptr %step, ptr %steps, i64 %i, i32 1
+  %a = load ptr, ptr %ap
+  %cp = getelementptr %step, ptr %steps, i64 %i, i32 2
+  %c = load i64, ptr %cp
+  %c32 = trunc i64 %c to i32
+  %code = call i32 %call(ptr %f, ptr %a, i32 %c32, ptr %r)
+  %next = add i64 %i, 1
+  br label %test
+done:
+  ret i32 %error
 }
 """
 

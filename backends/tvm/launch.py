@@ -91,6 +91,18 @@ def changed_words() -> Callable[[int, int, int], int] | None:
     return function  # type: ignore[no-any-return]
 
 
+def native() -> tuple[Callable[..., Any], int, Callable[[Any], int]] | None:
+    """What runs tapes (the fields of ``graphopt.tape.Native``); None before a kernel is loaded, or where kernels are not called bare."""
+    library = _state.get("launcher")
+    if library is None or _state["pool"] != "libgomp":
+        return None
+    ffi = _state["ffi"]
+    run = ffi.Function.__from_extern_c__(ctypes.cast(library.graphopt_run_tape, ctypes.c_void_p).value)
+    call = ctypes.cast(ctypes.CDLL(ffi.libinfo.find_libtvm_ffi()).TVMFFIFunctionCall, ctypes.c_void_p).value
+    assert call is not None
+    return run, call, lambda kernel: int(kernel.__chandle__())
+
+
 class LoadedKernel:
     """A kernel from a file. ``kernel(*operands, *outputs, *sizes)``; results of zero elements must not be asked for.
 
