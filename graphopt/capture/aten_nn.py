@@ -184,15 +184,11 @@ def attention(c: Context, q: Value, k: Value, v: Value, dropout_p: float = 0.0, 
     if scale is None:
         c.require(isinstance(q.shape[-1], int))
         scale = 1.0 / math.sqrt(q.shape[-1])  # type: ignore[arg-type]
-    heads = q.shape[1]
-    operands = [q, _shared(c, k, heads), _shared(c, v, heads)] + ([attn_mask] if attn_mask is not None else [])
+    c.require(all(_shares(q.shape[1], x.shape[1]) for x in (k, v)))
+    operands = [q, k, v] + ([attn_mask] if attn_mask is not None else [])
     return [c.b.attention(*operands, scale=float(scale), causal=is_causal), None]
 
 
-def _shared(c: Context, x: Value, heads: Dim) -> Value:
-    batch, own, *rest = x.shape
-    if own == heads:
-        return x
-    c.require(isinstance(own, int) and isinstance(heads, int) and heads % own == 0)
-    grouped = c.b.reshape(x, (batch, own, 1, *rest))
-    return c.b.reshape(c.b.broadcast_to(grouped, (batch, own, heads // own, *rest)), (batch, heads, *rest))  # type: ignore[operator]
+def _shares(many: Dim, few: Dim) -> bool:
+    """Whether so many heads of queries can share so many heads of keys."""
+    return many == few or (isinstance(many, int) and isinstance(few, int) and few > 0 and many % few == 0)

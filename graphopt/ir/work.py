@@ -15,10 +15,14 @@ from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
+from graphopt.ir.opset.attention import seen_pairs
 
 
 def flops(node: Node) -> Dim:
-    """Additions and multiplications of matrix products, convolutions and attention; what is pointwise is not counted."""
+    """Additions and multiplications of matrix products, convolutions and attention; what is pointwise is not counted.
+
+    Of an attention the keys count that its predicates leave: half of them where it is causal.
+    """
     if isinstance(node.body, Graph):
         return _sum(flops(n) for n in node.body.nodes())
     if node.op.name == "matmul":
@@ -28,7 +32,8 @@ def flops(node: Node) -> Dim:
         return dims.numel([2, *node.result.shape, *(w[:-1] if node.attrs["channels_last"] else w[1:])])
     if node.op.name == "attention":
         queries, keys, values = (x.shape for x in node.operands[:3])
-        return dims.numel([2, *queries[:-1], keys[-2], dims.add(queries[-1], values[-1])])
+        pairs = seen_pairs(node.attrs, queries[-2], keys[-2])
+        return dims.numel([2, *node.result.shape[:-2], pairs, dims.add(queries[-1], values[-1])])
     return 0
 
 

@@ -1,5 +1,21 @@
 """The op table, a page a family. Importing this package fills :data:`graphopt.ir.ops.OPS`."""
 
-from graphopt.ir.opset import composite, contract, creation, normalize, pointwise, reduce, scan, scatter, shape, structure, window
+from graphopt.ir.opset import (
+    attention,
+    composite,
+    contract,
+    creation,
+    normalize,
+    pointwise,
+    reduce,
+    scan,
+    scatter,
+    shape,
+    structure,
+    window,
+)
 
-__all__ = ["composite", "contract", "creation", "normalize", "pointwise", "reduce", "scan", "scatter", "shape", "structure", "window"]
+__all__ = [
+    "attention", "composite", "contract", "creation", "normalize", "pointwise", "reduce", "scan", "scatter", "shape", "structure",
+    "window",
+]  # fmt: skip

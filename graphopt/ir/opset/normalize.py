@@ -1,4 +1,4 @@
-"""Composites over whole rows: softmax, the normalizations, attention, rotary embedding. The expansion is the definition."""
+"""Composites over whole rows: softmax, the normalizations, rotary embedding. The expansion is the definition."""
 
 from __future__ import annotations
 
@@ -184,57 +184,7 @@ define(
 )  # fmt: skip
 
 
-# attention, rotary embedding -------------------------------------------------------------------------------------------
-
-
-def _infer_attention(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
-    q, k, v = ts[:3]
-    dtype = same_dtype(ts, "attention")
-    if not dtype.is_float or min(t.rank for t in (q, k, v)) < 2:
-        raise TypeInferenceError(f"attention: needs float operands of two axes at least, got {q}, {k}, {v}")
-    if dims.prove(q.shape[-1], "==", k.shape[-1]) is False or dims.prove(k.shape[-2], "==", v.shape[-2]) is False:
-        raise TypeInferenceError(f"attention: {q}, {k}, {v} do not agree")
-    batch = broadcast_shapes([q.shape[:-2], k.shape[:-2], v.shape[:-2]])
-    return [TensorType(dtype, (*batch, q.shape[-2], v.shape[-1]))]
-
-
-def _expand_attention(b: Builder, node: Node) -> Value:
-    q, k, v, *bias = node.operands
-    perm = (*range(k.type.rank - 2), k.type.rank - 1, k.type.rank - 2)
-    scale, late = node.attrs["scale"], q.dtype.bits >= 32
-    # scaling the scores costs no pass over q, as it joins the softmax's kernel; halves are scaled first, lest q k^T overflows
-    scores = b.matmul(q if late else b.mul(q, scale), b.transpose(k, perm=perm))
-    if late:
-        scores = b.mul(scores, scale)
-    if bias:
-        scores = b.add(scores, bias[0])
-    if node.attrs["causal"]:
-        rows, columns = scores.shape[-2:]
-        row = b.reshape(b.iota(size=rows), shape=(rows, 1))
-        visible = b.le(b.iota(size=columns), row)
-        scores = b.where(visible, scores, b.constant(float("-inf"), scores.dtype))
-    weights = b.softmax(scores, axis=scores.type.rank - 1)
-    if not bias:  # without a mask, or with the causal one, each row keeps a key
-        return b.matmul(weights, v)
-    # a row whose keys are all masked out by -inf has softmax nan; PyTorch's attention defines it as zero
-    return b.matmul(b.where(b.isnan(weights), b.constant(0.0, weights.dtype), weights), v)
-
-
-def _evaluate_attention(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
-    q, k, v, *bias = xs
-    mask = bias[0] if bias else None
-    if mask is not None and attrs["causal"]:
-        rows, columns = q.shape[-2], k.shape[-2]
-        visible = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril()
-        mask = mask.masked_fill(~visible, float("-inf"))
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, attrs["causal"] and mask is None, scale=attrs["scale"])
-
-
-define(
-    "attention", (3, 4), attrs={"scale": REQUIRED, "causal": False}, infer=_infer_attention, expand=_expand_attention,
-    evaluate=_evaluate_attention,
-    doc="softmax(scale * q k^T + bias) v; operands q [..., M, D], k [..., N, D], v [..., N, E][, bias]; causal keeps column <= row",
-)  # fmt: skip
+# rotary embedding -------------------------------------------------------------------------------------------------------
 
 
 def _check_rope(ts: Sequence[TensorType], attrs: Attrs) -> None:

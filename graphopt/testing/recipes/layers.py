@@ -116,9 +116,20 @@ def _attention(pool: Pool, name: str) -> Value:
     q = pool.operand(FLOATS[:2], least=2)
     *batch, rows, width = q.shape
     keys = rows if pool.flag() else pool.size()
-    k, v = pool.input(q.dtype, (*batch, keys, width)), pool.input(q.dtype, (*batch, keys, pool.size()))
-    bias = [pool.input(q.dtype, (rows, keys))] if pool.flag(3) else []
-    return pool.add(name, [q, k, v, *bias], scale=pool.pick([1.0, 0.125]), causal=pool.flag(3))
+    shared = batch
+    if batch and isinstance(batch[-1], int) and batch[-1] % 2 == 0 and pool.flag():
+        shared = [*batch[:-1], batch[-1] // 2]  # heads that share keys
+    operands = [q, pool.input(q.dtype, (*shared, keys, width)), pool.input(q.dtype, (*shared, keys, pool.size()))]
+    attrs = {name: bool(batch) and pool.flag(4) for name in ("alibi", "sinks")}
+    if pool.flag(3):
+        operands.append(pool.input(q.dtype, (rows, keys)))
+    if pool.flag(3):
+        operands.append(pool.input(types.b1, (rows, keys)))
+    operands += [pool.input(q.dtype, (batch[-1],)) for given in attrs.values() if given]
+    window = pool.pick([None, None, 1, 3])
+    softcap = pool.pick([None, None, 2.0])
+    return pool.add(name, operands, scale=pool.pick([1.0, 0.125]), causal=pool.flag(3), offset=pool.pick([0, 0, 1]), window=window,
+                    softcap=softcap, empty=pool.pick(["zero", "mean"]), **attrs)  # fmt: skip
 
 
 @recipe("rope")
