@@ -72,13 +72,13 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         tile, group, groups = TILE, _GROUP // 2, 1
     room = 2 * t.cache[1] // 5 // (2 * group * tile * 6)
     chunks = [c for c in _divisors(depth // blocks[0]) if c * blocks[0] <= room] or [1]
-    share = max(1, min(panels, panels * groups // (4 * t.cores)))
+    share = -(-panels // max(1, -(-t.cores // groups)))  # each task splits its rows of the first factor: no more tasks than cores
     return (
         Param("block", tuple(blocks), "tasks"),
         Param("rows", tuple(dict.fromkeys((tile, TILE))), "tile"),
         Param("group", tuple(dict.fromkeys((group, 2, 4, 8, 16))), "tasks"),
         Param("chunk", tuple(dict.fromkeys((chunks[-1], *_divisors(depth // blocks[0])))), "tasks"),
-        Param("panels", tuple(dict.fromkeys((share, 1, 2, 4, 8))), "tasks"),
+        Param("panels", tuple(dict.fromkeys((share, -(-share // 2), -(-share // 4), -(-share // 8)))), "tasks"),
         Param("ahead", (True, False)),
         Param("parallel", (True, False), "tasks"),
     )

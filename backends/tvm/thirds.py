@@ -8,8 +8,9 @@ left out add 2**-22 or so of each term; a library's sum of K terms has sqrt(K) t
 the vector units, six products are still faster. Infinities have no thirds: they make the sum nan. Where a sum is nan, that row of the
 panel is summed again by the vector units, and has what f32 gives. What is below 2**-126 counts as zero.
 
-The first factor is split once, before all products; the weight, packed in panels of 32 columns, block by block while the tiles
-multiply the block before: the vector units have nothing else to do. Sums of a block of the depth are added to totals in memory.
+A task splits its rows of the first factor, as much of the depth as its cache holds: reading what another core has split would take
+longer. The weight, packed in panels of 32 columns, is split block by block while the tiles multiply the block before: the vector
+units have nothing else to do. Sums of a block of the depth are added to totals in memory.
 
 Reference: Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
 IEEE ARITH 2019.
@@ -37,6 +38,7 @@ from graphopt.ir.graph import Graph
 LANES = 16  # f32 of a vector; columns of a tile
 WORDS = TILE * LANES  # of a tile, in words of 32 bits: a pair of bf16 each
 PARTS = 3
+THIRDS = PARTS * TILE * STEP  # elements of the three tiles that a tile of the first factor is split into
 HIGH, MIDDLE, LOW = range(PARTS)
 # (third of the first factor, of the weight), small products first; from one to the next at most two pairs of tiles change
 ORDER = ((LOW, HIGH), (MIDDLE, HIGH), (MIDDLE, MIDDLE), (HIGH, MIDDLE), (HIGH, LOW), (HIGH, HIGH))
@@ -93,44 +95,18 @@ class ThirdsKernel:
 
     def emit(self) -> Code:
         code = self.code
-        left = self._split_left()
         groups, shares = code.ceildiv(self.pairs, self.group), -(-self.panels // self.share)
         work = product(code, [self.m, self.n, self.depth])
         steps = product(code, [groups, shares])
         serial = not self.parallel or (isinstance(work, int) and work < 8 * SMALL) or (isinstance(steps, int) and steps == 1)
         with code.loop(steps, "serial" if serial else "parallel", "task") as task:
             go, jo = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [groups, shares]), [groups, shares], strict=True)]
-            self._task(left, go, jo)
+            self._task(go, jo)
         return code
-
-    # --- the first factor ---------------------------------------------------------------------------------------------------
-
-    def _split_left(self) -> Any:
-        """The first factor's thirds, as tiles ``[row tile, step, third, 16, 32]``; rows behind the last one hold anything."""
-        code, a, steps = self.code, self.left, self.depth // STEP
-        tiles = code.simplify(self.pairs * 2)
-        buffer = code.alloc(code.simplify(tiles * (steps * PARTS * TILE * STEP)), "uint16", "left")
-        probe = Probe(self.args, {}, a)
-        probe([0] * a.type.rank)
-        kind = "serial" if probe.scalar_only else "vectorized"
-        work = product(code, [self.m, self.depth])
-        small = isinstance(work, int) and work < SMALL
-        with code.loop(self.m, "serial" if small or not self.parallel else "parallel", "r") as r:
-            lead = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
-            tile, row = code.div(r, self.mr), code.mod(r, self.mr)
-            start = code.bind_index(code.simplify(tile * (steps * PARTS * TILE * STEP) + row * STEP), "start")
-            with code.loop(steps, "serial", "s") as s, code.loop(STEP // LANES, "serial", "u") as u, code.loop(LANES, kind, "v") as v:
-                index = operand_index(lead[:-1], a, lead[-1], code.simplify(s * STEP + u * LANES + v))
-                value = code.bind(Expressions(self.args, {}).at(a, index), "x")
-                at = code.simplify(start + s * (PARTS * TILE * STEP) + u * LANES + v)
-                for part, word in enumerate(thirds(value, 1)):
-                    half = tirx.shift_right(word, tirx.const(16, "uint32")).astype("uint16")
-                    code.store(buffer, code.simplify(at + part * (TILE * STEP)), half)
-        return buffer
 
     # --- a task -------------------------------------------------------------------------------------------------------------
 
-    def _task(self, left: Any, go: Index, jo: Index) -> None:
+    def _task(self, go: Index, jo: Index) -> None:
         """A group of row tiles by a share of the panels."""
         code, group = self.code, self.group
         pair = code.simplify(go * group)
@@ -140,24 +116,27 @@ class ThirdsKernel:
         count = self.share if self.panels % self.share == 0 else code.bind_index(code.least(self.panels - first, self.share), "panels")
         rows = 2 * self.mr * group
         kept = self.share if self.chunks > 1 else 1  # panels whose totals are kept
+        left = code.alloc(2 * group * (self.chunk * self.block // STEP) * THIRDS, "uint16", "left")
         totals = [code.alloc(kept * rows * COLUMNS, "float32", "total") for _ in self.weights]
         split = code.alloc(2 * self._block_words(), "uint32", "split")
         acc = code.alloc(2 * self.mr * COLUMNS, "float32", "acc")
         amx.configure(code, {t: self.mr if t < 6 else TILE for t in range(8)})
         with code.loop(self.block, "serial", "u") as unit:
             self._split_unit(self.weights[0], self._weight_at(first, 0), split, 0, unit)
-        with code.loop(self.chunks, "serial", "chunk") as chunk, code.loop(count, "serial", "jo") as j:
-            panel = code.simplify(first + j)
-            base = code.simplify(j * (rows * COLUMNS)) if kept > 1 else 0
-            for which, total in enumerate(totals):
-                self._panel(left, split, acc, total, base, which, chunk, j, count, panel, first, pair, here)
-            row = code.simplify(pair * (2 * self.mr))
-            exact = isinstance(self.m, int) and self.m % (2 * self.mr * group) == 0
-            last = rows if exact else code.bind_index(code.least(self.m - row, rows), "count")
-            with code.when(tirx.EQ(i64(chunk), i64(self.chunks - 1))) if self.chunks > 1 else nullcontext():
-                for weight, total in zip(self.weights, totals, strict=True):
-                    self._mend(weight, total, base, row, last, panel)
-                self.store.write(totals, base, row, last, code.simplify(panel * COLUMNS))
+        row = code.bind_index(code.simplify(pair * (2 * self.mr)), "row")
+        exact = isinstance(self.m, int) and self.m % (2 * self.mr * group) == 0
+        last = rows if exact else code.bind_index(code.least(self.m - row, rows), "count")
+        with code.loop(self.chunks, "serial", "chunk") as chunk:
+            self._split_left(left, row, last, chunk)
+            with code.loop(count, "serial", "jo") as j:
+                panel = code.simplify(first + j)
+                base = code.simplify(j * (rows * COLUMNS)) if kept > 1 else 0
+                for which, total in enumerate(totals):
+                    self._panel(left, split, acc, total, base, which, chunk, j, count, panel, first, here)
+                with code.when(tirx.EQ(i64(chunk), i64(self.chunks - 1))) if self.chunks > 1 else nullcontext():
+                    for weight, total in zip(self.weights, totals, strict=True):
+                        self._mend(weight, total, base, row, last, panel)
+                    self.store.write(totals, base, row, last, code.simplify(panel * COLUMNS))
         amx.release(code)
 
     def _block_words(self) -> int:
@@ -167,7 +146,7 @@ class ThirdsKernel:
         return self.code.simplify(panel * (self.depth * COLUMNS) + block * (self.block * COLUMNS))
 
     def _panel(self, left: Any, split: Any, acc: Any, total: Any, base: Index, which: int, chunk: Index, j: Index, count: Index,
-               panel: Index, first: Index, pair: Index, here: Index) -> None:  # fmt: skip
+               panel: Index, first: Index, here: Index) -> None:  # fmt: skip
         """A chunk of a panel of one of the products: its blocks, and in each the block that comes next is split."""
         code, blocks = self.code, self.chunk
         with code.when(tirx.EQ(i64(chunk), i64(0))) if self.chunks > 1 else nullcontext():
@@ -178,13 +157,12 @@ class ThirdsKernel:
         following = (which + 1) % len(self.weights)
 
         def run(k: Index, weight: Any, at: Index) -> None:
-            block = code.simplify(start + k)
             # which half of the scratch a block is in: they take turns over all blocks that a task goes through
             turn = code.simplify(((chunk * count + j) * len(self.weights) + which) * blocks + k)
             half = code.bind_index(code.mod(turn, 2), "half", 2)
             mine = code.bind_index(code.simplify(half * self._block_words()), "mine")
             other = code.bind_index(code.simplify((1 - half) * self._block_words()), "other")
-            self._block(left, split, acc, total, base, block, mine, pair, here, weight, code.bind_index(at, "w"), other)
+            self._block(left, split, acc, total, base, k, mine, here, weight, code.bind_index(at, "w"), other)
 
         if blocks > 1:
             with code.loop(blocks - 1, "serial", "k") as k:
@@ -202,7 +180,7 @@ class ThirdsKernel:
             next_block = code.bind(tirx.Select(ends, i64(again), i64(start)), "b", hidden=False)
         run(blocks - 1, self.weights[following], self._weight_at(next_panel, next_block))
 
-    def _block(self, left: Any, split: Any, acc: Any, total: Any, base: Index, block: Index, mine: Index, pair: Index, here: Index,
+    def _block(self, left: Any, split: Any, acc: Any, total: Any, base: Index, block: Index, mine: Index, here: Index,
                weight: Any, at: Index, other: Index) -> None:  # fmt: skip
         """Multiply a block for all row tiles of the task, and split the block at ``at`` of ``weight`` meanwhile."""
         code, steps, side = self.code, self.block // STEP, 2 * self.mr
@@ -212,8 +190,7 @@ class ThirdsKernel:
             for t in range(4):
                 amx.zero(code, t)
             with code.loop(steps, "serial", "s") as s:
-                tile = code.simplify((pair + io) * 2)
-                x = code.bind_index(self._left_at(tile, code.simplify(block * steps + s)), "x")
+                x = code.bind_index(code.simplify((io * (2 * self.chunk * steps) + block * steps + s) * THIRDS), "x")
                 w = code.bind_index(code.simplify(mine + s * (2 * PARTS * WORDS)), "y")
                 unit = code.simplify((io * steps + s) * each)
 
@@ -232,12 +209,9 @@ class ThirdsKernel:
         with code.loop(code.simplify(self.block - done), "serial", "u") as u:
             self._split_unit(weight, at, split, other, code.simplify(done + u))
 
-    def _left_at(self, tile: Index, step: Index) -> Index:
-        return self.code.simplify((tile * (self.depth // STEP) + step) * (PARTS * TILE * STEP))
-
     def _step(self, left: Any, x: Index, split: Any, w: Index, split_one: Callable[[int], None], each: int) -> None:
         """32 of the summed axis: six products of 2 x 2 tiles. Tiles 0 to 3 are sums, 4 and 5 of the first factor, 6 and 7 of the weight."""
-        code, below = self.code, self.depth // STEP * PARTS * TILE * STEP
+        code, below = self.code, self.chunk * self.block // STEP * THIRDS
         held: tuple[int, int] = (-1, -1)
         for n, (p, q) in enumerate(ORDER):
             for i in range(2):
@@ -252,6 +226,24 @@ class ThirdsKernel:
                     amx.multiply(code, 2 * i + c, 4 + i, 6 + c)
             for unit in range(n, each, len(ORDER)):
                 split_one(unit)
+
+    def _split_left(self, left: Any, row: Index, count: Index, chunk: Index) -> None:
+        """A chunk of the first factor's rows, as tiles ``[row tile, step, third, 16, 32]``; rows behind the last one hold anything."""
+        code, a, steps = self.code, self.left, self.chunk * self.block // STEP
+        probe = Probe(self.args, {}, a)
+        probe([0] * a.type.rank)
+        kind = "serial" if probe.scalar_only else "vectorized"
+        with code.loop(count, "serial", "i") as i:
+            r = code.bind_index(code.simplify(row + i), "r")
+            lead = [code.bind_index(x, "i", n) for x, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
+            start = code.bind_index(code.simplify(code.div(i, self.mr) * (steps * THIRDS) + code.mod(i, self.mr) * STEP), "start")
+            with code.loop(steps, "serial", "s") as s, code.loop(STEP // LANES, "serial", "u") as u, code.loop(LANES, kind, "v") as v:
+                k = code.simplify((chunk * steps + s) * STEP + u * LANES + v)
+                value = code.bind(Expressions(self.args, {}).at(a, operand_index(lead[:-1], a, lead[-1], k)), "x")
+                at = code.simplify(start + s * THIRDS + u * LANES + v)
+                for part, word in enumerate(thirds(value, 1)):
+                    half = tirx.shift_right(word, tirx.const(16, "uint32")).astype("uint16")
+                    code.store(left, code.simplify(at + part * (TILE * STEP)), half)
 
     def _mend(self, weight: Any, total: Any, base: Index, row: Index, count: Index, panel: Index) -> None:
         """Sum those rows of a panel again where a sum is nan: one element of the depth after the other, as f32."""

@@ -8,8 +8,9 @@ When: after ``fuse``, for each product of a region of kind ``matmul`` whose seco
 plain or transposed; or bf16, for a region of one product, where the target has instructions that multiply it
 (:mod:`~graphopt.passes.layout.pairs` is its form then). An operand that is no weight is left in silence; declined with a remark
 are batches of matrices, other dtypes, weights behind other views, and N of less than one vector register. ``nr`` is as many
-registers as the target's register
-tile is wide (``Target.tile``): three of 32, two of 16.
+registers as the target's register tile is wide (``Target.tile``): three of 32, two of 16. It is 32 columns, two AMX tiles, where the
+target sums products of f32 from thirds (``Target.f32_thirds``), K is a multiple of 32, and there are not surely fewer than 24 rows:
+with fewer, reading the weight takes as long as multiplying by it.
 
 The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR and the kernel
 reads the packed form wherever it knows it::
@@ -26,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.errors import UsageError
-from graphopt.ir import Builder, Graph, types
+from graphopt.ir import Builder, Graph, dims, types
 from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
@@ -41,9 +42,13 @@ class _Site:
 
     fusion: Node
     matmul: Node  # in the body
+    columns: int  # of a panel
     input: int  # which operand of the fusion holds the weight
     transposed: bool  # the body reads it transposed
     pairs: bool  # to be packed in pairs
+
+
+COLUMNS, DEPTH, ROWS = 32, 32, 24  # of thirds: columns of a panel, what the summed axis is a multiple of, and the fewest rows
 
 
 class PackWeights(Pass):
@@ -64,11 +69,13 @@ class PackWeights(Pass):
         if lanes is None or not regions:
             return False
         registers, in_pairs = (ctx.target.tile[1], bool(ctx.target.bf16_products)) if ctx.target is not None else (3, False)
-        staged, packed, changed = staged_values(g), dict[tuple[Value, bool], Value](), False
+        in_thirds = self.lanes is None and ctx.target is not None and ctx.target.f32_thirds
+        staged, packed, changed = staged_values(g), dict[tuple[Value, bool, int], Value](), False
         for region in regions:
             count = len(_matmuls(region))
             for place in range(count):
-                site = _site(region, place, staged, lanes, in_pairs and count == 1)
+                width = COLUMNS if in_thirds and _suits_thirds(region, place, g) else registers * lanes
+                site = _site(region, place, staged, lanes, width, in_pairs and count == 1)
                 if isinstance(site, Reject):
                     if site.reason:
                         ctx.missed(self.name, f"the weight is not packed: {site.reason}", region)
@@ -76,13 +83,14 @@ class PackWeights(Pass):
                 number = ctx.fuel.take()
                 if number is None:
                     continue
-                w, nr = region.operands[site.input], registers * lanes
-                key = (w, site.transposed)
+                w, nr = region.operands[site.input], site.columns
+                key = (w, site.transposed, nr)
                 if key not in packed:
                     rw = Rewriter(g, region)
                     packed[key] = pairs.pack(rw, w, site.transposed) if site.pairs else pack(rw, w, site.transposed, nr)
                 how = f"in pairs, by {pairs.COLUMNS}" if site.pairs else f"by {nr}"
-                ctx.passed(self.name, f"weight {w!r} packed {how} columns: {packed[key].type}", region, number)
+                how += " columns, for products of thirds on AMX tiles" if in_thirds and nr == COLUMNS and not site.pairs else " columns"
+                ctx.passed(self.name, f"weight {w!r} packed {how}: {packed[key].type}", region, number)
                 region = _rebuild(g, site, packed[key])
                 changed = True
         return changed
@@ -120,7 +128,15 @@ def _matmuls(fusion: Node) -> list[Node]:
     return [n for n in fusion.body.nodes() if n.op.name == "matmul"]
 
 
-def _site(fusion: Node, place: int, staged: Staged, lanes: int, in_pairs: bool) -> _Site | Reject:
+def _suits_thirds(fusion: Node, place: int, g: Graph) -> bool:
+    """Whether a region's product has the form and the rows for AMX tiles."""
+    node = _matmuls(fusion)[place]
+    k, most = node.operands[0].shape[-1], dims.bounds(dims.numel(node.result.shape[:-1]), g.symbols)[1]
+    n = node.result.shape[-1]
+    return isinstance(k, int) and k % DEPTH == 0 and isinstance(n, int) and n >= COLUMNS and (most is None or most >= ROWS)
+
+
+def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool) -> _Site | Reject:
     matmul = _matmuls(fusion)[place]
     weight = matmul.operands[1]
     if weight.defined_by("slice") and _is_unpack(weight):
@@ -143,7 +159,7 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int, in_pairs: bool) 
         return Reject(f"{k} rows by {n} columns do not fill a panel of pairs", weight)
     if n < lanes or k == 0:
         return Reject(f"{n} columns do not fill a vector register of {lanes}", weight)
-    return _Site(fusion, matmul, source.index, transposed, paired)
+    return _Site(fusion, matmul, columns, source.index, transposed, paired)
 
 
 def _origin(weight: Value) -> Value | None:
