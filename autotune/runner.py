@@ -167,6 +167,12 @@ class ProcessRunner:
         if self._process is None:
             self._process = RunnerProcess(self.loader)
 
+    def ready(self) -> None:
+        """Wait until it can take candidates. Raises WorkerError if it cannot be started."""
+        self.start()
+        assert self._process is not None
+        self._process.ready()
+
     def close(self) -> None:
         if self._process is not None:
             self._process.close()

@@ -27,6 +27,7 @@ from graphopt.ir.graph import Graph, Node
 from graphopt.ir.hashing import canonical_text
 from graphopt.ir.narrow import narrow
 from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
+from graphopt.max_autotune import autotune
 from graphopt.options import Options
 from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
@@ -169,6 +170,8 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
         unit.report.text_after = str(unit.graph)
         report_fallbacks(unit.report, unit.lowered, options)  # before time is spent on building
         unit.report.seconds["lower"] = time.perf_counter() - lowering
+    if options.tune_seconds and backend is not None:
+        tune_kernels(units, target, options, progress)
     choose_schedules(units, target, backend, options)
     building = time.perf_counter()
     build_kernels(units, dict.fromkeys([captured_key, report.key]), target, cache_dir, options, progress)
@@ -188,6 +191,16 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     report.seconds["total"] = time.perf_counter() - start
     record(report)
     return CompiledGraph(captured, program, report)
+
+
+def tune_kernels(units: Sequence[_Unit], target: Target, options: Options, progress: Progress | None) -> None:
+    """``mode="max-autotune"``: let the tuning database learn about these kernels."""
+    report, path = units[0].report, options.tuning_path
+    if path is None:
+        report.notes.append("max-autotune: nothing is tuned, as tuning_db=None asks for default schedules")
+        return
+    threads = torch.get_num_threads()
+    autotune([(u.graph, u.lowered) for u in units], target, path, threads, options.tune_seconds, report, progress)
 
 
 def choose_schedules(units: Sequence[_Unit], target: Target, backend: Backend | None, options: Options) -> None:

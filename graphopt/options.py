@@ -13,6 +13,7 @@ from graphopt.errors import UsageError, nearest
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 VERIFY = ("off", "structure", "each-pass")
+TUNE_SECONDS = 60.0  # of mode="max-autotune"
 BACKENDS = ("auto", "tvm", "eager")
 
 
@@ -26,7 +27,9 @@ class Options:
     """Options of one compilation.
 
     Attributes:
-        mode: as in ``torch.compile``; ``max-autotune`` asks for tuned schedules where the database has them.
+        mode: as in ``torch.compile``; ``max-autotune`` tunes the kernels that the tuning database does not know well yet.
+        tune_budget: seconds for which kernels are tuned before they are built, for each graph that is compiled; None for 60 under
+            ``mode="max-autotune"``, else 0.
         verify: ``off``; ``structure`` (check the IR after every pass); ``each-pass`` (also run the graph before and
             after every pass against the f64 interpreter, and name the pass, rule and node that breaks the budget).
         strict: a library fallback that was not asked for is an error.
@@ -61,6 +64,7 @@ class Options:
     hot_sizes: Any = "auto"
     cache_dir: Path | None = None
     tuning_db: Path | str | None = "auto"
+    tune_budget: float | None = None
     workers: int = 0
     name: str = ""
 
@@ -78,6 +82,8 @@ class Options:
             raise UsageError(f"option skip_rewrites={self.skip_rewrites!r} must be a list of rewrite numbers, from 1")
         if not isinstance(self.tuning_db, str | os.PathLike | None) or self.tuning_db == "":
             raise UsageError(f"option tuning_db={self.tuning_db!r} must be a path, \"auto\", or None for default schedules")
+        if self.tune_budget is not None and (type(self.tune_budget) not in (int, float) or not 0 <= self.tune_budget < float("inf")):
+            raise UsageError(f"option tune_budget={self.tune_budget!r} must be a number of seconds")
         _check_hot_sizes(self.hot_sizes)
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):
             if value not in allowed:
@@ -105,6 +111,13 @@ class Options:
     def kernels_dir(self) -> Path:
         """Folder of the kernel cache."""
         return self.cache_dir or default_cache_dir()
+
+    @property
+    def tune_seconds(self) -> float:
+        """For how long kernels are tuned before they are built."""
+        if self.tune_budget is not None:
+            return float(self.tune_budget)
+        return TUNE_SECONDS if self.mode.startswith("max-autotune") else 0.0
 
     @property
     def tuning_path(self) -> Path | None:

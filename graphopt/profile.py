@@ -134,7 +134,7 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
             node = step.node
             kind, loc = step.workload.kind if isinstance(step, KernelStep) else "library", str(node.loc or "")
             flops, moved = (dims.evaluate(d, bound) for d in (work.flops(node), work.bytes_moved(node)))
-            calls.append(CallCost(_describe(node, bound), kind, median(seen), flops, moved, loc, step))
+            calls.append(CallCost(describe(node, bound), kind, median(seen), flops, moved, loc, step))
     return Profile(tuple(calls), median(whole), graph, bound)
 
 
@@ -146,7 +146,9 @@ def _sizes(shape: Sequence[Dim], bound: Mapping[str, int]) -> list[int]:
     return [dims.evaluate(d, bound) for d in shape]
 
 
-def _describe(node: Node, bound: Mapping[str, int]) -> str:
+def describe(node: Node, bound: Mapping[str, int]) -> str:
+    """What a call computes: operands of the heaviest operation, and the names of the others."""
+
     def size(shape: Sequence[Dim]) -> str:
         return "x".join(map(str, _sizes(shape, bound)))
 

@@ -69,12 +69,30 @@ class Fallback:
     asked: bool
 
 
+@dataclass(frozen=True)
+class TunedKernel:
+    """What ``mode="max-autotune"`` tried for one workload.
+
+    Attributes:
+        name: what it computes.
+        trials: candidates that were tried, ``failed`` of them in vain.
+        default, best: seconds of a call with the default and with the fastest schedule, timed alone; None if not known.
+    """
+
+    name: str
+    trials: int
+    failed: int
+    default: float | None
+    best: float | None
+
+
 @dataclass
 class Report:
     """All about one compiled graph.
 
     Attributes:
-        seconds: stage -> seconds (``passes``, ``lower``, ``build``, ``total``).
+        seconds: stage -> seconds (``passes``, ``lower``, ``tune``, ``build``, ``total``).
+        tuning: what ``mode="max-autotune"`` tried.
         memory: ``planned`` (arena bytes), ``unplanned`` (sum of all intermediate buffers), ``weights``, ``staged`` (bytes kept for
             values computed from weights, beside the weights), ``outputs``, ``eager`` (the most that eager's intermediate
             results and outputs take at once); None where sizes are symbolic.
@@ -95,6 +113,7 @@ class Report:
     kernels: list[KernelInfo] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tuning: list[TunedKernel] = field(default_factory=list)
     memory: dict[str, int | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     owns_weights: bool = False
@@ -118,9 +137,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        out = {k: v for k, v in vars(self).items() if k not in ("remarks", "kernels", "fallbacks", "passes", "variants")}
+        out = {k: v for k, v in vars(self).items() if k not in ("remarks", "kernels", "fallbacks", "tuning", "passes", "variants")}
         out["passes"] = [run._asdict() for run in self.passes]
-        for key in ("remarks", "kernels", "fallbacks"):
+        for key in ("remarks", "kernels", "fallbacks", "tuning"):
             out[key] = [asdict(x) for x in getattr(self, key)]
         out["variants"] = [v.to_json() for v in self.variants]
         return out
@@ -147,6 +166,7 @@ class Report:
             console.print(f"note: {note}")
         self._variants(console)
         self._passes(console)
+        self._tuning(console, limit)
         self._kernels(console, limit)
         self._fallbacks(console, limit)
         for kind in ("passed", "missed", "analysis"):
@@ -179,6 +199,16 @@ class Report:
         if idle:
             others = "1 other" if len(idle) == 1 else f"{len(idle)} others"
             table.add_row(others, f"{sum(run.seconds for run in idle) * 1e3:.1f}", "0", "0", "nothing to do")
+        console.print(table)
+
+    def _tuning(self, console: Console, limit: int) -> None:
+        if not self.tuning:
+            return
+        table = Table("kernel", "trials", "failed", "before us", "after us", "gain", title="tuned now: kernels alone", title_justify="left")
+        for t in self.tuning[:limit]:
+            before, after = (f"{s * 1e6:.1f}" if s else "" for s in (t.default, t.best))
+            gain = f"{t.default / t.best:.2f}x" if t.default and t.best else ""
+            table.add_row(t.name, str(t.trials), str(t.failed or ""), before, after, gain)
         console.print(table)
 
     def _kernels(self, console: Console, limit: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from graphopt.autotune.cost_model import CostModel
 from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Timing, Trial
-from graphopt.autotune.records import TuningRecord
+from graphopt.autotune.records import Measured, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
@@ -124,6 +124,7 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
             scheduler=scheduler, batch=run.batch, known=_incumbents(run, tasks, done), done=max((r.trial for r in done), default=0),
             listener=listener,
         )  # fmt: skip
+        runner.ready()  # the budget is for trials
         return tuner.run(budget)
     finally:
         runner.close()
@@ -175,6 +176,11 @@ def _search(run: Run, model: CostModel, done: Sequence[TuningRecord], task: Task
     if best is not None:
         seeds = [best.schedule, *seeds]
     return Search(task.workload, run.target, spaces_of(task.workload, run.target), seed=run.seed, model=model, known=known, seeds=seeds)
+
+
+def search_for(task: Task, target: Target, known: Sequence[tuple[Schedule, Measured]] = ()) -> Search:
+    """The search of a task, with nothing to go by but what was measured."""
+    return Search(task.workload, target, spaces_of(task.workload, target), seed=0, known=known)
 
 
 def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -> dict[int, Standing]:

@@ -1,0 +1,110 @@
+"""``mode="max-autotune"``: a compilation tunes its own kernels first, for some seconds, and then takes what was found.
+
+There is no program yet that could be profiled, so tasks are weighed by an estimate until their default schedules were timed, which is
+the first thing that is done with each. A kernel that was tuned enough before, on this device and with these versions, is left
+as it is: the second compilation of a model costs nothing more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from graphopt.autotune.database import Database
+from graphopt.autotune.sqlite import Damaged
+from graphopt.autotune.tuner import Budget, Event, Outcome, Task
+from graphopt.errors import GraphoptError, counted
+from graphopt.ir import dims, work
+from graphopt.ir.graph import Graph
+from graphopt.lower import KernelStep, Lowered
+from graphopt.profile import CallCost, Profile, describe
+from graphopt.report import Report, TunedKernel
+from graphopt.sampling import sample_bindings
+from graphopt.target import Target
+from graphopt.tuned import device_key
+from graphopt.tuning import Run, last_run, search_for, tune, versions
+from graphopt.tuning_tasks import tasks_of
+
+ENOUGH = 64  # candidates of a workload, after which a later compilation does not go on
+_CYCLES, _BYTES, _CALL = 2.5e9, 20e9, 2e-6  # a second; for estimates that only order tasks which were never timed
+
+Progress = Callable[[str, int, int], None]
+
+
+def autotune(units: Sequence[tuple[Graph, Lowered]], target: Target, path: Path, threads: int, seconds: float, report: Report,
+             progress: Progress | None = None) -> None:  # fmt: skip
+    """Tune the kernels of one compilation. What comes of it is in the database, and told in the report.
+
+    Args:
+        units: its programs, lowered with default schedules; the general one first, behind it those for some sizes, which are tuned
+            in its place.
+        path: the tuning database.
+        threads: that kernels will use.
+        seconds: for trials.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C; what was tried is kept.
+    """
+    start = time.perf_counter()
+    try:
+        outcome = _tune(units, target, Database(path), threads, seconds, progress)
+    except GraphoptError as error:  # a compilation does without
+        if isinstance(error, Damaged):
+            error.set_aside()
+        report.notes.append(f"max-autotune: {error}")
+        return
+    report.seconds["tune"] = time.perf_counter() - start
+    if outcome is None:
+        report.notes.append("max-autotune: nothing to tune that was not tuned before")
+        return
+    for p in outcome.progress:
+        default = p.default.seconds if p.default else None
+        report.tuning.append(TunedKernel(p.task.name, p.trials, p.trials - p.statuses.get("ok", 0), default, p.best))
+    if outcome.why == "interrupted":
+        raise KeyboardInterrupt
+    report.notes.append(_told(outcome, seconds))
+
+
+def _tune(units: Sequence[tuple[Graph, Lowered]], target: Target, database: Database, threads: int, seconds: float,
+          progress: Progress | None) -> Outcome | None:  # fmt: skip
+    profiles = [estimate(graph, lowered, target) for graph, lowered in units[1:] or units]
+    tasks = [t for t in tasks_of(profiles, target).tasks if not _done(t, target, database, threads)]
+    if not tasks:
+        return None
+    run = Run(target, database, threads, run=last_run(database, tasks, target, threads) or "")
+    begin = time.monotonic()
+
+    def listen(event: Event) -> None:
+        if progress:
+            progress("tune", min(round(time.monotonic() - begin), round(seconds)), round(seconds))
+
+    return tune(tasks, run, Budget(seconds), listener=listen)
+
+
+def _done(task: Task, target: Target, database: Database, threads: int) -> bool:
+    """Whether a workload was tuned enough, or there is nothing left to try."""
+    known = database.records(task.workload, device_key(target), threads, versions())
+    tried = {r.schedule: r.measured for r in known}
+    return len(tried) >= ENOUGH or (bool(tried) and search_for(task, target, tuple(tried.items())).exhausted)
+
+
+def _told(outcome: Outcome, seconds: float) -> str:
+    why = f"the budget of {seconds:g} s ended" if outcome.why == "budget" else "nothing was left to try"
+    faster = sum((p.gain or 1.0) > 1.0 for p in outcome.progress)
+    tried = sum(p.trials > 0 for p in outcome.progress)
+    return (f"max-autotune: {counted(outcome.trials, 'trial')} of {counted(tried, 'kernel')} in {outcome.seconds:.1f} s, {why}; "
+            f"{faster} of {len(outcome.progress)} faster than before")  # fmt: skip
+
+
+def estimate(graph: Graph, lowered: Lowered, target: Target) -> Profile:
+    """A profile of a program that never ran: what its calls may take."""
+    sizes = sample_bindings(graph, count=1)[0]
+    peak = 4.0 * target.cores * target.lanes(4) * _CYCLES
+    calls = []
+    for step in lowered.steps:
+        if isinstance(step, KernelStep):
+            flops, moved = (dims.evaluate(d, sizes) for d in (work.flops(step.node), work.bytes_moved(step.node)))
+            seconds = max(flops / peak, moved / _BYTES) + _CALL
+            calls.append(CallCost(describe(step.node, sizes), step.workload.kind, seconds, flops, moved, str(step.node.loc or ""), step))
+    return Profile(tuple(calls), sum(c.seconds for c in calls), graph, sizes)
