@@ -12,125 +12,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from graphopt.autotune.measure import Builder, Built, Incumbent, Runner, Subject, Trial
+from graphopt.autotune.measure import Builder, Built, Incumbent, Runner, Trial
 from graphopt.autotune.records import Measured
-from graphopt.autotune.space import Schedule, Workload
-
-
-@dataclass(frozen=True)
-class Task:
-    """One workload to tune.
-
-    Attributes:
-        subject: the workload as it stands in the model, and how to try kernels of it.
-        name: for people.
-        default: the schedule that is used without tuning.
-        calls: how often a run of the models calls its kernel.
-        seconds: of one call, as it was found in the model; 0 if not known.
-        least: seconds that no kernel can do without: the roofline. 0 if not known.
-        library: seconds of a call of PyTorch's kernels for the same. 0 if not known.
-        flops, read: of a call: floating-point operations, and bytes that come from memory.
-    """
-
-    subject: Subject
-    name: str
-    default: Schedule
-    calls: int = 1
-    seconds: float = 0.0
-    least: float = 0.0
-    library: float = 0.0
-    flops: float = 0.0
-    read: float = 0.0
-
-    @property
-    def workload(self) -> Workload:
-        return self.subject.workload
-
-
-class Proposer(Protocol):
-    """What the tuner asks of a search (:class:`~graphopt.autotune.search.Search`)."""
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether there is nothing left to propose."""
-
-    def propose(self, n: int) -> list[Schedule]:
-        """New candidates."""
-
-    def observe(self, results: Sequence[tuple[Schedule, Measured]]) -> None:
-        """Take in what was measured."""
-
-
-@dataclass
-class Progress:
-    """Where a task stands.
-
-    Attributes:
-        default: what the default schedule gave; None before it was tried.
-        incumbent: the fastest so far.
-        trials: candidates tried in this run; ``spent``: seconds for them.
-        curve: (seconds since the run began, seconds of the incumbent) at every change.
-        statuses: how often trials ended how.
-    """
-
-    task: Task
-    search: Proposer
-    default: Measured | None = None
-    incumbent: Incumbent | None = None
-    trials: int = 0
-    spent: float = 0.0
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    statuses: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def best(self) -> float | None:
-        """Seconds of the incumbent."""
-        return self.incumbent.seconds if self.incumbent else None
-
-    @property
-    def gain(self) -> float | None:
-        """Time of the default schedule in times of the incumbent's."""
-        if self.default is None or self.default.seconds is None or self.incumbent is None:
-            return None
-        return self.default.seconds / self.incumbent.seconds
-
-    @property
-    def exhausted(self) -> bool:
-        return self.search.exhausted
-
-
-class Scheduler(Protocol):
-    """Chooses which task gets the next batch."""
-
-    def next(self, tasks: Sequence[Progress]) -> int | None:
-        """Index of a task, or None if none is worth going on with."""
-
-
-class MostTime:
-    """The task on which the models spend most time for the trials that it has had: each in turn, the dear ones oftener.
-
-    A task near its roofline, or that has been through its space, gets no more.
-
-    Args:
-        near: how many times its least time a task may take and count as near.
-    """
-
-    def __init__(self, near: float = 1.1) -> None:
-        self.near = near
-
-    def next(self, tasks: Sequence[Progress]) -> int | None:
-        open_tasks = [i for i, p in enumerate(tasks) if not p.exhausted and not self._done(p)]
-        fresh = [i for i in open_tasks if not tasks[i].trials]
-        return max(fresh or open_tasks, key=lambda i: self._worth(tasks[i]), default=None)
-
-    def _done(self, p: Progress) -> bool:
-        return p.best is not None and p.trials > 0 and p.best <= self.near * p.task.least
-
-    def _worth(self, p: Progress) -> float:
-        return p.task.calls * max(0.0, (p.best or p.task.seconds) - p.task.least) / (p.trials + 8)
+from graphopt.autotune.scheduler import ByGain
+from graphopt.autotune.space import Schedule
+from graphopt.autotune.tasks import Progress, Proposer, Scheduler, Task
 
 
 @dataclass(frozen=True)
@@ -181,11 +69,12 @@ Record = Callable[[Task, Trial, int], None]
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a task stood at the end of an earlier part of the run: its incumbent, and what its default schedule gave."""
+    """Where a task stood at the end of an earlier part of the run: its incumbent, what its default schedule gave, and trials so far."""
 
     schedule: Schedule
     seconds: float
     default: Measured | None = None
+    trials: int = 0
 
 
 @dataclass
@@ -218,9 +107,10 @@ class Tuner:
     def __init__(self, tasks: Sequence[Task], *, search: Callable[[Task], Proposer], builder: Builder, runner: Runner, record: Record,
                  scheduler: Scheduler | None = None, batch: int = 16, known: Mapping[int, Standing] | None = None, done: int = 0,
                  listener: Listener | None = None) -> None:  # fmt: skip
-        self.progress = [Progress(t, search(t)) for t in tasks]
+        earlier = {i: s.trials for i, s in (known or {}).items()}
+        self.progress = [Progress(t, search(t), earlier=earlier.get(i, 0)) for i, t in enumerate(tasks)]
         self._builder, self._runner, self._record = builder, runner, record
-        self._scheduler = scheduler or MostTime()
+        self._scheduler = scheduler or ByGain()
         self._batch, self._known, self._trials = batch, dict(known or {}), done
         self._done = done
         self._listener = listener or (lambda event: None)
@@ -284,6 +174,7 @@ class Tuner:
         finally:
             p.search.observe(results)
             p.spent += time.monotonic() - start
+            p.rounds.append((p.earlier + p.trials, p.best))
         return True
 
     def _tried(self, p: Progress, built: Sequence[Built]) -> Iterator[Trial]:

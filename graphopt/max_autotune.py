@@ -13,7 +13,8 @@ from pathlib import Path
 
 from graphopt.autotune.database import Database
 from graphopt.autotune.sqlite import Damaged
-from graphopt.autotune.tuner import Budget, Event, Outcome, Task
+from graphopt.autotune.tasks import Task
+from graphopt.autotune.tuner import Budget, Event, Outcome
 from graphopt.errors import GraphoptError, counted
 from graphopt.ir import dims, work
 from graphopt.ir.graph import Graph

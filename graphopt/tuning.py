@@ -24,7 +24,8 @@ from graphopt.autotune.records import Measured, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
-from graphopt.autotune.tuner import Budget, Listener, Outcome, Scheduler, Standing, Task, Tuner
+from graphopt.autotune.tasks import Scheduler, Task
+from graphopt.autotune.tuner import Budget, Listener, Outcome, Standing, Tuner
 from graphopt.errors import BuildError, DatabaseError, DeviceError, DiskFullError, UsageError, counted
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
@@ -194,7 +195,7 @@ def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -
             if r.measured.ok and (lead is None or (r.measured.gain or 0.0) > 1.0):
                 lead = r
         if lead is not None and lead.measured.seconds is not None:
-            out[i] = Standing(lead.schedule, lead.measured.seconds, default)
+            out[i] = Standing(lead.schedule, lead.measured.seconds, default, len(mine))
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from graphopt.autotune.measure import Subject
 from graphopt.autotune.space import Workload
-from graphopt.autotune.tuner import Task
+from graphopt.autotune.tasks import Task
 from graphopt.ir import dims
 from graphopt.ir.graph import Value
 from graphopt.ir.stage import staged_values

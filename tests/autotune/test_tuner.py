@@ -14,7 +14,8 @@ from graphopt.autotune.records import Measured
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace
-from graphopt.autotune.tuner import Budget, Event, Outcome, Progress, Standing, Task, Tried, Tuner
+from graphopt.autotune.tasks import Progress, Task
+from graphopt.autotune.tuner import Budget, Event, Outcome, Standing, Tried, Tuner
 from graphopt.target import Target
 from tests.autotune.fake_kernels import BAD, LOADER, FakeBuilder, schedule, space, subject
 
