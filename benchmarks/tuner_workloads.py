@@ -54,7 +54,8 @@ def tune_graphopt(name: str, folder: Path, seconds: float, threads: int, seed: i
     from graphopt.autotune.database import Database
     from graphopt.autotune.tuner import Budget
     from graphopt.target import detect
-    from graphopt.tuning import Run, tasks_of, tune
+    from graphopt.tuning import Run, tune
+    from graphopt.tuning_tasks import tasks_of
 
     torch.set_num_threads(threads)
     w, database = made(name), Database(folder / "tuning.db")
