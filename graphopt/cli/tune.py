@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +17,15 @@ import graphopt
 from graphopt.autotune import DEFAULT_NAME
 from graphopt.autotune.database import Database
 from graphopt.autotune.sqlite import Damaged
-from graphopt.autotune.tuner import Budget, Outcome
+from graphopt.autotune.tuner import Budget, Event, Outcome, RoundBegins
 from graphopt.before_after import BeforeAfter, before_and_after
 from graphopt.bench.limits import LimitMeter, Limits
+from graphopt.bench.load import Snapshot, between, snapshot
 from graphopt.bench.loading import load
 from graphopt.bench.measure import label
 from graphopt.bench.models import MODELS
 from graphopt.cli import INTERRUPTED
+from graphopt.cli.tune_plot import check_plot, plot
 from graphopt.cli.tune_view import View, show_model, show_plan, show_result
 from graphopt.errors import GraphoptError, UsageError, counted
 from graphopt.library_time import library_seconds
@@ -64,6 +66,7 @@ def tune_command(
     seed: Annotated[int, typer.Option(min=0, help="Of all that is random: the same seed proposes the same candidates.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that kernels use; what PyTorch uses if not given.")] = None,
     db: Annotated[Path | None, typer.Option(help="The tuning database; tuning.db in the cache folder unless given.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw best-so-far curves and a roofline: out.png.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where kernels are kept; ~/.cache/graphopt unless given.")] = None,
 ) -> None:
     """Find faster schedules for the kernels of models, and keep them: every later compile on this machine uses them.
@@ -77,6 +80,7 @@ def tune_command(
     graphopt tune model.py:make bert --budget 10m    two models; they share what they have in common
     graphopt tune mlp --plan                         what would be tuned, and how far from the machine's limits it is
     graphopt tune mlp --resume                       go on where it was interrupted
+    graphopt tune mlp --plot mlp.png                 curves of the best so far, and a roofline
 
     \b
     Exit status: 130 if it was interrupted; what was found is kept. 9 the database is damaged (it is kept aside) or out of reach,
@@ -86,6 +90,8 @@ def tune_command(
     target = check_device(device)
     if not models:
         raise UsageError(f"which model? One of {', '.join(MODELS)}, or file.py:factory; graphopt tune --help shows examples")
+    if plot_file:
+        check_plot(plot_file)
     if threads:
         torch.set_num_threads(threads)
     threads = torch.get_num_threads()
@@ -99,7 +105,11 @@ def tune_command(
         if plan or not session.found.tasks:
             show_plan(session.found, session.limits, seconds, session.console)
             return
-        session.tune(Budget(seconds, trials), seed, resume)
+        try:
+            session.tune(Budget(seconds, trials), seed, resume)
+        finally:
+            if plot_file and session.outcome:
+                plot(session.outcome, session.found, session.limits, " ".join(m.name for m in session.models), plot_file)
         session.finish()
     except KeyboardInterrupt:
         typer.echo(session.interrupted(again), err=True)
@@ -118,13 +128,14 @@ class _Session:
     def __init__(self, names: list[str], target: Target, database: Database, options: dict[str, Any], threads: int) -> None:
         self.names, self.target, self.database, self.options, self.threads = names, target, database, options, threads
         self.console = Console()
-        self.console.width = max(self.console.width, 110)
+        self.console.width = max(self.console.width, 125)
         self.errors = Console(stderr=True)
         self.models: list[_Model] = []
         self.found = Tasks()
         self.limits: Limits | None = None
         self.view: View | None = None
         self.outcome: Outcome | None = None
+        self._seen: tuple[Snapshot, ...] = ()
 
     @property
     def trials(self) -> int:
@@ -152,10 +163,25 @@ class _Session:
             self.say(f"going on with run {run.run}, which has made {counted(done, 'trial')}")
         self.view = View(self.found, budget, self.errors)
         with self.view:
-            self.outcome = tune(self.found.tasks, run, budget, listener=self.view.listen)
+            self.outcome = tune(self.found.tasks, run, budget, listener=self._listen)
+        for complaint in self._complaints():
+            self.say(f"{complaint}: times, and what won by little, are the less sure")
         if self.outcome.why == "interrupted":
             raise KeyboardInterrupt
         show_result(self.outcome, self.found, self.console)
+
+    def _listen(self, event: Event) -> None:
+        if isinstance(event, RoundBegins) and (seen := snapshot()):
+            self._seen = (*self._seen[:1], seen)
+        assert self.view is not None
+        self.view.listen(event)
+
+    def _complaints(self) -> list[str]:
+        """What else the machine did between the first round and the last one. Builds are ours, and switch as they like."""
+        if len(self._seen) < 2:
+            return []
+        load = between(*self._seen)
+        return replace(load, switches=0.0).complaints("meanwhile")
 
     def _run(self, seed: int, resume: bool) -> Run:
         last = last_run(self.database, self.found.tasks, self.target, self.threads) if resume else None

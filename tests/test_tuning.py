@@ -1,0 +1,198 @@
+"""Tuning real kernels: bad templates are tried and never chosen, and a tuner that is killed at any moment loses nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt import tuning
+from graphopt.autotune.database import Database
+from graphopt.autotune.measure import Built, Timing
+from graphopt.autotune.records import Status
+from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
+from graphopt.autotune.tasks import Task
+from graphopt.autotune.tuner import Budget
+from graphopt.target import Target, detect
+from graphopt.tuned import device_key
+from graphopt.tuning import CandidateBuilder, Run, last_run, spaces_of, tune, versions
+from graphopt.tuning_tasks import tasks_of
+
+pytestmark = pytest.mark.tvm
+
+X = torch.randn(4, 48)
+BATCH = 4
+BAD = """
+#include <stdint.h>
+int __tvm_ffi_segfaults(void* self, const void* args, int32_t n, void* result) { *(volatile int*)8 = 1; return 0; }
+int __tvm_ffi_never_ends(void* self, const void* args, int32_t n, void* result) { for (volatile int i = 0;; i = 1) {} return 0; }
+"""
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(48, 96), nn.Linear(96, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def tasks(cache_dir: Path) -> list[Task]:
+    """The tasks of a small model, the same in every process."""
+    compiled = graphopt.compile(Net(), (X,), cache_dir=cache_dir, tuning_db=None)
+    found = tasks_of([compiled.profile(X, runs=2)], detect()).tasks
+    return sorted(found, key=lambda t: t.workload.key)
+
+
+# --- bad templates -----------------------------------------------------------------------------------------------------
+
+
+class WithBadTemplates(CandidateBuilder):
+    """Builds for three more templates: one computes something else for some of its knobs, one segfaults, one never ends."""
+
+    def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
+        return [self._one(w, s) for s in schedules]
+
+    def _one(self, w: Workload, s: Schedule) -> Built:
+        if s.template in ("segfaults", "never_ends"):
+            return Built(s, str(self._bad()), s.template)
+        if s.template != "mistaken":
+            return super().build(w, [s])[0]
+        other = Workload(w.kind, w.text.replace("= relu(", "= tanh(")) if s["mistaken"] else w
+        (built,) = super().build(other, [spaces_of(w, self.target)[0].default()])
+        return Built(s, built.path, built.entry, built.seconds, built.failure)
+
+    def _bad(self) -> Path:
+        file = self._folder / "bad.so"
+        if not file.exists():
+            (self._folder / "bad.c").write_text(BAD)
+            subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", file, self._folder / "bad.c"], check=True)
+        return file
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, for kernels that are bad on purpose")
+def test_bad_templates_are_tried_and_none_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (task, *_) = [t for t in tasks(tmp_path / "cache") if "relu" in t.workload.text]
+    bad = [
+        SearchSpace("mistaken", params=(Param("mistaken", (True, False)), Param("n", (0, 1)))),
+        SearchSpace("segfaults", params=(Param("n", (0, 1)),)), SearchSpace("never_ends"),
+    ]  # fmt: skip
+
+    def spaces(w: Workload, target: Target) -> list[SearchSpace]:
+        (first, *_) = spaces_of(w, target)
+        return [SearchSpace(first.template, first.sketches[:1], tuple(Param(p.name, p.choices[:1]) for p in first.params)), *bad]
+
+    monkeypatch.setattr(tuning, "spaces_of", spaces)  # not the name that this file imported
+    monkeypatch.setattr(tuning, "CandidateBuilder", WithBadTemplates)
+    database = Database(tmp_path / "t.db")
+    run = Run(detect(), database, 1, batch=BATCH, timing=Timing(floor=0.002, recheck=0.004, patience=2.0))
+    outcome = tune([task], run, Budget(seconds=300))
+    assert outcome.why == "done", "it has been through the whole space"
+    ended = {(r.schedule.template, dict(r.schedule.knobs).get("mistaken")): r.measured.status for r in database.records()}
+    assert ended[task.default.template, None] is Status.OK and ended["mistaken", False] is Status.OK
+    assert ended["mistaken", True] is Status.WRONG
+    assert ended["segfaults", None] is Status.CRASHED
+    assert ended["never_ends", None] is Status.TIMED_OUT
+    best = database.best(task.workload, device_key(detect()), 1, versions())
+    assert best is not None and best.schedule.template in (task.default.template, "mistaken")
+    assert best.schedule.template != "mistaken" or not best.schedule["mistaken"]
+    compiled = graphopt.compile(Net(), (X,), cache_dir=tmp_path / "cache", tuning_db=tmp_path / "t.db")
+    torch.testing.assert_close(compiled(X), Net()(X))
+
+
+# --- killed at any moment ----------------------------------------------------------------------------------------------
+
+TRIALS, KILLS = 24, 20
+
+
+def tune_all(found: list[Task], file: Path) -> int:
+    """Tune to a number of trials in all, going on with whatever there is."""
+    database = Database(file)
+    run = Run(detect(), database, 1, batch=BATCH, timing=Timing(floor=0.002, recheck=0.004))
+    last = last_run(database, found, run.target, 1) or ""
+    return tune(found, Run(**{**vars(run), "run": last}), Budget(trials=TRIALS)).trials
+
+
+def forked(found: list[Task], file: Path) -> int:
+    """The same in a process of its own; its id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setsid()
+            tune_all(found, file)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ends(seconds: float, is_so: partial[bool]) -> bool:
+    """Whether something comes true in time."""
+    end = time.monotonic() + seconds
+    while not (found := is_so()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def no_process_of(pid: int) -> bool:
+    """Whether no process is left in the session of one that was killed, nor a build process of it."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                text = (folder / "cmdline").read_text()
+            except OSError:
+                continue
+            if f"main({pid})" in text:
+                return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_tuner_that_is_killed_at_random_moments_makes_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
+    found = tasks(tmp_path / "cache")
+    assert tune_all(found, tmp_path / "undisturbed.db") == TRIALS
+    rng, file, seen = Random(0), tmp_path / "killed.db", dict[str, None]()
+    kills = 0
+    while kills < KILLS:
+        pid = forked(found, file)
+        before = len(seen)
+        end = time.monotonic() + 120
+        # half of them before or while the first candidate is built, the others when some trials were written down
+        wanted = 0 if kills % 2 else 1
+        while len(Database(file).records()) < min(before + wanted, TRIALS - 1) and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 4.0 if not wanted else 0.4))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        kills += os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+        now = dict.fromkeys(r.key for r in Database(file).records())
+        assert list(now)[: len(seen)] == list(seen), "what was written down stays, and is whole"
+        seen = now
+        assert ends(30, partial(no_process_of, pid)), "its build processes end with it"
+        if os.waitstatus_to_exitcode(status) == 0:
+            break  # all trials were made before it could be killed
+    assert kills >= KILLS or len(seen) == TRIALS
+    assert tune_all(found, file) == TRIALS - len(seen)
+    for name in ("undisturbed.db", "killed.db"):
+        records = Database(tmp_path / name).records()
+        assert [r.trial for r in records] == list(range(1, TRIALS + 1))
+        assert len({(r.workload.key, r.schedule) for r in records}) == TRIALS, "none is made twice"
+        assert len({r.run for r in records}) == 1
+        assert all(r.measured.ok for r in records), Counter(r.measured.reason for r in records)
+    assert not [p for p in Path(tempfile.gettempdir()).glob("graphopt-tune-*-*") if not Path(f"/proc/{p.name.split('-')[2]}").exists()]
