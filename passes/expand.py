@@ -1,11 +1,12 @@
 """composite(x)  =>  its expansion, where no kernel takes the composite whole
 
-Why: attention, rope, group_norm and the like have no kernel of their own; their parts have, and fuse with what is around them.
+Why: rope, group_norm and the like have no kernel of their own; their parts have, and fuse with what is around them.
 
 When: the op has an expansion and is not in ``keep``. A kept op over rows (softmax, layer_norm, mean, var ...) is expanded all
 the same if its rows are not the trailing axes: only there a kernel has a row at hand. Composites within an expansion are
-treated alike. Complex and 8-bit float composites are left to the library. In f16 and bf16, what sums is expanded in f32 and
-rounded once at the end, as PyTorch does it.
+treated alike. An attention stays whole where its tiled kernel is estimated to be the faster one
+(:mod:`~graphopt.passes.fusion.attention`). Complex and 8-bit float composites are left to the library. In f16 and bf16, what
+sums is expanded in f32 and rounded once at the end, as PyTorch does it.
 
 Numerics: the expansion is the op's definition; sums may be taken in another order (REASSOCIATES).
 Reference: Vasilache et al., "Composable and Modular Code Generation in MLIR", arXiv:2202.03293, on progressive lowering.
@@ -18,6 +19,8 @@ from graphopt.ir import OPS, Listener, Trait
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.types import bf16, f16, f32
 from graphopt.pass_manager import Pass
+from graphopt.passes.fusion.attention import choose
+from graphopt.passes.fusion.cost import CostModel
 from graphopt.passes.fusion.roles import ROW_OPS, ROW_REDUCTIONS, fusable_dtype, rows_of
 from graphopt.rewrite import PassContext, Rewriter, erase_dead
 
@@ -34,7 +37,7 @@ class Expand(Pass):
     """
 
     name = "expand"
-    keep: tuple[str, ...] = (*ROW_OPS, "mean", "var", *_ACTIVATIONS)
+    keep: tuple[str, ...] = (*ROW_OPS, "mean", "var", "attention", *_ACTIVATIONS)
 
     def requires(self, g: Graph) -> None:
         for name in self.keep:
@@ -47,7 +50,7 @@ class Expand(Pass):
             waiting = [node]
             while waiting:
                 current = waiting.pop()
-                if current.erased or (why := self._why(current)) is None:
+                if current.erased or (why := self._why(current, ctx)) is None:
                     continue
                 number = ctx.fuel.take()
                 if number is None:
@@ -57,7 +60,7 @@ class Expand(Pass):
                 changed = True
         return changed
 
-    def _why(self, node: Node) -> str | None:
+    def _why(self, node: Node, ctx: PassContext) -> str | None:
         """The reason to expand a node, or None to leave it."""
         if node.op.expand is None or not all(fusable_dtype(v.dtype) for v in (*node.operands, *node.results)):
             return None
@@ -65,6 +68,11 @@ class Expand(Pass):
             return "no kernel takes it whole"
         if node.op.name in _BY_ROWS and rows_of(node) is None:
             return "its rows are not the trailing axes"
+        if node.op.name == "attention":
+            choice = choose(node, CostModel(ctx.target, node.graph.symbols))
+            if not choice.whole:
+                return choice.why
+            ctx.analysis(self.name, f"attention stays whole: {choice.why}", node)
         return None
 
 

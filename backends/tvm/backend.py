@@ -13,7 +13,7 @@ from graphopt.backends.tvm.templates import CONV, TEMPLATES, Template
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
-KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "scan", "scatter", "update", *WINDOWS)
+KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "scan", "scatter", "update", "attention", *WINDOWS)
 
 
 class TvmBackend:

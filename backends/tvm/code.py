@@ -112,6 +112,10 @@ class Code:
         self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(2**40)))
         return var
 
+    def ceildiv_plain(self, a: Index, b: int) -> Index:
+        """ceil(a / b) as an expression, for an ``a`` that changes from loop to loop."""
+        return self.div(a + (b - 1), b)
+
     def least(self, a: Index, b: Index) -> Index:
         return min(a, b) if isinstance(a, int) and isinstance(b, int) else self.simplify(tirx.min(i64(a), i64(b)))
 

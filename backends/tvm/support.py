@@ -54,7 +54,7 @@ def _node(node: Node, target: Target) -> str | None:
             return f"{name}: {why}"
     if node.op.has(Trait.POINTWISE):
         return _pointwise(node)
-    if name in MOVES or name in REDUCTIONS or name in ROW_OPS or name in PRODUCTS or name in SCANS or name in SCATTERS:
+    if name in (*MOVES, *REDUCTIONS, *ROW_OPS, *PRODUCTS, *SCANS, *SCATTERS, "attention"):
         if name == "constant" and isinstance(node.attrs["value"], complex):
             return "a complex constant"
         return None

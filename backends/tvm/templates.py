@@ -347,6 +347,39 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
                       s["split"], s["ahead"], s["tasks"], s["parallel"]).emit()  # fmt: skip
 
 
+# --- attention ---------------------------------------------------------------------------------------------------------
+
+
+def _attention_form(w: Workload) -> Any:
+    from graphopt.backends.tvm.flashform import form_of
+
+    return form_of(w.graph) if w.kind == "attention" else "not an attention region"
+
+
+def _flash_refuse(w: Workload, t: Target) -> str | None:
+    form = _attention_form(w)
+    return form if isinstance(form, str) else None
+
+
+def _flash_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.flashform import flash_params
+
+    return flash_params(_attention_form(w), t)
+
+
+def _flash_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.flashform import flash_constraints
+
+    return (SearchSpace("flash", params=_flash_params(w, t), constraints=flash_constraints(t)),)
+
+
+def _write_flash(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.flash import FlashKernel
+
+    names = ("lanes", "vectors", "rows", "block", "groups", "unroll", "stage", "parallel")
+    return FlashKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}).emit()
+
+
 def _loops(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopNest]]:
     """The loops of a template, by the name of the function that tells them."""
 
@@ -361,10 +394,11 @@ def _loops(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopN
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=_loops("conv_loops"))
+FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=_loops("row_loops"))
-NEST = Template("nest", lambda w, t: "a convolution" if w.kind == "conv" else None, _nest_params, _write_nest,
+NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in ("conv", "attention") else None, _nest_params, _write_nest,
                 nest=_loops("element_loops"))  # fmt: skip
-TEMPLATES: tuple[Template, ...] = (DEPTHWISE, WINOGRAD, CONV, PAIRS, THIRDS, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, THIRDS, TILE, ROWS, NEST)

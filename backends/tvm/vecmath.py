@@ -114,6 +114,17 @@ def exp2(let: Let, x: Any) -> Any:
     return tirx.Select(isnan(x), x, _scale(let, let(fma(p, r, const(1.0))), let(n.astype("int32"))))
 
 
+def exp2_shifted(let: Let, x: Any) -> Any:
+    """2**x for x <= 0 and nan; zero below ``LEAST_SHIFTED`` in base 2, see :func:`exp_shifted`."""
+    least, magic = const(-115.0), const(1.5 * 2.0**23 + 127.0)  # a sum with so much has its ones, and the exponent's bias, in its low bits
+    t = let(fence(tirx.max(x, least) + magic, "float32"))
+    r = let(x - (t - magic))
+    p = horner(r, 1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2,
+               2.402264791363012e-1, 6.931472028550421e-1)  # fmt: skip
+    power = tirx.reinterpret("float32", tirx.shift_left(tirx.reinterpret("int32", t), _i32(23)))
+    return tirx.Select(x < least, const(0.0), let(let(fma(p, r, const(1.0))) * power))
+
+
 def sigmoid(let: Let, x: Any) -> Any:
     """1 / (1 + e**-x)."""
     return const(1.0) / (const(1.0) + let(exp(let, let(x * const(-1.0)))))

@@ -145,10 +145,11 @@ class CostModel:
         """Reading or writing values once."""
         total = (0.0, 0.0)
         for v in values:
-            total = _sum(total, self._moved(v.type.nbytes()))
+            total = _sum(total, self.moved(v.type.nbytes()))
         return Load(traffic=total)
 
-    def _moved(self, nbytes: Dim) -> tuple[float, float]:
+    def moved(self, nbytes: Dim) -> tuple[float, float]:
+        """Cycles of reading or writing so many bytes once."""
         low, high = (n / (self._rate(n) * self.target.cores) for n in self.amount(nbytes))
         return low, high
 

@@ -13,6 +13,7 @@ region and the region's kind accepts it; else it is the root of a region of its 
 - ``scatter``: anything pointwise -> updates by index; nothing can follow, since an element may be written several times.
 - ``matmul``: views on the operands, cheap work on the left one, one matmul, pointwise ops of the result's shape after it. A
   second matmul of the same left operand and type may meet it there: a gate, ``act(x a) * (x b)``, writes neither product.
+- ``attention``: views -> one attention -> transposes and reshapes, which the kernel writes through.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 
 In the last two, cheap pointwise ops on single numbers (a scale, an epsilon) may stand beside.
@@ -52,6 +53,7 @@ from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
+from graphopt.passes.fusion.attention import view_of_attention
 from graphopt.passes.fusion.cost import CostModel, size_text
 from graphopt.passes.fusion.outline import outline
 from graphopt.passes.fusion.region import Limits, Region
@@ -122,6 +124,9 @@ class Plan:
             return
         readers = self._readers(node.results[0].users)
         outside = any(u in self._alone for u in node.results[0].users)
+        if part is Role.VIEW and view_of_attention(node):
+            self._open(node, epoch)
+            return
         if part in (Role.VIEW, Role.CREATION):
             self._place_copies(node, epoch, readers, outside)
             return

@@ -81,7 +81,7 @@ class Region:
         if role(root) is Role.ANCHOR:
             region.anchors.append(root)
             region.rows = rows_of(root)
-            if root.op.name in PRODUCTS:
+            if root.op.name in (*PRODUCTS, "attention"):
                 region.kind = root.op.name
             elif root.op.name in (*SCANS, *SCATTERS):
                 region.kind = "scan" if root.op.name in SCANS else "scatter"
@@ -188,6 +188,8 @@ class Region:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
+        if self.kind == "attention":
+            return "an attention's kernel computes nothing of its operands"
         if self.kind in PRODUCTS:
             return self._product_rejects(node, users, before)
         return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None
@@ -244,7 +246,12 @@ class Region:
             return "its elements are written in the order of the index, before any of them can be read"
         if self.kind in ("scan", "scatter"):
             return f"its reader is a {self.kind} kernel already"
-        if node.op.name in PRODUCTS:
+        if node.op.name == "attention":
+            alone = self.kind == "pointwise" and all(n.op.name in ("transpose", "reshape") for n in self.members)
+            reason, kind = (None if alone else "an attention's kernel does nothing behind it but writing another layout"), "attention"
+        elif self.kind == "attention":
+            reason, kind = "its reader is an attention kernel already", self.kind
+        elif node.op.name in PRODUCTS:
             reason = self._product_unfit(node, after, plain)
             kind = node.op.name
         elif node.op.name in SCANS:

@@ -32,7 +32,7 @@ ARG_REDUCTIONS = ("argmax", "argmin")
 SCANS = ("cumsum", "cumprod", "cummax", "cummin", "argcummax", "argcummin", "logcumsumexp")
 SCATTERS = ("put", "scatter")
 
-_ANCHORS = (*ARG_REDUCTIONS, *SCANS, *SCATTERS)
+_ANCHORS = ("attention", *ARG_REDUCTIONS, *SCANS, *SCATTERS)
 
 def fusable_dtype(dtype: DType) -> bool:
     """Complex numbers, 8-bit floats and packed sub-byte types stay outside of regions."""

@@ -1,0 +1,226 @@
+"""What an attention reads and writes: matrices of keys and values wherever they lie, what is added to scores, and the result's places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.ir.expr import TensorLoad
+
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.expr import Arguments, Expressions, reshape_groups
+from graphopt.backends.tvm.flashform import Form
+from graphopt.backends.tvm.loops import vector_loop
+from graphopt.backends.tvm.squares import transpose_square
+from graphopt.ir.graph import Value
+from graphopt.ir.opset.attention import groups
+
+LOG2E = math.log2(math.e)
+F32 = "float32"
+
+
+def head_index(code: Code, form: Form, v: Value, lead: Sequence[Index]) -> list[Index]:
+    """The batch index of queries, keys or values for a batch index of the result: broadcast, heads that are shared divided."""
+    rank = v.type.rank - 2
+    index = list(lead[len(lead) - rank :]) if rank else []
+    share = groups(form.parts.q.shape, v.shape) if v is not form.parts.q else 1
+    if share > 1:
+        index[-1] = code.bind_index(code.div(index[-1], share), "head")
+    return [0 if d == 1 else i for i, d in zip(index, v.shape[:-2], strict=True)]
+
+
+def place_of(args: Arguments, form: Form, index: Sequence[Index]) -> Index:
+    """Where in the output's memory an element of the attention's result lies."""
+    code, at = args.code, list(index)
+    for node in form.views:
+        if node.name == "transpose":
+            at = [at[p] for p in node.attrs["perm"]]
+            continue
+        old, new = ([code.size(d) for d in v.shape] for v in (node.operands[0], node.result))
+        out: list[Index] = [0] * len(new)
+        for a, b in reshape_groups(node.operands[0].shape, node.result.shape):
+            flat = code.flatten([at[k] for k in a], [old[k] for k in a])
+            for k, i in zip(b, code.unflatten(flat, [new[k] for k in b]), strict=True):
+                out[k] = i
+        at = out
+    return args.place(0, at)
+
+
+class Matrix:
+    """The keys or values of one head, ``[N, D]``, in memory as they are.
+
+    Attributes:
+        plain: whether an element is an f32 at an address that is linear in row and column.
+        padded: whether rows behind the last may be read.
+    """
+
+    def __init__(self, args: Arguments, value: Value, lead: Sequence[Index]) -> None:
+        self.args, self.code, self.value, self.lead, self.padded = args, args.code, value, list(lead), False
+        code = self.code
+        row, column = (tirx.Var(code.fresh(n), "int64") for n in ("r", "c"))
+        for var, size in ((row, value.shape[-2]), (column, value.shape[-1])):
+            code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(code.size(size))))
+        probe = Expressions(args, {}, probe=True)
+        element = probe.at(value, [*lead, row, column])
+        self.plain = False
+        if isinstance(element, TensorLoad) and str(element.ty.dtype) == F32 and len(probe.reads) == 1:
+            source, address = probe.reads[0]
+            found = [] if isinstance(address, int) else list(tvm.sym.detect_linear_equation(address, [row, column]))
+            if found:
+                self.plain = True
+                self.buffer = args.inputs[source]
+                self.rows, self.columns, start = (code.simplify(x) for x in found)
+                self.start = code.bind_index(start, "matrix")
+
+    def moved(self, base: Index) -> Matrix:
+        """The matrix from a row on."""
+        out = object.__new__(Matrix)
+        out.__dict__.update(self.__dict__)
+        out.start = self.code.bind_index(self.code.simplify(self.start + base * self.rows), "block")
+        return out
+
+    def row(self, i: Index) -> Index:
+        """Where a row starts."""
+        return self.code.bind_index(self.code.simplify(self.start + i * self.rows), "at")
+
+    def at(self, start: Index, i: Index, j: Index) -> Any:
+        """The element i rows and j columns behind a place."""
+        return self.code.load(self.buffer, self.code.simplify(start + i * self.rows + j * self.columns))
+
+    def transposed_at(self, start: Index, j: Index, i: Index) -> Any:
+        return self.at(start, i, j)
+
+    def staged(self, block: int, lanes: int) -> Staged:
+        """Scratch for a block of rows."""
+        columns = int(self.value.shape[-1])
+        return Staged(self.code.alloc(block * columns, F32, "staged"), columns, lanes)
+
+
+@dataclass
+class Staged:
+    """A block of rows, copied to scratch as f32."""
+
+    buffer: Any
+    columns: int
+    lanes: int
+
+    def fill(self, m: Matrix, base: Index, count: Index) -> Matrix:
+        """Copy rows from ``base`` on."""
+        code, args = m.code, m.args
+        with code.loop(count, "serial", "c") as i:
+            row = code.bind_index(code.simplify(base + i), "row")
+
+            def element(d: Index) -> None:
+                code.store(self.buffer, code.simplify(i * self.columns + d), Expressions(args, {}).at(m.value, [*m.lead, row, d]))
+
+            vector_loop(code, 0, self.columns, self.lanes, element)
+        out = object.__new__(Matrix)
+        out.__dict__.update(m.__dict__)
+        out.__dict__.update(buffer=self.buffer, rows=self.columns, columns=1, start=0, padded=True)
+        return out
+
+
+class Extra:
+    """What is added to scores: a bias, a mask, slopes by position; and sinks. All in logarithms of base 2.
+
+    A bias or mask that is the same for all queries is read once a block of keys, for all groups; another one is read row by row,
+    and transposed.
+
+    Attributes:
+        given: whether anything is added to scores.
+    """
+
+    def __init__(self, args: Arguments, form: Form, fill: float) -> None:
+        self.args, self.code, self.form, self.fill = args, args.code, form, fill
+        p = form.parts
+        self.tables = [v for v in (p.bias, p.mask) if v is not None]
+        self.of_keys = all(v.type.rank < 2 or v.shape[-2] == 1 for v in self.tables)
+        self.given = bool(self.tables) or p.slopes is not None
+        self.m, self.n = self.code.size(form.queries), self.code.size(form.keys)
+
+    def alloc(self, block: int, nr: int, lanes: int) -> None:
+        code = self.code
+        self.nr, self.lanes, self.step = nr, lanes, -(-block // lanes) * lanes
+        if self.tables and self.of_keys:
+            self.buffer = code.alloc(self.step, F32, "added")
+        elif self.tables:
+            self.rows = code.alloc(nr * self.step, F32, "table")
+            self.buffer = code.alloc(self.step * nr, F32, "added")
+
+    def _value(self, lead: Sequence[Index], q: Index, n: Index) -> Any:
+        """What bias and mask add to a score."""
+        code, p, e = self.code, self.form.parts, Expressions(self.args, {})
+        value = tirx.const(0.0, F32)
+        index = [*lead, q, n]
+        if p.bias is not None:
+            value = code.bind(e.at(p.bias, _tail(p.bias, index)) * tirx.const(LOG2E, F32))
+        if p.mask is not None:
+            value = code.bind(tirx.Select(e.at(p.mask, _tail(p.mask, index)), value, tirx.const(self.fill, F32)))
+        return value
+
+    def keys_of(self, lead: Sequence[Index], base: Index, count: Index) -> None:
+        """Read what is the same for all queries."""
+        if not self.tables or not self.of_keys:
+            return
+        code = self.code
+        vector_loop(code, 0, count, self.lanes, lambda n: code.store(self.buffer, n, self._value(lead, 0, code.simplify(base + n))))
+
+    def block_of(self, lead: Sequence[Index], first: Index, base: Index, count: Index) -> None:
+        """Read what each query has of its own, and transpose it."""
+        if not self.tables or self.of_keys:
+            return
+        code, nr, lanes, step = self.code, self.nr, self.lanes, self.step
+        with code.loop(nr, "serial", "i") as i:
+            row = code.bind_index(code.least(first + i, self.m - 1), "row")
+
+            def element(n: Index) -> None:
+                code.store(self.rows, code.simplify(i * step + n), self._value(lead, row, code.simplify(base + n)))
+
+            vector_loop(code, 0, count, lanes, element)
+        squares = code.ceildiv_plain(count, lanes)
+        with code.loop(nr // lanes, "serial", "sr") as r, code.loop(squares, "serial", "sc") as c:
+            vectors = []
+            for k in range(lanes):
+                at = i64(code.simplify((r * lanes + k) * step + c * lanes))
+                vectors.append(code.bind(tirx.BufferLoad(self.rows, [tirx.Ramp(at, i64(1), lanes) if lanes > 1 else at]), "row"))
+            for k, x in enumerate(transpose_square(code, vectors, lanes) if lanes > 1 else vectors):
+                at = i64(code.simplify((c * lanes + k) * nr + r * lanes))
+                code.emit(tirx.BufferStore(self.buffer, x, [tirx.Ramp(at, i64(1), lanes) if lanes > 1 else at]))
+
+    def row(self, lead: Sequence[Index], key: Index, base: Index, first: Index) -> Callable[[Any, Index], Any]:
+        """How the scores of a key (counted from ``base``) change: of a score and the query's place in its group."""
+        code, slopes = self.code, self.form.parts.slopes
+        same = code.bind(code.load(self.buffer, key)) if self.tables and self.of_keys else None
+        slope = distance = None
+        if slopes is not None:
+            slope = code.bind(Expressions(self.args, {}).at(slopes, [lead[-1] if lead else 0]) * tirx.const(LOG2E, F32))
+            distance = code.bind((i64(base) + i64(key) - i64(first)).astype("int32"))
+
+        def change(s: Any, at: Index) -> Any:
+            if same is not None:
+                s = code.bind(s + same)
+            elif self.tables:
+                s = code.bind(s + code.load(self.buffer, code.simplify(key * self.nr + at)))
+            if slope is not None:
+                s = code.bind(s + slope * (distance - i64(at).astype("int32")).astype(F32))
+            return s
+
+        return change
+
+    def sink(self, lead: Sequence[Index]) -> tuple[Any, Any]:
+        """The maximum and the total before any key: of nothing, or of the head's sink."""
+        sinks, low = self.form.parts.sinks, tirx.const(float("-inf"), F32)
+        if sinks is None:
+            return low, tirx.const(0.0, F32)
+        code = self.code
+        top = code.bind(Expressions(self.args, {}).at(sinks, [lead[-1] if lead else 0]) * tirx.const(LOG2E, F32))
+        return top, code.bind(tirx.Select(tirx.EQ(top, low), tirx.const(0.0, F32), tirx.const(1.0, F32)))
+
+
+def _tail(v: Value, index: Sequence[Index]) -> list[Index]:
+    """The index of a value that is broadcast to a score's index."""
+    return [0 if d == 1 else i for i, d in zip(index[len(index) - v.type.rank :], v.shape, strict=True)]

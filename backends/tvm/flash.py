@@ -1,0 +1,415 @@
+"""Attention in tiles, with a running softmax: scores never leave the cache, so memory grows with the length, not its square.
+
+A task takes some queries of one head and goes through the keys in blocks. Queries lie along the lanes: scores are kept as
+``[keys, queries]`` and sums as ``[value columns, queries]``, so that the maximum, the sum and the rescaling of the softmax are
+plain vector operations, and an element of K or V is a number that is broadcast from wherever it lies. Neither is transposed or
+copied, whatever their strides; queries are transposed once, the result back once. Base-2 logarithms of the weights are kept:
+log2(e) is part of the scale.
+
+Keys that no query of a group sees are left out: before a block, whole tiles at its ends, and whole blocks. What a query does not
+see within a tile is set to -inf by position.
+
+Reference: Dao, "FlashAttention-2", arXiv:2307.08691; Milakov and Gimelshein, "Online normalizer calculation for softmax",
+arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from tvm import tirx
+
+from graphopt.backends.tvm import scalar, vecmath
+from graphopt.backends.tvm.attended import LOG2E, Extra, Matrix, head_index, place_of
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.expr import Arguments, Expressions
+from graphopt.backends.tvm.flashform import Form
+from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.backends.tvm.squares import transpose_square
+from graphopt.ir.graph import Graph
+
+F32 = "float32"
+
+
+class FlashKernel:
+    """Emits a region with one attention.
+
+    Args:
+        lanes: elements of a vector.
+        vectors: of queries side by side in a register tile: a *group* of queries.
+        rows: keys, or columns of values, of a register tile.
+        block: keys of a block, a multiple of ``rows``.
+        groups: groups of queries that a task takes.
+        unroll: steps of a summed axis that are written out.
+        stage: copy a block of keys and of values to scratch before it is used.
+    """
+
+    def __init__(self, graph: Graph, form: Form, lanes: int, vectors: int, rows: int, block: int, groups: int, unroll: int,
+                 stage: bool, parallel: bool) -> None:  # fmt: skip
+        self.graph, self.form, self.lanes, self.nr, self.mr, self.block = graph, form, lanes, lanes * vectors, rows, block
+        self.groups, self.unroll, self.stage, self.parallel = groups, unroll, stage, parallel
+        self.code = code = Code(graph.symbols)
+        self.args = Arguments(code, graph)
+        self.attrs = form.node.attrs
+        self.m, self.n = code.size(form.queries), code.size(form.keys)
+        self.depth, self.width = form.depth, form.width
+        self.batch = [code.size(d) for d in form.batch]
+        self.offset = code.size(self.attrs["offset"])
+        self.window = None if self.attrs["window"] is None else code.size(self.attrs["window"])
+        self.cap = self.attrs["softcap"]
+        self.whole = self.attrs["empty"] == "mean" and not self.attrs["sinks"]  # a row that sees nothing reads all values
+        self.extra = Extra(self.args, form, self.fill)
+
+    @property
+    def fill(self) -> float:
+        """The score of a key that is not seen."""
+        return -1e30 if self.whole else float("-inf")
+
+    def emit(self) -> Code:
+        code, span = self.code, self.groups * self.nr
+        pieces = code.ceildiv(self.m, span)
+        steps = product(code, [*self.batch, pieces])
+        work = product(code, [*self.batch, self.m, self.n, self.depth + self.width])
+        serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
+        with code.loop(steps, "serial" if serial else "parallel", "task") as task:
+            at = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [*self.batch, pieces]), [*self.batch, pieces])]
+            self.lead, piece = at[:-1], self._balanced(at[-1], pieces)
+            self.start = code.bind_index(code.simplify(piece * span), "start")
+            self._task(code.bind_index(code.least(code.ceildiv(self.m, self.nr) - piece * self.groups, self.groups), "count"))
+        return code
+
+    def _balanced(self, t: Index, pieces: Index) -> Index:
+        """From both ends in turn, where later queries see more: any run of tasks then has about the same work."""
+        code = self.code
+        if not self.attrs["causal"] or self.window is not None or (isinstance(pieces, int) and pieces == 1):
+            return t
+        half, odd = code.div(t, 2), code.mod(t, 2)
+        return code.bind_index(code.simplify(half + odd * (pieces - 1 - 2 * half)), "piece", pieces)
+
+    # --- one task -----------------------------------------------------------------------------------------------------------
+
+    def _task(self, count: Index) -> None:
+        code, nr, block = self.code, self.nr, self.block
+        deep, wide = (-(-n // self.lanes) * self.lanes for n in (self.depth, self.width))
+        self.deep, self.wide = deep, wide
+        self.qt, self.ot = (code.alloc(self.groups * n * nr, F32, name) for n, name in ((deep, "queries"), (wide, "sums")))
+        self.rows_of = code.alloc(nr * max(deep, wide), F32, "line")  # queries, or results, as rows
+        self.top, self.total = (code.alloc(self.groups * nr, F32, name) for name in ("top", "total"))
+        self.scores = code.alloc(block * nr, F32, "scores")
+        keys, values = (Matrix(self.args, v, head_index(code, self.form, v, self.lead)) for v in (self.form.parts.k, self.form.parts.v))
+        staged = [m.staged(block, self.lanes) if self.stage or not m.plain else None for m in (keys, values)]
+        self.extra.alloc(block, nr, self.lanes)
+        with code.loop(count, "serial", "g") as g:
+            self._begin(g)
+        first, last = self._seen(self.start, code.simplify(self.start + count * nr - 1))
+        begin = code.bind_index(code.div(first, block), "begin")
+        end = code.bind_index(code.simplify(code.ceildiv_plain(last, block)), "end")
+        with code.loop(code.simplify(code.greatest(end - begin, 0)), "serial", "b") as b:
+            base = code.bind_index(code.simplify((begin + b) * block), "base")
+            here = block if isinstance(self.n, int) and self.n % block == 0 else code.bind_index(code.least(self.n - base, block), "here")
+            k, v = (copy.fill(m, base, here) if copy is not None else m.moved(base) for m, copy in zip((keys, values), staged))
+            self.extra.keys_of(self.lead, base, here)
+            with code.loop(count, "serial", "g") as g:
+                self._block(g, base, here, k, v)
+        with code.loop(count, "serial", "g") as g:
+            self._end(g)
+
+    def _seen(self, first: Index, last: Index) -> tuple[Index, Index]:
+        """The keys that queries ``first .. last`` may see: from, and up to but not with."""
+        code, low, high = self.code, 0, self.n
+        if self.whole:
+            return low, high
+        if self.attrs["causal"]:
+            high = code.least(high, last + self.offset + 1)
+        if self.window is not None:
+            low = code.greatest(first + self.offset - self.window + 1, 0)
+            if not self.attrs["causal"]:
+                high = code.least(high, last + self.offset + self.window)
+        return low, high if not self.form.is_local else code.greatest(high, 0)
+
+    def _begin(self, g: Index) -> None:
+        """A group's queries, scaled and transposed; no sums yet."""
+        code, nr = self.code, self.nr
+        q = self.form.parts.q
+        lead = head_index(code, self.form, q, self.lead)
+        first = code.bind_index(code.simplify(self.start + g * nr), "first")
+        factor = tirx.const(self.attrs["scale"] * (LOG2E if self.cap is None else 1.0 / self.cap), F32)
+        with code.loop(nr, "serial", "i") as i:
+            row = code.bind_index(self._clamped(code.simplify(first + i), self.m, nr), "row")
+
+            def element(d: Index) -> None:
+                code.store(self.rows_of, code.simplify(i * self.deep + d), Expressions(self.args, {}).at(q, [*lead, row, d]) * factor)
+
+            vector_loop(code, 0, self.depth, self.lanes, element)
+        self._transposed(self.rows_of, self.deep, 0, self.qt, nr, code.simplify(g * (self.deep * nr)), nr, self.deep)
+        top, total = self.extra.sink(self.lead)
+        for at in self._lanes(code.simplify(g * nr)):
+            code.store(self.top, at, top)
+            code.store(self.total, at, total)
+        with code.loop(code.simplify(self.wide * (nr // self.lanes)), "serial", "z") as z, code.loop(self.lanes, "vectorized", "v") as v:
+            code.store(self.ot, code.simplify(g * (self.wide * nr) + z * self.lanes + v), tirx.const(0.0, F32))
+
+    def _lanes(self, base: Index = 0) -> Iterator[Index]:
+        """Each lane of a group, as the loop over a vector's lanes that it stands in: its place behind ``base``."""
+        for u in range(0, self.nr, self.lanes):
+            with self.code.loop(self.lanes, "vectorized", "v") as v:
+                yield self.code.simplify(base + u + v)
+
+    def _transposed(self, source: Any, step: int, start: Index, to: Any, to_step: int, to_start: Index, rows: int, columns: int,
+                    scale: Callable[[Index], Any] | None = None) -> None:  # fmt: skip
+        """``to[column, row] = source[row, column]``, squares of lanes at a time; both sizes are multiples of lanes."""
+        code, lanes = self.code, self.lanes
+        with code.loop(rows // lanes, "serial", "sr") as r, code.loop(columns // lanes, "serial", "sc") as c:
+            vectors = []
+            for i in range(lanes):
+                at = code.simplify(start + (r * lanes + i) * step + c * lanes)
+                x = self._load(source, at)
+                vectors.append(code.bind(x if scale is None else x * scale(code.simplify(c * lanes)), "row"))
+            out = transpose_square(code, vectors, lanes) if lanes > 1 else vectors
+            for j, x in enumerate(out):
+                at = code.simplify(to_start + (c * lanes + j) * to_step + r * lanes)
+                code.emit(tirx.BufferStore(to, x, [self._ramp(at)]))
+
+    def _ramp(self, at: Index) -> Any:
+        return tirx.Ramp(i64(at), i64(1), self.lanes) if self.lanes > 1 else i64(at)
+
+    def _load(self, buffer: Any, at: Index) -> Any:
+        return tirx.BufferLoad(buffer, [self._ramp(at)])
+
+    def _clamped(self, i: Index, size: Index, step: int) -> Index:
+        return i if isinstance(size, int) and size % step == 0 else self.code.least(i, size - 1)
+
+    # --- a block of keys for a group of queries -------------------------------------------------------------------------------
+
+    def _block(self, g: Index, base: Index, here: Index, k: Matrix, v: Matrix) -> None:
+        code, nr = self.code, self.nr
+        first = code.bind_index(code.simplify(self.start + g * nr), "first")
+        self.first, self.base = first, base
+        low: Index = 0
+        high = here
+        if self.form.is_local and not self.whole:
+            seen = self._seen(first, code.simplify(first + nr - 1))
+            high = code.bind_index(code.greatest(code.least(here, seen[1] - base), 0), "high")
+            if self.window is not None:
+                low = code.bind_index(code.simplify(code.div(code.greatest(seen[0] - base, 0), self.mr) * self.mr), "low")
+        if not self.form.is_local or self.whole:
+            return self._span(g, low, high, k, v)
+        with code.when(i64(low) < i64(high)):
+            self._span(g, low, high, k, v)
+        return None
+
+    def _span(self, g: Index, low: Index, high: Index, k: Matrix, v: Matrix) -> None:
+        code = self.code
+        count = high if isinstance(low, int) and low == 0 else code.bind_index(code.simplify(high - low), "count")
+        self._products(g, low, count, k)
+        self.extra.block_of(self.lead, self.first, self.base, high)
+        top = code.alloc(self.nr, F32, "highest")
+        with_masks = self._partial(low, high)
+        if with_masks is None:
+            self._maximum(g, low, count, top, False)
+        else:
+            with code.when(with_masks):
+                self._maximum(g, low, count, top, True)
+            with code.when(tirx.Not(with_masks)):
+                self._maximum(g, low, count, top, False)
+        again = code.alloc(self.nr, F32, "again")
+        self._weights(g, low, count, top, again)
+        self._sums(g, low, count, again, v)
+
+    def _partial(self, low: Index, high: Index) -> Any:
+        """Whether a query of the group does not see a key of the span; None if each surely sees all."""
+        if not self.form.is_local:
+            return None
+        start, last = self.first + self.offset, self.first + (self.nr - 1 + self.offset)
+        conditions = [i64(self.base + high - 1) > i64(start)] if self.attrs["causal"] else []
+        if self.window is not None:
+            conditions.append(i64(self.base + low) <= i64(last - self.window))
+            if not self.attrs["causal"]:
+                conditions.append(i64(self.base + high - 1) >= i64(start + self.window))
+        some = conditions[0]
+        for c in conditions[1:]:
+            some = tirx.Or(some, c)
+        return some
+
+    def _products(self, g: Index, low: Index, count: Index, k: Matrix) -> None:
+        """Scores of the span: keys times queries."""
+        code, nr = self.code, self.nr
+        queries = code.bind_index(code.simplify(g * (self.deep * nr)), "queries")
+        tiles = code.ceildiv_plain(count, self.mr)
+        with code.loop(tiles if isinstance(tiles, int) else code.bind_index(tiles, "tiles"), "serial", "t") as t:
+            row = code.bind_index(code.simplify(low + t * self.mr), "row")
+
+            def tile(rows: Sequence[Callable[[Index], Any]]) -> None:
+                acc = self._accumulators(len(rows))
+                self._multiply(acc, self.depth, lambda d, at: code.load(self.qt, code.simplify(queries + d * nr + at)), rows)
+                for i, sums in enumerate(acc):
+                    for at in self._lanes():
+                        code.store(self.scores, code.simplify((row + i) * nr + at), code.load(sums, at))
+
+            def straight() -> None:
+                start = k.row(row)
+                tile([partial(k.at, start, i) for i in range(self.mr)])
+
+            if k.padded or (isinstance(self.n, int) and self.n % self.mr == 0):
+                straight()
+                return
+            inside = i64(self.base + row + self.mr) <= i64(self.n)
+            with code.when(inside):
+                straight()
+            with code.when(tirx.Not(inside)):
+                starts = [k.row(code.least(row + i, self.n - self.base - 1)) for i in range(self.mr)]
+                tile([partial(k.at, start, 0) for start in starts])
+
+    def _accumulators(self, rows: int) -> list[Any]:
+        code = self.code
+        acc = [code.alloc(self.nr, F32, "acc") for _ in range(rows)]
+        for sums in acc:
+            for at in self._lanes():
+                code.store(sums, at, tirx.const(0.0, F32))
+        return acc
+
+    def _multiply(self, acc: Sequence[Any], length: Index, line_at: Callable[[Index, Index], Any],
+                  rows: Sequence[Callable[[Index], Any]]) -> None:  # fmt: skip
+        """``acc[i] += rows[i](s) * line(s)`` for all steps s."""
+        code = self.code
+        line = code.alloc(self.nr, F32, "side")
+
+        def step(s: Index) -> None:
+            for at in self._lanes():
+                code.store(line, at, line_at(s, at))
+            for sums, element in zip(acc, rows, strict=True):
+                x = code.bind(element(s), "x")
+                for at in self._lanes():
+                    code.store(sums, at, code.load(sums, at) + x * code.load(line, at))
+
+        whole = code.div(length, self.unroll)
+        if not (isinstance(whole, int) and whole == 0):
+            with code.loop(whole, "serial", "s") as s:
+                for q in range(self.unroll):
+                    step(code.simplify(s * self.unroll + q))
+        rest = code.simplify(length - whole * self.unroll)
+        if not (isinstance(rest, int) and rest == 0):
+            with code.loop(rest, "serial", "s") as s:
+                step(code.simplify(whole * self.unroll + s))
+
+    def _maximum(self, g: Index, low: Index, count: Index, top: Any, masked: bool) -> None:
+        """What is added to scores or taken from them, and their new maximum, into ``top``."""
+        code, nr = self.code, self.nr
+        changes = masked or self.extra.given or self.cap is not None
+        here = code.bind_index(code.simplify(g * nr), "here")
+        for at in self._lanes():
+            code.store(top, at, code.load(self.top, code.simplify(here + at)))
+        with code.loop(count, "serial", "n") as n:
+            key = code.bind_index(code.simplify(low + n), "key")
+            relative = None
+            if masked:
+                relative = code.bind((i64(self.base) + i64(key) - i64(self.first) - i64(self.offset)).astype("int32"), "relative")
+            row = self.extra.row(self.lead, key, self.base, self.first)
+            for at in self._lanes():
+                place = code.simplify(key * nr + at)
+                s = code.load(self.scores, place)
+                if changes:
+                    s = self._changed(code.bind(s), row, at, relative)
+                    code.store(self.scores, place, s)
+                code.store(top, at, tirx.max(s, code.load(top, at)))
+
+    def _changed(self, s: Any, row: Callable[[Any, Index], Any], at: Index, relative: Any) -> Any:
+        code = self.code
+        if self.cap is not None:
+            s = code.bind(vecmath.tanh(code.bind, s) * tirx.const(self.cap * LOG2E, F32))
+        s = row(s, at)
+        if self.whole:
+            fill = tirx.const(self.fill, F32)
+            s = code.bind(tirx.Select(s < fill, fill, s))
+        if relative is None:
+            return s
+        lane = i64(at).astype("int32")
+        seen = lane >= relative if self.attrs["causal"] else None
+        if self.window is not None:
+            window = i64(self.window).astype("int32")
+            near = lane < relative + window
+            other = seen if seen is not None else lane > relative - window
+            seen = tirx.And(other, near)
+        return code.bind(tirx.Select(seen, s, tirx.const(self.fill, F32)))
+
+    def _weights(self, g: Index, low: Index, count: Index, top: Any, again: Any) -> None:
+        """Exponentials in the place of scores; how sums are rescaled goes into ``again``."""
+        code, nr = self.code, self.nr
+        here = code.bind_index(code.simplify(g * nr), "here")
+        total = code.alloc(nr, F32, "parts")
+        for at in self._lanes():
+            place = code.simplify(here + at)
+            new, old = code.bind(code.load(top, at)), code.bind(code.load(self.top, place))
+            code.store(self.top, place, new)
+            # a query that has seen nothing yet: no number less itself may be -inf - -inf
+            shift = code.bind(tirx.Select(tirx.EQ(new, tirx.const(float("-inf"), F32)), tirx.const(0.0, F32), new))
+            code.store(top, at, shift)
+            code.store(again, at, vecmath.exp2_shifted(code.bind, code.bind(old - shift)))
+            code.store(total, at, tirx.const(0.0, F32))
+        with code.loop(count, "serial", "n") as n:
+            start = code.bind_index(code.simplify((low + n) * nr), "start")
+            for at in self._lanes():
+                place = code.simplify(start + at)
+                x = code.bind(code.load(self.scores, place) - code.load(top, at))
+                e = code.bind(vecmath.exp2_shifted(code.bind, x))
+                code.store(self.scores, place, e)
+                code.store(total, at, code.load(total, at) + e)
+        for at in self._lanes():
+            place = code.simplify(here + at)
+            code.store(self.total, place, code.load(self.total, place) * code.load(again, at) + code.load(total, at))
+
+    def _sums(self, g: Index, low: Index, count: Index, again: Any, v: Matrix) -> None:
+        """Weights times values, added to what was summed before."""
+        code, nr = self.code, self.nr
+        sums_of = code.bind_index(code.simplify(g * (self.wide * nr)), "sums")
+        whole = self.width // self.mr
+
+        def tile(column: Index, rows: int) -> None:
+            acc = self._accumulators(rows)
+            first = v.row(low)
+
+            def line(n: Index, at: Index) -> Any:
+                return code.load(self.scores, code.simplify((low + n) * nr + at))
+
+            columns = [code.simplify(column + i) for i in range(rows)]
+            self._multiply(acc, count, line, [partial(v.transposed_at, first, c) for c in columns])
+            for i, sums in enumerate(acc):
+                for at in self._lanes():
+                    place = code.simplify(sums_of + (column + i) * nr + at)
+                    code.store(self.ot, place, code.load(self.ot, place) * code.load(again, at) + code.load(sums, at))
+
+        if whole:
+            with code.loop(whole, "serial", "e") as e:
+                tile(code.simplify(e * self.mr), self.mr)
+        if self.width % self.mr:
+            tile(whole * self.mr, self.width % self.mr)
+
+    # --- the end of a group ---------------------------------------------------------------------------------------------------
+
+    def _end(self, g: Index) -> None:
+        """Sums over the weights' total, as rows, to where they belong."""
+        code, nr, result = self.code, self.nr, self.form.node.result
+        first = code.bind_index(code.simplify(self.start + g * nr), "first")
+        inverse = code.alloc(nr, F32, "inverse")
+        for at in self._lanes():
+            total = code.bind(code.load(self.total, code.simplify(g * nr + at)))
+            one_over = code.bind(tirx.const(1.0, F32) / total)
+            if self.attrs["empty"] == "zero" or self.attrs["sinks"]:
+                nothing = tirx.const(0.0, F32)
+                one_over = code.bind(tirx.Select(tirx.EQ(total, nothing), nothing, one_over))
+            code.store(inverse, at, one_over)
+        self._transposed(self.ot, nr, code.simplify(g * (self.wide * nr)), self.rows_of, self.wide, 0, self.wide, nr,
+                         lambda at: self._load(inverse, at))  # fmt: skip
+        whole = isinstance(self.m, int) and self.m % nr == 0
+        count = nr if whole else code.bind_index(code.least(self.m - first, nr), "left")
+        with code.loop(count, "serial", "i") as i:
+            row = code.bind_index(code.simplify(first + i), "row")
+
+            def element(e: Index) -> None:
+                value = code.bind(code.load(self.rows_of, code.simplify(i * self.wide + e)))
+                at = place_of(self.args, self.form, [*self.lead, row, e])
+                code.store(self.args.outputs[0], at, scalar.store(scalar.rounded(value, result.dtype), result.dtype))
+
+            vector_loop(code, 0, self.width, self.lanes, element)

@@ -1,0 +1,165 @@
+"""Recognizing an attention, and the schedules of its kernels. Looks at the IR only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from graphopt.autotune.space import Constraint, Knob, Param
+from graphopt.backends.tvm.support import MOVES
+from graphopt.ir import dims, types
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.ops import Trait
+from graphopt.ir.opset.attention import Parts, parts
+from graphopt.target import Target
+
+DTYPES = (types.f32, types.bf16, types.f16)
+_WIDTHS = {1: 1.25, 2: 1.05, 3: 1.0, 4: 1.0}  # cost of a query in a register tile of so many vectors: loads beside multiply-adds
+
+
+@dataclass(frozen=True)
+class Form:
+    """A region around one attention.
+
+    Attributes:
+        views: from the attention's result to the region's output, in order.
+    """
+
+    node: Node
+    parts: Parts[Value]
+    views: tuple[Node, ...]
+
+    @property
+    def queries(self) -> Dim:
+        return self.node.result.shape[-2]
+
+    @property
+    def keys(self) -> Dim:
+        return self.parts.k.shape[-2]
+
+    @property
+    def depth(self) -> int:
+        return int(self.parts.q.shape[-1])
+
+    @property
+    def width(self) -> int:
+        return int(self.parts.v.shape[-1])
+
+    @property
+    def batch(self) -> tuple[Dim, ...]:
+        """The axes before queries, heads last."""
+        return self.node.result.shape[:-2]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a query does not see all keys, whatever mask and bias say."""
+        return bool(self.node.attrs["causal"]) or self.node.attrs["window"] is not None
+
+
+def form_of(graph: Graph) -> Form | str:
+    """The form of a region, or why it has none."""
+    nodes = [n for n in graph.nodes() if n.name == "attention"]
+    if len(nodes) != 1 or len(graph.outputs) != 1:
+        return "not one attention with one result"
+    (node,) = nodes
+    if node.result.dtype not in DTYPES:
+        return f"an attention of {node.result.dtype}"
+    p = parts(node.operands, node.attrs)
+    if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
+        return "heads of unknown size"
+    if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
+        return "an attention without elements"
+    views: list[Node] = []
+    v = graph.outputs[0]
+    while v.producer is not None and v.producer is not node:
+        if v.producer.name not in ("transpose", "reshape"):
+            return f"{v.producer.name} after the attention"
+        views.append(v.producer)
+        v = v.producer.operands[0]
+    if v.producer is not node:
+        return "the attention is not the result"
+    for n in graph.nodes():
+        if n is not node and n not in views and not (n.op.has(Trait.POINTWISE) or n.name in MOVES):
+            return f"{n.name} before the attention"
+    return Form(node, p, tuple(reversed(views)))
+
+
+# --- schedules -----------------------------------------------------------------------------------------------------------
+
+
+def flash_params(form: Form, t: Target) -> tuple[Param, ...]:
+    """The knobs of the tiled kernel: a register tile of keys (or values) by queries, what stays in the cache, and tasks."""
+    lanes = max(1, t.lanes(4))
+    wide = t.vector_registers >= 32
+    vectors = _vectors(form.queries, lanes, wide)
+    rows = _rows(vectors, t)
+    queries = lanes * vectors
+    block = _block(form, queries, rows, t)
+    blocks = tuple(dict.fromkeys(max(1, n // rows) * rows for n in (block, 32, 64, 96, 128, 192, 256)))
+    return (
+        Param("lanes", (lanes,)),
+        Param("vectors", tuple(dict.fromkeys((vectors, *((1, 2, 3, 4) if wide else (1, 2))))), "tile"),
+        Param("rows", tuple(dict.fromkeys((rows, 4, 6, 8, 12, 14))), "tile"),
+        Param("block", blocks, "tile"),
+        Param("groups", tuple(dict.fromkeys((_groups(form, queries, t), 1, 2, 4, 8))), "tasks"),
+        Param("unroll", (4, 1, 2, 8)),
+        Param("stage", (_stages(form), not _stages(form))),
+        Param("parallel", (True, False), "tasks"),
+    )
+
+
+def flash_constraints(t: Target) -> tuple[Constraint, ...]:
+    registers = t.vector_registers
+
+    def fits(k: Mapping[str, Knob]) -> bool:
+        rows, vectors = int(str(k["rows"])), int(str(k["vectors"]))
+        return rows * vectors + vectors + 1 <= registers
+
+    def whole(k: Mapping[str, Knob]) -> bool:
+        return int(str(k["block"])) % int(str(k["rows"])) == 0
+
+    return (
+        Constraint(f"sums, a row of queries and an element need more than {registers} registers", fits),
+        Constraint("a block of keys that is not made of whole tiles", whole),
+    )
+
+
+def _vectors(queries: Dim, lanes: int, wide: bool) -> int:
+    """Vectors of queries of a register tile: as wide as wastes least."""
+    choices = (4, 3, 2, 1) if wide else (2, 1)
+    if not isinstance(queries, int):
+        return choices[0]
+    return min(choices, key=lambda v: -(-queries // (v * lanes)) * v * _WIDTHS[v])
+
+
+def _rows(vectors: int, t: Target) -> int:
+    """Rows of a register tile: as many as fit, and no more than twelve, each of which may have a pointer of its own."""
+    return min(12, (t.vector_registers - vectors - 1) // vectors // 2 * 2)
+
+
+def _block(form: Form, queries: int, rows: int, t: Target) -> int:
+    """Keys of a block: its scores share the first-level cache with the queries and the values' sums."""
+    held = t.cache[0] // 2 // (4 * queries)
+    keys = form.keys
+    if isinstance(keys, int):
+        held = min(held, keys)
+        held = -(-keys // -(-keys // max(1, held)))  # blocks of the same length
+    return max(rows, -(-held // rows) * rows)
+
+
+def _groups(form: Form, queries: int, t: Target) -> int:
+    """Groups of queries that a task takes: they share what is read of keys and values; each core has a few tasks."""
+    if not isinstance(form.queries, int):
+        return 2
+    heads = dims.numel(form.batch)
+    count = heads if isinstance(heads, int) else 1
+    groups = 4
+    while groups > 1 and (groups > form.queries // queries or count * -(-form.queries // (groups * queries)) < 4 * t.cores):
+        groups //= 2
+    return groups
+
+
+def _stages(form: Form) -> bool:
+    """Whether a block of keys and values is copied first: narrow floats, which are widened once for all queries of a task."""
+    return form.node.result.dtype != types.f32

@@ -1,0 +1,184 @@
+"""Attention in tiles: error against f64 with eager's own as the yardstick; sizes that fill nothing, masks of every kind, any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tvm_check import check
+
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.tvm.build import KernelBuilder, load_kernel
+from graphopt.backends.tvm.templates import FLASH
+from graphopt.ir import dims
+from graphopt.ir.graph import Graph
+from graphopt.ir.text import parse_graph
+from graphopt.target import detect
+
+B, S, T = 2, 5, 7
+
+
+def attention(m: int | str, n: int | str, d: int = 40, e: int | None = None, heads: int = 2, shared: int | None = None, attrs: str = "",
+              extra: str = "", names: str = "", dtype: str = "f32", where: str = "") -> Graph:  # fmt: skip
+    """One attention ``[1, heads, m, d]`` over n keys; ``extra`` are more inputs, ``names`` those that the op reads."""
+    e, shared = e or d, shared or heads
+    out = f"{dtype}[1, {heads}, {m}, {e}]"
+    return parse_graph(f"""graph @g(%q: {dtype}[1, {heads}, {m}, {d}], %k: {dtype}[1, {shared}, {n}, {d}],
+      %v: {dtype}[1, {shared}, {n}, {e}]{extra}) -> {out}{where} {{
+        %0: {out} = attention(%q, %k, %v{names}) {{scale = 0.3{attrs}}}
+        return %0
+    }}""")
+
+
+def inputs(graph: Graph, **bindings: int) -> list[torch.Tensor]:
+    """Random inputs; a mask hides a third of the keys, and all of them from the second query."""
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for v in graph.inputs:
+        shape = [d if isinstance(d, int) else dims.evaluate(d, bindings) for d in v.shape]
+        x = torch.randn(shape, generator=generator)
+        if v.dtype.is_bool:
+            x = x < 0.4
+            if x.dim() > 1 and x.shape[-2] > 1:
+                x[..., 1, :] = False
+            out.append(x)
+        elif v.type.strides is not None:
+            strides = [s if isinstance(s, int) else dims.evaluate(s, bindings) for s in v.type.strides]
+            span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            out.append(torch.randn(span, generator=generator).to(v.dtype.torch).as_strided(shape, strides))
+        else:
+            out.append(x.to(v.dtype.torch))
+    return out
+
+
+CASES = {
+    "one tile": attention(16, 16, 16),
+    "odd": attention(67, 131, 40, 24),
+    "few": attention(3, 5, 7, 1),
+    "one key": attention(20, 1, 8),
+    "several groups": attention(300, 70, 64, heads=1),
+    "causal": attention(130, 130, attrs=", causal = true"),
+    "causal, more keys": attention(50, 170, attrs=", causal = true, offset = 120"),
+    "causal, more queries": attention(170, 50, attrs=", causal = true"),
+    "causal, blind rows": attention(90, 60, attrs=", causal = true, offset = -30"),
+    "causal, blind rows are nan": attention(90, 60, attrs=', causal = true, offset = -30, empty = "nan"'),
+    "window": attention(200, 200, attrs=", causal = true, window = 30"),
+    "window to both sides": attention(150, 220, attrs=", window = 25, offset = 40"),
+    "narrow window": attention(70, 70, attrs=", causal = true, window = 1"),
+    "soft cap": attention(40, 50, attrs=", softcap = 2.0, causal = true"),
+    "shared heads": attention(50, 70, heads=6, shared=2),
+    "one head of keys": attention(50, 70, heads=3, shared=1, attrs=", causal = true"),
+    "bias": attention(50, 70, extra=", %b: f32[1, 2, 50, 70]", names=", %b"),
+    "bias of keys": attention(50, 70, extra=", %b: f32[70]", names=", %b"),
+    "bias of all heads": attention(50, 130, extra=", %b: f32[50, 130]", names=", %b", attrs=", causal = true, offset = 80"),
+    "mask": attention(50, 70, extra=", %b: b1[1, 1, 50, 70]", names=", %b"),
+    "mask, nan": attention(50, 70, extra=", %b: b1[1, 1, 50, 70]", names=", %b", attrs=', empty = "nan"'),
+    "mask, mean": attention(50, 70, extra=", %b: b1[1, 1, 50, 70]", names=", %b", attrs=', empty = "mean", causal = true'),
+    "mask of keys": attention(50, 70, extra=", %b: b1[1, 1, 1, 70]", names=", %b"),
+    "bias and mask": attention(50, 70, extra=", %a: f32[2, 50, 70], %b: b1[70]", names=", %a, %b", attrs=", softcap = 3.0"),
+    "slopes": attention(50, 70, extra=", %a: f32[2]", names=", %a", attrs=", alibi = true, causal = true, offset = 20"),
+    "sinks": attention(50, 70, extra=", %b: b1[50, 70], %a: f32[2]", names=", %b, %a", attrs=", sinks = true"),
+    "bf16": attention(50, 70, dtype="bf16", attrs=", causal = true, offset = 20"),
+    "f16": attention(40, 70, dtype="f16", extra=", %b: f16[40, 70]", names=", %b"),
+    "symbolic": attention("M", "N", 24, attrs=", causal = true, offset = 3", where=" where 1 <= M, 1 <= N"),
+    "symbolic window": attention("M", "N", 24, attrs=", window = 9", extra=", %b: b1[M, N]", names=", %b", where=" where 1 <= M, 1 <= N"),
+    # queries, keys and values within one product's result [B, S, 3 * H * D], heads written side by side
+    "in one": parse_graph("""graph @g(%x: f32[2, 70, 192]) -> f32[2, 70, 64] {
+      %a: f32[2, 70, 64] = slice(%x) {axis = 2, stop = 64}
+      %b: f32[2, 70, 64] = slice(%x) {axis = 2, start = 64, stop = 128}
+      %c: f32[2, 70, 64] = slice(%x) {axis = 2, start = 128, stop = 192}
+      %d: f32[2, 70, 4, 16] = reshape(%a) {shape = [2, 70, 4, 16]}
+      %e: f32[2, 70, 4, 16] = reshape(%b) {shape = [2, 70, 4, 16]}
+      %f: f32[2, 70, 4, 16] = reshape(%c) {shape = [2, 70, 4, 16]}
+      %q: f32[2, 4, 70, 16] = transpose(%d) {perm = [0, 2, 1, 3]}
+      %k: f32[2, 4, 70, 16] = transpose(%e) {perm = [0, 2, 1, 3]}
+      %v: f32[2, 4, 70, 16] = transpose(%f) {perm = [0, 2, 1, 3]}
+      %0: f32[2, 4, 70, 16] = attention(%q, %k, %v) {scale = 0.3}
+      %1: f32[2, 70, 4, 16] = transpose(%0) {perm = [0, 2, 1, 3]}
+      %2: f32[2, 70, 64] = reshape(%1) {shape = [2, 70, 64]}
+      return %2
+    }"""),
+    "strides": parse_graph("""graph @g(%q: f32[3, 20, 8; 400, 1, 40], %k: f32[3, 33, 8; 300, 1, 33],
+        %v: f32[33, 8; 1, 40]) -> f32[3, 20, 8] {
+      %0: f32[3, 20, 8] = attention(%q, %k, %v) {scale = 0.3}
+      return %0
+    }"""),
+}  # fmt: skip
+SIZES = ((1, 1), (5, 9), (70, 20), (64, 96), (33, 150))
+
+
+def test_against_f64(compile_all) -> None:
+    for graph, run in zip(CASES.values(), compile_all([(g, "attention") for g in CASES.values()]), strict=True):
+        for sizes in [dict(zip("MN", s, strict=True)) for s in SIZES] if graph.symbols else [{}]:
+            check(graph, run, inputs(graph, **sizes), sizes or None, factor=4.0)
+
+
+def test_numbers_that_are_none(compile_all) -> None:
+    """An infinite score gives nan as in eager, nan reaches its own row only, -inf everywhere gives zeros."""
+    graphs = [CASES["odd"], CASES["bias"]]
+    plain, biased = compile_all([(g, "attention") for g in graphs])
+    q, k, v = inputs(graphs[0])
+    q[0, 0, 3, 2], q[0, 1, 66, 0] = float("nan"), float("inf")
+    check(graphs[0], plain, [q, k, v], factor=4.0)
+    k = k.clone()
+    k[0, 1, 100, 5] = float("nan")
+    check(graphs[0], plain, [q, k, v], factor=4.0)
+    q, k, v, b = inputs(graphs[1])
+    b[0, 0, 4], b[0, 1, :, :60], b[0, 1, 7, 65] = float("-inf"), float("-inf"), float("inf")
+    check(graphs[1], biased, [q, k, v, b], factor=4.0)
+
+
+def test_large_scores_and_long_rows(compile_all) -> None:
+    """The maximum grows from block to block; sums over many keys keep their digits."""
+    graph = attention(40, 3000, 16)
+    (run,) = compile_all([(graph, "attention")])
+    q, k, v = inputs(graph)
+    check(graph, run, [q, k, v], factor=4.0)
+    k *= torch.linspace(0.1, 40, 3000)[:, None]
+    check(graph, run, [q, k, v], factor=4.0)
+    check(graph, run, [q, k.flip(-2), v], factor=4.0)
+
+
+@pytest.mark.parametrize("name", ["odd", "window", "bias", "bf16"])
+def test_schedules(builder: KernelBuilder, kernels_dir: Any, name: str) -> None:
+    """Other register tiles, blocks and tasks compute the same."""
+    graph, target = CASES[name], detect()
+    w = Workload.of(graph, "attention")
+    space = FLASH.space(w, target)
+    default = dict(space.default().knobs)
+    changes: list[dict[str, Any]] = [
+        {"vectors": 1, "rows": 12, "block": 96}, {"vectors": 2, "rows": 4, "block": 32}, {"vectors": 3, "block": 32, "rows": 8},
+        {"groups": 4, "block": 32, "rows": 4}, {"stage": not default["stage"], "unroll": 1}, {"parallel": False, "unroll": 8},
+    ]  # fmt: skip
+    schedules = [Schedule.make("flash", **{**default, **c}) for c in changes]
+    schedules = [s for s in schedules if space.rejection(s) is None]
+    assert len(schedules) >= 3
+    for path, s in zip(builder.build_many([(w, s) for s in schedules], target, kernels_dir), schedules, strict=True):
+        kernel = load_kernel(path, w, s)  # type: ignore[arg-type]
+        given = inputs(graph)
+
+        def run(xs: Any, _: Any, kernel: Any = kernel) -> list[torch.Tensor]:
+            out = torch.full([int(n) for n in graph.outputs[0].shape], 77.0, dtype=graph.outputs[0].dtype.torch)
+            kernel(*xs, out)
+            return [out]
+
+        check(graph, run, given, factor=4.0)
+
+
+REFUSED = {
+    "heads of unknown size": "(%q: f32[2, 5, D], %k: f32[2, 7, D], %v: f32[2, 7, 8]) -> f32[2, 5, 8] where 1 <= D {\n"
+    " %0: f32[2, 5, 8] = attention(%q, %k, %v) {scale = 0.3}\n return %0\n}",
+    "an attention of f64": "(%q: f64[2, 5, 8], %k: f64[2, 7, 8]) -> f64[2, 5, 8] {\n"
+    " %0: f64[2, 5, 8] = attention(%q, %k, %k) {scale = 0.3}\n return %0\n}",
+    "without elements": "(%q: f32[2, 5, 8], %k: f32[2, 0, 8]) -> f32[2, 5, 8] {\n"
+    " %0: f32[2, 5, 8] = attention(%q, %k, %k) {scale = 0.3}\n return %0\n}",
+    "neg after the attention": "(%q: f32[2, 5, 8], %k: f32[2, 7, 8]) -> f32[2, 5, 8] {\n"
+    " %0: f32[2, 5, 8] = attention(%q, %k, %k) {scale = 0.3}\n %1: f32[2, 5, 8] = neg(%0)\n return %1\n}",
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_it_does_not_take(reason: str) -> None:
+    found = FLASH.takes(Workload.of(parse_graph("graph @g" + REFUSED[reason]), "attention"), detect())
+    assert found is not None and reason in found

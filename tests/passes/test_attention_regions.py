@@ -1,0 +1,100 @@
+"""Attention as one kernel: when it stays whole, what its region takes in before and behind it, and what it does not."""
+
+from __future__ import annotations
+
+import pytest
+from fusing import fused, run
+
+from graphopt.ir import parse_graph
+from graphopt.passes.expand import Expand
+from graphopt.passes.fusion import Fuse
+from graphopt.passes.fusion.attention import choose
+from graphopt.passes.fusion.cost import CostModel
+from graphopt.target import Target
+
+FAST = Target("cpu", "x86_64", features=("avx512f",), cores=2, cache=(48 << 10, 2 << 20, 32 << 20))
+
+
+def choice(queries: int | str, keys: int | str, heads: int = 8, shared: int = 8, size: int = 64, dtype: str = "f32",
+           attrs: str = "") -> tuple[bool, str]:  # fmt: skip
+    result = f"{dtype}[1, {heads}, {queries}, {size}]"
+    where = " where 1 <= S" if "S" in (queries, keys) else ""
+    g = parse_graph(f"""graph @g(%q: {result}, %k: {dtype}[1, {shared}, {keys}, {size}]) -> {result}{where} {{
+      %0: {result} = attention(%q, %k, %k) {{scale = 0.1{attrs}}}
+      return %0
+    }}""")
+    (node,) = (n for n in g.nodes() if n.name == "attention")
+    found = choose(node, CostModel(FAST, g.symbols))
+    return found.whole, found.why
+
+
+@pytest.mark.parametrize(("queries", "keys", "more"), [
+    (128, 128, {}), (2048, 2048, {"attrs": ", causal = true"}), (197, 197, {"heads": 12, "shared": 12}), ("S", "S", {}),
+    (512, 512, {"dtype": "bf16"}), (49, 49, {"size": 32}),
+])  # fmt: skip
+def test_stays_whole(queries: int | str, keys: int | str, more: dict[str, object]) -> None:
+    whole, why = choice(queries, keys, **more)  # type: ignore[arg-type]
+    assert whole
+    assert "one kernel takes about" in why and "two products and a softmax" in why
+
+
+def test_is_expanded() -> None:
+    assert choice(8, 8, dtype="f64") == (False, "no kernel takes an attention of f64")
+    assert choice(17, 17, size=2048, heads=64, shared=64)[0] is False  # few queries leave half of the lanes empty; scores are small
+
+
+def test_the_choice_is_a_remark() -> None:
+    g = parse_graph("""graph @g(%q: f32[2, 30, 8]) -> f32[2, 30, 8] {
+      %0: f32[2, 30, 8] = attention(%q, %q, %q) {scale = 0.3}
+      return %0
+    }""")
+    ctx = run(g, [Expand()], FAST)
+    (remark,) = [r for r in ctx.remarks if r.kind == "analysis"]
+    assert remark.message.startswith("attention stays whole: one kernel takes about")
+
+
+LAYERS = """graph @g(%x: f32[B, 10, 96]) -> f32[B, 10, 32] where 1 <= B {{
+  %y: f32[B, 10, 96] = {before}(%x)
+  %a: f32[B, 10, 32] = slice(%y) {{axis = 2, stop = 32}}
+  %b: f32[B, 10, 32] = slice(%y) {{axis = 2, start = 32, stop = 64}}
+  %c: f32[B, 10, 32] = slice(%y) {{axis = 2, start = 64, stop = 96}}
+  %d: f32[B, 10, 4, 8] = reshape(%a) {{shape = [B, 10, 4, 8]}}
+  %e: f32[B, 10, 4, 8] = reshape(%b) {{shape = [B, 10, 4, 8]}}
+  %f: f32[B, 10, 4, 8] = reshape(%c) {{shape = [B, 10, 4, 8]}}
+  %q: f32[B, 4, 10, 8] = transpose(%d) {{perm = [0, 2, 1, 3]}}
+  %k: f32[B, 4, 10, 8] = transpose(%e) {{perm = [0, 2, 1, 3]}}
+  %v: f32[B, 4, 10, 8] = transpose(%f) {{perm = [0, 2, 1, 3]}}
+  %0: f32[B, 4, 10, 8] = attention(%q, %k, %v) {{scale = 0.3}}
+  %1: f32[B, 10, 4, 8] = transpose(%0) {{perm = [0, 2, 1, 3]}}
+  %2: f32[B, 10, 32] = reshape(%1) {{shape = [B, 10, 32]}}
+  %3: f32[B, 10, 32] = {after}(%2)
+  return %3
+}}"""
+
+
+def test_views_before_and_behind_are_the_kernels() -> None:
+    """What is computed before and behind has kernels of its own; no layout is copied."""
+    found, missed = fused(LAYERS.format(before="exp", after="tanh"), Fuse())
+    assert [kind for kind, _ in found] == ["pointwise", "attention", "pointwise"]
+    assert sorted(found[1][1]) == sorted(["slice"] * 3 + ["reshape"] * 4 + ["transpose"] * 4 + ["attention"])
+    assert any("an attention's kernel computes nothing of its operands" in reason for reason in missed)
+
+
+def test_what_follows_is_a_kernel_of_its_own() -> None:
+    found, missed = fused("""graph @g(%q: f32[2, 30, 8]) -> f32[2, 30, 8] {
+      %0: f32[2, 30, 8] = attention(%q, %q, %q) {scale = 0.3}
+      %1: f32[2, 30, 8] = exp(%0)
+      return %1
+    }""", Fuse())  # fmt: skip
+    assert [kind for kind, _ in found] == ["attention", "pointwise"]
+    assert any("writing another layout" in reason for reason in missed)
+
+
+def test_a_result_with_two_readers_is_written_as_it_is() -> None:
+    found, _ = fused("""graph @g(%q: f32[2, 4, 6, 8]) -> (f32[2, 6, 4, 8], f32[2, 4, 6, 8]) {
+      %0: f32[2, 4, 6, 8] = attention(%q, %q, %q) {scale = 0.3}
+      %1: f32[2, 6, 4, 8] = transpose(%0) {perm = [0, 2, 1, 3]}
+      %2: f32[2, 6, 4, 8] = exp(%1)
+      return %2, %0
+    }""", Fuse())  # fmt: skip
+    assert [(kind, [n for n in names if n == "attention"]) for kind, names in found] == [("attention", ["attention"]), ("pointwise", [])]
