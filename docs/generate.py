@@ -22,7 +22,7 @@ from graphopt.passes.pipelines import LEVELS
 DOCS = Path(__file__).resolve().parent
 FAMILIES = {
     "pointwise": "Pointwise", "composite": "Pointwise composites", "reduce": "Reductions", "contract": "Contractions",
-    "normalize": "Rows: softmax, normalization", "attention": "Attention",
+    "quantize": "Quantization", "normalize": "Rows: softmax, normalization", "attention": "Attention",
     "scan": "Scans", "shape": "Moving elements", "scatter": "Updates by index",
     "creation": "Creation", "structure": "Structure",
 }  # fmt: skip

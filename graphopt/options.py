@@ -10,6 +10,7 @@ from typing import Any
 
 from graphopt.autotune import DEFAULT_NAME
 from graphopt.errors import UsageError, nearest
+from graphopt.passes.quantization.scheme import Scheme
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 VERIFY = ("off", "structure", "each-pass")
@@ -36,6 +37,8 @@ class Options:
         pipeline: passes to run: a text such as ``"canonicalize,fuse"``, a list of passes, or edits of the default one:
             ``{"before": {"fuse": [MyPass()]}, "after": {...}, "replace": {...}}``.
         fuel: make at most this many rewrites; ``skip_rewrites``: leave out rewrites of these numbers.
+        quantize: the scheme by which the weights of matmuls are quantized when they are packed: ``int8-weight``, ``int4-weight``,
+            ``int4-weight-g128-zp``; empty for none. See docs/quantization.md.
         backend: ``auto``, ``tvm``, or ``eager`` (library kernels only: asked for, so no fallback).
         target: the processor whose instructions kernels may use, such as ``cpu:x86-64-v3``; ``cpu`` for all that this one has.
         freeze: treat parameters and buffers as frozen in inference graphs; they are watched for changes.
@@ -57,6 +60,7 @@ class Options:
     pipeline: Any = None
     fuel: int | None = None
     skip_rewrites: tuple[int, ...] = ()
+    quantize: str = ""
     backend: str = "auto"
     target: str = "cpu"
     freeze: bool = True
@@ -69,7 +73,7 @@ class Options:
     name: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind in (("strict", bool), ("freeze", bool), ("own_weights", bool), ("target", str), ("name", str)):
+        for name, kind in (("strict", bool), ("freeze", bool), ("own_weights", bool), ("target", str), ("name", str), ("quantize", str)):
             if type(getattr(self, name)) is not kind:
                 raise UsageError(f"option {name}={getattr(self, name)!r} must be a {kind.__name__}")
         if type(self.workers) is not int or self.workers < 0:
@@ -84,6 +88,10 @@ class Options:
             raise UsageError(f"option tuning_db={self.tuning_db!r} must be a path, \"auto\", or None for default schedules")
         if self.tune_budget is not None and (type(self.tune_budget) not in (int, float) or not 0 <= self.tune_budget < float("inf")):
             raise UsageError(f"option tune_budget={self.tune_budget!r} must be a number of seconds")
+        if self.quantize:
+            Scheme.parse(self.quantize)
+            if not self.freeze:
+                raise UsageError("quantize needs frozen weights; it does not go with freeze=False")
         _check_hot_sizes(self.hot_sizes)
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):
             if value not in allowed:

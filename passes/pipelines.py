@@ -8,6 +8,7 @@ from typing import Any
 import graphopt.passes  # noqa: F401  (registers the passes)
 from graphopt.errors import UsageError, nearest
 from graphopt.pass_manager import Pass, make_pass, parse_pipeline
+from graphopt.passes.quantization.scheme import Scheme
 
 _CLEAN_UP = ("canonicalize", "fold-constants", "casts", "algebra", "views", "cse", "dce")
 _RECOMPOSE = (
@@ -15,7 +16,7 @@ _RECOMPOSE = (
     "recompose-lerp",
 )  # fmt: skip
 _LAYOUT = ("conv-layout", "unflatten", "views", "dce")
-_PACK = ("pack-weights", "share-packed", "winograd-filters", "pack-filters")
+_PACK = ("pack-quantized", "pack-weights", "share-packed", "winograd-filters", "pack-filters")
 
 LEVELS: Mapping[int, tuple[str, ...]] = {
     0: ("expand", "fuse"),
@@ -32,18 +33,23 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
 _EDITS = ("before", "after", "replace")
 
 
-def default_pipeline(level: int = 2) -> list[Pass]:
+def default_pipeline(level: int = 2, quantize: str = "") -> list[Pass]:
     """The passes of an optimization level.
 
     Args:
         level: 0, fuse only; 1, clean up and fuse; 2, everything.
+        quantize: a scheme, such as ``int8-weight``: weights are quantized before fusion; empty for none.
 
     Raises:
         UsageError: there is no such level.
     """
     if level not in LEVELS:
         raise UsageError(f"there is no optimization level {level!r}; levels are {', '.join(map(str, LEVELS))}")
-    return [make_pass(name) for name in LEVELS[level]]
+    passes = [make_pass(name) for name in LEVELS[level]]
+    if not quantize:
+        return passes
+    at = next(i for i, p in enumerate(passes) if p.name == "fuse")
+    return [*passes[:at], Scheme.parse(quantize).make(), *passes[at:]]
 
 
 def edit_pipeline(passes: Sequence[Pass], edits: Any) -> list[Pass]:

@@ -18,6 +18,7 @@ from graphopt.errors import BuildError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
+from graphopt.ir.opset.quantize import integer_range
 from graphopt.ir.types import DType
 
 Source = Callable[[Sequence[Index]], Any]
@@ -239,6 +240,43 @@ class Expressions:
         at, size = self.at(node.operands[0], index), i64(self.code.size(node.attrs["size"]))
         return tirx.Select(at < tirx.const(0, at.ty.dtype), at + size.astype(at.ty.dtype), at)
 
+    # --- quantization ---------------------------------------------------------------------------------------------------
+
+    def _operand(self, node: Node, k: int, index: Sequence[Index], dtype: DType) -> Any:
+        """An operand of a pointwise node, as another dtype."""
+        x = node.operands[k]
+        value = self.at(x, self._broadcast(index, x))
+        return value if x.dtype == dtype else self.let(scalar.cast(value, x.dtype, dtype, self.let))
+
+    def _dequantize(self, node: Node, index: Sequence[Index]) -> Any:
+        dtype = node.result.dtype
+        value = self._operand(node, 0, index, dtype)
+        if len(node.operands) == 3:
+            value = self.ops.apply("sub", [value, self._operand(node, 2, index, dtype)], dtype, dtype, {}, [None, None])
+        return self.ops.apply("mul", [value, self._operand(node, 1, index, dtype)], dtype, dtype, {}, [None, None])
+
+    def _quantize(self, node: Node, index: Sequence[Index]) -> Any:
+        x, dtype = node.operands[0].dtype, node.result.dtype
+
+        def apply(name: str, *args: Any) -> Any:
+            return self.let(self.ops.apply(name, list(args), x, x, {}, [None] * len(args)))
+
+        inverse = apply("reciprocal", self._operand(node, 1, index, x))
+        value = apply("round", apply("mul", self._operand(node, 0, index, x), inverse))
+        if len(node.operands) == 3:
+            value = apply("add", value, self._operand(node, 2, index, x))
+        low, high = integer_range(dtype, node.attrs["bits"])
+        value = apply("minimum", apply("maximum", value, scalar.constant(low, x)), scalar.constant(high, x))
+        return scalar.cast(value, x, dtype, self.let)
+
+    def _unpack_bits(self, node: Node, index: Sequence[Index]) -> Any:
+        (x,), axis, bits = node.operands, node.attrs["axis"] % len(index), node.attrs["bits"]
+        count = x.dtype.bits // bits
+        place, part = self.code.unflatten(index[axis], [self.code.size(x.shape[axis]), count])
+        word = self.at(x, [*index[:axis], place, *index[axis + 1 :]])
+        word = word if x.dtype.bits == 32 else self.let(word.astype("int32"))
+        return bits_of(word, part if isinstance(part, int) else part.astype("int32"), bits, node.attrs["dtype"])
+
     def position(self, positions: Value, index: Sequence[Index], size: Index) -> Any:
         """A loaded index, kept within bounds for the sake of memory; that it is valid is the caller's check."""
         at = self.at(positions, index)
@@ -251,8 +289,21 @@ _MOVES: dict[str, Callable[[Expressions, Node, Sequence[Index]], Any]] = {
     "constant": Expressions._constant, "iota": Expressions._iota, "reshape": Expressions._reshape,
     "transpose": Expressions._transpose, "broadcast_to": Expressions._broadcast_to, "slice": Expressions._slice,
     "flip": Expressions._flip, "concat": Expressions._concat, "pad": Expressions._pad, "take": Expressions._take,
-    "gather": Expressions._gather, "wrap_index": Expressions._wrap_index,
+    "gather": Expressions._gather, "wrap_index": Expressions._wrap_index, "dequantize": Expressions._dequantize,
+    "quantize": Expressions._quantize, "unpack_bits": Expressions._unpack_bits,
 }  # fmt: skip
+
+
+def bits_of(word: Any, part: Any, bits: int, dtype: DType) -> Any:
+    """The ``part``-th integer of so many bits of an int32, counted from the lowest, as i8 or u8."""
+    if dtype.kind == "u":
+        low = tirx.bitwise_and(tirx.shift_right(word, _i32(part * bits)), _i32((1 << bits) - 1))
+        return low.astype("uint8")
+    return tirx.shift_right(tirx.shift_left(word, _i32(32 - bits - part * bits)), _i32(32 - bits)).astype("int8")
+
+
+def _i32(value: Any) -> Any:
+    return tirx.const(value, "int32") if isinstance(value, int) else value
 
 
 def reshape_groups(old: dims.Shape, new: dims.Shape) -> list[tuple[list[int], list[int]]]:

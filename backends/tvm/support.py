@@ -11,7 +11,7 @@ from graphopt.target import Target
 MAX_RANK = 8
 DTYPES = (types.f64, types.f32, types.f16, types.bf16, types.i64, types.i32, types.i16, types.i8, types.u8, types.b1)
 VIEWS = ("reshape", "transpose", "broadcast_to", "slice", "flip")
-MOVES = (*VIEWS, "concat", "pad", "take", "gather", "constant", "iota")
+MOVES = (*VIEWS, "concat", "pad", "take", "gather", "constant", "iota", "unpack_bits")
 REDUCTIONS = ("sum", "prod", "max", "min", "any", "all", "mean", "argmax", "argmin")
 SCANS = ("cumsum", "cumprod", "cummax", "cummin", "argcummax", "argcummin", "logcumsumexp")
 SCATTERS = ("put", "scatter")

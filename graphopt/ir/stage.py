@@ -38,6 +38,8 @@ class Staged:
 def _fit(node: Node) -> bool:
     if node.has_effect or not all(r.type.is_static for r in node.results) or node.op.name == "fusion":
         return False
+    if node.op.name == "dequantize" and node.result.type.rank > 1:  # kept as small integers: floats of them would be what was saved
+        return False
     if any(dims.free_symbols([a]) for a in node.attrs.values() if not isinstance(a, str | tuple) and hasattr(a, "free_symbols")):
         return False
     if node.op.has(Trait.VIEW) and node.op.name != "flip":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +19,7 @@ class Numerics(Enum):
     BITWISE = 1.0  # the same bits
     REASSOCIATES = 4.0  # the same sum or product in another order, or fewer roundings
     APPROXIMATE = 16.0  # another formula for the same function
+    LOSSY = math.inf  # other numbers, because the user asked for them: types, shapes and nan are compared, values are not
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ LARGE = 4096  # a symbolic size without a bound
 INSTRUCTIONS: Mapping[str, int] = {
     "div": 8, "reciprocal": 8, "sqrt": 8, "rsqrt": 16, "exp": 16, "exp2": 16, "log": 20, "sigmoid": 26, "silu": 26, "tanh": 30,
     "erf": 30, "gelu": 36, "hardsigmoid": 10, "hardswish": 10, "floor_div": 8, "trunc_div": 8, "isnan": 1, "take": 8, "gather": 8,
-    "concat": 2, "pad": 2,
+    "concat": 2, "pad": 2, "quantize": 8, "dequantize": 3,
 }  # fmt: skip
 # Functions that are called for one element after the other: instructions of a call.
 CALLS: Mapping[str, int] = dict.fromkeys((

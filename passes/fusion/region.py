@@ -155,6 +155,8 @@ class Region:
         """Why a node is better computed by a kernel of its own: its elements would be computed again; None, and paid, if not."""
         if role(node) is Role.MOVER and before is not None:  # a padding around what a convolution reads: not computed, but left out
             return None
+        if self._is_quantized_factor(node, before):  # the integers are what is read, whatever it costs to make floats of them
+            return None
         total = _total(frames)
         if dims.same(total, node.results[0].type.numel):
             return None
@@ -205,6 +207,8 @@ class Region:
 
     def _factor_rejects(self, node: Node, operand: int) -> str | None:
         """Why a product's kernel does not compute its factor on the way: only a matmul does, one instruction on its left one."""
+        if self._is_quantized_factor(node, operand):
+            return None
         if (home := _home(node)) is not None:
             return f"it is an operand of the {self.kind}, and follows {home.op.name} without a pass over memory"
         if self.kind == "matmul" and operand == 0 and cost.instructions(node) <= 1:
@@ -213,6 +217,10 @@ class Region:
         price, _ = self.costs.join(self._load(), node, total, self.spent, 1)
         why = f"whose kernel takes no {node.op.name} on the way" if price.pays else cost.describe(node, total, price)
         return f"it is an operand of the {self.kind}, {why}"
+
+    def _is_quantized_factor(self, node: Node, operand: int | None) -> bool:
+        """Whether a node makes floats of the small integers that a matmul's second factor is stored as."""
+        return node.op.name == "dequantize" and self.kind == "matmul" and operand == 1
 
     def reads_in_order(self, node: Node) -> bool:
         """Whether no product reads the node's result as a factor: what reads it goes through it element by element."""

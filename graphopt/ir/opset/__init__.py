@@ -7,6 +7,7 @@ from graphopt.ir.opset import (
     creation,
     normalize,
     pointwise,
+    quantize,
     reduce,
     scan,
     scatter,
@@ -16,6 +17,6 @@ from graphopt.ir.opset import (
 )
 
 __all__ = [
-    "attention", "composite", "contract", "creation", "normalize", "pointwise", "reduce", "scan", "scatter", "shape", "structure",
+    "attention", "composite", "contract", "creation", "normalize", "pointwise", "quantize", "reduce", "scan", "scatter", "shape", "structure",
     "window",
 ]  # fmt: skip

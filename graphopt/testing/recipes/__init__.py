@@ -4,7 +4,7 @@ Recipes keep to what has a value: they divide integers by what is not zero, inde
 only where the range is known. Every op of the table that has inference must have a recipe; a test checks it.
 """
 
-from graphopt.testing.recipes import elements, layers, moves  # noqa: F401  (fills the table, in this order)
+from graphopt.testing.recipes import elements, layers, moves, quantized  # noqa: F401  (fills the table, in this order)
 from graphopt.testing.recipes.idioms import IDIOMS, fuse_chain
 from graphopt.testing.recipes.registry import RECIPES, Recipe, recipe
 

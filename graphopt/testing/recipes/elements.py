@@ -32,7 +32,7 @@ def _pointwise(pool: Pool, name: str) -> Value:
 
 
 for _name, _op in OPS.items():
-    if _op.has(Trait.POINTWISE) and _name not in ("where", "cast"):
+    if _op.has(Trait.POINTWISE) and _name not in ("where", "cast", "quantize", "dequantize"):
         RECIPES[_name] = _pointwise
 
 

@@ -1,0 +1,5 @@
+"""Quantization: weights as small integers, and the form in which kernels read them."""
+
+from graphopt.passes.quantization import pack_quantized, quantize_weights
+
+__all__ = ["pack_quantized", "quantize_weights"]

@@ -1,0 +1,63 @@
+"""Schemes: what is quantized, to how many bits, with how many elements to a scale. Their names are what users write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from graphopt.errors import UsageError, nearest
+from graphopt.passes.quantization.quantize_weights import GROUPS, QuantizeWeights
+
+_FORM = re.compile(r"(?P<name>[\w-]+?)(?P<group>-g\d+)?(?P<zero>-zp)?")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to quantize.
+
+    Attributes:
+        name: as users write it, without group and zero points.
+        bits: of a weight.
+        group: rows of a weight that share a scale; 0 for all rows of a column.
+        zero_points: whether the integers of a group span from its least to its greatest element.
+    """
+
+    name: str
+    bits: int
+    group: int = 0
+    zero_points: bool = False
+
+    @staticmethod
+    def parse(text: str) -> Scheme:
+        """A scheme from its name: ``int8-weight``, ``int4-weight``, ``int4-weight-g128``, ``int4-weight-g32-zp``.
+
+        Raises:
+            UsageError: there is no such scheme, or no such group.
+        """
+        found = _FORM.fullmatch(text) if isinstance(text, str) else None
+        if found is None or found["name"] not in SCHEMES:
+            close = nearest(str(text), SCHEMES)
+            raise UsageError(f"there is no scheme {text!r}{close}; schemes are {', '.join(SCHEMES)}, and -g32, -g64, -g128, -zp behind them")
+        scheme = SCHEMES[found["name"]]
+        if found["group"]:
+            scheme = replace(scheme, group=int(found["group"][2:]))
+        if found["zero"]:
+            scheme = replace(scheme, zero_points=True)
+        if scheme.group not in GROUPS:
+            raise UsageError(f"scheme {text!r}: a group has one of {', '.join(map(str, GROUPS[1:]))} rows, not {scheme.group}")
+        return scheme
+
+    def make(self) -> QuantizeWeights:
+        """The pass that does it."""
+        return QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points)
+
+    def __str__(self) -> str:
+        plain = SCHEMES[self.name]
+        group = f"-g{self.group}" if self.group != plain.group else ""
+        return f"{self.name}{group}{'-zp' if self.zero_points and not plain.zero_points else ''}"
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    s.name: s for s in (Scheme("int8-weight", 8), Scheme("int4-weight", 4, 64), Scheme("int2-weight", 2, 64, zero_points=True))
+}
