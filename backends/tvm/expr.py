@@ -294,16 +294,17 @@ _MOVES: dict[str, Callable[[Expressions, Node, Sequence[Index]], Any]] = {
 }  # fmt: skip
 
 
-def bits_of(word: Any, part: Any, bits: int, dtype: DType) -> Any:
-    """The ``part``-th integer of so many bits of an int32, counted from the lowest, as i8 or u8."""
+def bits_of(word: Any, part: Any, bits: int, dtype: DType, lanes: int = 1) -> Any:
+    """The ``part``-th integer of so many bits of an int32, counted from the lowest, as i8 or u8; or of each of a vector of int32."""
+
+    def number(value: Any) -> Any:
+        one = tirx.const(value, "int32") if isinstance(value, int) else value
+        return one if lanes == 1 else tirx.Broadcast(one, lanes)
+
+    vector = f"x{lanes}" if lanes > 1 else ""
     if dtype.kind == "u":
-        low = tirx.bitwise_and(tirx.shift_right(word, _i32(part * bits)), _i32((1 << bits) - 1))
-        return low.astype("uint8")
-    return tirx.shift_right(tirx.shift_left(word, _i32(32 - bits - part * bits)), _i32(32 - bits)).astype("int8")
-
-
-def _i32(value: Any) -> Any:
-    return tirx.const(value, "int32") if isinstance(value, int) else value
+        return tirx.bitwise_and(tirx.shift_right(word, number(part * bits)), number((1 << bits) - 1)).astype(f"uint8{vector}")
+    return tirx.shift_right(tirx.shift_left(word, number(32 - bits - part * bits)), number(32 - bits)).astype(f"int8{vector}")
 
 
 def reshape_groups(old: dims.Shape, new: dims.Shape) -> list[tuple[list[int], list[int]]]:

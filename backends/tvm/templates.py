@@ -165,6 +165,30 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
                       s.sketch in BLOCKED, s.sketch.endswith("rows-first")).emit()  # fmt: skip
 
 
+# --- products of few rows with small integers ---------------------------------------------------------------------------
+
+
+def _quantized_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.quantform import refusal
+
+    return _tile_refuse(w, t) or refusal(w.graph, t)
+
+
+def _quantized_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.quantform import params
+
+    return params(w.graph, t)
+
+
+def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
+    from graphopt.backends.tvm.quantized import QuantizedKernel
+
+    graph = flatten_rows(expand_rows(w.graph))
+    rows = next(int(n.result.shape[-2]) for n in graph.nodes() if n.name == "matmul")
+    return QuantizedKernel(graph, s["lanes"], rows, s["vectors"], s["unroll"], s["table"], s["parallel"]).emit()
+
+
 # --- products of bf16 in pairs -----------------------------------------------------------------------------------------
 
 
@@ -397,8 +421,9 @@ CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=_loops("co
 FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
+QUANTIZED = Template("quantized", _quantized_refuse, _quantized_params, _write_quantized)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=_loops("row_loops"))
 NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in ("conv", "attention") else None, _nest_params, _write_nest,
                 nest=_loops("element_loops"))  # fmt: skip
-TEMPLATES: tuple[Template, ...] = (FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, THIRDS, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, QUANTIZED, THIRDS, TILE, ROWS, NEST)

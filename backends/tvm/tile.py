@@ -22,6 +22,7 @@ from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
+from graphopt.backends.tvm.quantform import quantized
 from graphopt.backends.tvm.support import is_materialized
 from graphopt.backends.tvm.tileform import BLOCK
 from graphopt.errors import BuildError
@@ -265,6 +266,8 @@ class TileKernel:
 
     def _packed_width(self, b: Value) -> int:
         """Whether columns beyond the last are there to be read: the second factor is a slice of padded packed columns."""
+        if (form := quantized(b)) is not None:
+            return form.width if form.width % self.nr == 0 else 0
         if b.producer is None or b.producer.name != "slice":
             return 0
         attrs, x = b.producer.attrs, b.producer.operands[0]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from graphopt.autotune.space import Constraint, Knob, Level, LoopNest, Param, Schedule, SearchSpace
+from graphopt.backends.tvm import quantform
 from graphopt.backends.tvm.prepare import flatten_rows
 from graphopt.backends.tvm.support import is_materialized
 from graphopt.ir import dims
@@ -47,6 +48,9 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         nr = columns
     if packed:
         nr = most * lanes
+    if width := quantform.panel_width(flatten_rows(graph)):  # floats of a panel are made once, so it is taken whole where registers allow
+        nr = min(width, lanes * (4 if t.vector_registers == 32 else 2))
+        mr = -(-rows // -(-rows // 6)) if isinstance(rows, int) else 6
     several = not isinstance(rows, int) or rows > mr  # what is read once is a stream, which the hardware fetches better itself
     heights = (r for r in _HEIGHTS if not isinstance(rows, int) or r <= rows)
     return (
@@ -177,6 +181,8 @@ def _panel_width(graph: Graph) -> int:
     for node in graph.nodes():
         if node.name == "matmul" and _is_packed(node.operands[1]):
             v = node.operands[1]
+            if form := quantform.quantized(v):
+                return form.width
             while v.producer is not None and v.producer.name in ("slice", "reshape", "transpose"):
                 v = v.producer.operands[0]
             if v.type.rank == 3 and isinstance(v.shape[-1], int):
@@ -217,4 +223,6 @@ def _typical(d: Dim, graph: Graph) -> int:
 def _is_packed(v: Value) -> bool:
     """Whether a factor is written as columns packed in panels: slice(reshape(transpose(wp)))."""
     node = v.producer
+    if quantform.quantized(v) is not None:
+        return True
     return node is not None and node.name == "slice" and node.operands[0].defined_by("reshape") is not None
