@@ -70,7 +70,7 @@ def quantized(v: Value) -> Quantized | None:
     integers = unpack.operands[0] if unpack is not None else values[0]
     depth, groups = int(values[0].shape[1]), int(values[1].shape[1])
     group = int(q.shape[1]) if merged is not None else depth
-    shaped = q.shape == ((groups, group, n) if merged is not None else (k, n)) and (merged is None or groups > 1)
+    shaped = q.shape == ((groups, group, n) if merged is not None else (depth, n)) and (merged is None or groups > 1)
     plain = all(x.is_input and x.type.strides is None for x in (integers, *values[1:]))
     word = types.i32 if unpack is not None else q.dtype
     if not shaped or not plain or integers.dtype != word or groups * group > depth or k > groups * group:
@@ -82,7 +82,8 @@ def quantized(v: Value) -> Quantized | None:
     zeros = values[2] if len(values) == 3 else None
     if zeros is not None and zeros.dtype not in (types.i8, types.u8):
         return None
-    return Quantized(integers, values[1], zeros, unpack.attrs["bits"] if unpack is not None else 8, q.dtype.kind == "i", depth, groups, group)
+    bits = unpack.attrs["bits"] if unpack is not None else 8
+    return Quantized(integers, values[1], zeros, bits, q.dtype.kind == "i", depth, groups, group)
 
 
 def _panels(v: Value, n: int) -> Value | None:
@@ -127,7 +128,7 @@ def refusal(graph: Graph, t: Target) -> str | None:
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
-    """The knobs: vectors of a panel that are summed at once, rows of 8-bit integers at a time."""
+    """The knobs: vectors of a panel that are summed at once, rows of 8-bit integers at a time, bytes that are fetched ahead."""
     flat = flatten_rows(expand_rows(graph))
     node = next(n for n in flat.nodes() if n.name == "matmul")
     form = quantized(node.operands[1])
@@ -138,7 +139,8 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     return (
         Param("lanes", (lanes,)),
         Param("vectors", tuple(dict.fromkeys((fits[0], *fits)))),
-        Param("unroll", (8, 4, 2, 16)),
+        Param("unroll", (4, 8, 2, 16)),
         Param("table", (lanes == 16 and t.has("avx512f"), False)),
+        Param("ahead", (4096, 0, 1024, 2048, 8192)),
         Param("parallel", (True, False)),
     )

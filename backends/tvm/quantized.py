@@ -28,6 +28,7 @@ from graphopt.errors import BuildError
 from graphopt.ir import types
 from graphopt.ir.graph import Graph
 
+LINE = 64  # bytes of a cache line
 BLOCK = 256  # rows of a scale of its own or of none that are summed before the sum is added to the total
 
 
@@ -39,15 +40,18 @@ class QuantizedKernel(TileKernel):
         vectors: of a panel that are summed at once.
         unroll: rows of 8-bit integers at a time.
         table: whether floats of fewer bits than 8 come from a table in a register.
+        ahead: bytes of the stream that are asked for before they are needed; 0 leaves it to the hardware. There is work between two
+            loads, and the processor does not look far enough over it: by itself it has too few lines on their way.
     """
 
-    def __init__(self, graph: Graph, lanes: int, rows: int, vectors: int, unroll: int, table: bool, parallel: bool) -> None:
+    def __init__(self, graph: Graph, lanes: int, rows: int, vectors: int, unroll: int, table: bool, ahead: int,
+                 parallel: bool) -> None:  # fmt: skip
         forms = [quantized(n.operands[1]) for n in graph.nodes() if n.name == "matmul"]
         self.forms = [f for f in forms if f is not None]
         if len(self.forms) != len(forms) or len({f.width for f in self.forms}) != 1:
             raise BuildError("the second factor is not of packed integers")
         super().__init__(graph, lanes, rows, self.forms[0].width, unroll, 1, False, parallel)
-        self.vectors, self.table = vectors, table
+        self.vectors, self.table, self.ahead = vectors, table, ahead
         self.depth = max(f.depth for f in self.forms)
 
     def emit(self) -> Code:
@@ -117,15 +121,16 @@ class QuantizedKernel(TileKernel):
             code.emit(tirx.BufferStore(total, self._splat(tirx.const(0, "float32")), at(r, u)))
         span = form.group if form.groups > 1 else min(BLOCK, form.depth)
         whole, rest = divmod(form.groups * form.group, span)
-        acc = code.alloc(len(places) * self.lanes, "float32", "acc", scope="local")
+        # a row of accumulators a buffer: small enough to become registers
+        acc = [code.alloc(self.vectors * self.lanes, "float32", "acc") for _ in range(self.mr)]
 
         def block(b: Index, length: int) -> None:
-            for q in range(len(places)):
-                code.emit(tirx.BufferStore(acc, self._splat(tirx.const(0, "float32")), self._ramp(q * self.lanes)))
+            for r, u in places:
+                code.emit(tirx.BufferStore(acc[r], self._splat(tirx.const(0, "float32")), self._ramp(u * self.lanes)))
             self._span(form, x, acc, j, column, code.simplify(b * span), length)
             scales = [self._scale(form, j, b, column, u) for u in range(self.vectors)] if form.groups > 1 else None
-            for q, (r, u) in enumerate(places):
-                value = acc[self._ramp(q * self.lanes)[0]]
+            for r, u in places:
+                value = acc[r][self._ramp(u * self.lanes)[0]]
                 if form.groups > 1:
                     assert scales is not None
                     value = self._shifted(form, ones, r, b, value, scales[u][1]) * scales[u][0]
@@ -162,15 +167,23 @@ class QuantizedKernel(TileKernel):
         """What is taken off an integer where its float is made: with zero points, sums of terms around zero lose fewer digits."""
         return 0 if form.signed or form.zeros is None else 1 << (form.bits - 1)
 
-    def _span(self, form: Quantized, x: Any, acc: Any, j: Index, column: Index, first: Index, length: int) -> None:
+    def _span(self, form: Quantized, x: Any, acc: Sequence[Any], j: Index, column: Index, first: Index, length: int) -> None:
         """Add the products of so many rows, from one on, to the accumulators."""
         code, count = self.code, form.per_word
         step = count if count > 1 else self.unroll
         place = code.bind_index(code.simplify((j * (form.depth // count)) * form.width + column), "panel")
 
+        size = form.integers.dtype.itemsize
+
+        def fetch(at: Index) -> None:
+            for line in range(0, self.vectors * self.lanes * size, LINE):
+                code.prefetch(self.args.inputs[form.integers], code.simplify(at + (self.ahead + line) // size), level=1)
+
         def rows(k: Index, number: int) -> None:
             """``number`` rows from ``k`` on: those of a word, or 8-bit ones."""
             start = code.simplify(place + code.div(k, count) * form.width)
+            for i in range(-(-number // count) if self.ahead else 0):
+                fetch(code.simplify(start + i * form.width))
             if count > 1:
                 words = [self._load(form, code.simplify(start + u * self.lanes)) for u in range(self.vectors)]
                 for i in range(number):
@@ -189,14 +202,14 @@ class QuantizedKernel(TileKernel):
                 with code.loop(length % step, "serial", "k") as k:
                     rows(code.simplify(first + length // step * step + k), 1)
 
-    def _multiply(self, x: Any, acc: Any, k: Index, weights: Sequence[Any]) -> None:
+    def _multiply(self, x: Any, acc: Sequence[Any], k: Index, weights: Sequence[Any]) -> None:
         """Add a row of the weight, times an element of each row of the first factor."""
         code = self.code
         for r in range(self.mr):
             element = code.bind(self._splat(code.load(x, code.simplify(r * self.depth + k))), "x", hidden=False)
             for u, w in enumerate(weights):
-                place = self._ramp((r * self.vectors + u) * self.lanes)
-                code.emit(tirx.BufferStore(acc, acc[place[0]] + element * w, place))
+                place = self._ramp(u * self.lanes)
+                code.emit(tirx.BufferStore(acc[r], acc[r][place[0]] + element * w, place))
 
     # --- vectors ------------------------------------------------------------------------------------------------------------
 

@@ -186,7 +186,7 @@ def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
 
     graph = flatten_rows(expand_rows(w.graph))
     rows = next(int(n.result.shape[-2]) for n in graph.nodes() if n.name == "matmul")
-    return QuantizedKernel(graph, s["lanes"], rows, s["vectors"], s["unroll"], s["table"], s["parallel"]).emit()
+    return QuantizedKernel(graph, s["lanes"], rows, s["vectors"], s["unroll"], s["table"], s["ahead"], s["parallel"]).emit()
 
 
 # --- products of bf16 in pairs -----------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Rejec
     if int(w.shape[1]) < lanes:
         return Reject(f"{w.shape[1]} columns do not fill a vector register of {lanes}", w)
     groups = int(q.shape[1 if transposed else 0]) if merged is not None else 0
-    if merged is not None and merged.result.shape != ((q.shape[0], groups * q.shape[2]) if transposed else (groups * q.shape[1], q.shape[2])):
+    columns, rows = (q.shape[0], q.shape[-1]) if transposed else (q.shape[-1], q.shape[1])
+    if merged is not None and merged.result.shape != ((columns, groups * rows) if transposed else (groups * rows, columns)):
         return Reject("its groups are not of rows", q)
     assert roots[0] is not None
     site = _Site(matmul, node, transposed, groups, _bits(fusion.operands[roots[0].index]))

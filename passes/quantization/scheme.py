@@ -38,7 +38,8 @@ class Scheme:
         found = _FORM.fullmatch(text) if isinstance(text, str) else None
         if found is None or found["name"] not in SCHEMES:
             close = nearest(str(text), SCHEMES)
-            raise UsageError(f"there is no scheme {text!r}{close}; schemes are {', '.join(SCHEMES)}, and -g32, -g64, -g128, -zp behind them")
+            having = ", ".join(SCHEMES)
+            raise UsageError(f"there is no scheme {text!r}{close}; schemes are {having}, and -g32, -g64, -g128, -zp behind them")
         scheme = SCHEMES[found["name"]]
         if found["group"]:
             scheme = replace(scheme, group=int(found["group"][2:]))

@@ -110,7 +110,7 @@ def _infer_pack(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
 def _pack(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
     x, bits, axis = xs[0], attrs["bits"], attrs["axis"] % xs[0].dim()
     count = attrs["dtype"].bits // bits
-    split = x.unflatten(axis, (-1, count))
+    split = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
     word = torch.zeros(split.select(axis + 1, 0).shape, dtype=torch.int32, device=x.device)
     for i in range(count):
         word |= (split.select(axis + 1, i).to(torch.int32) & ((1 << bits) - 1)) << (i * bits)

@@ -39,4 +39,5 @@ def _pack_bits(pool: Pool, name: str) -> Value:
 @recipe("unpack_bits")
 def _unpack_bits(pool: Pool, name: str) -> Value:
     x = pool.operand([types.i32, types.u8], least=1)
-    return pool.add(name, [x], axis=pool.chooser.integer(0, x.type.rank - 1), bits=pool.pick([4, 2, 8]), dtype=pool.pick([types.i8, types.u8]))
+    axis = pool.chooser.integer(0, x.type.rank - 1)
+    return pool.add(name, [x], axis=axis, bits=pool.pick([4, 2, 8]), dtype=pool.pick([types.i8, types.u8]))

@@ -1,0 +1,159 @@
+"""Products with weights of small integers: every width of integer, with zero points and without, every shape that fills no panel."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tvm_check import check
+
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.tvm import quantform
+from graphopt.backends.tvm.backend import TvmBackend
+from graphopt.ir import Builder, Graph, TensorType, dims, types
+from graphopt.passes.quantization.pack_quantized import unpacked
+from graphopt.target import Target, detect
+
+M = dims.symbol("M")
+
+
+def region(rows: tuple, k: int, n: int, bits: int, group: int = 0, zeros: bool = False, epilogue: bool = False, twin: bool = False,
+           nr: int = 64) -> Graph:  # fmt: skip
+    """``rows x k`` times a packed weight of ``k x n``; ``twin``: two of them, multiplied."""
+    g = Graph("body")
+    b = Builder(g)
+    for d in rows:
+        if not isinstance(d, int):
+            g.symbols[d.name] = dims.Range(1, None)
+    x = g.add_input(TensorType(types.f32, (*rows, k)), "x")
+    left = b.relu(x) if epilogue else x
+
+    def product() -> object:
+        per, panels = 32 // bits if bits < 8 else 1, -(-n // nr)
+        groups = -(-k // group) if group else 1
+        depth = -(-(groups * group if group else k) // per) * per
+        dtype = types.u8 if zeros else types.i8
+        q = g.add_input(TensorType(types.i32 if bits < 8 else dtype, (panels, depth // per, nr)), "q")
+        s = g.add_input(TensorType(types.f32, (panels, groups, nr)), "s")
+        z = [g.add_input(TensorType(types.u8, (panels, groups, nr)), "z")] if zeros else []
+        return b.matmul(left, unpacked(b, [q, s, *z], dtype, bits, k, n))
+
+    y = product()
+    if twin:
+        y = b.mul(b.silu(y), product())
+    if epilogue:
+        y = b.gelu(b.add(y, g.add_input(TensorType(types.f32, (n,)), "b")))
+    g.set_outputs([y])
+    return g
+
+
+def values(graph: Graph, **sizes: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for v in graph.inputs:
+        shape = [d if isinstance(d, int) else dims.evaluate(d, sizes) for d in v.shape]
+        if v.dtype == types.i32:
+            x = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=torch.int32)
+        elif v.dtype.is_integer:
+            low, high = (-128, 128) if v.dtype == types.i8 else (0, 4 if v.hint == "z" else 256)
+            x = torch.randint(low, high, shape, generator=generator).to(v.dtype.torch)
+        else:
+            x = torch.randn(shape, generator=generator)
+        out.append(x)
+    return out
+
+
+FEW = {
+    "a row": region((1,), 256, 128, 8),
+    "8 rows": region((8,), 256, 128, 8),
+    "3 rows, ragged": region((3,), 301, 75, 8, epilogue=True),
+    "8 bits in groups": region((2,), 256, 70, 8, 64),
+    "8 bits, zeros": region((1, 1), 200, 64, 8, 32, zeros=True),
+    "4 bits": region((1,), 256, 128, 4, 64),
+    "4 bits, one scale a column": region((2,), 301, 128, 4),
+    "4 bits, last group not full": region((5,), 300, 75, 4, 64, epilogue=True),
+    "4 bits, zeros": region((4,), 256, 100, 4, 128, zeros=True),
+    "2 bits": region((1,), 192, 64, 2, 64),
+    "2 bits, zeros": region((7,), 192, 64, 2, 32, zeros=True, epilogue=True),
+    "twins": region((1, 1), 128, 96, 4, 64, twin=True),
+    "twins of 8 bits": region((6,), 128, 96, 8, zeros=True, twin=True),
+}  # fmt: skip
+MANY = {
+    "9 rows": region((9,), 256, 128, 8),
+    "50 rows of 4 bits": region((50,), 300, 75, 4, 64, epilogue=True),
+    "2 bits, zeros": region((20,), 192, 64, 2, 32, zeros=True),
+    "any rows": region((M,), 128, 96, 4, 64, epilogue=True),
+    "any rows, zeros": region((2, M), 100, 33, 8, zeros=True),
+    "batch of twins": region((3, 1), 128, 96, 4, 64, twin=True),
+}  # fmt: skip
+
+
+def run_all(builder, kernels_dir, jobs: list[tuple[Workload, Schedule]]) -> None:
+    from graphopt.backends.tvm.build import load_kernel
+
+    for (w, s), path in zip(jobs, builder.build_many(jobs, detect(), kernels_dir), strict=True):
+        kernel, graph = load_kernel(path, w, s), w.graph
+
+        def run(inputs, sizes=None, graph=graph, kernel=kernel):
+            shape = [d if isinstance(d, int) else dims.evaluate(d, sizes) for d in graph.outputs[0].shape]
+            out = torch.full(shape, 77.0)
+            kernel(*inputs, out, *(sizes or {}).values())
+            return [out]
+
+        for sizes in [{"M": m} for m in (1, 7, 40)] if graph.symbols else [{}]:
+            check(graph, run, values(graph, **sizes), sizes, factor=4.0)
+
+
+def default(graph: Graph, name: str) -> tuple[Workload, Schedule]:
+    w, t = Workload.of(graph, "matmul"), detect()
+    template = TvmBackend().templates(w, t)[0]
+    assert template.name == name, graph
+    return w, template.space(w, t).default()
+
+
+def test_few_rows(builder, kernels_dir) -> None:
+    run_all(builder, kernels_dir, [default(g, "quantized") for g in FEW.values()])
+
+
+def test_many_rows(builder, kernels_dir) -> None:
+    run_all(builder, kernels_dir, [default(g, "tile") for g in MANY.values()])
+
+
+def test_every_knob(builder, kernels_dir) -> None:
+    """Without a table (processors that have none), other vectors at once, nothing fetched ahead."""
+    jobs = []
+    for name in ("4 bits, zeros", "2 bits", "3 rows, ragged", "2 bits, zeros"):
+        w, s = default(FEW[name], "quantized")
+        for change in ({"table": False}, {"vectors": 1, "ahead": 0}, {"unroll": 16, "parallel": False}):
+            jobs.append((w, Schedule(s.template, s.sketch, tuple((k, change.get(k, v)) for k, v in s.knobs))))
+    run_all(builder, kernels_dir, jobs)
+
+
+@pytest.mark.parametrize(("rows", "bits", "often"), [(1, 4, 32), (1, 8, 16), (4, 4, 128), (8, 4, 128)])
+def test_sums_stay_in_registers(rows: int, bits: int, often: int) -> None:
+    pytest.importorskip("tvm")
+    from assembly import assembly, count, hot_loop, stack_accesses
+
+    graph = region((rows,), 1024, 128, bits, 64 if bits == 4 else 0)
+    loop = hot_loop(assembly(Workload.of(graph, "matmul"), Target.from_name("cpu:sapphirerapids:2")), "vfmadd")
+    assert count(loop, "vfmadd") == often and not stack_accesses(loop), "\n".join(loop)
+    assert count(loop, r"vperm(ps|d)\b") == (0 if bits == 8 else 32 if rows < 8 else 16), "\n".join(loop)
+    assert not [line for line in loop if re.search(r"%zmm\d+, .*\(", line)], "\n".join(loop)
+
+
+def test_one_packing_for_pass_and_kernel() -> None:
+    graph = FEW["4 bits, last group not full"]
+    (product,) = [n for n in graph.nodes() if n.op.name == "matmul"]
+    form = quantform.quantized(product.operands[1])
+    assert form is not None and (form.bits, form.groups, form.group, form.depth, form.signed) == (4, 5, 64, 320, True)
+    assert (form.integers, form.scales, form.zeros) == (graph.inputs[1], graph.inputs[2], None)
+    assert quantform.quantized(product.operands[0]) is None
+
+
+def test_other_targets() -> None:
+    w = Workload.of(region((1,), 128, 128, 4, 64, nr=32), "matmul")
+    for name, table in (("x86-64-v3", False), ("znver4", True), ("neoverse-n1", False)):
+        t = Target.from_name(f"cpu:{name}:2")
+        template = TvmBackend().templates(w, t)[0]
+        assert template.name == "quantized" and template.space(w, t).default()["table"] is (table and 32 % 16 == 0)
