@@ -12,7 +12,8 @@ region and the region's kind accepts it; else it is the root of a region of its 
 - ``scan``: anything pointwise -> one running sum, product or extreme -> pointwise ops of its shape.
 - ``scatter``: anything pointwise -> updates by index; nothing can follow, since an element may be written several times.
 - ``matmul``: views on the operands, cheap work on the left one, ``dequantize`` on the right one, one matmul, pointwise ops of the
-  result's shape after it. A second matmul of the same left operand and type may meet it there: a gate, ``act(x a) * (x b)``, writes neither product.
+  result's shape after it. A second matmul of the same left operand and type may meet it there: a gate, ``act(x a) * (x b)``, writes
+  neither product.
 - ``attention``: views -> one attention -> transposes and reshapes, which the kernel writes through.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 

@@ -17,6 +17,6 @@ from graphopt.ir.opset import (
 )
 
 __all__ = [
-    "attention", "composite", "contract", "creation", "normalize", "pointwise", "quantize", "reduce", "scan", "scatter", "shape", "structure",
-    "window",
+    "attention", "composite", "contract", "creation", "normalize", "pointwise", "quantize", "reduce", "scan", "scatter", "shape",
+    "structure", "window",
 ]  # fmt: skip
