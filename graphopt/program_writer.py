@@ -387,6 +387,10 @@ def check_index(index: torch.Tensor, low: int, high: int, error: type[Exception]
     """Raise what eager raises for an index out of ``low .. high - 1``."""
     if index.numel() == 0:
         return
-    least, most = torch.aminmax(index)
+    if index.numel() <= 16:  # a tensor operation costs more than to look at each
+        values = index.reshape(-1).tolist()
+        least, most = min(values), max(values)
+    else:
+        least, most = torch.aminmax(index)
     if int(least) < low or int(most) >= high:
         raise error(f"index out of range in self: {int(least)} .. {int(most)} is not within {low} .. {high - 1}")

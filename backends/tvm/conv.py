@@ -129,12 +129,33 @@ class ConvKernel:
         return 1, group, -(-taps // group)
 
     def _tiles_a_task(self, count: Index) -> int:
-        """As many tiles as wanted, but tasks enough for many threads."""
+        """As many tiles as wanted, but tasks enough for many threads, and such that threads have equal parts of them."""
         if not isinstance(count, int):
             return self.tiles
-        wanted = max(1, self.tasks // (self.form.groups * self.panels))
-        pieces = max(wanted, -(-count // self.tiles))
-        return max(1, -(-count // pieces))
+        panels = self.form.groups * self.panels
+        most = max(1, -(-count // max(self.tasks // panels, -(-count // self.tiles))))
+        threads = self.tasks // 4
+        if panels * -(-count // most) > 16 * threads:
+            return most  # one task more or less does not count
+        best, least = most, self._most_of_a_thread(count, most, threads)
+        for tiles in range(min(self.tiles, 2 * most), 0, -1):
+            if panels * -(-count // tiles) < 2 * threads:
+                continue
+            load = self._most_of_a_thread(count, tiles, threads)
+            if load < 0.97 * least:
+                best, least = tiles, load
+        return best
+
+    def _most_of_a_thread(self, count: int, tiles: int, threads: int) -> float:
+        """Tiles that the thread computes which has most of them, where each takes as many tasks that follow one another.
+
+        A quarter of a tile is added for what a task costs by itself.
+        """
+        panels, pieces = self.form.groups * self.panels, -(-count // tiles)
+        sizes = [min(tiles, count - p * tiles) + 0.25 for p in range(pieces)]
+        tasks = [n for n in sizes for _ in range(panels)] if self.split == "pixels" else sizes * panels
+        part = -(-len(tasks) // threads)
+        return max(sum(tasks[i : i + part]) for i in range(0, len(tasks), part))
 
     def _kind(self, steps: Index) -> str:
         work = product(self.code, [self.pixels, self.form.filters * self.form.groups, self.form.depth])
