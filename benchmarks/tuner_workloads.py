@@ -1,6 +1,6 @@
 """The tuner on the operator workloads of TVM's own tuners, beside PyTorch and MetaSchedule with as much time.
 
-    python benchmarks/tuner_workloads.py tune FOLDER [--seconds 60] [--only C2D.0,GMM] [--against pytorch,metaschedule]
+    python benchmarks/tuner_workloads.py tune FOLDER [--seconds 60] [--only C2D.0,GMM] [--systems tuned,metaschedule]
     python benchmarks/tuner_workloads.py measure FOLDER [--json r.json] [--plot r.png]      # a quiet machine
     python benchmarks/tuner_workloads.py all FOLDER ...                                     # the one, then the other
 
@@ -9,9 +9,10 @@ trials in which its time is over; what its process needs to start is not counted
 has been tuned for as long is not tuned again.
 
 ``measure`` takes all times in one run: a process for each system, all alive at once, in turns, with 20 ms of silence between them.
-Systems: graphopt with tuned and with default schedules; PyTorch as fast as it goes: the best of its layouts, and with oneDNN's packed
-weights, chosen by a probe; MetaSchedule's best record. Weights are constants to graphopt and PyTorch, as in a model; TVM's workloads
-take them as arguments, in the layout that they define, and nothing is packed for them. Errors are against f64.
+Systems: graphopt with tuned and with default schedules, and tuned without the checks that a compiled model makes of its arguments
+(``unchecked``: kernels and memory for their results alone); PyTorch as fast as it goes: the best of its layouts, and with oneDNN's
+packed weights, chosen by a probe; MetaSchedule's best record. Weights are constants to graphopt and PyTorch, as in a model; TVM's
+workloads take them as arguments, in the layout that they define, and nothing is packed for them. Errors are against f64.
 
 A name without a number is the first configuration of the workload.
 """
@@ -42,7 +43,8 @@ from graphopt.bench.stats import geometric_mean, quantile
 SILENCE, SLICE = 0.02, 0.03  # seconds of silence before a turn, and of timed calls in it
 WORSE = 4.0  # times PyTorch's error, and some units of rounding, that a result may be off
 ROUND = 16  # trials that MetaSchedule makes at once
-TITLES = {"tuned": "graphopt tuned", "default": "graphopt default", "pytorch": "PyTorch", "metaschedule": "MetaSchedule"}
+TITLES = {"tuned": "graphopt tuned", "unchecked": "unchecked", "default": "graphopt default", "pytorch": "PyTorch",
+          "metaschedule": "MetaSchedule"}  # fmt: skip
 
 
 # --- tuning ------------------------------------------------------------------------------------------------------------
@@ -151,13 +153,13 @@ def tune_all(folder: Path, names: Sequence[str], systems: Sequence[str], seconds
     """Tune what has not been tuned for as long; ``tuning.json`` says what it took."""
     for name in names:
         for system in systems:
-            done = _kept(folder)
-            if system not in TUNERS or done.get(name, {}).get(system, {}).get("budget", 0) >= seconds:
+            if system not in TUNERS or _kept(folder).get(name, {}).get(system, {}).get("budget", 0) >= seconds:
                 continue
             answer = apart(TUNERS[system], 3 * seconds + 120, name, folder, seconds, threads, seed)
             print(f"{name}, {TITLES[system]}: {answer.get('failed') or _told(answer)}", file=sys.stderr)
             if "failed" not in answer:
                 answer["budget"] = seconds
+            done = _kept(folder)
             done.setdefault(name, {})[system] = answer
             (folder / "tuning.json").write_text(json.dumps(done, indent=1))
 
@@ -191,12 +193,28 @@ def _pytorch(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], torch
 
 
 def _graphopt(w: TeWorkload, folder: Path, tuned: bool) -> tuple[Call, str, Callable[[], torch.Tensor]]:
+    compiled = _compiled(w, folder, tuned)
+    calls = [f.op for f in compiled.report.fallbacks]
+    return lambda: compiled(*w.args), f"library: {', '.join(calls)}" if calls else "", lambda: compiled(*w.args)
+
+
+def _unchecked(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], torch.Tensor]]:
+    compiled = _compiled(w, folder, True)
+    inputs, _ = compiled._compiled.operands(compiled._exported.flatten(w.args, {}))
+    program = compiled._compiled.program
+    staged, inputs = program.weights(inputs)
+    arena = program._make_arena()
+
+    def run() -> torch.Tensor:
+        return program._run(inputs, staged, arena, {})[0]  # type: ignore[no-any-return]
+
+    return run, "", run
+
+
+def _compiled(w: TeWorkload, folder: Path, tuned: bool) -> Any:
     import graphopt
 
-    compiled = graphopt.compile(w.module, w.args, cache_dir=folder / "kernels", tuning_db=folder / "tuning.db" if tuned else None)
-    report = graphopt.reports()[-1]
-    note = f"{len(report.kernels)} kernels" + (f", {len(report.fallbacks)} library calls" if report.fallbacks else "")
-    return lambda: compiled(*w.args), note, lambda: compiled(*w.args)
+    return graphopt.compile(w.module, w.args, cache_dir=folder / "kernels", tuning_db=folder / "tuning.db" if tuned else None)
 
 
 def _metaschedule(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], torch.Tensor]]:
@@ -219,6 +237,7 @@ def _metaschedule(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], 
 
 SYSTEMS: dict[str, Callable[[TeWorkload, Path], tuple[Call, str, Callable[[], torch.Tensor]]]] = {
     "tuned": lambda w, folder: _graphopt(w, folder, True),
+    "unchecked": _unchecked,
     "default": lambda w, folder: _graphopt(w, folder, False),
     "pytorch": _pytorch,
     "metaschedule": _metaschedule,
@@ -337,14 +356,14 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{t * 1e6:.1f}" + (f" ±{wide:.0%}" if wide > 0.1 else "")
 
 
-def _against(rows: dict[str, Any], peer: str) -> float | None:
-    ours, theirs = _time(rows.get("tuned")), _time(rows.get(peer))
+def _against(rows: dict[str, Any], peer: str, own: str = "tuned") -> float | None:
+    ours, theirs = _time(rows.get(own)), _time(rows.get(peer))
     return theirs / ours if ours and theirs else None
 
 
 def show(found: dict[str, Any], tuning: dict[str, Any], console: Console) -> None:
     systems = [s for s in TITLES if any(s in rows for rows in found.values())]
-    peers = [s for s in systems if s != "tuned"]
+    peers = [s for s in systems if s not in ("tuned", "unchecked")]
     table = Table("", *(f"{TITLES[s]} us" for s in systems), *(f"over {TITLES[p]}" for p in peers), "GFLOP/s", "PyTorch's way", "trials",
                   title="medians, one run, in turns; ± where the quartiles are more than a tenth of the median apart")  # fmt: skip
     for name, rows in found.items():
@@ -357,10 +376,11 @@ def show(found: dict[str, Any], tuning: dict[str, Any], console: Console) -> Non
         )  # fmt: skip
     console.print(table)
     for p in peers:
-        ratios = [r for rows in found.values() if (r := _against(rows, p)) is not None]
-        if ratios:
-            mean = geometric_mean(ratios)
-            console.print(f"at least as fast as {TITLES[p]}: {sum(r >= 1.0 for r in ratios)} of {len(ratios)}; geometric mean {mean:.2f}x")
+        for ours in ("tuned", "unchecked"):
+            ratios = [r for rows in found.values() if (r := _against(rows, p, ours)) is not None]
+            if ratios:
+                wins, mean = sum(r >= 1.0 for r in ratios), geometric_mean(ratios)
+                console.print(f"{TITLES[ours]} at least as fast as {TITLES[p]}: {wins} of {len(ratios)}; geometric mean {mean:.2f}x")
     for name, rows in found.items():
         for s, row in rows.items():
             if "failed" in row:
@@ -402,7 +422,7 @@ def main() -> None:
     parser.add_argument("step", choices=("tune", "measure", "all"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default=",".join(NAMES))
-    parser.add_argument("--against", default="pytorch,metaschedule")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--seconds", type=float, default=60.0, help="of tuning, for each workload and tuner")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
@@ -413,7 +433,9 @@ def main() -> None:
     os.environ["TVM_NUM_THREADS"] = str(args.threads)  # read by the processes of MetaSchedule
     args.folder.mkdir(parents=True, exist_ok=True)
     names = [n if "." in n else f"{n}.0" for n in args.only.split(",")]
-    systems = ["tuned", "default", *filter(None, args.against.split(","))]
+    systems = args.systems.split(",")
+    if unknown := [s for s in systems if s not in SYSTEMS]:
+        parser.error(f"--systems: no {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
     if args.step in ("tune", "all"):
         tune_all(args.folder, names, systems, args.seconds, args.threads, args.seed)
     if args.step in ("measure", "all"):
