@@ -203,7 +203,7 @@ def _unchecked(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], tor
     inputs, _ = compiled._compiled.operands(compiled._exported.flatten(w.args, {}))
     program = compiled._compiled.program
     staged, inputs = program.weights(inputs)
-    arena = program._make_arena()
+    arena = program._make_arena().tensors
 
     def run() -> torch.Tensor:
         return program._run(inputs, staged, arena, {})[0]  # type: ignore[no-any-return]

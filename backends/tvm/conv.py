@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+import tvm
 from tvm import tirx
+from tvm.ir.expr import TensorLoad
 
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.convform import ConvForm
+from graphopt.backends.tvm.convform import ConvForm, tiles_a_task
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
@@ -129,33 +131,8 @@ class ConvKernel:
         return 1, group, -(-taps // group)
 
     def _tiles_a_task(self, count: Index) -> int:
-        """As many tiles as wanted, but tasks enough for many threads, and such that threads have equal parts of them."""
-        if not isinstance(count, int):
-            return self.tiles
-        panels = self.form.groups * self.panels
-        most = max(1, -(-count // max(self.tasks // panels, -(-count // self.tiles))))
-        threads = self.tasks // 4
-        if panels * -(-count // most) > 16 * threads:
-            return most  # one task more or less does not count
-        best, least = most, self._most_of_a_thread(count, most, threads)
-        for tiles in range(min(self.tiles, 2 * most), 0, -1):
-            if panels * -(-count // tiles) < 2 * threads:
-                continue
-            load = self._most_of_a_thread(count, tiles, threads)
-            if load < 0.97 * least:
-                best, least = tiles, load
-        return best
-
-    def _most_of_a_thread(self, count: int, tiles: int, threads: int) -> float:
-        """Tiles that the thread computes which has most of them, where each takes as many tasks that follow one another.
-
-        A quarter of a tile is added for what a task costs by itself.
-        """
-        panels, pieces = self.form.groups * self.panels, -(-count // tiles)
-        sizes = [min(tiles, count - p * tiles) + 0.25 for p in range(pieces)]
-        tasks = [n for n in sizes for _ in range(panels)] if self.split == "pixels" else sizes * panels
-        part = -(-len(tasks) // threads)
-        return max(sum(tasks[i : i + part]) for i in range(0, len(tasks), part))
+        """As many tiles as wanted, but tasks enough for many threads."""
+        return tiles_a_task(count, self.form.groups * self.panels, self.tiles, self.tasks) if isinstance(count, int) else self.tiles
 
     def _kind(self, steps: Index) -> str:
         work = product(self.code, [self.pixels, self.form.filters * self.form.groups, self.form.depth])
@@ -216,7 +193,7 @@ class ConvKernel:
         buffer = code.alloc(product(code, [*lines, self.padded[-1], channels]), self.held, "image")
         probe = Probe(self.args, {}, form.x)
         probe([0] * form.x.type.rank)
-        lanes = 1 if probe.scalar_only else min(self.lanes, channels)
+        lanes, whole = 1 if probe.scalar_only else min(self.lanes, channels), self._whole_lines(channels)
         count, zero = product(code, lines), tirx.const(0, self.held)
         size = product(code, [count, self.padded[-1], channels])
         small = isinstance(size, int) and size < SMALL
@@ -237,6 +214,10 @@ class ConvKernel:
             def copy(n: Index = n, source: Sequence[Index] = source, start: Index = start) -> None:
                 pad = form.low[-1] * channels
                 fill(0, pad)
+                if whole:
+                    self._copy_line(buffer, code.simplify(start + pad), [n, *source], code.simplify(self.space[-1] * channels))
+                    fill(code.simplify(pad + self.space[-1] * channels), form.high[-1] * channels)
+                    return
                 with code.loop(self.space[-1], "serial", "w") as w:
                     base = code.simplify(start + pad + w * channels)
 
@@ -254,6 +235,32 @@ class ConvKernel:
                 with code.when(tirx.Not(inside)):
                     fill(0, code.simplify(self.padded[-1] * channels))
         return buffer
+
+    def _whole_lines(self, channels: int) -> bool:
+        """Whether a line of the image lies in memory as it is wanted: pixel after pixel, and nothing is converted."""
+        code, x = self.code, self.form.x
+        w, c = (tirx.Var(name, "int64") for name in ("w", "c"))
+        for var, size in ((w, self.space[-1]), (c, channels)):
+            code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(size)))
+        probe = Expressions(self.args, {}, probe=True)
+        element = probe.at(x, [*[0] * (x.type.rank - 2), w, c])
+        if not isinstance(element, TensorLoad) or len(probe.addresses) != 1 or isinstance(probe.addresses[0], int):
+            return False
+        along = tvm.sym.detect_linear_equation(probe.addresses[0], [w, c])
+        return bool(len(along)) and code.equal(along[0], channels) and code.equal(along[1], 1)
+
+    def _copy_line(self, buffer: Any, start: Index, line: Sequence[Index], length: Index) -> None:
+        """Copy ``length`` elements of a line of the image that lie side by side."""
+        code = self.code
+        probe = Expressions(self.args, {}, probe=True)
+        probe.at(self.form.x, [*line, 0, 0])
+        value, first = probe.reads[0]
+        source, first = self.args.inputs[value], code.bind_index(first, "line")
+
+        def element(i: Index) -> None:
+            code.store(buffer, code.simplify(start + i), code.load(source, code.simplify(first + i)))
+
+        vector_loop(code, 0, length, self.lanes, element)
 
     # --- the tile -------------------------------------------------------------------------------------------------------
 

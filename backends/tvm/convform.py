@@ -12,6 +12,9 @@ from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.target import Target
 
+USUAL_TILES = 12  # of a task
+_TASK = 0.25  # what a task costs by itself, in tiles
+_MANY = 256  # tasks a thread that are as good as equally shared
 _UNPACK = ("reshape", "slice", "reshape", "transpose", "reshape")
 
 
@@ -178,6 +181,38 @@ def tile_rows(form: ConvForm, vectors: int, t: Target) -> tuple[int, ...]:
         return float(tiles * (rows * vectors + 2))
 
     return tuple(sorted(range(1, most + 1), key=lambda r: (cost(r), -r)))
+
+
+def tiles_a_task(count: int, panels: int, tiles: int, tasks: int) -> int:
+    """Tiles of a task: ``tiles`` of the ``count`` there are at most, and tasks enough, of all ``panels``."""
+    pieces = max(1, tasks // panels, -(-count // tiles))
+    return max(1, -(-count // pieces))
+
+
+def busiest(count: int, panels: int, tiles: int, tasks: int, split: str, cores: int) -> float:
+    """Tiles of the thread that has most of them, in times of an equal share. Threads get runs of neighbouring tasks.
+
+    What a task costs by itself counts as a quarter of a tile.
+    """
+    per_task = tiles_a_task(count, panels, tiles, tasks)
+    pieces = -(-count // per_task)
+    steps = pieces * panels
+    each = -(-steps // cores)
+    if each >= _MANY:
+        return 1.0 + _TASK / per_task
+    last, most = count - (pieces - 1) * per_task, 0.0
+    for first in range(0, steps, each):
+        run = range(first, min(steps, first + each))
+        ends = sum((t // panels if split == "pixels" else t % pieces) == pieces - 1 for t in run)
+        most = max(most, (len(run) - ends) * per_task + ends * last + _TASK * len(run))
+    return most * cores / (count * panels)
+
+
+def even_tiles(count: int, panels: int, tasks: int, split: str, cores: int) -> int:
+    """Tiles of a task by which threads have equal shares; the usual number unless another one is better by 3%."""
+    shares = {n: busiest(count, panels, n, tasks, split, cores) for n in (USUAL_TILES, *range(1, 2 * USUAL_TILES + 1))}
+    best = min(shares, key=lambda n: (shares[n], -n))
+    return best if shares[best] < 0.97 * shares[USUAL_TILES] else USUAL_TILES
 
 
 def winograd_shares(form: ConvForm, t: Target) -> tuple[tuple[int, int, int], ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from graphopt.autotune.space import Level, LoopNest, Schedule
-from graphopt.backends.tvm.convform import ConvForm, conv_of
+from graphopt.backends.tvm.convform import ConvForm, conv_of, tiles_a_task
 from graphopt.backends.tvm.prepare import expand_rows
 from graphopt.backends.tvm.shapes import row_shape
 from graphopt.backends.tvm.support import REDUCTIONS, is_materialized
@@ -49,8 +49,7 @@ def conv_loops(graph: Graph, t: Target) -> Loops:
     def loops(s: Schedule) -> LoopNest:
         mr, nr, lanes, unroll = s["rows"], s["columns"], s["lanes"], s["unroll"]
         panels, count = groups * -(-filters // nr), -(-pixels // mr)
-        pieces = max(1, 32 // panels, -(-count // s["tiles"]))
-        tiles = max(1, -(-count // pieces))
+        tiles = tiles_a_task(count, panels, s["tiles"], s["tasks"])
         pieces = -(-count // tiles)
         tasks, depth = panels * pieces, form.depth
         block = depth if depth <= s["block"] * 3 // 2 else min(depth, s["block"])

@@ -333,7 +333,7 @@ def _write_winograd(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.convform import ConvForm, conv_of, tile_rows
+    from graphopt.backends.tvm.convform import USUAL_TILES, ConvForm, conv_of, even_tiles, tile_rows
 
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
@@ -346,17 +346,21 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     # a thread that takes the same pixels in every layer finds them in its own cache: worth it where they are more than the weights
     deep = isinstance(written, int) and isinstance(read, int) and written + read < weights
     block = 512 if t.cache[1] >= 1 << 20 else 256  # of a panel: an eighth of the cache that it is read from again and again
+    split, tasks = "panels" if deep else "pixels", 4 * t.cores
+    tiles = USUAL_TILES
+    if isinstance(form.pixels, int):
+        tiles = even_tiles(-(-form.pixels // rows[0]), form.groups * -(-form.filters // columns), tasks, split, t.cores)
     return (
         Param("lanes", (lanes if columns % lanes == 0 else columns,)),
         Param("rows", rows, "tile"),
         Param("columns", (columns,), "tile"),
         Param("unroll", (4, 2, 8)),
-        Param("tiles", (12, 2, 4, 6, 8, 16, 24, 48), "tasks"),
+        Param("tiles", tuple(dict.fromkeys((tiles, 12, 8, 16, 6, 4, 24, 2, 48))), "tasks"),
         Param("block", tuple(dict.fromkeys((block, 64, 128, 256, 384, 512))), "tasks"),
         Param("fetch", (far, not far)),
-        Param("split", ("panels", "pixels") if deep else ("pixels", "panels"), "tasks"),
+        Param("split", (split, "pixels" if deep else "panels"), "tasks"),
         Param("ahead", (True, False)),
-        Param("tasks", (4 * t.cores, 32 * t.cores), "tasks"),
+        Param("tasks", (tasks, t.cores, 32 * t.cores), "tasks"),
         Param("parallel", (True, False), "tasks"),
     )
 

@@ -11,7 +11,7 @@ from tvm_check import B, H, check, sizes, values
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.tvm.backend import TvmBackend
-from graphopt.backends.tvm.convform import ConvForm, conv_of, tile_rows
+from graphopt.backends.tvm.convform import ConvForm, busiest, conv_of, tile_rows, tiles_a_task
 from graphopt.ir import Builder, Graph, TensorType, Value, dims, types
 from graphopt.passes.layout.pack_filters import pack, unpack
 from graphopt.target import Target, detect
@@ -192,3 +192,18 @@ def test_one_image_of_unknown_size() -> None:
         for size in (21, 34):
             x = torch.randn(1, 3, size, size)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_tasks_are_shared_evenly() -> None:
+    assert tiles_a_task(56, 4, 12, 8) == 12  # five pieces: four of twelve tiles, one of eight
+    assert tiles_a_task(4, 4, 12, 2) == 4  # few tasks wanted: a panel is read once for all its tiles
+    uneven, even = (busiest(56, 4, n, 8, "pixels", 2) for n in (12, 8))
+    assert even == pytest.approx(1 + 0.25 * 28 / 224)  # of 28 tasks each costs a quarter of a tile by itself
+    assert uneven == pytest.approx((120 + 0.25 * 10) / 112)  # ten tasks each, but the short ones are all with one thread
+    w, t = Workload.of(conv((1, 56, 56, 64), (3, 3, 16, 128), stride=2, padding=1, groups=4), "conv"), detect()
+    template = next(x for x in TvmBackend().templates(w, t) if x.name == "conv")
+    chosen = template.space(w, t).default()
+    tiles = next(p for p in template.space(w, t).params if p.name == "tiles").choices
+    count = -(-28 * 28 // chosen["rows"])
+    share = {n: busiest(count, 4 * -(-32 // chosen["columns"]), n, chosen["tasks"], chosen["split"], t.cores) for n in tiles}
+    assert share[chosen["tiles"]] <= 1.03 * min(share.values())
