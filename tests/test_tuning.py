@@ -117,15 +117,15 @@ def test_bad_templates_are_tried_and_none_is_chosen(tmp_path: Path, monkeypatch:
 
 # --- killed at any moment ----------------------------------------------------------------------------------------------
 
-TRIALS, KILLS = 24, 20
+TRIALS, KILLS, SEED = 24, 20, 0
 
 
 def tune_all(found: list[Task], file: Path) -> int:
     """Tune to a number of trials in all, going on with whatever there is."""
     database = Database(file)
-    run = Run(detect(), database, 1, batch=BATCH, timing=Timing(floor=0.002, recheck=0.004))
-    last = last_run(database, found, run.target, 1) or ""
-    return tune(found, Run(**{**vars(run), "run": last}), Budget(trials=TRIALS)).trials
+    last = last_run(database, found, detect(), 1) or ""
+    run = Run(detect(), database, 1, run=last, workers=1, batch=BATCH, timing=Timing(floor=0.002, recheck=0.004))
+    return tune(found, run, Budget(trials=TRIALS)).trials
 
 
 def forked(found: list[Task], file: Path) -> int:
@@ -167,7 +167,7 @@ def no_process_of(pid: int) -> bool:
 def test_a_tuner_that_is_killed_at_random_moments_makes_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
     found = tasks(tmp_path / "cache")
     assert tune_all(found, tmp_path / "undisturbed.db") == TRIALS
-    rng, file, seen = Random(0), tmp_path / "killed.db", dict[str, None]()
+    rng, file, seen = Random(SEED), tmp_path / "killed.db", dict[str, None]()
     kills = 0
     while kills < KILLS:
         pid = forked(found, file)
