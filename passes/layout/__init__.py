@@ -1,10 +1,11 @@
 """Layouts: how tensors lie in memory so that kernels read them straight."""
 
 from graphopt.passes.layout.conv_layout import ConvLayout
+from graphopt.passes.layout.output_order import OutputOrder
 from graphopt.passes.layout.pack_filters import PackFilters
 from graphopt.passes.layout.pack_weights import PackWeights
 from graphopt.passes.layout.share_packed import SharePacked
 from graphopt.passes.layout.unflatten import Unflatten
 from graphopt.passes.layout.winograd import WinogradFilters
 
-__all__ = ["ConvLayout", "PackFilters", "PackWeights", "SharePacked", "Unflatten", "WinogradFilters"]
+__all__ = ["ConvLayout", "OutputOrder", "PackFilters", "PackWeights", "SharePacked", "Unflatten", "WinogradFilters"]
