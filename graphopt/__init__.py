@@ -17,6 +17,7 @@ from graphopt.errors import GraphoptError
 if TYPE_CHECKING:
     from graphopt.model import CompiledModel, compile
     from graphopt.options import Options
+    from graphopt.quantization import quantize
     from graphopt.report import Report, clear_reports, reports
     from graphopt.weights import refresh
 
@@ -25,9 +26,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "CompiledModel": "graphopt.model", "compile": "graphopt.model", "Options": "graphopt.options", "Report": "graphopt.report",
     "reports": "graphopt.report", "clear_reports": "graphopt.report", "refresh": "graphopt.weights",
+    "quantize": "graphopt.quantization",
 }  # fmt: skip
 
-__all__ = ["CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "refresh", "reports"]
+__all__ = [
+    "CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "quantize", "refresh", "reports",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

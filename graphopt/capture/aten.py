@@ -27,6 +27,7 @@ Number: TypeAlias = bool | int | float | complex | sympy.Expr
 Entry: TypeAlias = Callable[..., Any]
 
 TABLE: dict[str, Entry] = {}
+NAMESPACES = ("prims.", "graphopt.", "quantized_decomposed.")  # of operators that are no aten ones
 
 
 class Decline(Exception):
@@ -38,7 +39,7 @@ def lowers(*targets: str) -> Callable[[Entry], Entry]:
 
     def register(entry: Entry) -> Entry:
         for t in targets:
-            name = t if t.startswith("prims.") else f"aten.{t}"
+            name = t if t.startswith(NAMESPACES) else f"aten.{t}"
             if name.count(".") == 1:
                 name += ".default"
             if name in TABLE:

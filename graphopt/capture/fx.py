@@ -17,6 +17,7 @@ from graphopt.capture import (
     aten_nn,
     aten_pad,
     aten_pointwise,
+    aten_quantize,
     aten_reduce,
     aten_scan,
     aten_scatter,
@@ -48,8 +49,8 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.types import DType, TensorType
 
 PAGES = (  # importing fills the table
-    aten_pointwise, aten_activation, aten_shape, aten_pad, aten_create, aten_index, aten_scatter, aten_reduce, aten_scan, aten_nn,
-    aten_window,
+    aten_pointwise, aten_activation, aten_shape, aten_pad, aten_create, aten_index, aten_scatter, aten_quantize, aten_reduce, aten_scan,
+    aten_nn, aten_window,
 )  # fmt: skip
 
 _IGNORED = (  # checks of what tracing has established already

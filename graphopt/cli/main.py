@@ -14,6 +14,7 @@ from graphopt.cli.db import app as db
 from graphopt.cli.doctor import doctor
 from graphopt.cli.explain import explain
 from graphopt.cli.opt import opt
+from graphopt.cli.quantize import quantize_command
 from graphopt.cli.tune import tune_command
 from graphopt.errors import GraphoptError
 
@@ -26,6 +27,7 @@ graphopt opt mlp.gir --pipeline canonicalize,fuse    run passes on IR text, prin
 graphopt explain model.py:make                       compile a model, tell what was done and why
 graphopt bench bert mlp                              times beside other systems and the machine's limits
 graphopt tune bert --budget 10m                      find faster schedules for its kernels, and keep them
+graphopt quantize model.py:make --scheme int4-weight  weights as small integers; what it costs and gains
 graphopt db ls                                       what was tuned; show, export, import, merge, prune
 graphopt doctor                                      what is installed, what was found, what is missing
 
@@ -88,6 +90,7 @@ app.command("explain")(explain)
 app.command("bench")(bench)
 app.command("tune")(tune_command)
 app.add_typer(db, name="db")
+app.command("quantize")(quantize_command)
 app.command("doctor")(doctor)
 
 

@@ -1,0 +1,126 @@
+"""Quantized linear layers as PyTorch modules: small integers, scales and zero points as buffers, saved and loaded as any others.
+
+In eager the weight is dequantized at each call; compiled by graphopt, the kernel reads the integers. The operator
+``graphopt::dequantize_groups`` stands for what happens in between, so that a captured graph still tells.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from graphopt.errors import UsageError
+from graphopt.passes.quantization.scheme import Scheme
+
+_TINY = 1e-30  # scale of a group of zeros
+
+_LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "dequantize_groups(Tensor integers, Tensor scales, Tensor? zeros, int bits, int columns) -> Tensor"
+)
+
+
+def dequantize_groups(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, columns: int) -> torch.Tensor:
+    """The weight ``[N, K]`` of packed rows.
+
+    Args:
+        integers: ``[N, K' * bits / 8]``: i8 or u8 of 8 bits; of fewer, u8 with several in a byte, the first in the lowest bits. Signed
+            unless there are zero points.
+        scales: ``[N, G]`` f32, of the G groups of a row's K' elements; ``zeros``: likewise, u8.
+        columns: K, at most K'.
+    """
+    q = integers
+    if bits < 8:
+        parts = [(integers >> (bits * i)) & ((1 << bits) - 1) for i in range(8 // bits)]
+        q = torch.stack(parts, -1).flatten(-2).to(torch.int8)
+        if zeros is None:
+            q = torch.where(q >= 1 << (bits - 1), q - (1 << bits), q)
+    grouped = q.reshape(*scales.shape, -1).to(scales.dtype)
+    grouped = grouped if zeros is None else grouped - zeros.unsqueeze(-1).to(scales.dtype)
+    return (grouped * scales.unsqueeze(-1)).flatten(-2)[:, :columns].contiguous()
+
+
+_LIBRARY.impl("dequantize_groups", dequantize_groups, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def quantize_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Round a weight ``[N, K]`` to the nearest: what :func:`dequantize_groups` takes, as the pass ``quantize-weights`` computes it.
+
+    Raises:
+        UsageError: the weight has elements that are no finite numbers; names it.
+    """
+    w = weight.detach().to(torch.float32)
+    if not bool(torch.isfinite(w).all()):
+        count = int((~torch.isfinite(w)).sum())
+        raise UsageError(f"{name} cannot be quantized: {count} of its {w.numel()} elements are infinite or no numbers")
+    n, k = w.shape
+    bits, group = scheme.bits, scheme.group or -(-k // (8 // scheme.bits)) * (8 // scheme.bits)
+    groups = -(-k // group)
+    rows = functional.pad(w, (0, groups * group - k)).reshape(n, groups, group)
+    zeros = None
+    if scheme.zero_points:
+        low, high = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
+        scales = ((high - low) * (1 / ((1 << bits) - 1))).clamp_min(_TINY)
+        zeros = torch.round(-low * scales.reciprocal()).clamp(0, (1 << bits) - 1).to(torch.uint8)
+        q = torch.round(rows * scales.reciprocal().unsqueeze(-1)) + zeros.unsqueeze(-1)
+        q = q.clamp(0, (1 << bits) - 1)
+    else:
+        most = (1 << (bits - 1)) - 1
+        scales = (rows.abs().amax(-1) * (1 / most)).clamp_min(_TINY)
+        q = torch.round(rows * scales.reciprocal().unsqueeze(-1)).clamp(-most - 1, most)
+    return pack_rows(q.reshape(n, -1), bits, signed=zeros is None), scales, zeros
+
+
+def pack_rows(q: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+    """Integers ``[N, K]`` as bytes ``[N, K * bits / 8]``."""
+    if bits == 8:
+        return q.to(torch.int8 if signed else torch.uint8)
+    parts = (q.to(torch.int32) & ((1 << bits) - 1)).reshape(q.shape[0], -1, 8 // bits)
+    shifts = torch.arange(0, 8, bits, device=q.device, dtype=torch.int32)
+    return (parts << shifts).sum(-1).to(torch.uint8)
+
+
+class QuantizedLinear(nn.Module):
+    """``x @ w.T + bias`` with ``w`` stored as small integers. See :func:`dequantize_groups` for the buffers.
+
+    Args:
+        integers, scales, zeros: of the weight.
+        columns: input features.
+        scheme: as users write it.
+    """
+
+    integers: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __init__(self, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bias: torch.Tensor | None, columns: int,
+                 scheme: str) -> None:  # fmt: skip
+        super().__init__()
+        self.scheme, self.bits, self.in_features, self.out_features = scheme, Scheme.parse(scheme).bits, columns, integers.shape[0]
+        self.register_buffer("integers", integers)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+
+    @staticmethod
+    def of(weight: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, name: str = "weight") -> QuantizedLinear:
+        """A layer from its float weight ``[out, in]``, rounded to the nearest."""
+        return QuantizedLinear(*quantize_groups(weight, scheme, name), bias, weight.shape[1], str(scheme))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight ``[out, in]`` in f32, computed anew."""
+        stored = self.integers, self.scales, self.zeros
+        return torch.ops.graphopt.dequantize_groups(*stored, self.bits, self.in_features)  # type: ignore[no-any-return]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as stored."""
+        return sum(x.nbytes for x in (self.integers, self.scales, self.zeros) if x is not None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, scheme={self.scheme!r}"

@@ -1,0 +1,214 @@
+"""graphopt.quantize and the option: errors against f64, saving and loading, the ledger, what is left and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.errors import UsageError
+from graphopt.ledger import Entry, Ledger
+from graphopt.passes.quantization.scheme import Scheme
+from graphopt.quantization import _families, _replaced
+from graphopt.quantized_linear import QuantizedLinear, dequantize_groups, quantize_groups
+
+SCHEMES = ("int8-weight", "int8-weight-g64-zp", "int4-weight", "int4-weight-g128-zp", "int2-weight")
+
+
+class Block(nn.Module):
+    """A gate, a residual, a head without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(128, 200), nn.Linear(128, 200), nn.Linear(200, 128)
+        self.norm, self.head = nn.LayerNorm(128), nn.Linear(128, 150, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.head(self.norm(x))
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[::2])
+def test_compiled_is_as_exact_as_eager(block: Block, scheme: str) -> None:
+    """Against the same integers in f64: the kernels' error is a rounding of f32, whatever the bits."""
+    made = graphopt.quantize(block, scheme=scheme, least=1)
+    wide = Block().double().eval()
+    state = {name: x.double() for name, x in block.state_dict().items()}
+    for name, m in made.named_modules():
+        if isinstance(m, QuantizedLinear):
+            zeros = None if m.zeros is None else m.zeros
+            state[f"{name}.weight"] = dequantize_groups(m.integers, m.scales.double(), zeros, m.bits, m.in_features)
+    wide.load_state_dict(state)
+    for rows in (1, 40):
+        x = torch.randn(rows, 128)
+        compiled = graphopt.compile(made, (x,), strict=True)
+        with torch.no_grad():
+            true = wide(x.double())
+            assert error(compiled(x), true) <= max(4 * error(made(x), true), 2e-6)
+        templates = [json.loads(k.schedule)["template"] for k in compiled.report.kernels if k.kind == "matmul"]
+        assert set(templates) == {"quantized" if rows <= 8 else "tile"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:4:2])
+def test_the_option_is_the_same_rounding(block: Block, scheme: str) -> None:
+    x = torch.randn(3, 128)
+    made = graphopt.quantize(block, scheme=scheme)
+    with torch.no_grad():
+        torch.testing.assert_close(graphopt.compile(block, (x,), quantize=scheme)(x), made(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_option_follows_the_weights(block: Block) -> None:
+    x = torch.randn(1, 128)
+    compiled = graphopt.compile(block, (x,), quantize="int8-weight")
+    before = compiled(x)
+    with torch.no_grad():
+        block.head.weight.mul_(2.0)
+        torch.testing.assert_close(compiled(x), 2 * before)
+
+
+def test_any_number_of_rows(block: Block) -> None:
+    x = torch.randn(6, 128)
+    made = graphopt.quantize(block, scheme="int4-weight")
+    rows = torch.export.Dim("rows", min=1, max=64)
+    compiled = graphopt.compile(made, (x,), dynamic_shapes=({0: rows},))
+    for n in (1, 6, 33):
+        x = torch.randn(n, 128)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), made(x), rtol=1e-4, atol=1e-5)
+
+
+def test_saved_and_loaded(block: Block) -> None:
+    x = torch.randn(2, 128)
+    made = graphopt.quantize(block, (x,), scheme="int4-weight", measure=False)
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), made(x))
+        torch.testing.assert_close(graphopt.compile(loaded, (x,))(x), made(x), rtol=1e-4, atol=1e-5)
+    assert loaded.ledger == made.ledger
+    other = graphopt.quantize(Block().eval(), scheme="int4-weight")
+    other.load_state_dict(made.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(x), made(x))
+
+
+def test_bytes(block: Block) -> None:
+    """The arithmetic minimum: bits an element, and a scale (and a zero point) a group."""
+    for scheme, bits in (("int8-weight-g64", 8 + 32 / 64), ("int4-weight-g128-zp", 4 + 40 / 128)):
+        made = QuantizedLinear.of(torch.randn(256, 512), None, Scheme.parse(scheme))
+        assert made.nbytes == 256 * 512 * bits / 8
+
+
+def test_the_ledger(block: Block) -> None:
+    x = torch.randn(1, 128)
+    made = graphopt.quantize(block, (x,), scheme="int8-weight", revert=False, keep=["head"])
+    ledger = made.ledger
+    entries = {e.name: e for e in ledger.entries}
+    assert list(entries) == ["gate", "up", "down", "head"]
+    assert entries["head"].verdict == "left: as asked" and type(made.head) is nn.Linear
+    for name in ("gate", "up", "down"):
+        e = entries[name]
+        assert e.quantized and e.kernel == "quantized" and e.seconds and e.float_seconds and e.bytes_read
+        assert 0 < e.weight_error < 0.01 and 0 < e.output_error < 0.02 and e.bytes < 0.3 * e.float_bytes
+    assert entries["gate"].together == ("gate", "up") and entries["down"].together == ("down",)
+    assert 0 < ledger.output_error < 0.02 and ledger.bytes_saved == sum(e.float_bytes - e.bytes for e in ledger.entries)
+    assert json.loads(json.dumps(ledger.to_json()))["entries"][0]["name"] == "gate"
+    assert "gate" in ledger.table() and "3 of 4 weights quantized" in ledger.summary()
+
+
+def test_what_is_slower_is_put_back(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(model, result, entries, ledger, args, kwargs, options):
+        for name, e in entries.items():
+            e.seconds, e.float_seconds = (2.0, 1.0) if name == "down" else (1.0, 2.0)
+
+    monkeypatch.setattr("graphopt.quantization._measure", measure)
+    made = graphopt.quantize(block, (torch.randn(1, 128),), scheme="int8-weight", least=1)
+    assert type(made.down) is nn.Linear and isinstance(made.gate, QuantizedLinear)
+    entries = {e.name: e for e in made.ledger.entries}
+    assert entries["down"].verdict.startswith("reverted: slower") and entries["down"].bytes == entries["down"].float_bytes
+    assert made.ledger.seconds is not None and "1 reverted" in made.ledger.summary()
+
+
+def test_what_is_left(block: Block) -> None:
+    head = nn.Linear(4, 5000, dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Embedding(200, 128), nn.Linear(128, 200, bias=False), nn.Linear(200, 4), head)
+    model[1].weight = model[0].weight
+    ledger = graphopt.quantize(model, scheme="int8-weight").ledger
+    assert [e.verdict for e in ledger.entries] == [
+        "left: its weight is that of 0, too", "left: 800 elements are too few", "left: its weight is bfloat16"
+    ]  # fmt: skip
+
+
+def test_tensors_are_shared_and_the_model_stays(block: Block) -> None:
+    before = {k: v.clone() for k, v in block.state_dict().items()}
+    made = graphopt.quantize(block, scheme="int4-weight")
+    assert made.norm.weight is block.norm.weight and made.gate.bias is block.gate.bias and type(block.gate) is nn.Linear
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+    assert _replaced(block, {}).gate is not block.gate
+
+
+def test_conv1d_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    layer = nn.Sequential(transformers.pytorch_utils.Conv1D(200, 128))
+    x = torch.randn(3, 128)
+    made = graphopt.quantize(layer, scheme="int8-weight")
+    with torch.no_grad():
+        assert error(made(x), layer(x).double()) < 0.02 and made[0].out_features == 200
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(block: Block, bad: float) -> None:
+    with torch.no_grad():
+        block.up.weight[3, 5] = bad
+    with pytest.raises(UsageError, match=r"up\.weight cannot be quantized: 1 of its 25600 elements"):
+        graphopt.quantize(block, scheme="int4-weight")
+
+
+def test_zeros_and_denormals() -> None:
+    w = torch.randn(4, 64)
+    w[1], w[2] = 0.0, 1e-40
+    for scheme in SCHEMES:
+        q = QuantizedLinear.of(w, None, Scheme.parse(scheme))
+        assert not q.weight[1].any() and bool(torch.isfinite(q.weight).all())
+
+
+def test_wrong_requests(block: Block) -> None:
+    with pytest.raises(UsageError, match="there is no scheme"):
+        graphopt.quantize(block, scheme="int5-weight")
+    with pytest.raises(UsageError, match="fits none of the linear layers"):
+        graphopt.quantize(block, keep=["haed"])
+    with pytest.raises(UsageError, match="there is no scheme"):
+        graphopt.compile(block, (torch.randn(1, 128),), quantize="int8")
+    with pytest.raises(UsageError, match="frozen"):
+        graphopt.Options(quantize="int8-weight", freeze=False)
+
+
+def test_rounding_is_that_of_the_pass() -> None:
+    q, scales, zeros = quantize_groups(torch.tensor([[-7.0, 3.5, 0.0, 1.2]]), Scheme.parse("int4-weight-g32"))
+    assert zeros is None and scales.tolist() == [[1.0]]
+    assert dequantize_groups(q, scales, zeros, 4, 4).tolist() == [[-7.0, 4.0, 0.0, 1.0]]  # halves to even
+
+
+def test_families() -> None:
+    assert _families([("a", "b"), ("c",), ("b", "c"), ("d",)]) == [("a", "b", "c"), ("d",)]
+
+
+def test_a_ledger_of_what_is_slower() -> None:
+    text = Ledger("int8-weight", [Entry("a", (2, 2), "int8-weight", "quantized", 16, 8)], seconds=2.0, float_seconds=1.0).summary()
+    assert "slower: 0.50 times as fast" in text
