@@ -80,7 +80,7 @@ class CostModel:
 
         nests = _nests(spaces)
         rows = np.stack([self._features(w, target, s, nests) for s in schedules])
-        return [float(x) for x in self._trees.predict(xgboost.DMatrix(rows))]
+        return [float(x) for x in self._trees.predict(xgboost.DMatrix(rows, nthread=1))]
 
     # --- keeping it --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class CostModel:
         import xgboost
 
         labels = self._labels()
-        data = xgboost.DMatrix(np.stack(self._rows), label=labels, weight=np.maximum(labels, 0.05))
+        data = xgboost.DMatrix(np.stack(self._rows), label=labels, weight=np.maximum(labels, 0.05), nthread=1)
         self._trees = xgboost.train({**_PARAMS, "seed": self.seed, "objective": "reg:squarederror"}, data, _ROUNDS)
         self._fitted = len(self._rows)
 

@@ -1,7 +1,7 @@
 """Evolutionary search: which candidates of a workload to measure next.
 
 The first candidates are every sketch's default, the seeds (what was best for this workload elsewhere, or for a similar one) and
-random points. Later ones descend from the best that was measured, by the moves of :mod:`moves`; a cost model, once it has learned
+random points. Later ones descend from the best that was measured, by the moves of :mod:`sketch`; a cost model, once it has learned
 enough, ranks a population over several generations, and only its favourites are measured. A share of every batch is random
 whatever the model thinks (epsilon-greedy). Nothing is proposed twice, and nothing that a constraint rejects; the reasons are
 counted. A space that is small enough is enumerated, so that its end is known. Same seed and same results, same candidates.
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from graphopt.autotune.moves import Sketch, sketches_of
 from graphopt.autotune.records import Measured
+from graphopt.autotune.sketch import Sketch, sketches_of
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.target import Target
 

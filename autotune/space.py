@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -140,12 +141,35 @@ class LoopNest:
     moved: float = 0.0
 
 
+class Rule(str, Enum):
+    """A derivation rule: one step from what a workload computes to the loops that compute it. A sketch is what some rules yield.
+
+    What a rule leaves open (sizes of tiles, widths of vectors, who does what) are the sketch's knobs.
+
+    Reference: Zheng et al., "Ansor: Generating High-Performance Tensor Programs for Deep Learning", OSDI 2020, section 4.1.
+    """
+
+    FLAT = "flat"  # the elements of the result in memory's order, in pieces: nothing is used twice
+    INLINE = "inline"  # what stands before is computed where it is used
+    ROWS = "rows"  # row by row: what is summed over a row is at hand for what uses it
+    TILE = "multi-level tiling"  # tasks, tiles of registers, steps of the summed axis
+    FUSE = "fused consumer"  # what stands behind is computed on a tile before it is stored
+    PACK = "packed operand"  # an operand is copied into the order in which tiles read it, or is held so
+    CACHE_WRITE = "cache write"  # sums of several tiles are kept near while a block of the summed axis is used by all of them
+    PIECES = "divided tasks"  # lines and channels of a task of any size
+    TURN = "turned tasks"  # threads divide the other axis first
+    TENSORIZE = "tensorization"  # instructions that multiply pairs, or whole tiles
+    SPLIT_NUMBERS = "split numbers"  # a number of f32 as a sum of narrower ones
+    WINOGRAD = "winograd"  # Winograd's transform: fewer multiplications
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """All schedules of a template for a workload; the default is always among them.
 
     Attributes:
         sketches: structures that have the same knobs.
+        rules: what yielded each sketch, by its name.
         nest: the loops of a schedule, for a cost model; None where a template does not tell.
     """
 
@@ -154,6 +178,7 @@ class SearchSpace:
     params: tuple[Param, ...] = ()
     constraints: tuple[Constraint, ...] = field(default_factory=tuple)
     nest: Callable[[Schedule], LoopNest] | None = field(default=None, compare=False)
+    rules: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict, compare=False)
 
     def default(self) -> Schedule:
         """The schedule that needs no tuning: the first sketch, the first choice of every knob."""

@@ -178,17 +178,18 @@ def play(name: str, table: dict[Schedule, Measured], seed: int, model: Model | N
         yield results
 
 
-def trials_until(runs: Iterator[list[tuple[Schedule, Measured]]], limit: float, most: int) -> int:
-    """Trials until a candidate took no longer than ``limit``; ``most`` if none did in as many."""
+def trials_until(runs: Iterator[list[tuple[Schedule, Measured]]], limits: Sequence[float], most: int) -> list[int]:
+    """Trials until a candidate took no longer than each of the limits, the longest first; ``most`` if none did in as many."""
+    found: list[int] = []
     count = 0
     for results in runs:
         for _, m in results:
             count += 1
-            if m.seconds is not None and m.seconds <= limit:
-                return count
-        if count >= most:
+            while m.seconds is not None and len(found) < len(limits) and m.seconds <= limits[len(found)]:
+                found.append(count)
+        if count >= most or len(found) == len(limits):
             break
-    return most
+    return found + [most] * (len(limits) - len(found))
 
 
 def judge(folder: Path, names: Sequence[str], seeds: int, trials: int, batch: int) -> None:
@@ -202,13 +203,15 @@ def judge(folder: Path, names: Sequence[str], seeds: int, trials: int, batch: in
     for name in names:
         table = recorded(folder, name)
         ok = [m.seconds for m in table.values() if m.seconds is not None]
-        for near in NEAR:
-            cells = []
-            for learned, epsilon, listed in ways.values():
-                counts = [trials_until(play(name, table, k, CostModel() if learned else None, epsilon, batch, listed),
-                                       near * min(ok), len(table)) for k in range(seeds)]  # fmt: skip
-                cells.append(f"{median(counts):.0f}  ({min(counts)}-{max(counts)})")
-            found.add_row(name if near == NEAR[0] else "", str(len(ok)), f"{near:.2f}", *cells)
+        limits = [near * min(ok) for near in NEAR]
+        counts = [
+            [trials_until(play(name, table, k, CostModel() if learned else None, epsilon, batch, listed), limits, len(table))
+             for k in range(seeds)]
+            for learned, epsilon, listed in ways.values()
+        ]  # fmt: skip
+        for i, near in enumerate(NEAR):
+            cells = [f"{median(c[i] for c in way):.0f}  ({min(c[i] for c in way)}-{max(c[i] for c in way)})" for way in counts]
+            found.add_row(name if i == 0 else "", str(len(ok)), f"{near:.2f}", *cells)
         ranks.add_row(name, *rank_quality(name, table, seeds, trials, batch))
     console.print(found)
     console.print(ranks)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt.autotune.space import Constraint, LoopNest, Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
+from graphopt.backends.tvm.rules import RULES
 from graphopt.errors import BuildError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph
@@ -56,8 +57,10 @@ class Template:
     def spaces(self, w: Workload, t: Target) -> tuple[SearchSpace, ...]:
         """All schedules, the space of the default first."""
         if self.spaces_of is not None:
-            return self.spaces_of(w, t)
-        return (SearchSpace(self.name, params=self.params(w, t), nest=self.nest and self.nest(w, t)),)
+            found = self.spaces_of(w, t)
+        else:
+            found = (SearchSpace(self.name, params=self.params(w, t), nest=self.nest and self.nest(w, t)),)
+        return tuple(replace(space, rules={name: RULES[self.name, name] for name in space.sketches}) for space in found)
 
     def emit(self, w: Workload, s: Schedule, t: Target) -> KernelSource:
         """The kernel as a TensorIR function; its text is TVMScript."""

@@ -12,9 +12,9 @@ from synthetic import TARGET, WORKLOAD, measured, seconds, space
 
 from graphopt.autotune import cost_model
 from graphopt.autotune.cost_model import LEAST, CostModel, pairwise_accuracy
-from graphopt.autotune.moves import Sketch
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.search import Evolution, Search
+from graphopt.autotune.sketch import Sketch
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.errors import UsageError
 

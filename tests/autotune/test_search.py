@@ -8,9 +8,10 @@ from statistics import median
 import pytest
 from synthetic import TARGET, TILE, WORKLOAD, measured, seconds, small, space
 
-from graphopt.autotune.moves import Sketch, move
+from graphopt.autotune.moves import move
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.search import Evolution, Search
+from graphopt.autotune.sketch import Sketch
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace
 
 LARGE = space()

@@ -10,7 +10,7 @@ import torch
 from families import families, inputs
 from tvm_check import check
 
-from graphopt.autotune.moves import sketches_of
+from graphopt.autotune.sketch import sketches_of
 from graphopt.autotune.space import LoopNest, Workload
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.backends.tvm.build import load_kernel
@@ -84,3 +84,28 @@ def _flops(node) -> float:
     from graphopt.ir.work import flops
 
     return float(flops(node))
+
+
+def test_every_sketch_says_which_rules_yielded_it() -> None:
+    target, found = detect(), dict.fromkeys(list[str]())
+    for graph, kind in families(target).values():
+        w = Workload.of(graph, kind)
+        for template in TvmBackend().templates(w, target):
+            for sketch in sketches_of(template.spaces(w, target)):
+                assert sketch.rules and len(set(sketch.rules)) == len(sketch.rules), str(sketch)
+                found[str(sketch)] = None
+    assert "tile/blocked (inline, multi-level tiling, fused consumer, packed operand, cache write)" in found
+    assert "nest/default (flat, inline)" in found
+
+
+def test_what_a_constraint_rejects_it_rejects_with_a_reason() -> None:
+    target, rng = detect(), Random(1)
+    graph, kind = families(target)["matmul: packed, 35 rows"]
+    w = Workload.of(graph, kind)
+    reasons = dict.fromkeys(list[str]())
+    for template in TvmBackend().templates(w, target):
+        for sketch in sketches_of(template.spaces(w, target)):
+            for s in (sketch.random(rng) for _ in range(300)):
+                reasons[sketch.space.rejection(s) or ""] = None
+    assert "" in reasons
+    assert any(len(r.split()) > 3 for r in reasons), reasons

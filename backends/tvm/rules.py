@@ -1,0 +1,25 @@
+"""Which derivation rules yield the sketches of the templates: (template, sketch) -> rules, in order. Needs no tvm."""
+
+from __future__ import annotations
+
+from graphopt.autotune.space import Rule
+
+_FUSED = (Rule.INLINE, Rule.TILE, Rule.FUSE)
+_TILED = (*_FUSED, Rule.PACK)
+
+RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
+    ("nest", "default"): (Rule.FLAT, Rule.INLINE),
+    ("rows", "default"): (Rule.ROWS, Rule.INLINE, Rule.FUSE),
+    ("tile", "default"): _TILED,
+    ("tile", "rows-first"): (*_TILED, Rule.TURN),
+    ("tile", "blocked"): (*_TILED, Rule.CACHE_WRITE),
+    ("tile", "blocked-rows-first"): (*_TILED, Rule.CACHE_WRITE, Rule.TURN),
+    ("pairs", "default"): (*_TILED, Rule.TENSORIZE),
+    ("quantized", "default"): (*_TILED, Rule.TENSORIZE),
+    ("thirds", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
+    ("conv", "default"): (*_TILED, Rule.CACHE_WRITE),
+    ("winograd", "default"): (Rule.WINOGRAD, *_TILED),
+    ("depthwise", "default"): _FUSED,
+    ("depthwise", "pieces"): (*_FUSED, Rule.PIECES),
+    ("flash", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE),
+}
