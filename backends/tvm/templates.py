@@ -60,7 +60,7 @@ class Template:
             found = self.spaces_of(w, t)
         else:
             found = (SearchSpace(self.name, params=self.params(w, t), nest=self.nest and self.nest(w, t)),)
-        return tuple(replace(space, rules={name: RULES[self.name, name] for name in space.sketches}) for space in found)
+        return tuple(replace(space, rules={name: RULES.get((self.name, name), ()) for name in space.sketches}) for space in found)
 
     def emit(self, w: Workload, s: Schedule, t: Target) -> KernelSource:
         """The kernel as a TensorIR function; its text is TVMScript."""
