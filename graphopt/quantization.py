@@ -203,6 +203,8 @@ def _measure(model: nn.Module, result: nn.Module, entries: Mapping[str, Entry], 
              kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:  # fmt: skip
     """Time both models' kernels in turns, and put times beside the weights that they multiply by."""
     compiled = [compile(m, args, kwargs, **options) for m in (model, result)]
+    if not all(isinstance(c._compiled, CompiledGraph) for c in compiled):
+        return  # library calls as a whole: there are no kernels to time
     profiles: list[list[Profile]] = [[], []]
     for _ in range(_TURNS):
         for c, found in zip(compiled, profiles, strict=True):

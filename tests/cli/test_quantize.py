@@ -1,0 +1,50 @@
+"""``graphopt quantize``: the ledger as a table and as JSON, the files that it writes, wrong requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from graphopt.cli.main import app
+
+MODEL = '''
+import torch
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 128)).eval(), (torch.randn(2, 128),)
+'''
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "quantized_model.py").write_text(MODEL)
+    return f"{tmp_path}/quantized_model.py:make"
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, ["quantize", *args])
+
+
+def test_table_and_files(model: str, tmp_path: Path) -> None:
+    done = run(model, "--scheme", "int4-weight-g32", "--no-measure", "--out", str(tmp_path / "q"))
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 weights quantized" in done.output and "256x128" in done.output
+    loaded = torch.load(tmp_path / "q" / "model.pt", weights_only=False)
+    ledger = json.loads((tmp_path / "q" / "ledger.json").read_text())
+    assert [e["name"] for e in ledger["entries"]] == ["0", "2"] and loaded(torch.randn(2, 128)).shape == (2, 128)
+    assert ledger["bytes_saved"] == 2 * 128 * 256 * 4 - sum(e["bytes"] for e in ledger["entries"])
+
+
+def test_json_and_keep(model: str) -> None:
+    done = run(model, "--keep", "2", "--no-measure", "--json")
+    assert [e["verdict"] for e in json.loads(done.output)["entries"]] == ["quantized", "left: as asked"]
+
+
+@pytest.mark.parametrize(("args", "words"), [(("--scheme", "int9-weight"), "there is no scheme"), (("--keep", "7"), "fits none")])
+def test_wrong_requests(model: str, args: tuple[str, str], words: str) -> None:
+    done = run(model, "--no-measure", *args)
+    assert done.exit_code == 2 and words in done.output
