@@ -139,6 +139,7 @@ class Extra:
         p = form.parts
         self.tables = [v for v in (p.bias, p.mask) if v is not None]
         self.of_keys = all(v.type.rank < 2 or v.shape[-2] == 1 for v in self.tables)
+        self.slopes, self.sinks = p.slopes, p.sinks
         self.given = bool(self.tables) or p.slopes is not None
         self.m, self.n = self.code.size(form.queries), self.code.size(form.keys)
 
@@ -151,7 +152,7 @@ class Extra:
             self.rows = code.alloc(nr * self.step, F32, "table")
             self.buffer = code.alloc(self.step * nr, F32, "added")
 
-    def _value(self, lead: Sequence[Index], q: Index, n: Index) -> Any:
+    def value(self, lead: Sequence[Index], q: Index, n: Index) -> Any:
         """What bias and mask add to a score."""
         code, p, e = self.code, self.form.parts, Expressions(self.args, {})
         value = tirx.const(0.0, F32)
@@ -167,7 +168,7 @@ class Extra:
         if not self.tables or not self.of_keys:
             return
         code = self.code
-        vector_loop(code, 0, count, self.lanes, lambda n: code.store(self.buffer, n, self._value(lead, 0, code.simplify(base + n))))
+        vector_loop(code, 0, count, self.lanes, lambda n: code.store(self.buffer, n, self.value(lead, 0, code.simplify(base + n))))
 
     def block_of(self, lead: Sequence[Index], first: Index, base: Index, count: Index) -> None:
         """Read what each query has of its own, and transpose it."""
@@ -178,7 +179,7 @@ class Extra:
             row = code.bind_index(code.least(first + i, self.m - 1), "row")
 
             def element(n: Index) -> None:
-                code.store(self.rows, code.simplify(i * step + n), self._value(lead, row, code.simplify(base + n)))
+                code.store(self.rows, code.simplify(i * step + n), self.value(lead, row, code.simplify(base + n)))
 
             vector_loop(code, 0, count, lanes, element)
         squares = code.ceildiv_plain(count, lanes)
@@ -197,7 +198,7 @@ class Extra:
         same = code.bind(code.load(self.buffer, key)) if self.tables and self.of_keys else None
         slope = distance = None
         if slopes is not None:
-            slope = code.bind(Expressions(self.args, {}).at(slopes, [lead[-1] if lead else 0]) * tirx.const(LOG2E, F32))
+            slope = self.slope(lead)
             distance = code.bind((i64(base) + i64(key) - i64(first)).astype("int32"))
 
         def change(s: Any, at: Index) -> Any:
@@ -210,6 +211,11 @@ class Extra:
             return s
 
         return change
+
+    def slope(self, lead: Sequence[Index]) -> Any:
+        """What a step to the right adds to a head's scores."""
+        slopes = Expressions(self.args, {}).at(self.slopes, [lead[-1] if lead else 0])  # type: ignore[arg-type]
+        return self.code.bind(slopes * tirx.const(LOG2E, F32))
 
     def sink(self, lead: Sequence[Index]) -> tuple[Any, Any]:
         """The maximum and the total before any key: of nothing, or of the head's sink."""

@@ -25,7 +25,7 @@ from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.attended import LOG2E, Extra, Matrix, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions
-from graphopt.backends.tvm.flashform import Form
+from graphopt.backends.tvm.flashform import Form, seen_span
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir.graph import Graph
@@ -59,13 +59,8 @@ class FlashKernel:
         self.offset = code.size(self.attrs["offset"])
         self.window = None if self.attrs["window"] is None else code.size(self.attrs["window"])
         self.cap = self.attrs["softcap"]
-        self.whole = self.attrs["empty"] == "mean" and not self.attrs["sinks"]  # a row that sees nothing reads all values
+        self.whole, self.fill = form.reads_all, form.fill
         self.extra = Extra(self.args, form, self.fill)
-
-    @property
-    def fill(self) -> float:
-        """The score of a key that is not seen."""
-        return -1e30 if self.whole else float("-inf")
 
     def emit(self) -> Code:
         code, span = self.code, self.groups * self.nr
@@ -103,7 +98,7 @@ class FlashKernel:
         self.extra.alloc(block, nr, self.lanes)
         with code.loop(count, "serial", "g") as g:
             self._begin(g)
-        first, last = self._seen(self.start, code.simplify(self.start + count * nr - 1))
+        first, last = seen_span(code, self.form, self.start, code.simplify(self.start + count * nr - 1))
         begin = code.bind_index(code.div(first, block), "begin")
         end = code.bind_index(code.simplify(code.ceildiv_plain(last, block)), "end")
         with code.loop(code.simplify(code.greatest(end - begin, 0)), "serial", "b") as b:
@@ -115,19 +110,6 @@ class FlashKernel:
                 self._block(g, base, here, k, v)
         with code.loop(count, "serial", "g") as g:
             self._end(g)
-
-    def _seen(self, first: Index, last: Index) -> tuple[Index, Index]:
-        """The keys that queries ``first .. last`` may see: from, and up to but not with."""
-        code, low, high = self.code, 0, self.n
-        if self.whole:
-            return low, high
-        if self.attrs["causal"]:
-            high = code.least(high, last + self.offset + 1)
-        if self.window is not None:
-            low = code.greatest(first + self.offset - self.window + 1, 0)
-            if not self.attrs["causal"]:
-                high = code.least(high, last + self.offset + self.window)
-        return low, high if not self.form.is_local else code.greatest(high, 0)
 
     def _begin(self, g: Index) -> None:
         """A group's queries, scaled and transposed; no sums yet."""
@@ -190,7 +172,7 @@ class FlashKernel:
         low: Index = 0
         high = here
         if self.form.is_local and not self.whole:
-            seen = self._seen(first, code.simplify(first + nr - 1))
+            seen = seen_span(code, self.form, first, code.simplify(first + nr - 1))
             high = code.bind_index(code.greatest(code.least(here, seen[1] - base), 0), "high")
             if self.window is not None:
                 low = code.bind_index(code.simplify(code.div(code.greatest(seen[0] - base, 0), self.mr) * self.mr), "low")

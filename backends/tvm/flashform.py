@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from graphopt.autotune.space import Constraint, Knob, Param
 from graphopt.backends.tvm.support import MOVES
@@ -11,10 +12,11 @@ from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
-from graphopt.ir.opset.attention import Parts, parts
+from graphopt.ir.opset.attention import Parts, groups, parts
 from graphopt.target import Target
 
 DTYPES = (types.f32, types.bf16, types.f16)
+FEW = 8  # query rows that share keys, up to which the kernel for decoding takes them
 _WIDTHS = {1: 1.25, 2: 1.05, 3: 1.0, 4: 1.0}  # cost of a query in a register tile of so many vectors: loads beside multiply-adds
 
 
@@ -55,6 +57,57 @@ class Form:
     def is_local(self) -> bool:
         """Whether a query does not see all keys, whatever mask and bias say."""
         return bool(self.node.attrs["causal"]) or self.node.attrs["window"] is not None
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether a row that sees no key is the mean of all values: its scores are then all one number."""
+        return self.node.attrs["empty"] == "mean" and not self.node.attrs["sinks"]
+
+    @property
+    def fill(self) -> float:
+        """The score of a key that is not seen."""
+        return -1e30 if self.reads_all else float("-inf")
+
+    @property
+    def share(self) -> int:
+        """Heads of queries that read the same keys and values: by the op's meaning, or because views repeat them."""
+        q, k, v = self.parts.q, self.parts.k, self.parts.v
+        heads = self.batch[-1] if self.batch else 1
+        if not isinstance(heads, int) or min(q.type.rank, k.type.rank, v.type.rank) < 3:
+            return 1
+        found = [groups(q.shape, x.shape) * repeats(x) for x in (k, v)]
+        found = [heads if x.shape[-3] == 1 else n for n, x in zip(found, (k, v), strict=True)]
+        return found[0] if found[0] == found[1] and heads % found[0] == 0 else 1
+
+
+def repeats(v: Value) -> int:
+    """How many times ``reshape(broadcast_to(reshape(x)))`` repeats each head of x, ``[..., G, N, D]``; 1 if it is not that."""
+    for name in ("reshape", "broadcast_to"):
+        if v.producer is None or v.producer.name != name:
+            return 1
+        wide, v = v, v.producer.operands[0]
+        if name == "reshape":
+            out = wide
+    shape, many = v.shape, wide.shape
+    if len(shape) < 4 or shape[-3] != 1 or not isinstance(many[-3], int) or len(out.shape) != len(many) - 1:
+        return 1
+    same = all(a == b for a, b in zip((*shape[:-3], *shape[-2:]), (*many[:-3], *many[-2:]), strict=True))
+    return many[-3] if same and out.shape[-3] == dims.mul(many[-4], many[-3]) else 1
+
+
+def seen_span(code: Any, form: Form, first: Any, last: Any) -> tuple[Any, Any]:
+    """The keys that query rows ``first .. last`` may see by position: from, and up to but not with; sizes by ``code``."""
+    attrs, low, high = form.node.attrs, 0, code.size(form.keys)
+    if form.reads_all or not form.is_local:
+        return low, high
+    offset, window = code.size(attrs["offset"]), attrs["window"]
+    if attrs["causal"]:
+        high = code.least(high, last + offset + 1)
+    if window is not None:
+        low = code.greatest(first + offset - code.size(window) + 1, 0)
+        if not attrs["causal"]:
+            high = code.least(high, last + offset + code.size(window))
+    return low, code.greatest(high, 0)
 
 
 def form_of(graph: Graph) -> Form | str:
@@ -163,3 +216,37 @@ def _groups(form: Form, queries: int, t: Target) -> int:
 def _stages(form: Form) -> bool:
     """Whether a block of keys and values is copied first: narrow floats, which are widened once for all queries of a task."""
     return form.node.result.dtype != types.f32
+
+
+# --- few queries ---------------------------------------------------------------------------------------------------------
+
+
+def decode_refusal(form: Form, t: Target) -> str | None:
+    """Why an attention is not for the kernel of few queries, or None."""
+    if not isinstance(form.queries, int) or form.queries * form.share > FEW:
+        return "more than a few queries"
+    return None if _decode_lanes(form, t) >= min(4, t.lanes(4)) else "heads of a size that fills no vectors"
+
+
+def decode_params(form: Form, t: Target) -> tuple[Param, ...]:
+    """The knobs: sums in registers, keys of a block, and parts of the keys that are read in parallel."""
+    lanes = _decode_lanes(form, t)
+    heads = dims.numel(form.batch)
+    tasks = heads // form.share if isinstance(heads, int) else 4 * t.cores
+    splits = 1 if tasks % t.cores == 0 or tasks >= 4 * t.cores else min(16, -(-4 * t.cores // tasks))
+    while isinstance(form.keys, int) and splits > 1 and form.keys < 128 * splits:
+        splits //= 2
+    return (
+        Param("lanes", (lanes,)),
+        Param("sums", (16, 8, 4) if t.vector_registers >= 32 else (8, 4)),
+        Param("block", (128, 64, 32, 256), "tile"),
+        Param("splits", tuple(dict.fromkeys((splits, 1, 2, 4, 8, 16))), "tasks"),
+        Param("parallel", (True, False), "tasks"),
+    )
+
+
+def _decode_lanes(form: Form, t: Target) -> int:
+    lanes = max(1, t.lanes(4))
+    while lanes > 1 and (form.depth % lanes or form.width % lanes):
+        lanes //= 2
+    return lanes

@@ -411,6 +411,24 @@ def _write_flash(w: Workload, s: Schedule, t: Target) -> Any:
     return FlashKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}).emit()
 
 
+def _decode_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.flashform import decode_refusal
+
+    return _flash_refuse(w, t) or decode_refusal(_attention_form(w), t)
+
+
+def _decode_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.flashform import decode_params
+
+    return decode_params(_attention_form(w), t)
+
+
+def _write_decode(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.decode import DecodeKernel
+
+    return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in ("lanes", "sums", "block", "splits", "parallel")}).emit()
+
+
 def _loops(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopNest]]:
     """The loops of a template, by the name of the function that tells them."""
 
@@ -425,6 +443,7 @@ def _loops(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopN
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=_loops("conv_loops"))
+DECODE = Template("decode", _decode_refuse, _decode_params, _write_decode)
 FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
@@ -433,4 +452,4 @@ TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=_loops("row_loops"))
 NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in ("conv", "attention") else None, _nest_params, _write_nest,
                 nest=_loops("element_loops"))  # fmt: skip
-TEMPLATES: tuple[Template, ...] = (FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, QUANTIZED, THIRDS, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (DECODE, FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, QUANTIZED, THIRDS, TILE, ROWS, NEST)

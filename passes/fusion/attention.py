@@ -14,8 +14,9 @@ from graphopt.ir.graph import Node
 from graphopt.ir.opset.attention import groups, parts, seen_pairs
 from graphopt.passes.fusion.cost import CLOCK, LAUNCH, CostModel
 
-FEW = 0  # query rows that share keys, up to which a kernel reads the keys once, without filling lanes with queries
+FEW = 8  # query rows that share keys, up to which a kernel reads the keys once, without filling lanes with queries
 _EXP = 22.0  # vector instructions for a weight: exponential, maximum, sum
+_LANES_SUM = 12.0  # instructions to add the lanes of a vector, where a score is a product of two rows
 _REACH = 0.65  # share of the peak that both forms' products reach
 
 
@@ -60,14 +61,13 @@ def _whole(node: Node, costs: CostModel) -> tuple[float, float]:
     read = costs.traffic((p.q, p.k, p.v, node.result)).time
     out = []
     for m, n, h, s, r in zip(costs.amount(queries), costs.amount(keys), heads, seen, read, strict=True):
-        few = m * share <= FEW
+        few = m * share <= FEW and size % (2 * lanes) == 0
         filled = 1.0 if few else max(1.0, -(-m // lanes) * lanes / max(m, 1.0)) * (1.2 if m <= lanes else 1.0)
         scores = h * m * n * s * filled
         multiply = 2 * scores * size / (t.flops_per_cycle * _REACH)
         if few:  # vectors run along the size of a head: a sum over lanes for each score
-            multiply += scores * 12 / t.pipes
-        busy = min(t.cores, max(1.0, h)) if few else t.cores
-        out.append(max((multiply + scores * _EXP / (lanes * t.pipes)) / busy, r) + LAUNCH)
+            multiply += scores * _LANES_SUM / t.pipes
+        out.append(max((multiply + scores * _EXP / (lanes * t.pipes)) / t.cores, r) + LAUNCH)
     return out[0], out[1]
 
 
@@ -78,9 +78,13 @@ def _expanded(node: Node, costs: CostModel) -> tuple[float, float]:
     size, count = int(p.q.shape[-1]) + int(p.v.shape[-1]), costs.amount(dims.numel(shape))
     passes = costs.moved(dims.mul(dims.numel(shape), node.result.dtype.itemsize))
     read = costs.traffic((p.q, p.k, p.v, node.result)).time
+    rows = node.result.shape[-2]
+    few = isinstance(rows, int) and rows <= FEW
     out = []
     for n, moved, r in zip(count, passes, read, strict=True):
         multiply = 2 * n * size / (t.flops_per_cycle * _REACH * t.cores)
+        if few:
+            multiply += n * _LANES_SUM / (t.pipes * t.cores)
         work = n * _EXP / (t.lanes(4) * t.pipes * t.cores)
         out.append(max(multiply + work + 4 * moved, r) + 3 * LAUNCH)
     return out[0], out[1]

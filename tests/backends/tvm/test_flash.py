@@ -10,7 +10,8 @@ from tvm_check import check
 
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
-from graphopt.backends.tvm.templates import FLASH
+from graphopt.backends.tvm.flashform import Form, form_of
+from graphopt.backends.tvm.templates import DECODE, FLASH
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph
 from graphopt.ir.text import parse_graph
@@ -164,6 +165,54 @@ def test_schedules(builder: KernelBuilder, kernels_dir: Any, name: str) -> None:
             return [out]
 
         check(graph, run, given, factor=4.0)
+
+
+FEW = {
+    "one": attention(1, 300, 64),
+    "odd": attention(3, 67, 24, 40, attrs=", causal = true, offset = 64"),
+    "split": attention(1, 700, 16, heads=1),
+    "shared heads": attention(2, 130, 32, heads=8, shared=2, attrs=", causal = true, offset = 128"),
+    "one head of keys": attention(1, 1030, 16, heads=3, shared=1),
+    "window": attention(2, 500, 16, heads=1, attrs=", causal = true, offset = 400, window = 90"),
+    "window to both sides": attention(2, 300, 16, attrs=", window = 20, offset = 100"),
+    "bias, mask, cap": attention(2, 300, 16, extra=", %a: f32[2, 1, 300], %b: b1[2, 300]", names=", %a, %b", attrs=", softcap = 3.0"),
+    "mask, nan": attention(2, 70, 16, extra=", %b: b1[2, 70]", names=", %b", attrs=', empty = "nan"'),
+    "mask, mean": attention(2, 70, 16, heads=1, extra=", %b: b1[2, 70]", names=", %b", attrs=', empty = "mean"'),
+    "blind": attention(3, 70, 16, attrs=", causal = true, offset = -2"),
+    "slopes and sinks": attention(2, 600, 16, heads=1, extra=", %a: f32[1], %b: f32[1]", names=", %a, %b",
+                                  attrs=", alibi = true, sinks = true"),
+    "bf16": attention(1, 150, 64, dtype="bf16", heads=4, shared=1),
+    "symbolic": attention(1, "N", 32, heads=1, attrs=", causal = true, offset = N - 1", where=" where 1 <= N"),
+    "repeated by views": parse_graph("""graph @g(%q: f32[1, 6, 1, 16], %x: f32[1, 2, 90, 16]) -> f32[1, 1, 96] {
+      %a: f32[1, 2, 1, 90, 16] = reshape(%x) {shape = [1, 2, 1, 90, 16]}
+      %b: f32[1, 2, 3, 90, 16] = broadcast_to(%a) {shape = [1, 2, 3, 90, 16]}
+      %k: f32[1, 6, 90, 16] = reshape(%b) {shape = [1, 6, 90, 16]}
+      %0: f32[1, 6, 1, 16] = attention(%q, %k, %k) {scale = 0.3}
+      %1: f32[1, 1, 6, 16] = transpose(%0) {perm = [0, 2, 1, 3]}
+      %2: f32[1, 1, 96] = reshape(%1) {shape = [1, 1, 96]}
+      return %2
+    }"""),
+}  # fmt: skip
+
+
+def test_few_queries(compile_all) -> None:
+    for graph in FEW.values():
+        assert DECODE.takes(Workload.of(graph, "attention"), detect()) is None
+    form = form_of(FEW["repeated by views"])
+    assert isinstance(form, Form) and form.share == 3
+    for graph, run in zip(FEW.values(), compile_all([(g, "attention") for g in FEW.values()]), strict=True):
+        for n in (1, 30, 700) if graph.symbols else (0,):
+            sizes = {"N": n} if n else {}
+            check(graph, run, inputs(graph, **sizes), sizes or None, factor=4.0)
+
+
+def test_few_queries_and_numbers_that_are_none(compile_all) -> None:
+    graph = FEW["split"]
+    (run,) = compile_all([(graph, "attention")])
+    for place, number in ((3, float("nan")), (650, float("inf")), (2, float("-inf"))):
+        q, k, v = inputs(graph)
+        k[0, 0, place] = number
+        check(graph, run, [q.abs(), k, v], factor=4.0)
 
 
 REFUSED = {

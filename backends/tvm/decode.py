@@ -1,0 +1,261 @@
+"""Attention of few queries, as in decoding: keys and values are read once, at the speed of memory.
+
+Vectors run along the size of a head, as keys and values lie in memory. All query rows that share a head of keys (those of several
+heads, and the last tokens) are computed together. Where there are fewer heads than cores want tasks, the keys are split; each
+part gives a maximum, a total and sums, which are joined at the end.
+
+Reference: Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023; Shazeer, "Fast Transformer Decoding",
+arXiv:1911.02150, on heads that share keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+
+from graphopt.backends.tvm import scalar, vecmath
+from graphopt.backends.tvm.attended import F32, LOG2E, Extra, head_index, place_of
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.expr import Arguments, Expressions
+from graphopt.backends.tvm.flashform import Form, seen_span
+from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.backends.tvm.monoid import Monoid, combine
+from graphopt.ir import types
+from graphopt.ir.graph import Graph
+
+_SUM, _MAX = Monoid.of("sum", types.f32), Monoid.of("max", types.f32, nan_matters=False)
+
+
+class DecodeKernel:
+    """Emits a region with one attention of few queries.
+
+    Args:
+        lanes: elements of a vector; the sizes of heads are multiples.
+        sums: vectors of sums that stay in registers.
+        block: keys whose scores are computed before their values are read.
+        splits: parts of the keys that are read in parallel.
+    """
+
+    def __init__(self, graph: Graph, form: Form, lanes: int, sums: int, block: int, splits: int, parallel: bool) -> None:
+        self.graph, self.form, self.lanes, self.sums, self.block = graph, form, lanes, sums, block
+        self.splits, self.parallel = splits, parallel
+        self.code = code = Code(graph.symbols)
+        self.args, self.attrs = Arguments(code, graph), form.node.attrs
+        self.m, self.share, self.n = int(form.queries), form.share, code.size(form.keys)  # type: ignore[call-overload]
+        self.rows, self.depth, self.width = self.m * self.share, form.depth, form.width
+        batch = [code.size(d) for d in form.batch]
+        self.heads = [*batch[:-1], code.div(batch[-1], self.share)] if batch else []
+        self.extra = Extra(self.args, form, form.fill)
+
+    def emit(self) -> Code:
+        code, record = self.code, self.width + self.lanes  # of a row: its sums, then maximum and total
+        low, high = seen_span(code, self.form, 0, self.m - 1)
+        part = code.ceildiv(code.ceildiv_plain(code.simplify(high - low), self.splits), self.lanes)
+        heads = product(code, self.heads)
+        steps = code.simplify(heads * self.splits)
+        work = product(code, [heads, self.rows, self.n, self.depth + self.width])
+        serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
+        self.parts = code.alloc(code.simplify(steps * (self.rows * record)), F32, "parts")
+        self.record = record
+        with code.loop(steps, "serial" if serial else "parallel", "task") as task:
+            sizes = [*self.heads, self.splits]
+            *lead, s = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, sizes), sizes, strict=True)]
+            first = code.bind_index(code.simplify(low + s * part * self.lanes), "first")
+            last = code.bind_index(code.least(first + part * self.lanes, high), "last")
+            self._part(lead, code.bind_index(code.simplify(task * (self.rows * record)), "part"), first, last)
+            if self.splits == 1:
+                self._join(lead, task)
+        if self.splits > 1:
+            with code.loop(heads, "serial", "head") as head:
+                lead = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(head, self.heads), self.heads, strict=True)]
+                self._join(lead, code.simplify(head * self.splits))
+        return code
+
+    def _lead(self, lead: Sequence[Index], r: int) -> list[Index]:
+        """The batch index, with the head, of a query row."""
+        return [*lead[:-1], self.code.simplify(lead[-1] * self.share + r // self.m)] if lead else []
+
+    # --- a part of the keys ---------------------------------------------------------------------------------------------------
+
+    def _part(self, lead: Sequence[Index], part: Index, first: Index, last: Index) -> None:
+        code, lanes, block = self.code, self.lanes, self.block
+        queries = code.alloc(self.rows * self.depth, F32, "queries")
+        scores = code.alloc(self.rows * (block + lanes), F32, "scores")
+        self._queries(lead, queries)
+        with code.loop(self.rows * self.record // lanes, "serial", "z") as z, code.loop(lanes, "vectorized", "v") as v:
+            code.store(self.parts, code.simplify(part + z * lanes + v), tirx.const(0.0, F32))
+        for r in range(self.rows):
+            code.store(self.parts, code.simplify(part + r * self.record + self.width), tirx.const(float("-inf"), F32))
+        blocks = code.ceildiv_plain(code.greatest(last - first, 0), block)
+        with code.loop(code.bind_index(code.simplify(blocks), "blocks"), "serial", "b") as b:
+            base = code.bind_index(code.simplify(first + b * block), "base")
+            here = code.bind_index(code.least(last - base, block), "here")
+            self._scores(lead, queries, scores, base, here)
+            vectors = code.bind_index(code.ceildiv_plain(here, lanes), "vectors")
+            for r in range(self.rows):
+                self._weights(scores, r, vectors, code.simplify(part + r * self.record))
+            self._values(lead, scores, part, base, here)
+
+    def _queries(self, lead: Sequence[Index], queries: Any) -> None:
+        code, q = self.code, self.form.parts.q
+        factor = tirx.const(self.attrs["scale"] * (LOG2E if self.attrs["softcap"] is None else 1.0 / self.attrs["softcap"]), F32)
+        for r in range(self.rows):
+            index = [*head_index(code, self.form, q, self._lead(lead, r)), r % self.m]
+
+            def element(d: Index, index: list[Index] = index, r: int = r) -> None:
+                code.store(queries, code.simplify(r * self.depth + d), Expressions(self.args, {}).at(q, [*index, d]) * factor)
+
+            vector_loop(code, 0, self.depth, self.lanes, element)
+
+    def _each(self, count: int) -> Any:
+        """Places of the lanes of so many elements, a loop a vector."""
+        for u in range(0, count, self.lanes):
+            with self.code.loop(self.lanes, "vectorized", "v") as v:
+                yield self.code.simplify(u + v)
+
+    def _scores(self, lead: Sequence[Index], queries: Any, scores: Any, base: Index, here: Index) -> None:
+        """Scores of a block, -inf behind the last key."""
+        code, lanes, step = self.code, self.lanes, self.block + self.lanes
+        k = self.form.parts.k
+        of_keys = head_index(code, self.form, k, self._lead(lead, 0))
+        for r in range(self.rows):
+            with code.loop(lanes, "vectorized", "v") as v:
+                code.store(scores, code.simplify(r * step + code.div(here, lanes) * lanes + v), tirx.const(float("-inf"), F32))
+        sums = [code.alloc(lanes, F32, "acc") for _ in range(self.rows)]
+        with code.loop(here, "serial", "n") as n:
+            row = code.bind_index(code.simplify(base + n), "row")
+            for u in range(0, self.depth, lanes):
+                with code.loop(lanes, "vectorized", "v") as v:
+                    x = code.bind(Expressions(self.args, {}).at(k, [*of_keys, row, code.simplify(u + v)]), "k")
+                    for r, acc in enumerate(sums):
+                        term = x * code.load(queries, code.simplify(r * self.depth + u + v))
+                        code.store(acc, v, term if u == 0 else code.load(acc, v) + term)
+            for r, acc in enumerate(sums):
+                code.store(scores, code.simplify(r * step + n), combine(code, acc, lanes, lanes, _SUM))
+        if self.attrs["softcap"] is not None or self.extra.given or self.form.is_local or self.form.reads_all:
+            for r in range(self.rows):
+                self._change(self._lead(lead, r), scores, r, base, here)
+
+    def _change(self, lead: Sequence[Index], scores: Any, r: int, base: Index, here: Index) -> None:
+        """What is added to a row's scores, or taken from them."""
+        code, row, cap = self.code, r % self.m, self.attrs["softcap"]
+        offset, window = code.size(self.attrs["offset"]), self.attrs["window"]
+
+        def element(n: Index) -> None:
+            place, key = code.simplify(r * (self.block + self.lanes) + n), code.simplify(base + n)
+            s = code.bind(code.load(scores, place))
+            if cap is not None:
+                s = code.bind(vecmath.tanh(code.bind, s) * tirx.const(cap * LOG2E, F32))
+            if self.extra.tables:
+                s = code.bind(s + self.extra.value(lead, row, key))
+            if self.extra.slopes is not None:
+                s = code.bind(s + self.extra.slope(lead) * (i64(key) - i64(row)).astype("int32").astype(F32))
+            fill = tirx.const(self.form.fill, F32)
+            middle, at = i64(row + offset).astype("int32"), i64(key).astype("int32")
+            seen = [at <= middle] if self.attrs["causal"] else []
+            if window is not None:
+                reach = i64(code.size(window)).astype("int32")
+                seen.append(at > middle - reach)
+                if not self.attrs["causal"]:
+                    seen.append(at < middle + reach)
+            for condition in seen:
+                s = code.bind(tirx.Select(condition, s, fill))
+            if self.form.reads_all:
+                s = code.bind(tirx.Select(s < fill, fill, s))
+            code.store(scores, place, s)
+
+        vector_loop(code, 0, here, self.lanes, element, overlap=False)
+
+    def _weights(self, scores: Any, r: int, vectors: Index, at: Index) -> None:
+        """Exponentials in the place of a row's scores; its sums are rescaled to the new maximum."""
+        code, lanes, start = self.code, self.lanes, r * (self.block + self.lanes)
+        most, total = (code.alloc(lanes, F32, n) for n in ("most", "total"))
+        low = tirx.const(float("-inf"), F32)
+        with code.loop(lanes, "vectorized", "v") as v:
+            code.store(most, v, low)
+            code.store(total, v, tirx.const(0.0, F32))
+        with code.loop(vectors, "serial", "n") as n, code.loop(lanes, "vectorized", "v") as v:
+            code.store(most, v, tirx.max(code.load(scores, code.simplify(start + n * lanes + v)), code.load(most, v)))
+        old = code.bind(code.load(self.parts, code.simplify(at + self.width)))
+        new = code.bind(tirx.max(combine(code, most, lanes, lanes, _MAX), old))
+        shift = code.bind(tirx.Select(tirx.EQ(new, low), tirx.const(0.0, F32), new))
+        again = code.bind(vecmath.exp2_shifted(code.bind, code.bind(old - shift)))
+        with code.loop(vectors, "serial", "n") as n, code.loop(lanes, "vectorized", "v") as v:
+            place = code.simplify(start + n * lanes + v)
+            e = code.bind(vecmath.exp2_shifted(code.bind, code.bind(code.load(scores, place) - shift)))
+            code.store(scores, place, e)
+            code.store(total, v, code.load(total, v) + e)
+        code.store(self.parts, code.simplify(at + self.width), new)
+        count = code.simplify(at + self.width + 1)
+        code.store(self.parts, count, code.load(self.parts, count) * again + combine(code, total, lanes, lanes, _SUM))
+        for u in self._each(self.width):
+            place = code.simplify(at + u)
+            code.store(self.parts, place, code.load(self.parts, place) * again)
+
+    def _values(self, lead: Sequence[Index], scores: Any, part: Index, base: Index, here: Index) -> None:
+        """Weights times values, added to the rows' sums: as many rows at once as registers hold."""
+        code, lanes, v_of = self.code, self.lanes, self.form.parts.v
+        index = head_index(code, self.form, v_of, self._lead(lead, 0))
+        columns = min(self.width, self.sums * lanes)
+        at_once = max(1, self.sums * lanes // columns)
+        for r0 in range(0, self.rows, at_once):
+            for c0 in range(0, self.width, columns):
+                rows, here_columns = range(r0, min(self.rows, r0 + at_once)), min(columns, self.width - c0)
+                acc = {r: code.alloc(here_columns, F32, "acc") for r in rows}
+                for u in self._each(here_columns):
+                    for r in rows:
+                        code.store(acc[r], u, tirx.const(0.0, F32))
+                with code.loop(here, "serial", "n") as n:
+                    row = code.bind_index(code.simplify(base + n), "row")
+                    p = {r: code.bind(code.load(scores, code.simplify(r * (self.block + lanes) + n)), "p") for r in rows}
+                    for u in self._each(here_columns):
+                        x = code.bind(Expressions(self.args, {}).at(v_of, [*index, row, code.simplify(c0 + u)]), "x")
+                        for r in rows:
+                            code.store(acc[r], u, code.load(acc[r], u) + p[r] * x)
+                for u in self._each(here_columns):
+                    for r in rows:
+                        place = code.simplify(part + r * self.record + c0 + u)
+                        code.store(self.parts, place, code.load(self.parts, place) + code.load(acc[r], u))
+
+    # --- the end --------------------------------------------------------------------------------------------------------------
+
+    def _join(self, lead: Sequence[Index], first: Index) -> None:
+        """The parts of a head's rows, from task ``first`` on, to results."""
+        code, result, step = self.code, self.form.node.result, self.rows * self.record
+        for r in range(self.rows):
+            own = self._lead(lead, r)
+            start = code.bind_index(code.simplify(first * step + r * self.record), "start")
+            tops = [code.bind(code.load(self.parts, code.simplify(start + s * step + self.width))) for s in range(self.splits)]
+            counts = [code.load(self.parts, code.simplify(start + s * step + self.width + 1)) for s in range(self.splits)]
+            if self.extra.sinks is not None:
+                sink, count = self.extra.sink(own)
+                tops, counts = [*tops, sink], [*counts, count]
+            shares, total = self._shares(tops, counts)
+            inverse = code.bind(tirx.const(1.0, F32) / total)
+            if self.form.node.attrs["empty"] == "zero" or self.extra.sinks is not None:
+                nothing = tirx.const(0.0, F32)
+                inverse = code.bind(tirx.Select(tirx.EQ(total, nothing), nothing, inverse))
+
+            def element(e: Index, own: Any = own, r: int = r, start: Any = start, shares: Any = shares, inverse: Any = inverse) -> None:
+                value = tirx.const(0.0, F32)
+                for s in range(self.splits):
+                    value = value + code.load(self.parts, code.simplify(start + s * step + e)) * shares[s]
+                value = scalar.rounded(code.bind(value * inverse), result.dtype)
+                at = place_of(self.args, self.form, [*own, r % self.m, e])
+                code.store(self.args.outputs[0], at, scalar.store(value, result.dtype))
+
+            vector_loop(code, 0, self.width, self.lanes, element)
+
+    def _shares(self, tops: Sequence[Any], counts: Sequence[Any]) -> tuple[list[Any], Any]:
+        """By what each part counts, and the total of all."""
+        code, most = self.code, tops[0]
+        for t in tops[1:]:
+            most = code.bind(tirx.max(most, t))
+        shift = code.bind(tirx.Select(tirx.EQ(most, tirx.const(float("-inf"), F32)), tirx.const(0.0, F32), most))
+        shares = [code.bind(vecmath.exp2_shifted(code.bind, code.bind(t - shift))) for t in tops]
+        total = counts[0] * shares[0]
+        for c, s in zip(counts[1:], shares[1:], strict=True):
+            total = code.bind(total + c * s)
+        return shares, code.bind(total)

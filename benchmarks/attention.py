@@ -1,0 +1,247 @@
+"""Attention: naive PyTorch, scaled_dot_product_attention, Inductor and graphopt's kernel, in turns, beside the machine's limits.
+
+    python benchmarks/attention.py [--cases prefill,models,window,decode] [--lengths 512,2048] [--systems naive,sdpa,graphopt]
+                                   [--runs 7] [--json attention.json] [--plot attention.png]
+
+Times are medians in ms of f32 on ``--threads`` threads. ``naive`` is ``softmax(q k^T scale + mask) v`` in eager PyTorch, ``inductor``
+the same under torch.compile, ``expanded`` graphopt's two products and softmax. ``--prepare`` only builds the kernels, so that a
+later run is short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+SYSTEMS = ("naive", "sdpa", "inductor", "expanded", "graphopt")
+Call = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """One attention of a batch of 1, ``heads`` over ``shared`` heads of keys."""
+
+    group: str
+    heads: int
+    shared: int
+    queries: int
+    keys: int
+    size: int
+    causal: bool = False
+    window: int | None = None
+    ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        more = (" causal" if self.causal else "") + (f" window {self.window}" if self.window else "")
+        return f"{self.group}: {self.heads} x {self.queries} x {self.size} over {self.shared} x {self.keys}{more}"
+
+    @property
+    def flops(self) -> float:
+        """Of the scores that are seen."""
+        from graphopt.ir.opset.attention import seen_pairs
+
+        attrs = {"causal": self.causal, "window": self.window, "offset": self.keys - self.queries}
+        return 4.0 * self.heads * self.size * float(seen_pairs(attrs, self.queries, self.keys))
+
+    @property
+    def read(self) -> float:
+        """Bytes of keys and values."""
+        return 8.0 * self.shared * self.keys * self.size
+
+
+def cases(groups: list[str], lengths: list[int]) -> list[Case]:
+    """The cases of some groups; fewer heads where sequences are long."""
+    out: list[Case] = []
+    if "models" in groups:
+        out += [Case("BERT", 12, 12, 128, 128, 64), Case("ViT", 12, 12, 197, 197, 64), Case("GPT-2", 12, 12, 128, 128, 64, True),
+                Case("Llama", 12, 4, 128, 128, 64, True), Case("T5", 8, 8, 128, 128, 64)]  # fmt: skip
+    if "prefill" in groups:
+        for n in lengths:
+            for size in (64, 128):
+                heads = max(1, (8 if n <= 2048 else 4 if n <= 4096 else 2) * 64 // size)
+                out += [Case("prefill", heads, heads, n, n, size, causal) for causal in (False, True)]
+    if "window" in groups:
+        out += [Case("window", 2, 2, 8192, 8192, 64, True), Case("window", 2, 2, 8192, 8192, 64, True, 512)]
+    if "decode" in groups:
+        out += [Case("decode", h, g, 1, 8192, size) for h, g, size in ((8, 8, 64), (32, 8, 64), (8, 8, 128))]
+    return out
+
+
+def kernel_of(case: Case) -> Any:
+    """graphopt's kernel for a case, from the cache or built now."""
+    from graphopt.autotune.space import Workload
+    from graphopt.backends.tvm.backend import TvmBackend
+    from graphopt.backends.tvm.build import KernelBuilder, load_kernel
+    from graphopt.ir.text import parse_graph
+    from graphopt.target import detect
+
+    result = f"f32[1, {case.heads}, {case.queries}, {case.size}]"
+    keys = f"f32[1, {case.shared}, {case.keys}, {case.size}]"
+    attrs = f"scale = {case.size**-0.5}" + (f", causal = true, offset = {case.keys - case.queries}" if case.causal else "")
+    attrs += f", window = {case.window}" if case.window else ""
+    graph = parse_graph(f"graph @g(%q: {result}, %k: {keys}, %v: {keys}) -> {result} {{\n"
+                        f" %0: {result} = attention(%q, %k, %v) {{{attrs}}}\n return %0\n}}")  # fmt: skip
+    w, target = Workload.of(graph, "attention"), detect()
+    schedule = TvmBackend().templates(w, target)[0].space(w, target).default()
+    folder = Path.home() / ".cache" / "graphopt"
+    folder.mkdir(parents=True, exist_ok=True)
+    (path,) = KernelBuilder().build_many([(w, schedule)], target, folder)
+    return load_kernel(path, w, schedule)  # type: ignore[arg-type]
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    share = q.shape[1] // k.shape[1]
+    if share > 1:
+        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        s = s.masked_fill(~mask, float("-inf"))
+    return torch.softmax(s, -1) @ v
+
+
+def calls(case: Case, systems: list[str]) -> dict[str, Call]:
+    """What to time, each seen to give SDPA's result. Keys of decoding are many copies, so that they come from memory."""
+    generator = torch.Generator().manual_seed(0)
+    copies = max(1, int(2.5e8 / case.read)) if case.group == "decode" else 1
+    q = torch.randn(1, case.heads, case.queries, case.size, generator=generator)
+    kv = [tuple(torch.randn(1, case.shared, case.keys, case.size, generator=generator) for _ in range(2)) for _ in range(copies)]
+    mask = None
+    if case.causal or case.window:
+        i, j = torch.arange(case.queries)[:, None] + case.keys - case.queries, torch.arange(case.keys)
+        mask = (j <= i) & (j > i - (case.window or case.keys + 1))
+    out = torch.empty_like(q)
+    plain = case.causal and case.window is None and case.queries == case.keys
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, None if plain else mask, is_causal=plain, enable_gqa=case.heads != case.shared)
+
+    def one(system: str) -> Callable[..., torch.Tensor]:
+        if system == "sdpa":
+            return sdpa
+        if system == "graphopt":
+            kernel = kernel_of(case)
+
+            def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                kernel(q, k, v, out)
+                return out
+
+            return run
+        if system == "expanded":
+            from graphopt.passes.expand import Expand
+
+            apart = Expand(keep=tuple(n for n in Expand.keep if n != "attention"))
+            return torch.compile(sdpa, backend="graphopt", options={"pipeline": {"replace": {"expand": apart}}})  # type: ignore[call-overload, no-any-return]
+
+        def spelled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return naive(q, k, v, mask)
+
+        return torch.compile(spelled) if system == "inductor" else spelled
+
+    found: dict[str, Call] = {}
+    want = sdpa(q, *kv[0])
+    for system in systems:
+        f = one(system)
+        got = f(q, *kv[0])
+        error = float((got - want).abs().max() / want.abs().max())
+        if not error < 1e-4:
+            raise SystemExit(f"{case.name}: {system} differs from SDPA by {error}")
+        found[system] = lambda f=f: [f(q, *pair) for pair in kv]  # type: ignore[misc]
+    if case.group == "decode":
+        case.ms["copies"] = copies
+    return found
+
+
+def measure(case: Case, systems: list[str], runs: int) -> None:
+    """Medians of runs in turns."""
+    ready = calls(case, systems)
+    times: dict[str, list[float]] = {s: [] for s in ready}
+    copies = case.ms.pop("copies", 1.0)
+    for _ in range(runs + 1):
+        for system, call in ready.items():
+            start = time.perf_counter()
+            call()
+            times[system].append(time.perf_counter() - start)
+    case.ms = {s: 1e3 * statistics.median(t[1:]) / copies for s, t in times.items()}
+
+
+def show(found: list[Case], systems: list[str], limits: Any) -> Table:
+    table = Table("case", *systems, "of SDPA", "of the limit", title="attention, f32, ms")
+    for c in found:
+        mine = c.ms.get("graphopt", float("nan"))
+        least = 1e3 * limits.least_seconds(c.flops, c.read)
+        ratio = f"{c.ms['sdpa'] / mine:.2f}x" if "sdpa" in c.ms else ""
+        table.add_row(c.name, *(f"{c.ms[s]:.2f}" for s in systems), ratio, f"{least / mine:.0%}")
+    return table
+
+
+def plot(found: list[Case], file: Path) -> None:
+    """Times as shares of SDPA's, a group of bars a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.45 * len(found)))
+    systems = [s for s in SYSTEMS if any(s in c.ms for c in found)]
+    for n, system in enumerate(systems):
+        places = [k + (n - len(systems) / 2) * 0.8 / len(systems) for k, c in enumerate(found) if system in c.ms]
+        axes.barh(places, [c.ms["sdpa"] / c.ms[system] for c in found if system in c.ms], 0.8 / len(systems), label=system)
+    axes.axvline(1.0, color="black", linewidth=0.6)
+    axes.set_yticks(range(len(found)), [c.name for c in found], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed, SDPA = 1")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="models,prefill,window,decode")
+    parser.add_argument("--lengths", default="512,1024,2048,4096,8192")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    systems, found = given.systems.split(","), cases(given.cases.split(","), [int(n) for n in given.lengths.split(",")])
+    if unknown := [s for s in systems if s not in SYSTEMS]:
+        sys.exit(f"unknown: {', '.join(unknown)}; systems are {', '.join(SYSTEMS)}")
+    if given.prepare:
+        for case in found:
+            kernel_of(case)
+        return
+    from graphopt.bench.limits import LimitMeter
+
+    torch.set_num_threads(given.threads)
+    meter = LimitMeter(given.threads)
+    limits = meter.measure()
+    with torch.no_grad():
+        for case in found:
+            measure(case, systems, given.runs)
+    limits = limits.best(meter.measure())
+    Console(width=160).print(show(found, systems, limits))
+    print(f"{limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s read, torch {torch.__version__}, {given.threads} threads")
+    if given.json:
+        given.json.write_text(json.dumps({"limits": asdict(limits), "cases": [asdict(c) for c in found]}, indent=1))
+    if given.plot:
+        plot(found, given.plot)
+
+
+if __name__ == "__main__":
+    main()
