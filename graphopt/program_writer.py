@@ -269,7 +269,7 @@ class ProgramWriter:
                 self._arena_name(v)
                 return
         name = self.names[v] = self._new("v")
-        if self.names[source].startswith("v") and source in self._fresh and self.storage.find(source) in self.escaping:
+        if self.names.get(source, "").startswith("v") and source in self._fresh and self.storage.find(source) in self.escaping:
             self._early.append(len(self.lines))  # of row-major memory: a view, whatever will be written there
         self.lines.append(f"{name} = {self._operand(source, False)}{view_expression(node)}")
 

@@ -172,7 +172,10 @@ COUNTING = """
     from pathlib import Path
 
     def ticks(task):
-        fields = Path(f"/proc/self/task/{task}/stat").read_text().rpartition(")")[2].split()
+        try:
+            fields = Path(f"/proc/self/task/{task}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended since it was listed
+            return 0
         return int(fields[11]) + int(fields[12])
 
     def used(seconds=0.4):

@@ -48,6 +48,12 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         nr = columns
     if packed:
         nr = most * lanes
+        width = _panel_width(graph)
+        if width and width % lanes == 0 and width < nr:  # panels of two vectors, for AMX: more rows keep as many sums under way
+            nr = width
+            if not isinstance(rows, int) or rows >= mr:
+                tallest = mr * most // (width // lanes)
+                mr = -(-rows // -(-rows // tallest)) if isinstance(rows, int) else tallest
     if width := quantform.panel_width(flatten_rows(graph)):  # floats of a panel are made once, so it is taken whole where registers allow
         nr = min(width, lanes * (4 if t.vector_registers == 32 else 2))
         mr = -(-rows // -(-rows // 6)) if isinstance(rows, int) else 6

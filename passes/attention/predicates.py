@@ -153,6 +153,8 @@ class Seen:
         if constant is None:
             return None
         atoms = [a for group in part.axes for a in flat(group)]
+        if not dims.is_static([a.size for a in (*atoms, *flat(self.rows), *flat(self.keys))]):
+            return None
         x = constant.reshape([int(a.size) for a in atoms])
         row, key = flat(self.rows), flat(self.keys)
         for a in [a for a in atoms if a not in row and a not in key]:  # what is the same for all of a batch is so for one

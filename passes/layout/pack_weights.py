@@ -9,8 +9,8 @@ plain or transposed; or bf16, for a region of one product, where the target has 
 (:mod:`~graphopt.passes.layout.pairs` is its form then). An operand that is no weight is left in silence; declined with a remark
 are batches of matrices, other dtypes, weights behind other views, and N of less than one vector register. ``nr`` is as many
 registers as the target's register tile is wide (``Target.tile``): three of 32, two of 16. It is 32 columns, two AMX tiles, where the
-target sums products of f32 from thirds (``Target.f32_thirds``), K is a multiple of 32, and there are not surely fewer than 24 rows:
-with fewer, reading the weight takes as long as multiplying by it.
+target sums products of f32 from thirds (``Target.f32_thirds``) and K is a multiple of 32; for few rows, too, so that programs for many
+and for few share one packed weight.
 
 The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR and the kernel
 reads the packed form wherever it knows it::
@@ -27,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.errors import UsageError
-from graphopt.ir import Builder, Graph, dims, types
+from graphopt.ir import Builder, Graph, types
 from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
@@ -48,7 +48,7 @@ class _Site:
     pairs: bool  # to be packed in pairs
 
 
-COLUMNS, DEPTH, ROWS = 32, 32, 24  # of thirds: columns of a panel, what the summed axis is a multiple of, and the fewest rows
+COLUMNS, DEPTH = 32, 32  # of thirds: columns of a panel, and what the summed axis is a multiple of
 
 
 class PackWeights(Pass):
@@ -74,7 +74,7 @@ class PackWeights(Pass):
         for region in regions:
             count = len(_matmuls(region))
             for place in range(count):
-                width = COLUMNS if in_thirds and _suits_thirds(region, place, g) else registers * lanes
+                width = COLUMNS if in_thirds and _suits_thirds(region, place) else registers * lanes
                 site = _site(region, place, staged, lanes, width, in_pairs and count == 1)
                 if isinstance(site, Reject):
                     if site.reason:
@@ -89,7 +89,7 @@ class PackWeights(Pass):
                     rw = Rewriter(g, region)
                     packed[key] = pairs.pack(rw, w, site.transposed) if site.pairs else pack(rw, w, site.transposed, nr)
                 how = f"in pairs, by {pairs.COLUMNS}" if site.pairs else f"by {nr}"
-                how += " columns, for products of thirds on AMX tiles" if in_thirds and nr == COLUMNS and not site.pairs else " columns"
+                how += " columns, for AMX tiles" if in_thirds and nr == COLUMNS and not site.pairs else " columns"
                 ctx.passed(self.name, f"weight {w!r} packed {how}: {packed[key].type}", region, number)
                 region = _rebuild(g, site, packed[key])
                 changed = True
@@ -128,12 +128,11 @@ def _matmuls(fusion: Node) -> list[Node]:
     return [n for n in fusion.body.nodes() if n.op.name == "matmul"]
 
 
-def _suits_thirds(fusion: Node, place: int, g: Graph) -> bool:
-    """Whether a region's product has the form and the rows for AMX tiles."""
+def _suits_thirds(fusion: Node, place: int) -> bool:
+    """Whether a region's product has the form for AMX tiles. Not by its rows: programs for other numbers of rows share the weight."""
     node = _matmuls(fusion)[place]
-    k, most = node.operands[0].shape[-1], dims.bounds(dims.numel(node.result.shape[:-1]), g.symbols)[1]
-    n = node.result.shape[-1]
-    return isinstance(k, int) and k % DEPTH == 0 and isinstance(n, int) and n >= COLUMNS and (most is None or most >= ROWS)
+    k, n = node.operands[0].shape[-1], node.result.shape[-1]
+    return isinstance(k, int) and k % DEPTH == 0 and isinstance(n, int) and n >= COLUMNS
 
 
 def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool) -> _Site | Reject:
