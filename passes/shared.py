@@ -7,6 +7,7 @@ import math
 import torch
 
 from graphopt.ir import OPS, DType, Trait, Value, dims
+from graphopt.ir.graph import Node, is_view
 from graphopt.rewrite import Match, Reject, Rewriter, scalar_of
 
 NOT_THIS = Reject("")  # the match is not what the rule is about: nothing to tell
@@ -49,3 +50,18 @@ def is_power_of_two(number: float, dtype: DType) -> bool:
 
 def is_negative_zero(number: float | complex) -> bool:
     return isinstance(number, float) and number == 0 and math.copysign(1.0, number) < 0
+
+
+def input_behind_views(v: Value) -> Value | None:
+    """The input of a region's body that a value is a view of, or None."""
+    while v.producer is not None:
+        if not is_view(v.producer):
+            return None
+        v = v.producer.operands[0]
+    return v
+
+
+def matmuls(fusion: Node) -> list[Node]:
+    """The products of a region, in order: one, or two that meet."""
+    assert fusion.body is not None
+    return [n for n in fusion.body.nodes() if n.op.name == "matmul"]

@@ -48,12 +48,8 @@ _UPPER = 0xFFFF0000
 def thirds(x: Any, lanes: int) -> tuple[Any, Any, Any]:
     """(value, its first, middle and last bf16) as words of 32 bits whose upper halves count; ``x`` is f32, of so many lanes."""
     word, real = ("uint32", "float32") if lanes == 1 else (f"uint32x{lanes}", f"float32x{lanes}")
-
-    def same(value: Any, dtype: str) -> Any:
-        constant = tirx.const(value, dtype)
-        return constant if lanes == 1 else tirx.Broadcast(constant, lanes)
-
-    upper = same(_UPPER, "uint32")
+    constant = tirx.const(_UPPER, "uint32")
+    upper = constant if lanes == 1 else tirx.Broadcast(constant, lanes)
     high = tirx.bitwise_and(tirx.reinterpret(word, x), upper)
     rest = x - tirx.reinterpret(real, high)
     middle = tirx.bitwise_and(tirx.reinterpret(word, rest), upper)

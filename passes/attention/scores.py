@@ -119,22 +119,30 @@ def _product(node: Node, axes: Axes, keys: Group, depth: int) -> Found:
     return Reject("softmax is not taken over the keys of this product", node)
 
 
-def _scaled(node: Node, axes: Axes, keys: Group, depth: int) -> Found:
-    """x * y or x / y: a number, or something that is constant along the keys or along the rows."""
+def _beside(node: Node, axes: Axes, keys: Group, depth: int) -> tuple[Scores, Value, Value] | Reject:
+    """(scores, the operand that they are, the other one) of ``x op y``: the first operand that is a product of queries and keys."""
     x, y = node.operands
-    refused: Found = NOT_THIS
-    for v, factor in ((x, y), (y, x)) if node.name == "mul" else ((x, y),):
+    refused = NOT_THIS
+    for v, other in ((x, y), (y, x)) if node.name in ("mul", "add") else ((x, y),):
         if not _full(v, node):
             continue
         found = read(v, axes, keys, depth)
-        if isinstance(found, Reject):
-            refused = found if found.reason else refused
-            continue
-        c = number(factor)
-        if c is not None:
-            return _by_number(found, c if node.name == "mul" else 1 / c if c else 0.0, node)
-        return _by_tensor(found, Placed(factor, aligned(factor.shape, axes)), keys, node)
+        if not isinstance(found, Reject):
+            return found, v, other
+        refused = found if found.reason else refused
     return refused
+
+
+def _scaled(node: Node, axes: Axes, keys: Group, depth: int) -> Found:
+    """x * y or x / y: a number, or something that is constant along the keys or along the rows."""
+    beside = _beside(node, axes, keys, depth)
+    if isinstance(beside, Reject):
+        return beside
+    found, _, factor = beside
+    c = number(factor)
+    if c is not None:
+        return _by_number(found, c if node.name == "mul" else 1 / c if c else 0.0, node)
+    return _by_tensor(found, Placed(factor, aligned(factor.shape, axes)), keys, node)
 
 
 def _by_number(found: Scores, c: float, node: Node) -> Found:
@@ -173,26 +181,20 @@ def _negated(node: Node, axes: Axes, keys: Group, depth: int) -> Found:
 
 def _added(node: Node, axes: Axes, keys: Group, depth: int) -> Found:
     """x + y: the scores are the first operand that is a product of queries and keys; the other is added."""
-    x, y = node.operands
-    refused: Found = NOT_THIS
-    for v, other in ((x, y), (y, x)) if node.name == "add" else ((x, y),):
-        if not _full(v, node):
-            continue
-        found = read(v, axes, keys, depth)
-        if isinstance(found, Reject):
-            refused = found if found.reason else refused
-            continue
-        if node.name == "sub" and (most := reduction(other, "max")) is not None and most.operands[0] is v:
-            same_axis = axes_of(most) == tuple(i for i, g in enumerate(axes) if g and within(g, keys))
-            if same_axis:  # softmax takes the maximum off by itself
-                return replace(found, through=(*found.through, most.results[0]))
-        if affine_zero(other):
-            return found
-        if found.hidden and any(h.number != float("-inf") for h in found.hidden):
-            return Reject("something is added to scores that were set to a number already", node)
-        term = Term(Placed(other, aligned(other.shape, axes)), -1.0 if node.name == "sub" else 1.0)
-        return replace(found, terms=(*found.terms, term))
-    return refused
+    beside = _beside(node, axes, keys, depth)
+    if isinstance(beside, Reject):
+        return beside
+    found, v, other = beside
+    if node.name == "sub" and (most := reduction(other, "max")) is not None and most.operands[0] is v:
+        same_axis = axes_of(most) == tuple(i for i, g in enumerate(axes) if g and within(g, keys))
+        if same_axis:  # softmax takes the maximum off by itself
+            return replace(found, through=(*found.through, most.results[0]))
+    if affine_zero(other):
+        return found
+    if found.hidden and any(h.number != float("-inf") for h in found.hidden):
+        return Reject("something is added to scores that were set to a number already", node)
+    term = Term(Placed(other, aligned(other.shape, axes)), -1.0 if node.name == "sub" else 1.0)
+    return replace(found, terms=(*found.terms, term))
 
 
 def affine_zero(v: Value) -> bool:

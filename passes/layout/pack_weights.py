@@ -28,11 +28,12 @@ from dataclasses import dataclass
 
 from graphopt.errors import UsageError
 from graphopt.ir import Builder, Graph, types
-from graphopt.ir.graph import Node, Value, copy_nodes, is_view
+from graphopt.ir.graph import Node, Value, copy_nodes
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
 from graphopt.passes.layout import pairs
+from graphopt.passes.shared import input_behind_views, matmuls
 from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
 
 
@@ -72,7 +73,7 @@ class PackWeights(Pass):
         in_thirds = self.lanes is None and ctx.target is not None and ctx.target.f32_thirds
         staged, packed, changed = staged_values(g), dict[tuple[Value, bool, int], Value](), False
         for region in regions:
-            count = len(_matmuls(region))
+            count = len(matmuls(region))
             for place in range(count):
                 width = COLUMNS if in_thirds and _suits_thirds(region, place) else registers * lanes
                 site = _site(region, place, staged, lanes, width, in_pairs and count == 1)
@@ -122,28 +123,22 @@ def unpack(b: Builder, wp: Value, n: int) -> Value:
     return b.create("slice", [wide], {"axis": 1, "stop": n})  # type: ignore[no-any-return]
 
 
-def _matmuls(fusion: Node) -> list[Node]:
-    """The products of a region, in order: one, or two that meet."""
-    assert fusion.body is not None
-    return [n for n in fusion.body.nodes() if n.op.name == "matmul"]
-
-
 def _suits_thirds(fusion: Node, place: int) -> bool:
     """Whether a region's product has the form for AMX tiles. Not by its rows: programs for other numbers of rows share the weight."""
-    node = _matmuls(fusion)[place]
+    node = matmuls(fusion)[place]
     k, n = node.operands[0].shape[-1], node.result.shape[-1]
     return isinstance(k, int) and k % DEPTH == 0 and isinstance(n, int) and n >= COLUMNS
 
 
 def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool) -> _Site | Reject:
-    matmul = _matmuls(fusion)[place]
+    matmul = matmuls(fusion)[place]
     weight = matmul.operands[1]
     if weight.defined_by("slice") and _is_unpack(weight):
         return Reject("")
     view = weight.defined_by("transpose")
     transposed = view is not None and view.attrs["perm"] == (1, 0)
     source = view.operands[0] if view is not None and transposed else weight
-    origin = _origin(weight)
+    origin = input_behind_views(weight)
     if origin is None or fusion.operands[origin.index] not in staged:
         return Reject("")
     if weight.type.rank != 2:
@@ -159,15 +154,6 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in
     if n < lanes or k == 0:
         return Reject(f"{n} columns do not fill a vector register of {lanes}", weight)
     return _Site(fusion, matmul, columns, source.index, transposed, paired)
-
-
-def _origin(weight: Value) -> Value | None:
-    """The input of the body that a value is a view of."""
-    while weight.producer is not None:
-        if not is_view(weight.producer):
-            return None
-        weight = weight.producer.operands[0]
-    return weight
 
 
 def _is_unpack(weight: Value) -> bool:

@@ -32,6 +32,7 @@ from graphopt.ir.opset.quantize import SMALL_INTEGERS
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.ir.types import DType
 from graphopt.pass_manager import Pass
+from graphopt.passes.shared import input_behind_views, matmuls
 from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
 
 REGISTERS = 4  # vectors of a panel: 64 columns of 16, a cache line of 8-bit integers
@@ -77,7 +78,7 @@ class PackQuantized(Pass):
             return False
         staged, changed, nr = staged_values(g), False, lanes * REGISTERS
         for region in regions:
-            for place in range(len(_matmuls(region))):
+            for place in range(len(matmuls(region))):
                 site = _site(region, place, staged, lanes)
                 if isinstance(site, Reject):
                     if site.reason:
@@ -93,16 +94,11 @@ class PackQuantized(Pass):
         return changed
 
 
-def _matmuls(fusion: Node) -> list[Node]:
-    assert fusion.body is not None
-    return [n for n in fusion.body.nodes() if n.op.name == "matmul"]
-
-
 # --- finding -------------------------------------------------------------------------------------------------------------
 
 
 def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Reject:
-    matmul = _matmuls(fusion)[place]
+    matmul = matmuls(fusion)[place]
     w = v = matmul.operands[1]
     view = v.defined_by("transpose")
     transposed = view is not None and view.attrs["perm"] == (1, 0)
@@ -115,7 +111,7 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Rejec
     node = (merged.operands[0] if merged is not None else v).defined_by("dequantize")
     if node is None:
         return Reject("")
-    roots = [_origin(x) for x in node.operands]
+    roots = [input_behind_views(x) for x in node.operands]
     if any(r is None or fusion.operands[r.index] not in staged for r in roots) or any(map(_is_unpacked, node.operands)):
         return Reject("")
     q, result = node.operands[0], node.result
@@ -136,15 +132,6 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Rejec
         if axis >= 0 and x.shape[axis] != 1:
             return Reject("its scales differ from row to row", x)
     return site
-
-
-def _origin(v: Value) -> Value | None:
-    """The input of the body that a value is a view of."""
-    while v.producer is not None:
-        if not is_view(v.producer):
-            return None
-        v = v.producer.operands[0]
-    return v
 
 
 def _is_unpacked(v: Value) -> bool:

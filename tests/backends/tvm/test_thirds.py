@@ -173,3 +173,13 @@ def test_other_products_and_targets_take_another_template() -> None:
     assert [names(many, t) for t in ("sapphirerapids", "znver4", "x86-64-v4", "neoverse-v1")] == ["thirds", "tile", "tile", "tile"]
     assert names(few, "sapphirerapids") == "tile"
     assert names(region((64,), 50, 64), "sapphirerapids") == "tile"
+
+
+def test_one_packing_for_pass_and_kernel() -> None:
+    from graphopt.backends.tvm import thirdform
+
+    assert (thirdform.COLUMNS, thirdform.STEP) == (pack_weights.COLUMNS, pack_weights.DEPTH)
+    graph = region((32,), 64, 40)
+    (node,) = thirdform.products_of(graph)
+    assert thirdform.packed_panels(node.operands[1]) is graph.inputs[1]
+    assert thirdform.packed_panels(node.operands[0]) is None
