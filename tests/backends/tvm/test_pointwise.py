@@ -7,6 +7,7 @@ import torch
 from tvm_check import check
 
 from graphopt.backends.tvm.support import refusal
+from graphopt.errors import TypeInferenceError
 from graphopt.ir import dims, types
 from graphopt.ir.builder import Builder
 from graphopt.ir.graph import Graph
@@ -47,7 +48,7 @@ def one_op(name: str, dtype: DType) -> Graph | None:
         operands = [graph.add_input(TensorType(t, (75,))) for t in (types.b1, dtype, dtype)]
     try:
         result = Builder(graph).create(name, operands, {})
-    except Exception:
+    except TypeInferenceError:
         return None
     graph.set_outputs([result])
     if refusal(graph, detect()) is not None:
