@@ -51,9 +51,9 @@ def zero(code: Code, tile: int) -> None:
     _do(code, "tilezero", _tile(tile))
 
 
-def load(code: Code, tile: int, buffer: Any, at: Index, step: Index) -> None:
-    """Rows of 64 bytes, from element ``at``, ``step`` bytes apart."""
-    _do(code, "tileloadd64", _tile(tile), _at(buffer, at), i64(step))
+def load(code: Code, tile: int, buffer: Any, at: Index, step: Index, once: bool = False) -> None:
+    """Rows of 64 bytes, from element ``at``, ``step`` bytes apart. What is read ``once`` need not stay in the nearest cache."""
+    _do(code, "tileloaddt164" if once else "tileloadd64", _tile(tile), _at(buffer, at), i64(step))
 
 
 def store(code: Code, tile: int, buffer: Any, at: Index, step: Index) -> None:

@@ -212,7 +212,7 @@ class ThirdsKernel:
         for n, (p, q) in enumerate(ORDER):
             for i in range(2):
                 if held[0] != p:
-                    amx.load(code, 4 + i, left, code.simplify(x + i * below + p * TILE * STEP), STEP * 2)
+                    amx.load(code, 4 + i, left, code.simplify(x + i * below + p * TILE * STEP), STEP * 2, once=True)
             for c in range(2):
                 if held[1] != q:
                     amx.load(code, 6 + c, split, code.simplify(w + (c * PARTS + q) * WORDS), LANES * 4)
