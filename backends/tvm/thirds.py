@@ -117,6 +117,8 @@ class ThirdsKernel:
         split = code.alloc(2 * self._block_words(), "uint32", "split")
         acc = code.alloc(2 * self.mr * COLUMNS, "float32", "acc")
         amx.configure(code, {t: self.mr if t < 6 else TILE for t in range(8)})
+        for t in range(4):
+            amx.zero(code, t)
         with code.loop(self.block, "serial", "u") as unit:
             self._split_unit(self.weights[0], self._weight_at(first, 0), split, 0, unit)
         row = code.bind_index(code.simplify(pair * (2 * self.mr)), "row")
@@ -175,6 +177,7 @@ class ThirdsKernel:
             next_panel = code.bind(tirx.Select(ends, i64(back), i64(panel + 1)), "p", hidden=False)
             next_block = code.bind(tirx.Select(ends, i64(again), i64(start)), "b", hidden=False)
         run(blocks - 1, self.weights[following], self._weight_at(next_panel, next_block))
+        self._finish(total, code.simplify(base + (here - 1) * (2 * self.mr * COLUMNS)), acc)
 
     def _block(self, left: Any, split: Any, acc: Any, total: Any, base: Index, block: Index, mine: Index, here: Index,
                weight: Any, at: Index, other: Index) -> None:  # fmt: skip
@@ -182,31 +185,41 @@ class ThirdsKernel:
         code, steps, side = self.code, self.block // STEP, 2 * self.mr
         slots = self.group * steps
         each = self.block // slots  # units that a step splits
+        vectors = side * COLUMNS // LANES
+        sums = vectors // steps  # vectors of totals that a step adds to
         with code.loop(here, "serial", "io") as io:
-            for t in range(4):
-                amx.zero(code, t)
-            with code.loop(steps, "serial", "s") as s:
+            # the tiles hold the sums of the row tiles before these; the first of them all finds zeros
+            before = tirx.Select(tirx.EQ(i64(io), i64(0)), i64(here), i64(io))
+            place = code.bind_index(code.simplify(base + (before - 1) * (side * COLUMNS)), "place")
+
+            def step(s: Index, begin: Callable[[int], None] | None, io: Index = io, place: Index = place) -> None:
                 x = code.bind_index(code.simplify((io * (2 * self.chunk * steps) + block * steps + s) * THIRDS), "x")
                 w = code.bind_index(code.simplify(mine + s * (2 * PARTS * WORDS)), "y")
                 unit = code.simplify((io * steps + s) * each)
 
-                def split_one(q: int, unit: Index = unit) -> None:
-                    self._split_unit(weight, at, split, other, code.simplify(unit + q))
+                def beside(n: int) -> None:
+                    for q in range(n, each, len(ORDER)):
+                        self._split_unit(weight, at, split, other, code.simplify(unit + q))
+                    for q in range(n, sums, len(ORDER)):
+                        self._add(total, place, acc, code.simplify(s * sums + q))
 
-                self._step(left, x, split, w, split_one, each)
-            for i in range(2):
-                for c in range(2):
-                    amx.store(code, 2 * i + c, acc, i * self.mr * COLUMNS + c * LANES, COLUMNS * 4)
-            place = code.bind_index(code.simplify(base + io * (side * COLUMNS)), "place")
-            with code.loop(side * COLUMNS // LANES, "serial", "q") as q, code.loop(LANES, "vectorized", "v") as v:
-                to = code.simplify(place + q * LANES + v)
-                code.store(total, to, code.load(total, to) + code.load(acc, code.simplify(q * LANES + v)))
+                self._step(left, x, split, w, begin, beside)
+
+            step(0, lambda t: self._put(t, acc))
+            if steps > 1:
+                with code.loop(steps - 1, "serial", "s") as s:
+                    step(code.simplify(s + 1), None)
+            for q in range(sums * steps, vectors):
+                self._add(total, place, acc, q)
         done = code.simplify(here * (steps * each))
         with code.loop(code.simplify(self.block - done), "serial", "u") as u:
             self._split_unit(weight, at, split, other, code.simplify(done + u))
 
-    def _step(self, left: Any, x: Index, split: Any, w: Index, split_one: Callable[[int], None], each: int) -> None:
-        """32 of the summed axis: six products of 2 x 2 tiles. Tiles 0 to 3 are sums, 4 and 5 of the first factor, 6 and 7 of the weight."""
+    def _step(self, left: Any, x: Index, split: Any, w: Index, begin: Callable[[int], None] | None, beside: Callable[[int], None]) -> None:
+        """32 of the summed axis: six products of 2 x 2 tiles. Tiles 0 to 3 are sums, 4 and 5 of the first factor, 6 and 7 of the weight.
+
+        ``begin`` is called with a tile before its first product, ``beside`` after each of the six.
+        """
         code, below = self.code, self.chunk * self.block // STEP * THIRDS
         held: tuple[int, int] = (-1, -1)
         for n, (p, q) in enumerate(ORDER):
@@ -219,9 +232,28 @@ class ThirdsKernel:
             held = (p, q)
             for i in range(2):
                 for c in range(2):
+                    if n == 0 and begin is not None:
+                        begin(2 * i + c)
                     amx.multiply(code, 2 * i + c, 4 + i, 6 + c)
-            for unit in range(n, each, len(ORDER)):
-                split_one(unit)
+            beside(n)
+
+    def _put(self, tile: int, acc: Any) -> None:
+        """Write a tile of sums, and begin it anew. While one is written the others still sum."""
+        i, c = divmod(tile, 2)
+        amx.store(self.code, tile, acc, i * self.mr * COLUMNS + c * LANES, COLUMNS * 4)
+        amx.zero(self.code, tile)
+
+    def _add(self, total: Any, place: Index, acc: Any, q: Index) -> None:
+        """Add a vector of written sums to the totals."""
+        at = self._vector(place + q * LANES)
+        self.code.emit(tirx.BufferStore(total, total[at] + acc[self._vector(q * LANES)], [at]))
+
+    def _finish(self, total: Any, place: Index, acc: Any) -> None:
+        """Add what the tiles hold to the totals."""
+        for t in range(4):
+            self._put(t, acc)
+        with self.code.loop(2 * self.mr * COLUMNS // LANES, "serial", "q") as q:
+            self._add(total, place, acc, q)
 
     def _split_left(self, left: Any, row: Index, count: Index, chunk: Index) -> None:
         """A chunk of the first factor's rows, as tiles ``[row tile, step, third, 16, 32]``; rows behind the last one hold anything."""
