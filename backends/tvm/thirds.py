@@ -56,7 +56,25 @@ def thirds(x: Any, lanes: int) -> tuple[Any, Any, Any]:
     return high, middle, tirx.reinterpret(word, rest - tirx.reinterpret(real, middle))
 
 
-def _is_nan(x: Any) -> Any:
+def split_pair(code: Code, weight: Any, start: Index, split: Any, to: Index) -> None:
+    """Split two neighbouring rows of a panel, 16 columns from element ``start`` on: a row of a tile for each third, pairs side by side.
+
+    ``to``: where the row of the first third's tile lies in ``split``; the tiles of the other thirds follow.
+    """
+    upper = tirx.Broadcast(tirx.const(_UPPER, "uint32"), LANES)
+    shift = tirx.Broadcast(tirx.const(16, "uint32"), LANES)
+    rows = [code.bind(weight[vector_at(code, start + row * COLUMNS)], "y", hidden=False) for row in range(2)]
+    for part, (even, odd) in enumerate(zip(*(thirds(x, LANES) for x in rows), strict=True)):
+        word = tirx.bitwise_or(tirx.shift_right(even, shift), tirx.bitwise_and(odd, upper))
+        code.emit(tirx.BufferStore(split, word, [vector_at(code, to + part * WORDS)]))
+
+
+def vector_at(code: Code, at: Index) -> Any:
+    """The place of a vector in a buffer."""
+    return tirx.Ramp(i64(code.simplify(at)), i64(1), LANES)
+
+
+def is_nan(x: Any) -> Any:
     """Which lanes are nan, by their bits: TVM's simplifier takes ``x != x`` for false."""
     bits = tirx.bitwise_and(tirx.reinterpret(f"uint32x{LANES}", x), tirx.Broadcast(tirx.const(0x7FFFFFFF, "uint32"), LANES))
     return tirx.GT(bits, tirx.Broadcast(tirx.const(0x7F800000, "uint32"), LANES))
@@ -280,7 +298,7 @@ class ThirdsKernel:
         with code.loop(count, "serial", "i") as i:
             at = code.bind_index(code.simplify(base + i * COLUMNS), "at")
             sums = [total[self._vector(at + c * LANES)] for c in range(2)]
-            lanes = [tirx.Select(_is_nan(x), tirx.Broadcast(tirx.const(1, "int32"), LANES), nothing) for x in sums]
+            lanes = [tirx.Select(is_nan(x), tirx.Broadcast(tirx.const(1, "int32"), LANES), nothing) for x in sums]
             found = tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.or", tirx.bitwise_or(*lanes))
             with code.when(tirx.NE(found, tirx.const(0, "int32"))):
                 r = code.bind_index(code.simplify(row + i), "r")
@@ -296,7 +314,7 @@ class ThirdsKernel:
                         code.emit(tirx.BufferStore(total, total[place] + x * y, [place]))
 
     def _vector(self, at: Index) -> Any:
-        return tirx.Ramp(i64(self.code.simplify(at)), i64(1), LANES)
+        return vector_at(self.code, at)
 
     # --- the weight ---------------------------------------------------------------------------------------------------------
 
@@ -305,18 +323,8 @@ class ThirdsKernel:
         code = self.code
         pair, c = code.div(unit, 2), code.mod(unit, 2)
         start = code.bind_index(code.simplify(at + pair * (2 * COLUMNS) + c * LANES), "from")
-
-        def load(row: int) -> Any:
-            return code.bind(weight[self._vector(start + row * COLUMNS)], "y", hidden=False)
-
         if self.ahead:
             for row in range(2):
                 code.prefetch(weight, code.simplify(start + self.block * COLUMNS + row * COLUMNS))
-        upper = tirx.Broadcast(tirx.const(_UPPER, "uint32"), LANES)
-        shift = tirx.Broadcast(tirx.const(16, "uint32"), LANES)
         tile = code.simplify((code.div(pair, TILE) * 2 + c) * (PARTS * WORDS) + code.mod(pair, TILE) * LANES)
-        place = code.bind_index(code.simplify(to + tile), "to")
-        for part, (even, odd) in enumerate(zip(thirds(load(0), LANES), thirds(load(1), LANES), strict=True)):
-            word = tirx.bitwise_or(tirx.shift_right(even, shift), tirx.bitwise_and(odd, upper))
-            code.emit(tirx.BufferStore(split, word, [self._vector(place + part * WORDS)]))
-
+        split_pair(code, weight, start, split, code.bind_index(code.simplify(to + tile), "to"))
