@@ -21,10 +21,11 @@ from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.flashform import Form, seen_span
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
-from graphopt.backends.tvm.monoid import Monoid, combine
+from graphopt.backends.tvm.monoid import Monoid, combine, combine_each
 from graphopt.ir import types
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, Value
 
+LINE = 64  # bytes of a cache line
 _SUM, _MAX = Monoid.of("sum", types.f32), Monoid.of("max", types.f32, nan_matters=False)
 
 
@@ -34,13 +35,17 @@ class DecodeKernel:
     Args:
         lanes: elements of a vector; the sizes of heads are multiples.
         sums: vectors of sums that stay in registers.
+        keys: keys whose scores are summed together: their sums over lanes are shuffled into one vector.
         block: keys whose scores are computed before their values are read.
+        ahead: bytes of keys, and of values, that are asked for before they are needed; 0 leaves it to the hardware, which stops at
+            the end of each page and each block.
         splits: parts of the keys that are read in parallel.
     """
 
-    def __init__(self, graph: Graph, form: Form, lanes: int, sums: int, block: int, splits: int, parallel: bool) -> None:
+    def __init__(self, graph: Graph, form: Form, lanes: int, sums: int, keys: int, block: int, ahead: int, splits: int,
+                 parallel: bool) -> None:  # fmt: skip
         self.graph, self.form, self.lanes, self.sums, self.block = graph, form, lanes, sums, block
-        self.splits, self.parallel = splits, parallel
+        self.keys, self.ahead, self.splits, self.parallel = keys, ahead, splits, parallel
         self.code = code = Code(graph.symbols)
         self.args, self.attrs = Arguments(code, graph), form.node.attrs
         self.m, self.share, self.n = int(form.queries), form.share, code.size(form.keys)  # type: ignore[call-overload]
@@ -123,20 +128,54 @@ class DecodeKernel:
         for r in range(self.rows):
             with code.loop(lanes, "vectorized", "v") as v:
                 code.store(scores, code.simplify(r * step + code.div(here, lanes) * lanes + v), tirx.const(float("-inf"), F32))
-        sums = [code.alloc(lanes, F32, "acc") for _ in range(self.rows)]
-        with code.loop(here, "serial", "n") as n:
-            row = code.bind_index(code.simplify(base + n), "row")
-            for u in range(0, self.depth, lanes):
-                with code.loop(lanes, "vectorized", "v") as v:
-                    x = code.bind(Expressions(self.args, {}).at(k, [*of_keys, row, code.simplify(u + v)]), "k")
-                    for r, acc in enumerate(sums):
-                        term = x * code.load(queries, code.simplify(r * self.depth + u + v))
-                        code.store(acc, v, term if u == 0 else code.load(acc, v) + term)
-            for r, acc in enumerate(sums):
-                code.store(scores, code.simplify(r * step + n), combine(code, acc, lanes, lanes, _SUM))
+        whole = code.div(here, self.keys)
+        with code.loop(whole, "serial", "t") as t:
+            self._products(of_keys, queries, scores, base, code.bind_index(code.simplify(t * self.keys), "n"), self.keys)
+        with code.loop(code.simplify(here - whole * self.keys), "serial", "n") as n:
+            self._products(of_keys, queries, scores, base, code.bind_index(code.simplify(whole * self.keys + n), "n"), 1)
         if self.attrs["softcap"] is not None or self.extra.given or self.form.is_local or self.form.reads_all:
             for r in range(self.rows):
                 self._change(self._lead(lead, r), scores, r, base, here)
+
+    def _products(self, of_keys: Sequence[Index], queries: Any, scores: Any, base: Index, n: Index, count: int) -> None:
+        """Scores of ``count`` keys, 1 or as many as are taken together."""
+        code, lanes, k = self.code, self.lanes, self.form.parts.k
+        places = [(r, i) for r in range(self.rows) for i in range(count)]
+        sums = {place: code.alloc(lanes, F32, "acc") for place in places}
+        rows = [code.bind_index(code.simplify(base + n + i), "row") for i in range(count)]
+        self._fetch(k, of_keys, rows)
+        for u in range(0, self.depth, lanes):
+            for i, row in enumerate(rows):
+                with code.loop(lanes, "vectorized", "v") as v:
+                    x = code.bind(Expressions(self.args, {}).at(k, [*of_keys, row, code.simplify(u + v)]), "k")
+                    for r in range(self.rows):
+                        term, acc = x * code.load(queries, code.simplify(r * self.depth + u + v)), sums[r, i]
+                        code.store(acc, v, term if u == 0 else code.load(acc, v) + term)
+        if count == 1:
+            for (r, _), acc in sums.items():
+                code.store(scores, code.simplify(r * (self.block + lanes) + n), combine(code, acc, lanes, lanes, _SUM))
+            return
+        found = combine_each(code, [acc[self._ramp(0, lanes)] for acc in sums.values()], lanes, _SUM)
+        for r in range(self.rows):
+            vector, first = divmod(r * count, lanes)
+            part = found[vector] if count == lanes else tirx.Shuffle([found[vector]], list(range(first, first + count)))
+            code.emit(tirx.BufferStore(scores, part, [self._ramp(code.simplify(r * (self.block + lanes) + n), count)]))
+
+    def _fetch(self, of: Value, lead: Sequence[Index], rows: Sequence[Index]) -> None:
+        """Ask for the rows of keys or values, so many bytes behind these, that will be wanted later."""
+        if not self.ahead:
+            return
+        code, size = self.code, int(of.shape[-1])
+        step = max(1, self.ahead // (size * of.dtype.itemsize))
+        for row in rows:
+            for column in range(0, size, LINE // of.dtype.itemsize):
+                probe = Expressions(self.args, {}, probe=True)
+                probe.at(of, [*lead, code.simplify(row + step), column])
+                for source, address in probe.reads:
+                    code.prefetch(self.args.inputs[source], address)
+
+    def _ramp(self, at: Index, count: int) -> Any:
+        return tirx.Ramp(i64(at), i64(1), count) if count > 1 else i64(at)
 
     def _change(self, lead: Sequence[Index], scores: Any, r: int, base: Index, here: Index) -> None:
         """What is added to a row's scores, or taken from them."""
@@ -209,6 +248,8 @@ class DecodeKernel:
                         code.store(acc[r], u, tirx.const(0.0, F32))
                 with code.loop(here, "serial", "n") as n:
                     row = code.bind_index(code.simplify(base + n), "row")
+                    if r0 == c0 == 0:
+                        self._fetch(v_of, index, [row])
                     p = {r: code.bind(code.load(scores, code.simplify(r * (self.block + lanes) + n)), "p") for r in rows}
                     for u in self._each(here_columns):
                         x = code.bind(Expressions(self.args, {}).at(v_of, [*index, row, code.simplify(c0 + u)]), "x")

@@ -236,10 +236,13 @@ def decode_params(form: Form, t: Target) -> tuple[Param, ...]:
     splits = 1 if tasks % t.cores == 0 or tasks >= 4 * t.cores else min(16, -(-4 * t.cores // tasks))
     while isinstance(form.keys, int) and splits > 1 and form.keys < 128 * splits:
         splits //= 2
+    keys = max(1, min(lanes, 8 // (form.share * int(form.queries))))  # type: ignore[call-overload]  # eight sums fit registers
     return (
         Param("lanes", (lanes,)),
         Param("sums", (16, 8, 4) if t.vector_registers >= 32 else (8, 4)),
-        Param("block", (128, 64, 32, 256), "tile"),
+        Param("keys", tuple(dict.fromkeys((1 << (keys.bit_length() - 1), *(n for n in (8, 4, 2, 1, 16) if n <= lanes)))), "tile"),
+        Param("block", (64, 128, 32, 256), "tile"),
+        Param("ahead", (4096, 0, 1024, 2048, 8192)),
         Param("splits", tuple(dict.fromkeys((splits, 1, 2, 4, 8, 16))), "tasks"),
         Param("parallel", (True, False), "tasks"),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +70,21 @@ def combine(code: Code, acc: Any, width: int, lanes: int, m: Monoid) -> Any:
         assert str(low.ty.dtype) == name
         value = code.bind(m.join(code.bind(low), code.bind(high)))
     return value
+
+
+def combine_each(code: Code, vectors: Sequence[Any], lanes: int, m: Monoid) -> list[Any]:
+    """What the lanes of each vector join to: one lane a vector, ``lanes`` of them in each vector that is returned.
+
+    Two vectors' even lanes are joined with their odd ones, again and again: two shuffles and one operation for each vector, where
+    :func:`combine` takes as many for each halving.
+    """
+    out = []
+    even, odd = range(0, 2 * lanes, 2), range(1, 2 * lanes, 2)
+    start = tirx.Broadcast(tirx.const(m.start, m.held), lanes)
+    for first in range(0, len(vectors), lanes):
+        parts = [*vectors[first : first + lanes], *[start] * (first + lanes - len(vectors))]
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [code.bind(m.join(*(code.bind(tirx.Shuffle([a, b], list(order)), "mix") for order in (even, odd)))) for a, b in pairs]
+        out += parts
+    return out

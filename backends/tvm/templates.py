@@ -426,7 +426,8 @@ def _decode_params(w: Workload, t: Target) -> tuple[Param, ...]:
 def _write_decode(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.decode import DecodeKernel
 
-    return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in ("lanes", "sums", "block", "splits", "parallel")}).emit()
+    names = ("lanes", "sums", "keys", "block", "ahead", "splits", "parallel")
+    return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}).emit()
 
 
 def _loops(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopNest]]:

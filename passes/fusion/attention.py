@@ -17,6 +17,7 @@ from graphopt.passes.fusion.cost import CLOCK, LAUNCH, CostModel
 FEW = 8  # query rows that share keys, up to which a kernel reads the keys once, without filling lanes with queries
 _EXP = 22.0  # vector instructions for a weight: exponential, maximum, sum
 _LANES_SUM = 12.0  # instructions to add the lanes of a vector, where a score is a product of two rows
+_LANES_SUMS = 4.0  # the same, where those of many vectors are added at once
 _REACH = 0.65  # share of the peak that both forms' products reach
 
 
@@ -66,7 +67,7 @@ def _whole(node: Node, costs: CostModel) -> tuple[float, float]:
         scores = h * m * n * s * filled
         multiply = 2 * scores * size / (t.flops_per_cycle * _REACH)
         if few:  # vectors run along the size of a head: a sum over lanes for each score
-            multiply += scores * _LANES_SUM / t.pipes
+            multiply += scores * _LANES_SUMS / t.pipes
         out.append(max((multiply + scores * _EXP / (lanes * t.pipes)) / t.cores, r) + LAUNCH)
     return out[0], out[1]
 

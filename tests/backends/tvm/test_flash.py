@@ -182,6 +182,12 @@ FEW = {
     "slopes and sinks": attention(2, 600, 16, heads=1, extra=", %a: f32[1], %b: f32[1]", names=", %a, %b",
                                   attrs=", alibi = true, sinks = true"),
     "bf16": attention(1, 150, 64, dtype="bf16", heads=4, shared=1),
+    "keys by position": parse_graph("""graph @g(%q: f32[2, 4, 1, 32], %k: f32[2, 131, 2, 32], %v: f32[2, 131, 2, 32]) -> f32[2, 4, 1, 32] {
+      %a: f32[2, 2, 131, 32] = transpose(%k) {perm = [0, 2, 1, 3]}
+      %b: f32[2, 2, 131, 32] = transpose(%v) {perm = [0, 2, 1, 3]}
+      %0: f32[2, 4, 1, 32] = attention(%q, %a, %b) {scale = 0.3}
+      return %0
+    }"""),
     "symbolic": attention(1, "N", 32, heads=1, attrs=", causal = true, offset = N - 1", where=" where 1 <= N"),
     "repeated by views": parse_graph("""graph @g(%q: f32[1, 6, 1, 16], %x: f32[1, 2, 90, 16]) -> f32[1, 1, 96] {
       %a: f32[1, 2, 1, 90, 16] = reshape(%x) {shape = [1, 2, 1, 90, 16]}
@@ -204,6 +210,30 @@ def test_few_queries(compile_all) -> None:
         for n in (1, 30, 700) if graph.symbols else (0,):
             sizes = {"N": n} if n else {}
             check(graph, run, inputs(graph, **sizes), sizes or None, factor=4.0)
+
+
+@pytest.mark.parametrize("name", ["odd", "shared heads", "split"])
+def test_schedules_of_few_queries(builder: KernelBuilder, kernels_dir: Any, name: str) -> None:
+    """Other numbers of keys at a time, blocks and parts, asking for rows ahead or not, compute the same."""
+    graph, target = FEW[name], detect()
+    w = Workload.of(graph, "attention")
+    space = DECODE.space(w, target)
+    default = dict(space.default().knobs)
+    changes: list[dict[str, Any]] = [
+        {"keys": 1, "ahead": 0}, {"keys": 2, "block": 32}, {"keys": 4, "sums": 4, "splits": 2}, {"keys": 8, "ahead": 1024},
+        {"block": 256, "splits": 8, "parallel": False},
+    ]  # fmt: skip
+    schedules = [Schedule.make("decode", **{**default, **c}) for c in changes]
+    assert all(space.rejection(s) is None for s in schedules)
+    for path, s in zip(builder.build_many([(w, s) for s in schedules], target, kernels_dir), schedules, strict=True):
+        kernel, given = load_kernel(path, w, s), inputs(graph)  # type: ignore[arg-type]
+
+        def run(xs: Any, _: Any, kernel: Any = kernel) -> list[torch.Tensor]:
+            out = torch.full([int(n) for n in graph.outputs[0].shape], 77.0)
+            kernel(*xs, out)
+            return [out]
+
+        check(graph, run, given, factor=4.0)
 
 
 def test_few_queries_and_numbers_that_are_none(compile_all) -> None:
