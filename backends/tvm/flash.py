@@ -61,6 +61,7 @@ class FlashKernel:
         self.cap = self.attrs["softcap"]
         self.whole, self.fill = form.reads_all, form.fill
         self.extra = Extra(self.args, form, self.fill)
+        self.held = groups  # groups whose transposed queries are kept
 
     def emit(self) -> Code:
         code, span = self.code, self.groups * self.nr
@@ -86,16 +87,34 @@ class FlashKernel:
     # --- one task -----------------------------------------------------------------------------------------------------------
 
     def _task(self, count: Index) -> None:
-        code, nr, block = self.code, self.nr, self.block
+        self._alloc()
+        keys, values = self._matrices()
+        staged = [m.staged(self.block, self.lanes) if self.stage or not m.plain else None for m in (keys, values)]
+
+        def fill(base: Index, here: Index) -> tuple[Matrix, Matrix]:
+            k, v = (copy.fill(m, base, here) if copy is not None else m.moved(base) for m, copy in zip((keys, values), staged))
+            return k, v
+
+        self._blocks(count, fill)
+
+    def _alloc(self) -> None:
+        """Scratch of a task."""
+        code, nr = self.code, self.nr
         deep, wide = (-(-n // self.lanes) * self.lanes for n in (self.depth, self.width))
         self.deep, self.wide = deep, wide
-        self.qt, self.ot = (code.alloc(self.groups * n * nr, F32, name) for n, name in ((deep, "queries"), (wide, "sums")))
+        self.qt, self.ot = (code.alloc(n * nr, F32, name) for n, name in ((self.held * deep, "queries"), (self.groups * wide, "sums")))
         self.rows_of = code.alloc(nr * max(deep, wide), F32, "line")  # queries, or results, as rows
         self.top, self.total = (code.alloc(self.groups * nr, F32, name) for name in ("top", "total"))
-        self.scores = code.alloc(block * nr, F32, "scores")
-        keys, values = (Matrix(self.args, v, head_index(code, self.form, v, self.lead)) for v in (self.form.parts.k, self.form.parts.v))
-        staged = [m.staged(block, self.lanes) if self.stage or not m.plain else None for m in (keys, values)]
-        self.extra.alloc(block, nr, self.lanes)
+        self.scores = code.alloc(self.block * nr, F32, "scores")
+        self.extra.alloc(self.block, nr, self.lanes)
+
+    def _matrices(self) -> tuple[Matrix, Matrix]:
+        k, v = (Matrix(self.args, v, head_index(self.code, self.form, v, self.lead)) for v in (self.form.parts.k, self.form.parts.v))
+        return k, v
+
+    def _blocks(self, count: Index, fill: Callable[[Index, Index], tuple[Matrix, Matrix]]) -> None:
+        """All blocks of keys for all groups of a task; ``fill`` gives a block of keys and values, its first key and their number."""
+        code, nr, block = self.code, self.nr, self.block
         with code.loop(count, "serial", "g") as g:
             self._begin(g)
         first, last = seen_span(code, self.form, self.start, code.simplify(self.start + count * nr - 1))
@@ -104,7 +123,7 @@ class FlashKernel:
         with code.loop(code.simplify(code.greatest(end - begin, 0)), "serial", "b") as b:
             base = code.bind_index(code.simplify((begin + b) * block), "base")
             here = block if isinstance(self.n, int) and self.n % block == 0 else code.bind_index(code.least(self.n - base, block), "here")
-            k, v = (copy.fill(m, base, here) if copy is not None else m.moved(base) for m, copy in zip((keys, values), staged))
+            k, v = fill(base, here)
             self.extra.keys_of(self.lead, base, here)
             with code.loop(count, "serial", "g") as g:
                 self._block(g, base, here, k, v)
@@ -125,7 +144,8 @@ class FlashKernel:
                 code.store(self.rows_of, code.simplify(i * self.deep + d), Expressions(self.args, {}).at(q, [*lead, row, d]) * factor)
 
             vector_loop(code, 0, self.depth, self.lanes, element)
-        self._transposed(self.rows_of, self.deep, 0, self.qt, nr, code.simplify(g * (self.deep * nr)), nr, self.deep)
+        place = code.simplify(g * (self.deep * nr)) if self.held > 1 else 0
+        self._transposed(self.rows_of, self.deep, 0, self.qt, nr, place, nr, self.deep)
         top, total = self.extra.sink(self.lead)
         for at in self._lanes(code.simplify(g * nr)):
             code.store(self.top, at, top)
@@ -330,6 +350,14 @@ class FlashKernel:
             code.store(top, at, shift)
             code.store(again, at, vecmath.exp2_shifted(code.bind, code.bind(old - shift)))
             code.store(total, at, tirx.const(0.0, F32))
+        self._exponentials(low, count, top, total)
+        for at in self._lanes():
+            place = code.simplify(here + at)
+            code.store(self.total, place, code.load(self.total, place) * code.load(again, at) + code.load(total, at))
+
+    def _exponentials(self, low: Index, count: Index, top: Any, total: Any) -> None:
+        """Exponentials of scores less ``top``, in their place; they are added to ``total``."""
+        code, nr = self.code, self.nr
         with code.loop(count, "serial", "n") as n:
             start = code.bind_index(code.simplify((low + n) * nr), "start")
             for at in self._lanes():
@@ -338,9 +366,6 @@ class FlashKernel:
                 e = code.bind(vecmath.exp2_shifted(code.bind, x))
                 code.store(self.scores, place, e)
                 code.store(total, at, code.load(total, at) + e)
-        for at in self._lanes():
-            place = code.simplify(here + at)
-            code.store(self.total, place, code.load(self.total, place) * code.load(again, at) + code.load(total, at))
 
     def _sums(self, g: Index, low: Index, count: Index, again: Any, v: Matrix) -> None:
         """Weights times values, added to what was summed before."""

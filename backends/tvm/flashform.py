@@ -16,6 +16,7 @@ from graphopt.ir.opset.attention import Parts, groups, parts
 from graphopt.target import Target
 
 DTYPES = (types.f32, types.bf16, types.f16)
+LEAST = 48  # queries below which splitting keys and values costs more than tiles save
 FEW = 8  # query rows that share keys, up to which the kernel for decoding takes them
 _WIDTHS = {1: 1.25, 2: 1.05, 3: 1.0, 4: 1.0}  # cost of a query in a register tile of so many vectors: loads beside multiply-adds
 
@@ -31,6 +32,7 @@ class Form:
     node: Node
     parts: Parts[Value]
     views: tuple[Node, ...]
+    symbols: Mapping[str, Any]
 
     @property
     def queries(self) -> Dim:
@@ -135,7 +137,7 @@ def form_of(graph: Graph) -> Form | str:
     for n in graph.nodes():
         if n is not node and n not in views and not (n.op.has(Trait.POINTWISE) or n.name in MOVES):
             return f"{n.name} before the attention"
-    return Form(node, p, tuple(reversed(views)))
+    return Form(node, p, tuple(reversed(views)), graph.symbols)
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------------
@@ -216,6 +218,38 @@ def _groups(form: Form, queries: int, t: Target) -> int:
 def _stages(form: Form) -> bool:
     """Whether a block of keys and values is copied first: narrow floats, which are widened once for all queries of a task."""
     return form.node.result.dtype != types.f32
+
+
+# --- on tiles ------------------------------------------------------------------------------------------------------------
+
+
+def tiles_refusal(form: Form, t: Target) -> str | None:
+    """Why an attention is not for AMX tiles, or None."""
+    if not t.f32_thirds:
+        return "the target has no AMX tiles"
+    if form.node.result.dtype not in (types.f32, types.bf16):
+        return f"an attention of {form.node.result.dtype}"
+    if form.depth % 32 or form.width % 32:
+        return "heads that are no multiples of 32"
+    least = dims.bounds(form.queries, form.symbols)[0]
+    return None if least is not None and least >= LEAST else f"it may have fewer than {LEAST} queries"
+
+
+def tiles_params(form: Form, t: Target) -> tuple[Param, ...]:
+    """The knobs: keys of a block, and groups of 32 queries of a task: many, as keys and values are split for each task."""
+    size, queries = form.depth + form.width, form.queries
+    groups = max(1, t.cache[1] // 2 // (32 * size * 5))
+    if isinstance(queries, int):
+        heads = dims.numel(form.batch)
+        groups = min(groups, -(-queries // 32))
+        least = -(-4 * t.cores // heads) if isinstance(heads, int) else 1  # tasks of a head
+        groups = max(min(groups, -(-queries // (32 * least))), min(groups, 4))
+    groups = 1 << (groups.bit_length() - 1)
+    return (
+        Param("block", (128, 64, 96, 192, 256), "tile"),
+        Param("groups", tuple(dict.fromkeys((groups, *(n for n in (2, 4, 8, 16, 32))))), "tasks"),
+        Param("parallel", (True, False), "tasks"),
+    )
 
 
 # --- few queries ---------------------------------------------------------------------------------------------------------

@@ -22,4 +22,5 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("depthwise", "default"): _FUSED,
     ("depthwise", "pieces"): (*_FUSED, Rule.PIECES),
     ("flash", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE),
+    ("flash-tiles", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
 }

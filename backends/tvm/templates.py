@@ -411,6 +411,24 @@ def _write_flash(w: Workload, s: Schedule, t: Target) -> Any:
     return FlashKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}).emit()
 
 
+def _flash_tiles_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.flashform import tiles_refusal
+
+    return _flash_refuse(w, t) or tiles_refusal(_attention_form(w), t)
+
+
+def _flash_tiles_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.flashform import tiles_params
+
+    return tiles_params(_attention_form(w), t)
+
+
+def _write_flash_tiles(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.flashtiles import FlashTilesKernel
+
+    return FlashTilesKernel(w.graph, _attention_form(w), s["block"], s["groups"], s["parallel"]).emit()
+
+
 def _decode_refuse(w: Workload, t: Target) -> str | None:
     from graphopt.backends.tvm.flashform import decode_refusal
 
@@ -445,6 +463,7 @@ DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_d
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=_loops("conv_loops"))
 DECODE = Template("decode", _decode_refuse, _decode_params, _write_decode)
+FLASH_TILES = Template("flash-tiles", _flash_tiles_refuse, _flash_tiles_params, _write_flash_tiles)
 FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
@@ -453,4 +472,4 @@ TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=_loops("row_loops"))
 NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in ("conv", "attention") else None, _nest_params, _write_nest,
                 nest=_loops("element_loops"))  # fmt: skip
-TEMPLATES: tuple[Template, ...] = (DECODE, FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, QUANTIZED, THIRDS, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (DECODE, FLASH_TILES, FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, QUANTIZED, THIRDS, TILE, ROWS, NEST)
