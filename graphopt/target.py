@@ -106,6 +106,18 @@ class Target:
         return "dot" if self.has("avx512_bf16") else ""
 
     @property
+    def int8_products(self) -> str:
+        """How products of 8-bit integers are best summed in 32 bits.
+
+        ``amx`` (tiles), ``vnni`` (fours, unsigned by signed), ``sdot`` (fours, signed), or ``mul``: one by one.
+        """
+        if self.has("amx_tile") and self.has("amx_int8"):
+            return "amx"
+        if (self.has("avx512_vnni") and self.has("avx512f")) or self.has("avx_vnni"):
+            return "vnni"
+        return "sdot" if self.arch == "aarch64" and self.has("asimddp") else "mul"
+
+    @property
     def f32_thirds(self) -> bool:
         """Whether products of f32 are best summed from thirds, which are bf16, on AMX tiles."""
         return self.bf16_products == "amx"

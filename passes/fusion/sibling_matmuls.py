@@ -153,7 +153,7 @@ def _merge(g: Graph, siblings: list[_Sibling]) -> None:
         weight = rw.transpose(rw.concat(*(s.weight for s in siblings), axis=0), perm=(1, 0))
     else:
         weight = rw.concat(*(rw.transpose(s.weight, perm=(1, 0)) if s.transposed else s.weight for s in siblings), axis=1)
-    y: Value = rw.matmul(first.operands[0], weight)
+    y: Value = rw.create("matmul", [first.operands[0], weight], dict(first.attrs))
     if siblings[0].bias is not None:
         y = rw.add(y, rw.concat(*(s.bias for s in siblings), axis=0))
     start = 0

@@ -98,7 +98,7 @@ def _rewrite(g: Graph, reshape: Node, chain: _Chain) -> None:
     rows = reshape.results[0].shape[:-1]
     x, w = chain.matmul.operands
     rw = Rewriter(g, chain.matmul)
-    value: Value = rw.matmul(_divided(rw, x, rows), w)
+    value: Value = rw.create("matmul", [_divided(rw, x, rows), w], dict(chain.matmul.attrs))
     for node, at in chain.after:
         rw = Rewriter(g, node)
         operands = [

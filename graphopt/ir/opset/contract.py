@@ -7,26 +7,36 @@ from collections.abc import Sequence
 import torch
 
 from graphopt.errors import TypeInferenceError
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, Trait, broadcast_shapes, define, same_dtype
 from graphopt.ir.types import TensorType
 
 
 def _infer_matmul(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     a, b = ts
-    dtype = same_dtype(ts, "matmul")
+    dtype, acc = same_dtype(ts, "matmul"), attrs["acc"]
+    if acc is not None and (acc != types.i32 or dtype not in (types.i8, types.u8)):
+        raise TypeInferenceError(f"matmul: {a} and {b} summed in {acc}; only products of i8 or u8 are, in i32")
     if a.rank < 2 or b.rank < 2:
         raise TypeInferenceError(f"matmul: operands need two axes at least, got {a} and {b}")
     if dims.prove(a.shape[-1], "==", b.shape[-2]) is False:
         raise TypeInferenceError(f"matmul: {a} and {b} do not agree in the summed size")
     batch = broadcast_shapes([a.shape[:-2], b.shape[:-2]])
-    return [TensorType(dtype, (*batch, a.shape[-2], b.shape[-1]))]
+    return [TensorType(acc or dtype, (*batch, a.shape[-2], b.shape[-1]))]
+
+
+def _matmul(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
+    a, b = xs
+    if attrs["acc"] is None:
+        return torch.matmul(a, b)
+    # f64 holds all sums of such products exactly, and is multiplied by a library; an i32 that runs over wraps around
+    return torch.matmul(a.double(), b.double()).to(torch.int64).to(torch.int32)
 
 
 define(
-    "matmul", 2, traits=(Trait.CONTRACTION,), infer=_infer_matmul,
-    evaluate=lambda xs, attrs, ctx: torch.matmul(xs[0], xs[1]),
-    doc="[..., M, K] x [..., K, N] -> [..., M, N]; leading axes broadcast; f16 and bf16 accumulate in f32",
+    "matmul", 2, traits=(Trait.CONTRACTION,), attrs={"acc": None}, infer=_infer_matmul, evaluate=_matmul,
+    doc="[..., M, K] x [..., K, N] -> [..., M, N]; leading axes broadcast; f16 and bf16 accumulate in f32; i8 and u8 in i32, "
+    "which is the result, if acc is i32",
 )  # fmt: skip
 
 

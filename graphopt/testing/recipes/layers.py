@@ -14,9 +14,10 @@ from graphopt.testing.recipes.registry import random_axis, recipe
 
 @recipe("matmul")
 def _matmul(pool: Pool, name: str) -> Value:
-    x = pool.operand(FLOATS, least=2)
+    whole = pool.flag(6)  # of 8-bit integers, summed in 32 bits
+    x = pool.operand([types.i8, types.u8] if whole else FLOATS, least=2)
     batch = x.shape[:-2] if pool.flag(3) else ()
-    return pool.add(name, [x, pool.input(x.dtype, (*batch, x.shape[-1], pool.size()))])
+    return pool.add(name, [x, pool.input(x.dtype, (*batch, x.shape[-1], pool.size()))], **({"acc": types.i32} if whole else {}))
 
 
 @recipe("conv")
