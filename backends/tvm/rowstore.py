@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -20,12 +20,15 @@ class RowStore:
 
     Args:
         results: the products, all of one shape ``[*lead, columns]``.
-        width: columns of the sums' rows; sums are f32.
+        width: columns of the sums' rows; sums are f32, or the results' integers.
         lanes: f32 of a vector.
+        known: how to read what else was computed before.
     """
 
-    def __init__(self, code: Code, args: Arguments, graph: Graph, results: Sequence[Value], width: int, lanes: int) -> None:
+    def __init__(self, code: Code, args: Arguments, graph: Graph, results: Sequence[Value], width: int, lanes: int,
+                 known: Mapping[Value, Source] | None = None) -> None:  # fmt: skip
         self.code, self.args, self.graph, self.results, self.width = code, args, graph, tuple(results), width
+        self.known = dict(known or {})
         *lead, columns = [code.size(d) for d in results[0].shape]
         self.lead, self.columns = lead, columns
         self.lanes = lanes if self._vectors() else 1
@@ -33,7 +36,8 @@ class RowStore:
     def _vectors(self) -> bool:
         """Whether the epilogue has a vector form."""
         for v in self.graph.outputs:
-            probe = Probe(self.args, {r: lambda index: tirx.const(0, "float32") for r in self.results}, v)
+            nothing = {r: lambda index, held=scalar.COMPUTE[r.dtype]: tirx.const(0, held) for r in self.results}
+            probe = Probe(self.args, {**self.known, **nothing}, v)
             probe([0] * v.type.rank)
             if probe.scalar_only:
                 return False
@@ -78,6 +82,6 @@ class RowStore:
 
             return source
 
-        sources = {r: summed(buffer, r) for r, buffer in zip(self.results, sums, strict=True)}
+        sources = self.known | {r: summed(buffer, r) for r, buffer in zip(self.results, sums, strict=True)}
         for k, v in enumerate(self.graph.outputs):
             self.args.store(k, index, Expressions(self.args, sources).at(v, index))

@@ -192,6 +192,30 @@ def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
     return QuantizedKernel(graph, s["lanes"], rows, s["vectors"], s["unroll"], s["table"], s["ahead"], s["parallel"]).emit()
 
 
+# --- products of 8-bit integers -----------------------------------------------------------------------------------------
+
+
+def _int8_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.int8form import refusal
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    return refusal(expand_rows(w.graph), t) if w.kind == "matmul" else "not a matmul region"
+
+
+def _int8_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.int8form import params
+
+    return params(w.graph, t)
+
+
+def _write_int8(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.int8 import Int8Kernel
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    names = ("engine", "lanes", "rows", "group", "panels", "block", "ahead", "parallel")
+    return Int8Kernel(expand_rows(w.graph), **{n: s[n] for n in names}).emit()
+
+
 # --- products of bf16 in pairs -----------------------------------------------------------------------------------------
 
 
@@ -468,8 +492,11 @@ FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spa
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
 QUANTIZED = Template("quantized", _quantized_refuse, _quantized_params, _write_quantized)
+INT8 = Template("int8", _int8_refuse, _int8_params, _write_int8)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=_loops("row_loops"))
 NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in ("conv", "attention") else None, _nest_params, _write_nest,
                 nest=_loops("element_loops"))  # fmt: skip
-TEMPLATES: tuple[Template, ...] = (DECODE, FLASH_TILES, FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, QUANTIZED, THIRDS, TILE, ROWS, NEST)
+TEMPLATES: tuple[Template, ...] = (
+    DECODE, FLASH_TILES, FLASH, DEPTHWISE, WINOGRAD, CONV, PAIRS, INT8, QUANTIZED, THIRDS, TILE, ROWS, NEST,
+)  # fmt: skip

@@ -6,7 +6,8 @@ call, and again when the weight changes.
 
 When: after ``fuse``, for each product of a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix,
 plain or transposed; or bf16, for a region of one product, where the target has instructions that multiply it
-(:mod:`~graphopt.passes.layout.pairs` is its form then). An operand that is no weight is left in silence; declined with a remark
+(:mod:`~graphopt.passes.layout.pairs` is its form then); or i8, for products summed in i32
+(:mod:`~graphopt.passes.layout.fours`). An operand that is no weight is left in silence; declined with a remark
 are batches of matrices, other dtypes, weights behind other views, and N of less than one vector register. ``nr`` is as many
 registers as the target's register tile is wide (``Target.tile``): three of 32, two of 16. It is 32 columns, two AMX tiles, where the
 target sums products of f32 from thirds (``Target.f32_thirds``) and K is a multiple of 32; for few rows, too, so that programs for many
@@ -25,6 +26,7 @@ Reference: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplica
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 from graphopt.errors import UsageError
 from graphopt.ir import Builder, Graph, types
@@ -32,7 +34,7 @@ from graphopt.ir.graph import Node, Value, copy_nodes
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
-from graphopt.passes.layout import pairs
+from graphopt.passes.layout import fours, pairs
 from graphopt.passes.shared import input_behind_views, matmuls
 from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
 
@@ -46,7 +48,7 @@ class _Site:
     columns: int  # of a panel
     input: int  # which operand of the fusion holds the weight
     transposed: bool  # the body reads it transposed
-    pairs: bool  # to be packed in pairs
+    form: ModuleType | None  # of neighbours along the summed axis side by side, which instructions want: pairs, or fours
 
 
 COLUMNS, DEPTH = 32, 32  # of thirds: columns of a panel, and what the summed axis is a multiple of
@@ -88,9 +90,9 @@ class PackWeights(Pass):
                 key = (w, site.transposed, nr)
                 if key not in packed:
                     rw = Rewriter(g, region)
-                    packed[key] = pairs.pack(rw, w, site.transposed) if site.pairs else pack(rw, w, site.transposed, nr)
-                how = f"in pairs, by {pairs.COLUMNS}" if site.pairs else f"by {nr}"
-                how += " columns, for AMX tiles" if in_thirds and nr == COLUMNS and not site.pairs else " columns"
+                    packed[key] = site.form.pack(rw, w, site.transposed) if site.form else pack(rw, w, site.transposed, nr)
+                how = f"in {_name(site.form)}, by {site.form.COLUMNS}" if site.form else f"by {nr}"
+                how += " columns, for AMX tiles" if in_thirds and nr == COLUMNS and not site.form else " columns"
                 ctx.passed(self.name, f"weight {w!r} packed {how}: {packed[key].type}", region, number)
                 region = _rebuild(g, site, packed[key])
                 changed = True
@@ -147,13 +149,21 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in
         return Reject("it is read through more views than a transpose", weight)
     k, n = (int(d) for d in weight.shape)
     paired = in_pairs and weight.dtype == types.bf16
+    if weight.dtype == types.i8 and matmul.attrs["acc"] is not None:
+        if min(k, n) < fours.LEAST:
+            return Reject(f"{k} rows by {n} columns do not fill a panel of fours", weight)
+        return _Site(fusion, matmul, fours.COLUMNS, source.index, transposed, fours)
     if weight.dtype != types.f32 and not paired:
         return Reject(f"weights of dtype {weight.dtype} are not packed for this target, only f32", weight)
     if paired and (n < pairs.COLUMNS // 2 or k < pairs.DEPTH):
         return Reject(f"{k} rows by {n} columns do not fill a panel of pairs", weight)
     if n < lanes or k == 0:
         return Reject(f"{n} columns do not fill a vector register of {lanes}", weight)
-    return _Site(fusion, matmul, columns, source.index, transposed, paired)
+    return _Site(fusion, matmul, columns, source.index, transposed, pairs if paired else None)
+
+
+def _name(form: ModuleType) -> str:
+    return form.__name__.rpartition(".")[2]
 
 
 def _is_unpack(weight: Value) -> bool:
@@ -178,7 +188,7 @@ def _rebuild(g: Graph, site: _Site, wp: Value) -> Node:
         if v is plain:
             k, n = (int(d) for d in site.matmul.operands[1].shape)
             given = body.add_input(wp.type, v.hint)
-            unpacked = pairs.unpack(Builder(body), given, k, n) if site.pairs else unpack(Builder(body), given, n)
+            unpacked = site.form.unpack(Builder(body), given, k, n) if site.form else unpack(Builder(body), given, n)
             operands.append(wp)
         if v is not plain or _other_uses(plain, site):
             mapping[v] = body.add_input(v.type, v.hint)

@@ -1,0 +1,369 @@
+"""Products of 8-bit integers, summed exactly in 32 bits, with what makes integers of the first factor's rows and floats of the sums.
+
+First all rows of the first factor are brought into scratch as integers, rows shared among the cores: where their scale is made of the
+row (its largest element), that is found in one pass over it, and the integers in a second one. Then tasks multiply: some row tiles by
+some panels of the weight. A panel is ``[depth / 4, 32, 4]`` behind the views that the packing pass writes: four neighbouring
+elements of the summed axis stand side by side, as all instructions want them that multiply bytes:
+
+- ``amx``: TDPBSSD, tiles of 16 x 64 by 64 x 16; two by two are summed at once.
+- ``vnni``: VPDPBUSD, unsigned by signed: rows are kept with 128 added, and 128 times the sum of a column is taken off.
+- ``sdot``: Arm's SDOT, signed by signed.
+- ``mul``: the four of a word one after the other, by 32-bit multiplications that every processor has.
+
+All of them give the same bits: sums of integers are exact, and wrap around alike. What lies behind the last row or element of the
+summed axis may be anything, as the weight's padding is zero and those rows are not written.
+
+Reference: Intel 64 and IA-32 Architectures Optimization Reference Manual, chapter 20 (AMX) and section 19.2 (VNNI).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from tvm import tirx
+
+from graphopt.backends.tvm import amx
+from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.elementwise import Probe
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.int8form import COLUMNS, STEP, TILE, packed_fours, products_of, statistic_of
+from graphopt.backends.tvm.loops import SMALL, product
+from graphopt.backends.tvm.monoid import Monoid, combine
+from graphopt.backends.tvm.rowstore import RowStore
+from graphopt.errors import BuildError
+from graphopt.ir import types
+from graphopt.ir.graph import Graph, Value
+
+WORD = 4  # bytes that an instruction multiplies and adds at a time
+SUMS = 4  # vectors of the largest elements that are under way
+LINE = 64  # bytes of a cache line
+WHOLE = TILE * STEP  # elements of a tile of the first factor
+
+
+class Int8Kernel:
+    """Emits a region with one integer matmul, or two of one first factor, and a pointwise epilogue of the product's shape.
+
+    Args: see :func:`graphopt.backends.tvm.int8form.params`.
+    """
+
+    def __init__(self, graph: Graph, engine: str, lanes: int, rows: int, group: int, panels: int, block: int, ahead: bool,
+                 parallel: bool) -> None:  # fmt: skip
+        self.graph, self.engine, self.lanes, self.mr, self.ahead, self.parallel = graph, engine, lanes, rows, ahead, parallel
+        self.nodes = products_of(graph)
+        self.left, self.statistic = self.nodes[0].operands[0], statistic_of(graph)
+        self.code = code = Code(graph.symbols)
+        self.args = Arguments(code, graph)
+        packed = [packed_fours(n.operands[1]) for n in self.nodes]
+        if any(p is None for p in packed):
+            raise BuildError("the second factor is not packed in fours")
+        self.weights = [self.args.inputs[p] for p in packed if p is not None]
+        self.depth, self.k = WORD * int(packed[0].shape[1]), int(self.left.shape[-1])  # type: ignore[union-attr]
+        self.lead = [code.size(d) for d in self.nodes[0].result.shape[:-1]]
+        self.m = code.bind_index(product(code, self.lead), "rows")
+        self.n = int(self.nodes[0].result.shape[-1])
+        self.panels = -(-self.n // COLUMNS)
+        self.side = 2 if engine == "amx" and not (isinstance(self.m, int) and self.m <= rows) else 1  # row tiles at once
+        self.height = self.side * rows
+        self.tiles = code.ceildiv(self.m, self.height)
+        self.group = min(group, self.tiles) if isinstance(self.tiles, int) else group
+        self.share, self.block = min(panels, self.panels), min(block, self.depth) // STEP  # of the depth, in steps
+        self.unsigned = engine == "vnni"
+
+    def emit(self) -> Code:
+        code = self.code
+        left, known = self._rows()
+        store = RowStore(code, self.args, self.graph, [n.result for n in self.nodes], COLUMNS, self.lanes, known)
+        groups, shares = code.ceildiv(self.tiles, self.group), -(-self.panels // self.share)
+        work = product(code, [self.m, self.n, self.depth])
+        steps = product(code, [groups, shares])
+        serial = not self.parallel or (isinstance(work, int) and work < 32 * SMALL) or (isinstance(steps, int) and steps == 1)
+        with code.loop(steps, "serial" if serial else "parallel", "task") as task:
+            # tasks side by side read the same panels
+            jo, go = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [shares, groups]), [shares, groups], strict=True)]
+            self._task(left, store, go, jo)
+        return code
+
+    # --- the first factor ---------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> tuple[Any, dict[Value, Source]]:
+        """The first factor as integers, and how to read the statistic of its rows, if it has one."""
+        code, height = self.code, self.height
+        steps = self.depth // STEP
+        slots = code.simplify(self.tiles * self.side)
+        size = code.simplify(slots * (steps * WHOLE)) if self.engine == "amx" else code.simplify(slots * (self.mr * self.depth))
+        left = code.alloc(size, "uint8" if self.unsigned else "int8", "left")
+        most = code.alloc(code.simplify(self.tiles * height), "float32", "most") if self.statistic is not None else None
+        work = product(code, [self.m, self.depth])
+        small = isinstance(work, int) and work < SMALL
+        chunk = 8  # rows of a parallel step
+        pieces = code.ceildiv(self.m, chunk)
+        serial = small or not self.parallel or (isinstance(pieces, int) and pieces == 1)
+        with code.loop(pieces, "serial" if serial else "parallel", "piece") as piece:
+            first = code.simplify(piece * chunk)
+            exact = isinstance(self.m, int) and self.m % chunk == 0
+            count = chunk if exact else code.bind_index(code.least(self.m - first, chunk), "count")
+            with code.loop(count, "serial", "i") as i:
+                self._row(left, most, code.bind_index(code.simplify(first + i), "r"))
+        if self.statistic is None or most is None:
+            return left, {}
+        shape = [*self.lead]
+
+        def source(index: Sequence[Index]) -> Any:
+            return code.load(most, code.flatten(index[:-1], shape))
+
+        return left, {self.statistic.result: source}
+
+    def _row(self, left: Any, most: Any, r: Index) -> None:
+        code = self.code
+        lead = [code.bind_index(x, "i", n) for x, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
+        sources: dict[Value, Source] = {}
+        if self.statistic is not None:
+            found = self._largest(self.statistic.operands[0], lead)
+            code.store(most, r, found)
+            sources[self.statistic.result] = _always(found)
+            self._hoist(sources, lead)
+        if self.engine == "amx":
+            start = code.simplify(code.div(r, self.mr) * (self.depth // STEP * WHOLE) + code.mod(r, self.mr) * STEP)
+            step = WHOLE
+        else:
+            start, step = code.simplify(r * self.depth), STEP
+        start = code.bind_index(start, "start")
+        probe = Probe(self.args, sources, self.left)
+        probe([0] * self.left.type.rank)
+        lanes = 1 if probe.scalar_only else min(self.lanes, 16)
+
+        def element(k: Index, at: Index) -> None:
+            value = Expressions(self.args, sources).at(self.left, [*lead, code.simplify(k)])
+            if self.unsigned:
+                value = tirx.bitwise_xor(tirx.reinterpret("uint8", value), tirx.const(128, "uint8"))
+            code.store(left, code.simplify(at), value)
+
+        def piece(s: Index, u: Index, width: int) -> None:
+            """``width`` elements, the ``u``-th so many of a step."""
+            with code.loop(width, "vectorized", "v") as v:
+                element(s * STEP + u * width + v, start + s * step + u * width + v)
+
+        whole = self.k // STEP
+        with code.loop(whole, "serial", "s") as s, code.loop(STEP // lanes, "serial", "u") as u:
+            piece(s, u, lanes)
+        rest = self.k - whole * STEP
+        with code.loop(rest // lanes, "serial", "u") as u:
+            piece(whole, u, lanes)
+        with code.loop(rest % lanes, "serial", "u") as u:
+            piece(whole, code.simplify(rest // lanes * lanes + u), 1)
+
+    def _hoist(self, sources: dict[Value, Source], lead: Sequence[Index]) -> None:
+        """Compute what is one number a row, such as a scale, before the row's elements."""
+        below = dict.fromkeys(sources)
+        for node in self.graph.nodes():
+            if any(v in below for v in node.operands) and node.result.type.rank == self.left.type.rank and node.result.shape[-1] == 1:
+                value = Expressions(self.args, dict(sources)).at(node.result, [*lead, 0])
+                sources[node.result] = _always(value)
+                below[node.result] = None
+
+    def _largest(self, x: Value, lead: Sequence[Index]) -> Any:
+        """The largest element of a row of magnitudes; nan if there is one.
+
+        Their bits are compared, as integers: in that order nan comes last, and one instruction does it.
+        """
+        code, k = self.code, self.k
+        probe = Probe(self.args, {}, x)
+        probe([0] * x.type.rank)
+        lanes = 1 if probe.scalar_only else self.lanes
+        width, monoid = SUMS * lanes, Monoid.of("max", types.i32)
+        acc = code.alloc(width, "int32", "acc", scope="local")
+        with code.loop(SUMS, "unrolled", "u") as u, code.loop(lanes, "vectorized", "v") as v:
+            code.store(acc, code.simplify(u * lanes + v), tirx.const(0, "int32"))
+
+        def join(at: Index, place: int, count: int) -> None:
+            with code.loop(count, "vectorized", "v") as v:
+                value = Expressions(self.args, {}).at(x, [*lead, code.simplify(at + v)])
+                to = code.simplify(place + v)
+                code.store(acc, to, tirx.max(code.load(acc, to), tirx.reinterpret("int32", value)))
+
+        with code.loop(k // width, "serial", "c") as c:
+            for u in range(SUMS):
+                join(code.simplify(c * width + u * lanes), u * lanes, lanes)
+        done = k // width * width
+        with code.loop((k - done) // lanes, "serial", "c") as c:
+            join(code.simplify(done + c * lanes), 0, lanes)
+        done = k // lanes * lanes
+        with code.loop(k - done, "serial", "c") as c:
+            join(code.simplify(done + c), 0, 1)
+        return code.bind(tirx.reinterpret("float32", combine(code, acc, width, lanes, monoid)), "most")
+
+    # --- a task -------------------------------------------------------------------------------------------------------------
+
+    def _task(self, left: Any, store: RowStore, go: Index, jo: Index) -> None:
+        """Some row tiles by some panels."""
+        code, height = self.code, self.height
+        if self.engine == "amx":
+            amx.configure(code, {t: self.mr if t < 6 else TILE for t in range(8)})
+        first, panel = code.simplify(go * self.group), code.simplify(jo * self.share)
+        even = isinstance(self.tiles, int) and self.tiles % self.group == 0
+        here = self.group if even else code.bind_index(code.least(self.tiles - first, self.group), "tiles")
+        count = self.share if self.panels % self.share == 0 else code.bind_index(code.least(self.panels - panel, self.share), "panels")
+        row = code.bind_index(code.simplify(first * height), "row")
+        rows = height * self.group
+        exact = isinstance(self.m, int) and self.m % rows == 0
+        last = rows if exact else code.bind_index(code.least(self.m - row, rows), "count")
+        totals = [code.alloc(rows * COLUMNS, "int32", "total") for _ in self.weights]
+        with code.loop(count, "serial", "j") as j:
+            at = code.bind_index(code.simplify((panel + j) * (self.depth * COLUMNS)), "w")
+            for weight, total in zip(self.weights, totals, strict=True):
+                if self.engine == "amx":
+                    self._tiles(left, weight, at, total, first, here)
+                else:
+                    self._dots(left, weight, at, total, first, here)
+            store.write(totals, 0, row, last, code.simplify((panel + j) * COLUMNS))
+        if self.engine == "amx":
+            amx.release(code)
+
+    def _fetch(self, weight: Any, at: Index, place: Index) -> None:
+        """Ask for a few lines of the next panel, at each step of a row tile: all of them by the last."""
+        code, each = self.code, -(-STEP * COLUMNS // LINE // self.group)
+        for q in range(each if self.ahead else 0):
+            code.prefetch(weight, code.simplify(at + self.depth * COLUMNS + (place * each + q) * LINE))
+
+    # --- tiles --------------------------------------------------------------------------------------------------------------
+
+    def _tiles(self, left: Any, weight: Any, at: Index, total: Any, first: Index, here: Index) -> None:
+        """A panel by tiles 0 to 3, which hold sums, of 4 and 5, of the first factor, and 6 and 7, of the weight."""
+        code, steps = self.code, self.depth // STEP
+        blocks, rest = divmod(steps, self.block)
+
+        def block(b: Index, count: int) -> None:
+            with code.loop(here, "serial", "io") as io:
+                self._pair(left, weight, at, total, first, io, b, count, steps)
+
+        with code.loop(blocks, "serial", "b") as b:
+            block(b, self.block)
+        if rest:
+            block(blocks, rest)
+
+    def _pair(self, left: Any, weight: Any, at: Index, total: Any, first: Index, io: Index, b: Index, count: int, steps: int) -> None:
+        """A block of the depth for one or two row tiles."""
+        code, side = self.code, self.side
+        sums = [(i, c) for i in range(side) for c in range(2)]
+        place = code.bind_index(code.simplify(io * (self.height * COLUMNS)), "place")
+
+        def spot(i: int, c: int) -> Index:
+            return code.simplify(place + (i * self.mr * COLUMNS + c * TILE))
+
+        def clear() -> None:
+            for i, c in sums:
+                amx.zero(code, 2 * i + c)
+
+        if isinstance(b, int) and b == 0:
+            clear()
+        else:
+            with code.when(tirx.EQ(i64(b), i64(0))) if not isinstance(b, int) else nullcontext():
+                if not isinstance(b, int):
+                    clear()
+            with code.when(tirx.GT(i64(b), i64(0))) if not isinstance(b, int) else nullcontext():
+                for i, c in sums:
+                    amx.load(code, 2 * i + c, total, spot(i, c), COLUMNS * 4)
+        x = code.bind_index(code.simplify((first + io) * (side * steps * WHOLE) + b * (self.block * WHOLE)), "x")
+        y = code.bind_index(code.simplify(at + b * (self.block * STEP * COLUMNS)), "y")
+        fetched = code.simplify(io * count)
+        with code.loop(count, "serial", "s") as s:
+            for c in range(2):
+                amx.load(code, 6 + c, weight, code.simplify(y + s * (STEP * COLUMNS) + c * LINE), COLUMNS * WORD)
+            for i in range(side):
+                amx.load(code, 4 + i, left, code.simplify(x + s * WHOLE + i * steps * WHOLE), STEP)
+            for i, c in sums:
+                amx.multiply_bytes(code, 2 * i + c, 4 + i, 6 + c)
+            self._fetch(weight, code.simplify(y), code.simplify(fetched + s))
+        for i, c in sums:
+            amx.store(code, 2 * i + c, total, spot(i, c), COLUMNS * 4)
+
+    # --- dot instructions ---------------------------------------------------------------------------------------------------
+
+    def _dots(self, left: Any, weight: Any, at: Index, total: Any, first: Index, here: Index) -> None:
+        """A panel by rows: four elements of a row are broadcast, and multiplied with four of each column."""
+        code, lanes = self.code, self.lanes
+        vectors = 2 if lanes * 2 <= COLUMNS else 1  # at once
+        width = vectors * lanes
+        with code.loop(COLUMNS // width, "serial", "u") as u:
+            y = code.bind_index(code.simplify(at + u * (width * WORD)), "y")
+            column = code.simplify(u * width)
+            taken = self._offsets(weight, y, vectors) if self.unsigned else []
+            with code.loop(here, "serial", "io") as io:
+                self._dot_tile(left, weight, y, total, code.simplify(first + io), io, column, vectors, taken)
+
+    def _dot_tile(self, left: Any, weight: Any, y: Index, total: Any, tile: Index, io: Index, column: Index, vectors: int,
+                  taken: Sequence[Any]) -> None:  # fmt: skip
+        code, lanes = self.code, self.lanes
+        starts = [code.bind_index(code.simplify((tile * self.mr + i) * self.depth), "x") for i in range(self.mr)]
+        sums = self._zeros(self.mr * vectors)
+        with code.loop(self.depth // WORD, "serial", "k") as k:
+            ws = [self._weight(weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD)) for v in range(vectors)]
+            for i, start in enumerate(starts):
+                fours = tirx.reinterpret("int32", left[tirx.Ramp(i64(code.simplify(start + k * WORD)), i64(1), WORD)])
+                x = code.bind(tirx.Broadcast(fours, lanes), "x", hidden=False)
+                for v, w in enumerate(ws):
+                    q = self._vector((i * vectors + v) * lanes)
+                    code.emit(tirx.BufferStore(sums, self._dot(sums[q], x, w), [q]))
+        for i in range(self.mr):
+            for v in range(vectors):
+                value = sums[self._vector((i * vectors + v) * lanes)]
+                value = value - taken[v] if taken else value
+                to = code.simplify((io * self.mr + i) * COLUMNS + column + v * lanes)
+                code.emit(tirx.BufferStore(total, value, [self._vector(to)]))
+
+    def _offsets(self, weight: Any, y: Index, vectors: int) -> list[Any]:
+        """128 times the sums of columns: what rows with 128 added have too much."""
+        code, lanes = self.code, self.lanes
+        sums = self._zeros(vectors)
+        x = tirx.Broadcast(tirx.const(-0x7F7F7F80, "int32"), lanes)  # 128 in each byte
+        with code.loop(self.depth // WORD, "serial", "k") as k:
+            for v in range(vectors):
+                q = self._vector(v * lanes)
+                w = self._weight(weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD))
+                code.emit(tirx.BufferStore(sums, self._dot(sums[q], x, w), [q]))
+        return [code.bind(sums[self._vector(v * lanes)], "taken", hidden=False) for v in range(vectors)]
+
+    def _zeros(self, vectors: int) -> Any:
+        code, lanes = self.code, self.lanes
+        sums = code.alloc(vectors * lanes, "int32", "sums", scope="local")
+        for q in range(vectors):
+            code.emit(tirx.BufferStore(sums, tirx.Broadcast(tirx.const(0, "int32"), lanes), [self._vector(q * lanes)]))
+        return sums
+
+    def _weight(self, weight: Any, at: Index) -> Any:
+        """Fours of neighbouring columns, as words."""
+        words = tirx.reinterpret(f"int32x{self.lanes}", weight[tirx.Ramp(i64(at), i64(1), WORD * self.lanes)])
+        return self.code.bind(words, "w", hidden=False)
+
+    def _dot(self, total: Any, x: Any, w: Any) -> Any:
+        """``total + x . w`` of the four bytes in each word."""
+        lanes, words = self.lanes, f"int32x{self.lanes}"
+        bytes_ = f"int8x{WORD * lanes}"
+        if self.engine == "vnni":
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+            return tirx.call_llvm_pure_intrin(words, name, total, tirx.reinterpret(bytes_, x), tirx.reinterpret(bytes_, w))
+        if self.engine == "sdot":
+            name = "llvm.aarch64.neon.sdot"
+            return tirx.call_llvm_pure_intrin(words, name, total, tirx.reinterpret(bytes_, x), tirx.reinterpret(bytes_, w))
+        for p in range(WORD):
+            total = total + self._byte(x, p) * self._byte(w, p)
+        return total
+
+    def _byte(self, words: Any, p: int) -> Any:
+        """The ``p``-th byte of each word, with its sign."""
+
+        def by(bits: int) -> Any:
+            return tirx.Broadcast(tirx.const(bits, "int32"), self.lanes)
+
+        up = tirx.shift_left(words, by(24 - 8 * p)) if p < WORD - 1 else words
+        return tirx.shift_right(up, by(24))
+
+    def _vector(self, at: Index) -> Any:
+        return tirx.Ramp(i64(self.code.simplify(at)), i64(1), self.lanes)
+
+
+def _always(value: Any) -> Source:
+    """A value that is known already, at any index."""
+    return lambda _: value
