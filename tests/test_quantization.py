@@ -71,6 +71,28 @@ def test_the_option_is_the_same_rounding(block: Block, scheme: str) -> None:
         torch.testing.assert_close(graphopt.compile(block, (x,), quantize=scheme)(x), made(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_integers_on_both_sides(block: Block, rows: int) -> None:
+    """int8-dynamic: every product by the kernel of integers, and an error of two roundings to 8 bits."""
+    x = torch.randn(rows, 128)
+    compiled = graphopt.compile(block, (x,), quantize="int8-dynamic", strict=True)
+    with torch.no_grad():
+        want = block(x)
+        assert float((compiled(x) - want).norm() / want.norm()) < 0.02
+    templates = [json.loads(k.schedule)["template"] for k in compiled.report.kernels if k.kind == "matmul"]
+    assert templates and set(templates) == {"int8"}
+
+
+def test_integers_on_both_sides_of_any_number_of_rows(block: Block) -> None:
+    rows = torch.export.Dim("rows", min=1, max=64)
+    compiled = graphopt.compile(block, (torch.randn(6, 128),), quantize="int8-dynamic", dynamic_shapes=({0: rows},), hot_sizes="none")
+    for n in (1, 33):
+        x = torch.randn(n, 128)
+        with torch.no_grad():
+            want = block(x)
+            assert float((compiled(x) - want).norm() / want.norm()) < 0.02
+
+
 def test_the_option_follows_the_weights(block: Block) -> None:
     x = torch.randn(1, 128)
     compiled = graphopt.compile(block, (x,), quantize="int8-weight")

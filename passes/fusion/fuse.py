@@ -13,7 +13,8 @@ region and the region's kind accepts it; else it is the root of a region of its 
 - ``scatter``: anything pointwise -> updates by index; nothing can follow, since an element may be written several times.
 - ``matmul``: views on the operands, cheap work on the left one, ``dequantize`` on the right one, one matmul, pointwise ops of the
   result's shape after it. A second matmul of the same left operand and type may meet it there: a gate, ``act(x a) * (x b)``, writes
-  neither product.
+  neither product. Of a product of integers the left operand is rounded there, each row by a scale made of it, and the sums become
+  floats there.
 - ``attention``: views -> one attention -> transposes and reshapes, which the kernel writes through.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 
@@ -130,6 +131,11 @@ class Plan:
             return
         if part in (Role.VIEW, Role.CREATION):
             self._place_copies(node, epoch, readers, outside)
+            return
+        if readers and all(node in r.rounding for r in readers):  # rows are rounded by each product that reads them
+            self._placed[node] = [r for r in readers if r.reject(node, epoch, self.limits) is None]
+            if outside or len(self._placed[node]) < len(readers):
+                self._open(node, epoch)
             return
         if len(readers) == 1 and not outside:
             reason = readers[0].reject(node, epoch, self.limits)

@@ -28,6 +28,7 @@ from graphopt.passes.fusion.roles import (
     role,
     rows_of,
 )
+from graphopt.passes.fusion.rounding import makes_floats, rounding_of
 
 # A value may be computed through at most this many different index maps (x read plainly, shifted, flipped ...): each is a
 # copy of the code, and they multiply along a chain. What they cost to run is the cost model's to say.
@@ -56,6 +57,7 @@ class Region:
         members: node -> the index maps through which the root reads it, and how many elements are computed through each; root
             first, in reverse execution order.
         spent: cycles that computing elements again costs, as :mod:`~graphopt.passes.fusion.cost` counts them.
+        rounding: what makes integers of a product's left factor, which the kernel does once a row.
         before: members that products read, through others or at once, and as which operand; -1 for several.
         inputs: values read from outside.
         rows: the iteration space of a rowwise region, or of a reduction over trailing axes.
@@ -71,6 +73,7 @@ class Region:
     inputs: dict[Value, None] = field(default_factory=dict)
     anchors: list[Node] = field(default_factory=list)
     rows: Rows | None = None
+    rounding: dict[Node, None] = field(default_factory=dict)
     weight: int = 0  # members that count against the limit
 
     @staticmethod
@@ -80,7 +83,7 @@ class Region:
         region._include(root, {_ROOT_FRAME: root.results[0].type.numel})
         if role(root) is Role.ANCHOR:
             region.anchors.append(root)
-            region.rows = rows_of(root)
+            region.rows, region.rounding = rows_of(root), rounding_of(root)
             if root.op.name in (*PRODUCTS, "attention"):
                 region.kind = root.op.name
             elif root.op.name in (*SCANS, *SCATTERS):
@@ -98,6 +101,10 @@ class Region:
             return "a call that mutates stands between"
         if part is not Role.CREATION and (reason := self._crowded(node, limits)):
             return reason
+        if node in self.rounding:
+            self._include(node, {_ROOT_FRAME: node.results[0].type.numel})
+            self.before[node] = 0
+            return None
         uses = [(u, i) for u, i in node.results[0].uses if u in self.members]
         if reason := _index_rejects(node, uses):
             return reason
@@ -190,6 +197,8 @@ class Region:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
+        if self.kind not in PRODUCTS and makes_floats(node):
+            return "it follows an integer product, whose kernel writes floats, not sums"
         if self.kind == "attention":
             return "an attention's kernel computes nothing of its operands"
         if self.kind in PRODUCTS:
@@ -272,6 +281,7 @@ class Region:
         if reason is None:
             self.kind, self.rows = kind, rows
             self.anchors.append(node)
+            self.rounding |= rounding_of(node)
             if kind == "rowwise":
                 self._settle_rows()
         return reason

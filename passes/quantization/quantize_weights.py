@@ -17,7 +17,7 @@ Reference: Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 2; groups as
 from __future__ import annotations
 
 from graphopt.errors import UsageError
-from graphopt.ir import dims, types
+from graphopt.ir import Builder, dims, types
 from graphopt.ir.graph import Graph, Node, Value, is_view
 from graphopt.ir.ops import op
 from graphopt.ir.opset.quantize import integer_range
@@ -94,7 +94,7 @@ def quantized(rw: Rewriter, w: Value, bits: int, group: int, zero_points: bool) 
         padded = groups * group
         x = rw.pad(w, low=(0, 0), high=(padded - k, 0), value=0.0) if padded != k else w
         x, axis = rw.reshape(x, shape=(groups, group, n)), 1
-    scale, zero = _scales(rw, x, axis, bits, zero_points)
+    scale, zero = scales(rw, x, axis, bits, zero_points)
     points = [] if zero is None else [zero]
     q = rw.create("quantize", [x, scale, *points], {"dtype": types.u8 if zero_points else types.i8, "bits": bits})
     y: Value = rw.create("dequantize", [q, scale, *points])
@@ -104,7 +104,7 @@ def quantized(rw: Rewriter, w: Value, bits: int, group: int, zero_points: bool) 
     return y
 
 
-def _scales(rw: Rewriter, x: Value, axis: int, bits: int, zero_points: bool) -> tuple[Value, Value | None]:
+def scales(rw: Builder, x: Value, axis: int, bits: int, zero_points: bool) -> tuple[Value, Value | None]:
     """A scale for all elements along an axis, and the integer that stands for zero, if that is not 0."""
     over = {"axes": (axis,), "keepdims": True}
     if not zero_points:

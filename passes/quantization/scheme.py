@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from graphopt.errors import UsageError, nearest
+from graphopt.pass_manager import Pass
+from graphopt.passes.quantization.quantize_products import QuantizeProducts
 from graphopt.passes.quantization.quantize_weights import GROUPS, QuantizeWeights
 
 _FORM = re.compile(r"(?P<name>[\w-]+?)(?P<group>-g\d+)?(?P<zero>-zp)?")
@@ -21,12 +23,14 @@ class Scheme:
         bits: of a weight.
         group: rows of a weight that share a scale; 0 for all rows of a column.
         zero_points: whether the integers of a group span from its least to its greatest element.
+        activations: ``dynamic`` if the other factor becomes integers, too, by scales of each call; empty if it stays in float.
     """
 
     name: str
     bits: int
     group: int = 0
     zero_points: bool = False
+    activations: str = ""
 
     @staticmethod
     def parse(text: str) -> Scheme:
@@ -45,12 +49,16 @@ class Scheme:
             scheme = replace(scheme, group=int(found["group"][2:]))
         if found["zero"]:
             scheme = replace(scheme, zero_points=True)
+        if scheme.activations and (scheme.group or scheme.zero_points):
+            raise UsageError(f"scheme {text!r}: with integer activations a column has one scale and no zero points")
         if scheme.group not in GROUPS:
             raise UsageError(f"scheme {text!r}: a group has one of {', '.join(map(str, GROUPS[1:]))} rows, not {scheme.group}")
         return scheme
 
-    def make(self) -> QuantizeWeights:
+    def make(self) -> Pass:
         """The pass that does it."""
+        if self.activations:
+            return QuantizeProducts()
         return QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points)
 
     def __str__(self) -> str:
@@ -60,5 +68,11 @@ class Scheme:
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    s.name: s for s in (Scheme("int8-weight", 8), Scheme("int4-weight", 4, 64), Scheme("int2-weight", 2, 64, zero_points=True))
+    s.name: s
+    for s in (
+        Scheme("int8-weight", 8),
+        Scheme("int4-weight", 4, 64),
+        Scheme("int2-weight", 2, 64, zero_points=True),
+        Scheme("int8-dynamic", 8, activations="dynamic"),
+    )
 }

@@ -1,0 +1,91 @@
+"""matmul(x, w)  =>  dequantize(matmul(quantize(x, s), quantize(w, t)) {acc = i32}, s * t),  s = max |x| / 127 a row, t a column
+
+Why: processors multiply 8-bit integers four times as fast as f32 where they have dot instructions for them, and far faster on tiles;
+the weight is a quarter of the bytes. Sums of integers are exact, so nothing is lost between the two roundings, of the factors. A scale
+for each row of ``x`` (a token) is computed at each call: no calibration, and a row of large elements costs the others nothing.
+
+When: only where a scheme is asked for (``options={"quantize": "int8-dynamic"}``), for each matmul of f32 whose right operand is a
+staged (weight-only) matrix. Products of one ``x`` share its rounding; fusion takes it into the kernel of each. Declined with a
+remark: batches of matrices, other dtypes, weights of fewer than ``least`` elements or with a side below 16, and sums of more than 2^17
+terms, which an i32 may not hold.
+
+Numerics: lossy. An element of either factor moves by half a step of its scale at most.
+Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+arXiv:1712.05877; scales a token as in Yao et al., "ZeroQuant", arXiv:2206.01861.
+"""
+
+from __future__ import annotations
+
+from graphopt.ir import dims, types
+from graphopt.ir.builder import Builder
+from graphopt.ir.graph import Graph, Value
+from graphopt.ir.stage import Staged, staged_values
+from graphopt.pass_manager import Pass
+from graphopt.passes.layout import fours
+from graphopt.passes.quantization.quantize_weights import scales
+from graphopt.rewrite import Numerics, PassContext, Reject, Rewriter, erase_dead
+
+_MOST = 1 << 17  # terms of a sum: each is below 2^14
+
+
+class QuantizeProducts(Pass):
+    """Multiply 8-bit integers in the place of floats. See the module's header.
+
+    Args:
+        least: elements of the smallest weight that is quantized.
+    """
+
+    name = "quantize-products"
+    numerics = Numerics.LOSSY
+    least: int = 1 << 14
+
+    def run(self, g: Graph, ctx: PassContext) -> bool:
+        staged, changed = staged_values(g), False
+        lefts, rights = dict[Value, tuple[Value, Value]](), dict[Value, tuple[Value, Value]]()
+        for node in g.nodes():
+            if node.op.name != "matmul" or node.attrs["acc"] is not None:
+                continue
+            x, w = node.operands
+            if reject := self._reject(x, w, staged):
+                if reject.reason:
+                    ctx.missed(self.name, f"the product stays in floats: {reject.reason}", node)
+                continue
+            number = ctx.fuel.take()
+            if number is None:
+                continue
+            rw = Rewriter(g, node)
+            if x not in lefts:
+                lefts[x] = rounded_rows(rw, x)
+            if w not in rights:
+                scale, _ = scales(rw, w, 0, 8, False)
+                rights[w] = rw.create("quantize", [w, scale], {"dtype": types.i8, "bits": 8}), scale
+            (q, s), (p, t) = lefts[x], rights[w]
+            ctx.passed(self.name, f"rows of {x.type} and weight {w!r} are multiplied as integers", node, number)
+            g.replace(node.result, integer_product(rw, q, s, p, t))
+            erase_dead(g, node)
+            changed = True
+        return changed
+
+    def _reject(self, x: Value, w: Value, staged: Staged) -> Reject | None:
+        if w not in staged or not dims.is_static(w.shape) or x in staged:
+            return Reject("")
+        if w.type.rank != 2:
+            return Reject(f"its weight is a batch of matrices, {w.type}", w)
+        if w.dtype != types.f32:
+            return Reject(f"it is of {w.dtype}, only f32 is quantized", w)
+        k, n = (int(d) for d in w.shape)
+        if k * n < self.least or min(k, n) < fours.LEAST:
+            return Reject(f"its weight is {k} by {n}, too few elements", w)
+        return Reject(f"sums of {k} terms may exceed 32 bits", w) if k > _MOST else None
+
+
+def rounded_rows(b: Builder, x: Value) -> tuple[Value, Value]:
+    """``[..., K]`` of f32 as i8, and its scales ``[..., 1]``: each row's largest magnitude becomes 127."""
+    scale, _ = scales(b, x, x.type.rank - 1, 8, False)
+    return b.create("quantize", [x, scale], {"dtype": types.i8, "bits": 8}), scale
+
+
+def integer_product(b: Builder, q: Value, s: Value, p: Value, t: Value) -> Value:
+    """The product of integers ``[..., K]`` and ``[K, N]`` in f32, given their scales ``[..., 1]`` (or one) and ``[1, N]``."""
+    total = b.create("matmul", [q, p], {"acc": types.i32})
+    return b.dequantize(total, b.mul(s, t))  # type: ignore[no-any-return]

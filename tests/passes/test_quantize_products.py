@@ -1,0 +1,147 @@
+"""quantize-products, and what fusion and packing make of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.ir import Graph, evaluate
+from graphopt.passes.fusion.fuse import Fuse
+from graphopt.passes.layout.pack_weights import PackWeights
+from graphopt.passes.quantization.quantize_products import QuantizeProducts
+from graphopt.passes.quantization.scheme import Scheme
+from graphopt.rewrite import Numerics, PassContext
+from graphopt.testing import check_pass
+
+BEFORE = """
+graph @g(%x: f32[B, 64], weight %w: f32[64, 32]) -> f32[B, 32]
+where 1 <= B {
+  %0: f32[B, 32] = matmul(%x, %w)
+  return %0
+}"""
+AFTER = """
+graph @g(%x: f32[B, 64], weight %w: f32[64, 32]) -> f32[B, 32]
+where 1 <= B {
+  %0: f32[B, 64] = abs(%x)
+  %1: f32[B, 1] = max(%0) {axes = [1], keepdims = true}
+  %2: f32[] = constant() {value = 0.007874015748031496}
+  %3: f32[B, 1] = mul(%1, %2)
+  %4: f32[] = constant() {value = 1e-30}
+  %5: f32[B, 1] = maximum(%3, %4)
+  %6: i8[B, 64] = quantize(%x, %5) {dtype = i8, bits = 8}
+  %7: f32[64, 32] = abs(%w)
+  %8: f32[1, 32] = max(%7) {axes = [0], keepdims = true}
+  %9: f32[] = constant() {value = 0.007874015748031496}
+  %10: f32[1, 32] = mul(%8, %9)
+  %11: f32[] = constant() {value = 1e-30}
+  %12: f32[1, 32] = maximum(%10, %11)
+  %13: i8[64, 32] = quantize(%w, %12) {dtype = i8, bits = 8}
+  %14: i32[B, 32] = matmul(%6, %13) {acc = i32}
+  %15: f32[B, 32] = mul(%5, %12)
+  %16: f32[B, 32] = dequantize(%14, %15)
+  return %16
+}"""
+PASS = QuantizeProducts(least=64)
+
+
+def test_both_factors_in_eight_bits() -> None:
+    check_pass(PASS, BEFORE, AFTER)
+
+
+def test_half_a_step_of_either_factor() -> None:
+    g = check_pass(PASS, BEFORE)
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(5, 64, generator=generator), torch.randn(64, 32, generator=generator)
+    x[3] = 0.0
+    (y,) = evaluate(g, [x, w])
+    steps = x.abs().amax(1, keepdim=True) / 127 / 2, w.abs().amax(0, keepdim=True) / 127 / 2
+    limit = steps[0] * w.abs().sum(0) + (x.abs() + steps[0]).sum(1, keepdim=True) * steps[1]
+    assert bool(((y - x @ w).abs() <= limit * 1.001 + 1e-6).all()) and not y[3].any()
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (("f32", "bf16"), "it is of bf16"), (("weight %w", "%w"), ""), (("64", "2"), "too few elements"), (("64", "140000"), "may exceed"),
+])  # fmt: skip
+def test_what_is_left(change: tuple[str, str], reason: str) -> None:
+    check_pass(PASS, BEFORE.replace(*change), fires=False, reason=reason or None)
+
+
+GATE = """
+graph @g(%x: f32[B, 64], weight %a: f32[64, 32], weight %b: f32[64, 32], weight %c: f32[64, 40]) -> (f32[B, 32], f32[B, 40])
+where 1 <= B {
+  %0: f32[B, 32] = matmul(%x, %a)
+  %1: f32[B, 32] = silu(%0)
+  %2: f32[B, 32] = matmul(%x, %b)
+  %3: f32[B, 32] = mul(%1, %2)
+  %4: f32[B, 40] = matmul(%x, %c)
+  return %3, %4
+}"""
+
+
+def fused(text: str) -> Graph:
+    g = check_pass(PASS, text)
+    return check_pass(Fuse(), g, numerics=Numerics.BITWISE)
+
+
+def test_rows_are_rounded_in_the_kernel_of_each_product() -> None:
+    """Two products that meet share one rounding; another one has its own; nothing but staged nodes is left outside."""
+    from graphopt.ir.stage import staged_values
+
+    g = fused(GATE)
+    regions = [n for n in g.nodes() if n.op.name == "fusion"]
+    assert [r.attrs["kind"] for r in regions] == ["matmul", "matmul"]
+    names = [[n.op.name for n in r.body.nodes()] for r in regions]
+    assert sorted((n.count("matmul"), n.count("quantize"), n.count("max"), n.count("dequantize")) for n in names) == [
+        (1, 1, 1, 1), (2, 1, 1, 2)
+    ]  # fmt: skip
+    staged = staged_values(g)
+    assert all(staged.node(n) or n.op.name == "fusion" for n in g.nodes())
+
+
+NORM = """
+graph @g(%x: f32[B, 64], weight %w: f32[64, 32], weight %a: f32[32], weight %c: f32[32]) -> f32[B, 32]
+where 1 <= B {
+  %0: f32[B, 32] = matmul(%x, %w)
+  %1: f32[B, 32] = layer_norm(%0, %a, %c) {eps = 1e-05}
+  return %1
+}"""
+
+
+def test_a_kernel_of_integers_writes_floats() -> None:
+    """What follows reads no sums, and so no scales."""
+    kinds = [(n.attrs["kind"], n.result.dtype.name) for n in fused(NORM).nodes() if n.op.name == "fusion"]
+    assert kinds == [("matmul", "f32"), ("rowwise", "f32")]
+
+
+def test_integers_that_something_else_reads_are_kept_too() -> None:
+    text = AFTER.replace("-> f32[B, 32]\n", "-> (f32[B, 32], i8[B, 64])\n").replace("return %16", "return %16, %6")
+    g = check_pass(Fuse(), text, numerics=Numerics.BITWISE)
+    assert sorted(n.attrs["kind"] for n in g.nodes() if n.op.name == "fusion") == ["matmul", "pointwise", "reduction"]
+
+
+@pytest.mark.parametrize("sizes", [("64", "32"), ("70", "35")])
+def test_weights_are_packed_in_fours(sizes: tuple[str, str]) -> None:
+    """Rows and columns that fill no panel, too; bit for bit the same."""
+    g = fused(BEFORE.replace("64", sizes[0]).replace("32", sizes[1]).replace("f" + sizes[1], "f32"))
+    packed = check_pass(PackWeights(lanes=8), g, numerics=Numerics.BITWISE)
+    (region,) = [n for n in packed.nodes() if n.op.name == "fusion"]
+    k, n = (int(s) for s in sizes)
+    assert (-(-n // 32), -(-k // 64) * 16, 32, 4) in [v.shape for v in region.operands]
+
+
+def test_the_kernel_knows_the_packed_form() -> None:
+    from graphopt.backends.tvm import int8form
+    from graphopt.passes.layout import fours
+    from graphopt.target import Target
+
+    assert (int8form.COLUMNS, int8form.STEP) == (fours.COLUMNS, fours.DEPTH)
+    g = fused(GATE)
+    PackWeights(lanes=8).run(g, PassContext())
+    for region in (n for n in g.nodes() if n.op.name == "fusion"):
+        assert int8form.refusal(region.body, Target.from_name("cpu:znver4")) is None
+
+
+def test_name_of_the_scheme() -> None:
+    assert str(Scheme.parse("int8-dynamic")) == "int8-dynamic" and Scheme.parse("int8-dynamic").activations == "dynamic"
+    with pytest.raises(Exception, match="a column has one scale"):
+        Scheme.parse("int8-dynamic-g64")
