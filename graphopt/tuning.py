@@ -60,7 +60,7 @@ class CandidateBuilder:
         self._builder.prestart(workers or detect().cores)
 
     def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
-        from graphopt.backends.tvm.templates import entry_name
+        from graphopt.backends.tvm.template import entry_name
 
         """Raises DiskFullError if the folder's disk is full, which is no candidate's fault."""
         done = self._builder.build_together(w, schedules, self.target, self._folder, self.workers, self.together)

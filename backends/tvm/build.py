@@ -25,7 +25,7 @@ from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.base import KernelSource
 from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.launch import load
-from graphopt.backends.tvm.templates import entry_name
+from graphopt.backends.tvm.template import entry_name
 from graphopt.backends.tvm.worker import target_to_json
 from graphopt.errors import BuildError, GraphoptError
 from graphopt.target import Target, detect

@@ -16,7 +16,7 @@ from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.backends.tvm.cache import KernelCache, source_hash
 from graphopt.backends.tvm.launch import changed_words as changed_words
 from graphopt.backends.tvm.launch import native as native
-from graphopt.backends.tvm.templates import entry_name
+from graphopt.backends.tvm.template import entry_name
 from graphopt.errors import BuildError
 from graphopt.target import Target, detect
 

@@ -26,7 +26,7 @@ from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.backend import template_named
 from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.link import link
-from graphopt.backends.tvm.templates import entry_name
+from graphopt.backends.tvm.template import entry_name
 from graphopt.target import Target
 
 

@@ -1,0 +1,81 @@
+"""Templates of attention. Needs no tvm until ``emit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
+from graphopt.backends.tvm.template import Template
+from graphopt.target import Target
+
+
+def _attention_form(w: Workload) -> Any:
+    from graphopt.backends.tvm.flashform import form_of
+
+    return form_of(w.graph) if w.kind == "attention" else "not an attention region"
+
+
+def _flash_refuse(w: Workload, t: Target) -> str | None:
+    form = _attention_form(w)
+    return form if isinstance(form, str) else None
+
+
+def _flash_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.flashform import flash_params
+
+    return flash_params(_attention_form(w), t)
+
+
+def _flash_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.flashform import flash_constraints
+
+    return (SearchSpace("flash", params=_flash_params(w, t), constraints=flash_constraints(t)),)
+
+
+def _write_flash(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.flash import FlashKernel
+
+    names = ("lanes", "vectors", "rows", "block", "groups", "unroll", "stage", "parallel")
+    return FlashKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}).emit()
+
+
+def _flash_tiles_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.flashform import tiles_refusal
+
+    return _flash_refuse(w, t) or tiles_refusal(_attention_form(w), t)
+
+
+def _flash_tiles_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.flashform import tiles_params
+
+    return tiles_params(_attention_form(w), t)
+
+
+def _write_flash_tiles(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.flashtiles import FlashTilesKernel
+
+    return FlashTilesKernel(w.graph, _attention_form(w), s["block"], s["groups"], s["parallel"]).emit()
+
+
+def _decode_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.flashform import decode_refusal
+
+    return _flash_refuse(w, t) or decode_refusal(_attention_form(w), t)
+
+
+def _decode_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.flashform import decode_params
+
+    return decode_params(_attention_form(w), t)
+
+
+def _write_decode(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.decode import DecodeKernel
+
+    names = ("lanes", "sums", "keys", "block", "ahead", "splits", "parallel")
+    return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}).emit()
+
+
+DECODE = Template("decode", _decode_refuse, _decode_params, _write_decode)
+FLASH_TILES = Template("flash-tiles", _flash_tiles_refuse, _flash_tiles_params, _write_flash_tiles)
+FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)

@@ -1,0 +1,81 @@
+"""Templates of loops over elements and over rows: they take whatever has no products. Needs no tvm until ``emit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.autotune.space import Param, Schedule, Workload
+from graphopt.backends.tvm.template import Template, lanes_of, loops_of
+from graphopt.errors import BuildError
+from graphopt.target import Target
+
+# --- nest --------------------------------------------------------------------------------------------------------------
+
+
+def _nest_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    lanes = lanes_of(w.graph, t)
+    return (
+        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes, 4 * lanes)))),
+        Param("unroll", (4, 1, 2, 8)),
+        Param("chunk", (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536), "tasks"),
+        Param("parallel", (True, False), "tasks"),
+    )
+
+
+def _write_nest(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.loops import Tuning
+    from graphopt.backends.tvm.nest import emit_nest
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    return emit_nest(expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], s["chunk"], s["parallel"]), in_place=w.kind == "update")
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _rows_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.shapes import row_shape
+
+    if w.kind not in ("rowwise", "reduction"):
+        return "not a region over rows"
+    shape = row_shape(expand_rows(w.graph))
+    if isinstance(shape, str):
+        return shape
+    if w.kind == "reduction" and isinstance(shape[0], int) and shape[0] < 64:
+        return "few rows"
+    return None
+
+
+def _rows_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.shapes import row_shape
+
+    shape = row_shape(expand_rows(w.graph))
+    columns = shape[1] if not isinstance(shape, str) and isinstance(shape[1], int) else 1024
+    step = max(1, min(16, 2048 // max(1, columns)))
+    lanes = lanes_of(w.graph, t)
+    return (
+        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes)))),
+        Param("unroll", (4, 1, 2, 8)),
+        Param("rows", tuple(dict.fromkeys((step, 1, 2, 4, 8, 16, 32, 64))), "tasks"),
+        Param("parallel", (True, False), "tasks"),
+    )
+
+
+def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.loops import Tuning
+    from graphopt.backends.tvm.nest import emit_nest
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.rows import RowKernel
+
+    graph, tuning = expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], parallel=s["parallel"])
+    try:
+        return RowKernel(graph, tuning, s["rows"]).emit()
+    except BuildError:  # a use across rows that shapes alone do not show
+        return emit_nest(graph, tuning)
+
+
+ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=loops_of("row_loops"))
+NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in ("conv", "attention") else None, _nest_params, _write_nest,
+                nest=loops_of("element_loops"))  # fmt: skip

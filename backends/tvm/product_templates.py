@@ -1,0 +1,146 @@
+"""Templates of matrix products. Needs no tvm until ``emit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
+from graphopt.backends.tvm.template import Template
+from graphopt.target import Target
+
+# --- matmul ------------------------------------------------------------------------------------------------------------
+
+
+def _tile_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.shapes import product_of
+
+    return product_of(expand_rows(w.graph)) if w.kind == "matmul" else "not a matmul region"
+
+
+def _tile_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.tileform import params
+
+    return params(w.graph, t)
+
+
+def _tile_variants(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.tileform import variants
+
+    return variants(w.graph, t)
+
+
+def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
+    from graphopt.backends.tvm.tile import TileKernel
+    from graphopt.backends.tvm.tileform import BLOCK, BLOCKED
+
+    graph, block = flatten_rows(expand_rows(w.graph)), s["block"] if s.sketch in BLOCKED else BLOCK
+    return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"], block,
+                      s.sketch in BLOCKED, s.sketch.endswith("rows-first")).emit()  # fmt: skip
+
+
+# --- products of few rows with small integers ---------------------------------------------------------------------------
+
+
+def _quantized_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.quantform import refusal
+
+    return _tile_refuse(w, t) or refusal(w.graph, t)
+
+
+def _quantized_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.quantform import params
+
+    return params(w.graph, t)
+
+
+def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
+    from graphopt.backends.tvm.quantized import QuantizedKernel
+
+    graph = flatten_rows(expand_rows(w.graph))
+    rows = next(int(n.result.shape[-2]) for n in graph.nodes() if n.name == "matmul")
+    return QuantizedKernel(graph, s["lanes"], rows, s["vectors"], s["unroll"], s["table"], s["ahead"], s["parallel"]).emit()
+
+
+# --- products of 8-bit integers -----------------------------------------------------------------------------------------
+
+
+def _int8_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.int8form import refusal
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    return refusal(expand_rows(w.graph), t) if w.kind == "matmul" else "not a matmul region"
+
+
+def _int8_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.int8form import params
+
+    return params(w.graph, t)
+
+
+def _write_int8(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.int8 import Int8Kernel
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    names = ("engine", "lanes", "rows", "group", "panels", "block", "ahead", "parallel")
+    return Int8Kernel(expand_rows(w.graph), **{n: s[n] for n in names}).emit()
+
+
+# --- products of bf16 in pairs -----------------------------------------------------------------------------------------
+
+
+def _pairs_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.pairform import refusal
+
+    return _tile_refuse(w, t) or refusal(w.graph, t)
+
+
+def _pairs_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.pairform import params
+
+    return params(w.graph, t)
+
+
+def _write_pairs(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.pairs import PairKernel
+    from graphopt.backends.tvm.prepare import expand_rows
+
+    return PairKernel(expand_rows(w.graph), s["engine"], s["rows"], s["group"], s["parallel"]).emit()
+
+
+# --- products of f32 from thirds ---------------------------------------------------------------------------------------
+
+
+def _thirds_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.thirdform import refusal
+
+    return _tile_refuse(w, t) or refusal(w.graph, t)
+
+
+def _thirds_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.thirdform import params
+
+    return params(w.graph, t)
+
+
+def _thirds_space(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.thirdform import space
+
+    return (space(w.graph, t),)
+
+
+def _write_thirds(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.tvm.thirds import ThirdsKernel
+
+    graph = expand_rows(w.graph)
+    return ThirdsKernel(graph, s["block"], s["rows"], s["group"], s["chunk"], s["panels"], s["ahead"], s["parallel"]).emit()
+
+
+PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
+INT8 = Template("int8", _int8_refuse, _int8_params, _write_int8)
+QUANTIZED = Template("quantized", _quantized_refuse, _quantized_params, _write_quantized)
+THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
+TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)
