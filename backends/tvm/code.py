@@ -264,15 +264,16 @@ class Code:
     def store(self, buffer: Any, at: Index, value: Any) -> None:
         self.emit(tirx.BufferStore(buffer, value, [self._address(at)]))
 
-    def prefetch(self, buffer: Any, at: Index, level: int = 2) -> None:
+    def prefetch(self, buffer: Any, at: Index, level: int = 2, write: bool = False) -> None:
         """Ask for the cache line of an element. The element may lie outside of the buffer.
 
         Args:
             level: 1 brings it into all caches; 2 into the second level and beyond.
+            write: it will be written: no other core keeps a copy.
         """
         address = tirx.address_of(buffer[self._address(at)])
-        read, locality, data = (tirx.const(n, "int32") for n in (0, 4 - level, 1))  # operands of llvm.prefetch
-        self.emit(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data)))
+        use, locality, data = (tirx.const(n, "int32") for n in (int(write), 4 - level, 1))  # operands of llvm.prefetch
+        self.emit(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, use, locality, data)))
 
     def _address(self, at: Index) -> Any:
         return truncating(i64(at)) if self.symbols else i64(at)

@@ -43,6 +43,17 @@ class RowStore:
                 return False
         return True
 
+    @property
+    def plain(self) -> bool:
+        """Whether the rows of sums, through the epilogue, are rows of the one output."""
+        out = self.graph.outputs[0]
+        return len(self.graph.outputs) == 1 and self.graph.output_strides[0] is None and out.shape[-1:] == self.results[0].shape[-1:]
+
+    def ask(self, row: Index, column: Index) -> None:
+        """Ask for the cache line of an element of a ``plain`` output, which will be written soon: that it comes beside other work."""
+        code = self.code
+        code.prefetch(self.args.outputs[0], code.simplify(row * self.columns + column), write=True)
+
     def write(self, sums: Sequence[Any], base: Index, row: Index, count: Index, column: Index) -> None:
         """Store ``count`` rows from ``row`` on, the columns from ``column`` on; the sums begin at ``base`` of a buffer for each product."""
         code, width, lanes = self.code, self.width, self.lanes

@@ -43,6 +43,7 @@ HIGH, MIDDLE, LOW = range(PARTS)
 # (third of the first factor, of the weight), small products first; from one to the next at most two pairs of tiles change
 ORDER = ((LOW, HIGH), (MIDDLE, HIGH), (MIDDLE, MIDDLE), (HIGH, MIDDLE), (HIGH, LOW), (HIGH, HIGH))
 _UPPER = 0xFFFF0000
+_LINE = 16  # f32 of a cache line
 
 
 def thirds(x: Any, lanes: int) -> tuple[Any, Any, Any]:
@@ -106,6 +107,7 @@ class ThirdsKernel:
         self.chunk, self.chunks = chunk, self.depth // (chunk * block)  # blocks of a chunk, chunks of the depth
         self.share = min(panels, self.panels)
         self.store = RowStore(code, self.args, graph, [n.result for n in nodes], COLUMNS, LANES)
+        self.asks = self.ahead and self.store.plain
 
     def emit(self) -> Code:
         code = self.code
@@ -148,7 +150,7 @@ class ThirdsKernel:
                 panel = code.simplify(first + j)
                 base = code.simplify(j * (rows * COLUMNS)) if kept > 1 else 0
                 for which, total in enumerate(totals):
-                    self._panel(left, split, acc, total, base, which, chunk, j, count, panel, first, here)
+                    self._panel(left, split, acc, total, base, which, chunk, j, count, panel, first, here, row)
                 with code.when(tirx.EQ(i64(chunk), i64(self.chunks - 1))) if self.chunks > 1 else nullcontext():
                     for weight, total in zip(self.weights, totals, strict=True):
                         self._mend(weight, total, base, row, last, panel)
@@ -162,7 +164,7 @@ class ThirdsKernel:
         return self.code.simplify(panel * (self.depth * COLUMNS) + block * (self.block * COLUMNS))
 
     def _panel(self, left: Any, split: Any, acc: Any, total: Any, base: Index, which: int, chunk: Index, j: Index, count: Index,
-               panel: Index, first: Index, here: Index) -> None:  # fmt: skip
+               panel: Index, first: Index, here: Index, row: Index) -> None:  # fmt: skip
         """A chunk of a panel of one of the products: its blocks, and in each the block that comes next is split."""
         code, blocks = self.code, self.chunk
         with code.when(tirx.EQ(i64(chunk), i64(0))) if self.chunks > 1 else nullcontext():
@@ -172,13 +174,14 @@ class ThirdsKernel:
         start = code.simplify(chunk * blocks)
         following = (which + 1) % len(self.weights)
 
-        def run(k: Index, weight: Any, at: Index) -> None:
+        def run(k: Index, weight: Any, at: Index, last: bool = False) -> None:
             # which half of the scratch a block is in: they take turns over all blocks that a task goes through
             turn = code.simplify(((chunk * count + j) * len(self.weights) + which) * blocks + k)
             half = code.bind_index(code.mod(turn, 2), "half", 2)
             mine = code.bind_index(code.simplify(half * self._block_words()), "mine")
             other = code.bind_index(code.simplify((1 - half) * self._block_words()), "other")
-            self._block(left, split, acc, total, base, k, mine, here, weight, code.bind_index(at, "w"), other)
+            self._block(left, split, acc, total, base, k, mine, here, weight, code.bind_index(at, "w"), other,
+                        (row, code.simplify(panel * COLUMNS)) if last and self.asks else None)  # fmt: skip
 
         if blocks > 1:
             with code.loop(blocks - 1, "serial", "k") as k:
@@ -194,17 +197,21 @@ class ThirdsKernel:
             back = first if self.chunks > 1 else panel
             next_panel = code.bind(tirx.Select(ends, i64(back), i64(panel + 1)), "p", hidden=False)
             next_block = code.bind(tirx.Select(ends, i64(again), i64(start)), "b", hidden=False)
-        run(blocks - 1, self.weights[following], self._weight_at(next_panel, next_block))
+        run(blocks - 1, self.weights[following], self._weight_at(next_panel, next_block), last=not following)
         self._finish(total, code.simplify(base + (here - 1) * (2 * self.mr * COLUMNS)), acc)
 
     def _block(self, left: Any, split: Any, acc: Any, total: Any, base: Index, block: Index, mine: Index, here: Index,
-               weight: Any, at: Index, other: Index) -> None:  # fmt: skip
-        """Multiply a block for all row tiles of the task, and split the block at ``at`` of ``weight`` meanwhile."""
+               weight: Any, at: Index, other: Index, out: tuple[Index, Index] | None) -> None:  # fmt: skip
+        """Multiply a block for all row tiles of the task, and split the block at ``at`` of ``weight`` meanwhile.
+
+        ``out``: row and column of the task's first element of the output, if its lines are to be asked for meanwhile.
+        """
         code, steps, side = self.code, self.block // STEP, 2 * self.mr
         slots = self.group * steps
         each = self.block // slots  # units that a step splits
         vectors = side * COLUMNS // LANES
         sums = vectors // steps  # vectors of totals that a step adds to
+        lines = -(-side * COLUMNS // (_LINE * steps)) if out is not None else 0  # of the output, that a step asks for
         with code.loop(here, "serial", "io") as io:
             # the tiles hold the sums of the row tiles before these; the first of them all finds zeros
             before = tirx.Select(tirx.EQ(i64(io), i64(0)), i64(here), i64(io))
@@ -220,6 +227,11 @@ class ThirdsKernel:
                         self._split_unit(weight, at, split, other, code.simplify(unit + q))
                     for q in range(n, sums, len(ORDER)):
                         self._add(total, place, acc, code.simplify(s * sums + q))
+                    for q in range(n, lines, len(ORDER)):
+                        assert out is not None
+                        line = code.simplify(s * lines + q)
+                        row, column = code.div(line, COLUMNS // _LINE), code.mod(line, COLUMNS // _LINE)
+                        self.store.ask(code.simplify(out[0] + io * side + row), code.simplify(out[1] + column * _LINE))
 
                 self._step(left, x, split, w, begin, beside)
 
