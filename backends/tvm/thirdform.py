@@ -13,7 +13,7 @@ COLUMNS = 32  # of a panel: two tiles
 STEP = 32  # of the summed axis: what a row of a tile holds
 TILE = 16  # rows of a tile
 FEW = 24  # rows below which splitting the weight costs more than the multiplications that it saves
-_BLOCKS = (128, 96, 160, 192, 256, 384, 64, 32)
+_BLOCKS = (64, 96, 128, 160, 192, 256, 32)
 _GROUP = 8  # pairs of row tiles that are worth one splitting of the weight
 
 
