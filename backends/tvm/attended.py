@@ -11,16 +11,20 @@ import tvm
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
+from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions, reshape_groups
 from graphopt.backends.tvm.flashform import Form
 from graphopt.backends.tvm.loops import vector_loop
 from graphopt.backends.tvm.squares import transpose_square
-from graphopt.ir.graph import Value
+from graphopt.backends.tvm.support import VIEWS
+from graphopt.ir import types
+from graphopt.ir.graph import Node, Value
 from graphopt.ir.opset.attention import groups
 
 LOG2E = math.log2(math.e)
 F32 = "float32"
+LINE = 64  # bytes of a cache line
 
 
 def head_index(code: Code, form: Form, v: Value, lead: Sequence[Index]) -> list[Index]:
@@ -122,6 +126,64 @@ class Staged:
         out.__dict__.update(m.__dict__)
         out.__dict__.update(buffer=self.buffer, rows=self.columns, columns=1, start=0, padded=True)
         return out
+
+
+class Rows:
+    """Keys or values, a row at a time: floats, or integers and a scale for all of a row.
+
+    Attributes:
+        integers: what dequantizes the value, behind views; None if nothing does.
+    """
+
+    def __init__(self, args: Arguments, value: Value) -> None:
+        self.args, self.value = args, value
+        node = value.producer
+        while node is not None and node.name in VIEWS:
+            node = node.operands[0].producer
+        fits = node is not None and node.name == "dequantize" and len(node.operands) == 2 and node.operands[1].dtype == types.f32
+        self.integers = node if fits and node is not None and self._constant(node) else None
+
+    def _constant(self, node: Node) -> bool:
+        """Whether the scale does not change along a row of the value."""
+        place = [tirx.Var(self.args.code.fresh("i"), "int64") for _ in self.value.shape]
+        probe = Expressions(self.args, {node.result: lambda at: self._scale(node, at, probe)}, probe=True)
+        probe.at(self.value, place)
+        used = {v.name for _, e in probe.reads if not isinstance(e, int) for v in tirx.analysis.undefined_vars(e)}
+        return place[-1].name not in used
+
+    @staticmethod
+    def _scale(node: Node, at: Sequence[Index], e: Expressions) -> Any:
+        scale = node.operands[1]
+        tail = at[len(at) - scale.type.rank :]
+        return e.at(scale, [0 if d == 1 else i for i, d in zip(tail, scale.shape, strict=True)])
+
+    def at(self, index: Sequence[Index], probe: Expressions | None = None) -> Any:
+        """An element, without the row's scale; read by ``probe`` if that is given."""
+        e = probe or Expressions(self.args, {})
+        if self.integers is not None:
+            whole = self.integers.operands[0]
+            e.sources = {self.integers.result: lambda at: e.let(scalar.cast(e.at(whole, at), whole.dtype, types.f32, e.let))}
+        return e.at(self.value, index)
+
+    def scale(self, index: Sequence[Index]) -> Any:
+        """The scale of the row in which an element lies."""
+        e, node = Expressions(self.args, {}), self.integers
+        assert node is not None
+        e.sources = {node.result: lambda at: self._scale(node, at, e)}
+        return e.at(self.value, index)
+
+    def fetch(self, index: Callable[[Index], list[Index]], row: Index, ahead: int) -> None:
+        """Ask for the row, so many bytes behind this one, that will be wanted later."""
+        code, size = self.args.code, int(self.value.shape[-1])
+        for column in range(0, size, LINE // 4):
+            probe = Expressions(self.args, {}, probe=True)
+            self.at([*index(row), column], probe)
+            for source, _ in probe.reads:
+                width = source.dtype.itemsize
+                if column * width % LINE == 0:
+                    there = Expressions(self.args, {}, probe=True)
+                    self.at([*index(code.simplify(row + max(1, ahead // (size * width)))), column], there)
+                    code.prefetch(self.args.inputs[source], dict(there.reads)[source])
 
 
 class Extra:

@@ -16,16 +16,15 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.tvm import scalar, vecmath
-from graphopt.backends.tvm.attended import F32, LOG2E, Extra, head_index, place_of
+from graphopt.backends.tvm.attended import F32, LOG2E, Extra, Rows, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.flashform import Form, seen_span
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine, combine_each
 from graphopt.ir import types
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph
 
-LINE = 64  # bytes of a cache line
 _SUM, _MAX = Monoid.of("sum", types.f32), Monoid.of("max", types.f32, nan_matters=False)
 
 
@@ -53,6 +52,7 @@ class DecodeKernel:
         batch = [code.size(d) for d in form.batch]
         self.heads = [*batch[:-1], code.div(batch[-1], self.share)] if batch else []
         self.extra = Extra(self.args, form, form.fill)
+        self.keys_of, self.values_of = (Rows(self.args, x) for x in (form.parts.k, form.parts.v))
 
     def emit(self) -> Code:
         code, record = self.code, self.width + self.lanes  # of a row: its sums, then maximum and total
@@ -133,21 +133,24 @@ class DecodeKernel:
             self._products(of_keys, queries, scores, base, code.bind_index(code.simplify(t * self.keys), "n"), self.keys)
         with code.loop(code.simplify(here - whole * self.keys), "serial", "n") as n:
             self._products(of_keys, queries, scores, base, code.bind_index(code.simplify(whole * self.keys + n), "n"), 1)
+        if self.keys_of.integers is not None:
+            self._scale_rows(scores, self.keys_of, of_keys, base, here)
         if self.attrs["softcap"] is not None or self.extra.given or self.form.is_local or self.form.reads_all:
             for r in range(self.rows):
                 self._change(self._lead(lead, r), scores, r, base, here)
 
     def _products(self, of_keys: Sequence[Index], queries: Any, scores: Any, base: Index, n: Index, count: int) -> None:
         """Scores of ``count`` keys, 1 or as many as are taken together."""
-        code, lanes, k = self.code, self.lanes, self.form.parts.k
+        code, lanes = self.code, self.lanes
         places = [(r, i) for r in range(self.rows) for i in range(count)]
         sums = {place: code.alloc(lanes, F32, "acc") for place in places}
         rows = [code.bind_index(code.simplify(base + n + i), "row") for i in range(count)]
-        self._fetch(k, of_keys, rows)
+        for row in rows if self.ahead else []:
+            self.keys_of.fetch(lambda i: [*of_keys, i], row, self.ahead)
         for u in range(0, self.depth, lanes):
             for i, row in enumerate(rows):
                 with code.loop(lanes, "vectorized", "v") as v:
-                    x = code.bind(Expressions(self.args, {}).at(k, [*of_keys, row, code.simplify(u + v)]), "k")
+                    x = code.bind(self.keys_of.at([*of_keys, row, code.simplify(u + v)]), "k")
                     for r in range(self.rows):
                         term, acc = x * code.load(queries, code.simplify(r * self.depth + u + v)), sums[r, i]
                         code.store(acc, v, term if u == 0 else code.load(acc, v) + term)
@@ -161,18 +164,17 @@ class DecodeKernel:
             part = found[vector] if count == lanes else tirx.Shuffle([found[vector]], list(range(first, first + count)))
             code.emit(tirx.BufferStore(scores, part, [self._ramp(code.simplify(r * (self.block + lanes) + n), count)]))
 
-    def _fetch(self, of: Value, lead: Sequence[Index], rows: Sequence[Index]) -> None:
-        """Ask for the rows of keys or values, so many bytes behind these, that will be wanted later."""
-        if not self.ahead:
-            return
-        code, size = self.code, int(of.shape[-1])
-        step = max(1, self.ahead // (size * of.dtype.itemsize))
-        for row in rows:
-            for column in range(0, size, LINE // of.dtype.itemsize):
-                probe = Expressions(self.args, {}, probe=True)
-                probe.at(of, [*lead, code.simplify(row + step), column])
-                for source, address in probe.reads:
-                    code.prefetch(self.args.inputs[source], address)
+    def _scale_rows(self, scores: Any, rows: Rows, lead: Sequence[Index], base: Index, here: Index) -> None:
+        """Multiply scores, or weights, by the scales of the keys or values."""
+        code, step = self.code, self.block + self.lanes
+
+        def element(n: Index) -> None:
+            scale = code.bind(rows.scale([*lead, code.simplify(base + n), 0]), "scale")
+            for r in range(self.rows):
+                place = code.simplify(r * step + n)
+                code.store(scores, place, code.load(scores, place) * scale)
+
+        vector_loop(code, 0, here, self.lanes, element, overlap=False)
 
     def _ramp(self, at: Index, count: int) -> Any:
         return tirx.Ramp(i64(at), i64(1), count) if count > 1 else i64(at)
@@ -237,7 +239,9 @@ class DecodeKernel:
         """Weights times values, added to the rows' sums: as many rows at once as registers hold."""
         code, lanes, v_of = self.code, self.lanes, self.form.parts.v
         index = head_index(code, self.form, v_of, self._lead(lead, 0))
-        columns = min(self.width, self.sums * lanes)
+        if self.values_of.integers is not None:
+            self._scale_rows(scores, self.values_of, index, base, here)
+        columns = min(self.width, max(1, self.sums // self.rows) * lanes)
         at_once = max(1, self.sums * lanes // columns)
         for r0 in range(0, self.rows, at_once):
             for c0 in range(0, self.width, columns):
@@ -248,11 +252,11 @@ class DecodeKernel:
                         code.store(acc[r], u, tirx.const(0.0, F32))
                 with code.loop(here, "serial", "n") as n:
                     row = code.bind_index(code.simplify(base + n), "row")
-                    if r0 == c0 == 0:
-                        self._fetch(v_of, index, [row])
+                    if self.ahead and r0 == c0 == 0:
+                        self.values_of.fetch(lambda i: [*index, i], row, self.ahead)
                     p = {r: code.bind(code.load(scores, code.simplify(r * (self.block + lanes) + n)), "p") for r in rows}
                     for u in self._each(here_columns):
-                        x = code.bind(Expressions(self.args, {}).at(v_of, [*index, row, code.simplify(c0 + u)]), "x")
+                        x = code.bind(self.values_of.at([*index, row, code.simplify(c0 + u)]), "x")
                         for r in rows:
                             code.store(acc[r], u, code.load(acc[r], u) + p[r] * x)
                 for u in self._each(here_columns):

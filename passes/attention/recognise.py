@@ -19,6 +19,7 @@ from graphopt.ir import DType, Value
 from graphopt.pass_manager import RewritePass
 from graphopt.passes.attention.axes import flat, size
 from graphopt.passes.attention.build import build, leading
+from graphopt.passes.attention.cached import CachedIntegers
 from graphopt.passes.attention.given import GivenAttention
 from graphopt.passes.attention.masks import Sorted, sort
 from graphopt.passes.attention.reading import Reading, attention_of
@@ -87,4 +88,4 @@ class RecogniseAttention(RewritePass):
     name = "recognise-attention"
 
     def rules(self) -> Sequence[Rule]:
-        return [Attention(), GivenAttention()]
+        return [Attention(), GivenAttention(), CachedIntegers()]

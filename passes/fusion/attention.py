@@ -118,3 +118,15 @@ def view_of_attention(node: Node) -> bool:
     while source.has_one_use and source.producer is not None and source.producer.op.name in ("transpose", "reshape"):
         source = source.producer.operands[0]
     return source.has_one_use and source.producer is not None and source.producer.op.name == "attention"
+
+
+def reads_integers(node: Node) -> bool:
+    """Whether a ``dequantize`` makes an attention's keys or values, a scale a row: the kernel reads the integers."""
+    scale, users = node.operands[1], [node]
+    while users:
+        user = users.pop()
+        for reader, place in user.results[0].uses:
+            if reader.op.name == "attention" and place not in (1, 2):
+                return False
+            users += [reader] if reader.op.name in ("reshape", "transpose", "broadcast_to", "slice") else []
+    return len(node.operands) == 2 and (scale.type.rank == 0 or scale.shape[-1] == 1)

@@ -15,6 +15,7 @@ from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.passes.fusion import cost
+from graphopt.passes.fusion.attention import reads_integers
 from graphopt.passes.fusion.cost import CostModel, Load
 from graphopt.passes.fusion.roles import (
     ARG_REDUCTIONS,
@@ -200,7 +201,8 @@ class Region:
         if self.kind not in PRODUCTS and makes_floats(node):
             return "it follows an integer product, whose kernel writes floats, not sums"
         if self.kind == "attention":
-            return "an attention's kernel computes nothing of its operands"
+            cached = node.op.name == "dequantize" and reads_integers(node)
+            return None if cached else "an attention's kernel computes nothing of its operands"
         if self.kind in PRODUCTS:
             return self._product_rejects(node, users, before)
         return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None

@@ -6,6 +6,7 @@ import pytest
 from fusing import fused, run
 
 from graphopt.ir import parse_graph
+from graphopt.passes.attention import RecogniseAttention
 from graphopt.passes.expand import Expand
 from graphopt.passes.fusion import Fuse
 from graphopt.passes.fusion.attention import choose
@@ -98,3 +99,30 @@ def test_a_result_with_two_readers_is_written_as_it_is() -> None:
       return %2, %0
     }""", Fuse())  # fmt: skip
     assert [(kind, [n for n in names if n == "attention"]) for kind, names in found] == [("attention", ["attention"]), ("pointwise", [])]
+
+
+CACHED = """graph @g(%q: f32[1, 8, 1, 16], %k: i8[1, 2, S, 16], %a: f32[1, 2, S, {last}], %v: i8[1, S, 2, 16], %b: f32[1, S, 2, 1])
+    -> f32[1, 8, 1, 16] where 1 <= S {{
+  %c: f32[1, 2, S, 16] = cast(%k) {{dtype = f32}}
+  %0: f32[1, 2, S, 16] = mul(%c, %a)
+  %d: f32[1, S, 2, 16] = cast(%v) {{dtype = f32}}
+  %1: f32[1, S, 2, 16] = mul(%d, %b)
+  %2: f32[1, 2, S, 16] = transpose(%1) {{perm = [0, 2, 1, 3]}}
+  %3: f32[1, 8, 1, 16] = attention(%q, %0, %2) {{scale = 0.3}}
+  return %3
+}}"""
+
+
+def test_cached_integers_are_read_by_the_kernel() -> None:
+    found, _ = fused(CACHED.format(last=1), RecogniseAttention(), Fuse())
+    assert [(kind, sorted(names)) for kind, names in found] == [("attention", ["attention", "dequantize", "dequantize", "transpose"])]
+
+
+def test_scales_within_a_row_are_not_those_of_a_cache() -> None:
+    """Keys whose scales differ within a row are made by a kernel of their own."""
+    found, missed = fused(CACHED.format(last=16), RecogniseAttention(), Fuse())
+    assert [kind for kind, _ in found] == ["pointwise", "attention"]
+    assert "the scales of cached integers differ within a row" in missed
+    g = parse_graph(CACHED.format(last=16).replace("attention(%q, %0, %2) {scale = 0.3}", "attention(%q, %2, %2) {scale = 0.3}"))
+    ctx = run(g, [RecogniseAttention()])
+    assert not [r for r in ctx.remarks if "cached integers" in r.message]  # nothing reads it as keys

@@ -37,6 +37,9 @@ def inputs(graph: Graph, **bindings: int) -> list[torch.Tensor]:
             strides = [s if isinstance(s, int) else dims.evaluate(s, bindings) for s in v.type.strides]
             span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
             out.append(torch.randn(span, generator=generator).to(v.dtype.torch).as_strided(shape, strides))
+        elif v.dtype.is_integer:
+            low = -127 if v.dtype.kind == "i" else 0
+            out.append(torch.randint(low, low + 255, shape, generator=generator).to(v.dtype.torch))
         else:
             out.append(x.to(v.dtype.torch))
     return out

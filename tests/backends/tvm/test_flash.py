@@ -151,6 +151,21 @@ FEW = {
       %0: f32[2, 4, 1, 32] = attention(%q, %a, %b) {scale = 0.3}
       return %0
     }"""),
+    "cached integers": parse_graph("""graph @g(%q: f32[1, 8, 1, 64], %k: i8[1, 2, 131, 64], %a: f32[1, 2, 131, 1], %v: i8[1, 131, 2, 64],
+        %b: f32[1, 131, 2, 1]) -> f32[1, 8, 1, 64] {
+      %0: f32[1, 2, 131, 64] = dequantize(%k, %a)
+      %1: f32[1, 131, 2, 64] = dequantize(%v, %b)
+      %2: f32[1, 2, 131, 64] = transpose(%1) {perm = [0, 2, 1, 3]}
+      %3: f32[1, 8, 1, 64] = attention(%q, %0, %2) {scale = 0.03, causal = true, offset = 128}
+      return %3
+    }"""),
+    "cached integers with zero points": parse_graph("""graph @g(%q: f32[3, 1, 32], %k: u8[3, N, 32], %a: f32[3, N, 1], %z: u8[3, N, 1],
+        %v: i8[3, N, 32], %b: f32[32]) -> f32[3, 1, 32] where 1 <= N {
+      %0: f32[3, N, 32] = dequantize(%k, %a, %z)
+      %1: f32[3, N, 32] = dequantize(%v, %b)
+      %2: f32[3, 1, 32] = attention(%q, %0, %1) {scale = 0.003}
+      return %2
+    }"""),
     "symbolic": attention(1, "N", 32, heads=1, attrs=", causal = true, offset = N - 1", where=" where 1 <= N"),
     "repeated by views": parse_graph("""graph @g(%q: f32[1, 6, 1, 16], %x: f32[1, 2, 90, 16]) -> f32[1, 1, 96] {
       %a: f32[1, 2, 1, 90, 16] = reshape(%x) {shape = [1, 2, 1, 90, 16]}

@@ -1,0 +1,38 @@
+"""A cache of keys and values as 8-bit integers with a scale a token: read by the kernel, and within its error budget."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import graphopt
+
+BUDGET = 0.015  # error in the 2-norm, relative to an f32 cache, for keys and values of normal numbers
+
+
+def small(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
+class Step(torch.nn.Module):
+    """Attention of one token over a cache of 8-bit integers, heads sharing keys, as a model spells it."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, ks: torch.Tensor, v: torch.Tensor, vs: torch.Tensor) -> torch.Tensor:
+        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k.to(q.dtype) * ks, v.to(q.dtype) * vs))
+        return torch.softmax(q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ values
+
+
+def test_a_step_over_cached_integers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, 64, generator=generator) for h, n in ((8, 1), (2, 300), (2, 300)))
+    (kq, ks), (vq, vs) = small(k), small(v)
+    model = Step()
+    compiled = graphopt.compile(model, (q, kq, ks, vq, vs))
+    found = compiled(q, kq, ks, vq, vs)
+    want = model(q.double(), kq, ks.double(), vq, vs.double())
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)  # no other loss than what the integers lost
+    whole = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    assert float((found - whole).norm() / whole.norm()) < BUDGET
+    assert len(compiled.report.kernels) == 1 and not compiled.report.fallbacks
+    assert "decode" in str(compiled.report.kernels[0])
