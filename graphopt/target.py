@@ -10,12 +10,17 @@ import hashlib
 import os
 import platform
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from graphopt.accelerators import ACCELERATORS
 from graphopt.errors import DeviceError, nearest
 from graphopt.processors import PROCESSORS
 
+MATRIX_UNITS = ("mma", "wgmma", "tcgen05", "mfma")
 _VECTOR_BITS = (("avx512f", 512), ("avx2", 256), ("avx", 256))  # all others: 128, or as wide as SVE is
 
 
@@ -27,9 +32,9 @@ class Target:
         kind: ``cpu``, ``cuda`` or ``hip``.
         arch: ``x86_64``, ``aarch64``; ``sm_90``, ``gfx942``.
         model: the marketing name, for reports.
-        features: lower-case instruction-set features that kernels may use, sorted (e.g. ``avx512f``, ``avx512_vnni``).
-        cores: physical cores that may be used.
-        cache: bytes of L1d, L2 (a core) and L3 (shared).
+        features: lower-case instruction-set features that kernels may use, sorted (e.g. ``avx512f``, ``avx512_vnni``; ``wgmma``, ``tma``).
+        cores: physical cores that may be used; a GPU's multiprocessors.
+        cache: bytes of L1d, L2 (a core) and L3 (shared); of a GPU: shared memory that a block may have, 0, and L2 (of all).
         sve_bits: width of the SVE registers; 0 without SVE, or where it is not known.
     """
 
@@ -126,6 +131,25 @@ class Target:
         return feature in self.features
 
     @property
+    def is_gpu(self) -> bool:
+        return self.kind in ("cuda", "hip")
+
+    @property
+    def warp(self) -> int:
+        """Threads of a GPU that run in step."""
+        return 64 if self.kind == "hip" else 32
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a GPU's shared memory that one block may have."""
+        return self.cache[0] if self.is_gpu else 0
+
+    @property
+    def matrix_unit(self) -> str:
+        """A GPU's instructions that multiply tiles: ``mma``, ``wgmma``, ``tcgen05`` or ``mfma``; empty where none are known."""
+        return next((f for f in MATRIX_UNITS if f in self.features), "")
+
+    @property
     def fingerprint(self) -> str:
         """Stable identity: equal for machines on which the same kernel is the best one."""
         text = repr((self.kind, self.arch, self.model, self.features, self.cores, self.cache, self.sve_bits))
@@ -145,15 +169,17 @@ class Target:
         arch, _, cores = rest.partition(":")
         if kind == "cpu" and not arch:
             return detect()
-        if kind in ("cuda", "hip") and arch and not cores:
-            return Target(kind, arch)
+        if (gpu := ACCELERATORS.get(arch)) and gpu.kind == kind and not cores:
+            features = tuple(sorted((gpu.matrix, *gpu.features)))
+            return Target(kind, arch, gpu.model, features, gpu.processors, (gpu.shared << 10, 0, gpu.cache << 10))
         if kind == "cpu" and (processor := PROCESSORS.get(arch)) and (not cores or (cores.isdigit() and int(cores) > 0)):
             l1, l2, l3 = processor.cache
             features = tuple(sorted(processor.features))
             return Target("cpu", processor.arch, arch, features, int(cores or 1), (l1 << 10, l2 << 10, l3 << 10), processor.sve_bits)
-        hint = nearest(arch, tuple(PROCESSORS)) if kind == "cpu" else ""
+        gpus = [f"{g.kind}:{a}" for a, g in ACCELERATORS.items()]
+        hint = nearest(arch, tuple(PROCESSORS)) if kind == "cpu" else nearest(name, gpus)
         known = ", ".join(f"cpu:{p}" for p in PROCESSORS)
-        raise DeviceError(f"unknown target {name!r}{hint}; known are cpu, {known} (each with :CORES), cuda:sm_90, hip:gfx942")
+        raise DeviceError(f"unknown target {name!r}{hint}; known are cpu, {known} (each with :CORES), {', '.join(gpus)}")
 
     def lacks(self, other: Target) -> str:
         """Why kernels for ``other`` cannot run here, in words; empty if they can."""
@@ -174,6 +200,23 @@ def detect() -> Target:
         features = tuple(f for f in features if not f.startswith("amx_"))
     sve = _sve_bits() if "sve" in features else 0
     return Target("cpu", arch, model or platform.processor() or arch, features, cores, _caches(), sve)
+
+
+@cache
+def detect_gpu(index: int = 0) -> Target:
+    """A GPU of this machine, by PyTorch's number."""
+    return gpu_of(torch.cuda.get_device_properties(index), hip=torch.version.hip is not None)
+
+
+def gpu_of(properties: Any, hip: bool) -> Target:
+    """A target from what PyTorch tells of a GPU. One of an architecture that is not in the table has what its family has."""
+    arch = properties.gcnArchName.partition(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    known = ACCELERATORS.get(arch)
+    family = "mfma" if hip else {9: "wgmma", 10: "tcgen05"}.get(properties.major, "mma" if properties.major >= 8 else "")
+    features = (known.matrix, *known.features) if known else (family,) if family else ()
+    shared = known.shared << 10 if known else getattr(properties, "shared_memory_per_block_optin", 48 << 10)
+    cache = (shared, 0, properties.L2_cache_size)
+    return Target("hip" if hip else "cuda", arch, properties.name, tuple(sorted(features)), properties.multi_processor_count, cache)
 
 
 def request_amx() -> bool:

@@ -43,6 +43,7 @@ MEMBERS = {
     "graphopt.sampling": "verification",
     "graphopt.bounds": "rewrite",
     "graphopt.processors": "target",
+    "graphopt.accelerators": "target",
     "graphopt": "root",
 }  # modules whose layer is not their first name; whatever else stands in graphopt/ belongs to the compiler
 

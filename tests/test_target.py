@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from graphopt.accelerators import ACCELERATORS
 from graphopt.cli.doctor import _kernels
 from graphopt.errors import UsageError
 from graphopt.processors import PROCESSORS
-from graphopt.target import Target, detect
+from graphopt.target import MATRIX_UNITS, Target, detect, gpu_of
 
 
 def cpu(name: str) -> Target:
@@ -51,7 +54,27 @@ def test_targets_differ_in_their_fingerprints() -> None:
     assert len({cpu(name).fingerprint for name in PROCESSORS}) == len(PROCESSORS)
 
 
-@pytest.mark.parametrize("name", ["cpu:znver44", "cpu:znver4:0", "cpu:znver4:x", "cuda", "tpu:v5", ""])
+@pytest.mark.parametrize("name", [f"{a.kind}:{arch}" for arch, a in ACCELERATORS.items()])
+def test_gpus_by_name(name: str) -> None:
+    t = Target.from_name(name)
+    assert t.is_gpu and str(t) == name and t.matrix_unit in MATRIX_UNITS
+    assert t.warp == (64 if t.kind == "hip" else 32) and t.shared_memory >= 64 << 10 and t.cores > 100
+
+
+def test_a_gpu_as_pytorch_describes_it() -> None:
+    seen = {"name": "H200", "multi_processor_count": 132, "L2_cache_size": 60 << 20, "shared_memory_per_block_optin": 232448}
+    hopper = gpu_of(SimpleNamespace(major=9, minor=0, **seen), hip=False)
+    assert (hopper.arch, hopper.model, hopper.matrix_unit, hopper.cores) == ("sm_90", "H200", "wgmma", 132) and hopper.has("tma")
+    other = gpu_of(SimpleNamespace(major=8, minor=6, **seen), hip=False)  # not in the table: what its family has
+    assert (other.arch, other.matrix_unit, other.shared_memory) == ("sm_86", "mma", 232448)
+    amd = gpu_of(SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", **seen), hip=True)
+    assert (amd.kind, amd.arch, amd.warp, amd.matrix_unit) == ("hip", "gfx942", 64, "mfma")
+
+
+UNKNOWN = ("cuda:sm_9", "hip:sm_90", "cuda:sm_90:2", "cpu:znver44", "cpu:znver4:0", "cpu:znver4:x", "cuda", "tpu:v5", "")
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_names(name: str) -> None:
     with pytest.raises(UsageError, match="unknown target"):
         Target.from_name(name)
