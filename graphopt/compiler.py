@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +17,8 @@ from graphopt.backends.eager import LibraryCall
 from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
-from graphopt.errors import BuildError, DeviceError, FallbackError, UsageError, counted
+from graphopt.devices import KernelProvider, choose_backend, choose_target, kernel_provider
+from graphopt.errors import BuildError, FallbackError, UsageError, counted
 from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
@@ -35,7 +33,7 @@ from graphopt.profile import Profile, profile
 from graphopt.program import Program, share_weights
 from graphopt.report import Fallback, KernelInfo, Report, record
 from graphopt.tape import Native
-from graphopt.target import Target, detect
+from graphopt.target import Target
 from graphopt.tuned import key_with, use_records
 from graphopt.variants import Domain, Variant, VariantProgram, plan_domains
 from graphopt.verification import ValueCheck
@@ -146,6 +144,7 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     device = captured.device
     target = choose_target(device, options)
     backend, why_none = choose_backend(target, options)
+    provider = kernel_provider(backend, device) if backend is not None else None
     cache_dir = options.kernels_dir
     name = options.name or label
     report = Report(name, str(target))
@@ -156,8 +155,8 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     narrowed = [narrow(captured.graph, dict(d.ranges)) for d in domains]  # of the graph as captured: passes work in place
     units = [_Unit(captured.graph, report)]
     captured_key = report.key = compilation_key(captured.graph, target, options, domains)
-    if backend is not None:
-        provider().prestart(cache_dir, options.workers, report.key)
+    if provider is not None:
+        provider.prestart(cache_dir, options.workers, report.key)
     for domain, graph in zip(domains, narrowed, strict=True):
         sub = Report(name, str(target), condition=str(domain), reason=domain.reason, key=report.key)
         report.variants.append(sub)
@@ -171,12 +170,14 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
         report_fallbacks(unit.report, unit.lowered, options)  # before time is spent on building
         unit.report.seconds["lower"] = time.perf_counter() - lowering
     if options.tune_seconds and backend is not None:
-        tune_kernels(units, target, options, progress)
-    choose_schedules(units, target, backend, options)
-    building = time.perf_counter()
-    build_kernels(units, dict.fromkeys([captured_key, report.key]), target, cache_dir, options, progress)
-    report.seconds["build"] = time.perf_counter() - building
-    changed_words, found = (provider().changed_words(), provider().native()) if units[0].kernels else (None, None)
+        tune_kernels(units, target, backend, options, progress)
+    if backend is not None and provider is not None:
+        choose_schedules(units, target, backend, provider, options)
+        building = time.perf_counter()
+        build_kernels(units, dict.fromkeys([captured_key, report.key]), target, provider, options, progress)
+        report.seconds["build"] = time.perf_counter() - building
+    use_native = provider is not None and bool(units[0].kernels)
+    changed_words, found = (provider.changed_words(), provider.native()) if provider is not None and use_native else (None, None)
     native = None if found is None else Native(*found)
     for unit in units:
         report_fallbacks(unit.report, unit.lowered, options)
@@ -193,9 +194,12 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     return CompiledGraph(captured, program, report)
 
 
-def tune_kernels(units: Sequence[_Unit], target: Target, options: Options, progress: Progress | None) -> None:
+def tune_kernels(units: Sequence[_Unit], target: Target, backend: Backend, options: Options, progress: Progress | None) -> None:
     """``mode="max-autotune"``: let the tuning database learn about these kernels."""
     report, path = units[0].report, options.tuning_path
+    if backend.name != "tvm":
+        report.notes.append(f"max-autotune: kernels of the {backend.name} backend are not tuned yet; default schedules are used")
+        return
     if path is None:
         report.notes.append("max-autotune: nothing is tuned, as tuning_db=None asks for default schedules")
         return
@@ -203,10 +207,10 @@ def tune_kernels(units: Sequence[_Unit], target: Target, options: Options, progr
     autotune([(u.graph, u.lowered) for u in units], target, path, threads, options.tune_seconds, report, progress)
 
 
-def choose_schedules(units: Sequence[_Unit], target: Target, backend: Backend | None, options: Options) -> None:
+def choose_schedules(units: Sequence[_Unit], target: Target, backend: Backend, provider: KernelProvider, options: Options) -> None:
     """Take schedules from the tuning database, where it has any. They become part of the compilation's key."""
     path = options.tuning_path
-    if backend is None or path is None:
+    if path is None:
         return
     start = time.perf_counter()
     report = units[0].report
@@ -215,7 +219,7 @@ def choose_schedules(units: Sequence[_Unit], target: Target, backend: Backend | 
     if chosen:
         for u in units:
             u.report.key = key_with(u.report.key, chosen)
-        provider().prestart(options.kernels_dir, options.workers, report.key)
+        provider.prestart(options.kernels_dir, options.workers, report.key)
     report.seconds["lower"] += time.perf_counter() - start
 
 
@@ -272,16 +276,6 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
     report.seconds["passes"] = time.perf_counter() - start
 
 
-def choose_target(device: torch.device, options: Options) -> Target:
-    """The device to compile for. Raises DeviceError for a target whose kernels this machine cannot run."""
-    if device.type != "cpu":
-        return Target(device.type, "unknown")
-    target = Target.from_name(options.target)
-    if why := detect().lacks(target):
-        raise DeviceError(f"kernels for target {options.target!r} cannot run here: {why}")
-    return target
-
-
 def compilation_key(graph: Graph, target: Target, options: Options, domains: Sequence[Domain]) -> str:
     """Identity of a compilation: the captured graph, its variants, the target, the code and options of every pass; 16 hex digits."""
     pipeline = edit_pipeline(default_pipeline(quantize=options.quantize), options.pipeline)
@@ -290,43 +284,18 @@ def compilation_key(graph: Graph, target: Target, options: Options, domains: Seq
     return hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]
 
 
-def prestart(options: Options, examples: Iterable[Any]) -> None:
-    """Start the build processes before a model is captured, where it is clear already that kernels must be built."""
-    on_cpu = all(x.device.type == "cpu" for x in examples if isinstance(x, torch.Tensor))
-    if on_cpu and options.backend != "eager" and choose_backend(detect(), options)[0] is not None:
-        provider().prestart(options.kernels_dir, options.workers)
-
-
-def choose_backend(target: Target, options: Options) -> tuple[Any, str]:
-    """The backend that generates kernels for a target, or None and the reason that there is none."""
-    if options.backend == "eager":
-        return None, "library kernels were asked for"
-    if target.kind != "cpu":
-        return None, f"no kernels are generated for {target.kind} devices yet"
-    missing = [name for name in ("tvm", "tvm_ffi") if importlib.util.find_spec(name) is None]
-    if missing:
-        return None, f"{', '.join(missing)} is not installed"
-    from graphopt.backends.tvm.backend import TvmBackend  # tvm is an optional package
-
-    return TvmBackend(), ""
-
-
-def provider() -> Any:
-    """The module that builds and loads TVM kernels; imported when it is first needed."""
-    return import_module("graphopt.backends.tvm.provider")  # tvm is an optional package
-
-
-def build_kernels(units: Sequence[_Unit], keys: Iterable[str], target: Target, cache_dir: Path, options: Options,
-                  progress: Progress | None) -> None:  # fmt: skip
+def build_kernels(units: Sequence[_Unit], keys: Iterable[str], target: Target, provider: KernelProvider,
+                  options: Options, progress: Progress | None) -> None:  # fmt: skip
     """One loaded kernel a KernelStep; equal workloads share one. A step whose kernel cannot be built becomes a library call."""
     wanted = dict.fromkeys(key for u in units for key in _kernel_users(u.lowered))
     if not wanted:
         return
-    built = provider().load_or_build(list(wanted), target, cache_dir, options.workers, progress)
+    cache_dir = options.kernels_dir
+    built = provider.load_or_build(list(wanted), target, cache_dir, options.workers, progress)
     artifacts = dict(zip(wanted, built, strict=True))
     if not any(isinstance(a, BuildError) for a in built):
         for model in keys:
-            provider().remember(cache_dir, model)
+            provider.remember(cache_dir, model)
     for unit in units:
         for key, users in _kernel_users(unit.lowered).items():
             artifact = artifacts[key]

@@ -10,7 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from graphopt.capture.export import ExportedGraph, exported_graph
-from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, prestart
+from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx
+from graphopt.devices import prestart
 from graphopt.errors import UsageError
 from graphopt.options import Options
 from graphopt.ownership import GivenUp, OwnershipError, give_back_memory, refuse_loading, replace_everywhere

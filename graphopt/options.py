@@ -15,7 +15,7 @@ from graphopt.passes.quantization.scheme import Scheme
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 VERIFY = ("off", "structure", "each-pass")
 TUNE_SECONDS = 60.0  # of mode="max-autotune"
-BACKENDS = ("auto", "tvm", "eager")
+BACKENDS = ("auto", "tvm", "triton", "eager")
 
 
 def default_cache_dir() -> Path:
@@ -39,8 +39,11 @@ class Options:
         fuel: make at most this many rewrites; ``skip_rewrites``: leave out rewrites of these numbers.
         quantize: the scheme by which the weights of matmuls are quantized when they are packed: ``int8-weight``, ``int4-weight``,
             ``int4-weight-g128-zp``; empty for none. See docs/quantization.md.
-        backend: ``auto``, ``tvm``, or ``eager`` (library kernels only: asked for, so no fallback).
-        target: the processor whose instructions kernels may use, such as ``cpu:x86-64-v3``; ``cpu`` for all that this one has.
+        backend: ``auto`` (``tvm`` on the CPU, ``triton`` on a GPU), or ``eager`` (library kernels only: asked for, so no fallback).
+            ``triton`` for a model on the CPU runs the kernels of the GPU that ``target`` names under Triton's interpreter: slow, to
+            check them without that GPU.
+        target: the processor whose instructions kernels may use, such as ``cpu:x86-64-v3`` or ``cuda:sm_90``; ``cpu`` for all that this
+            one has. A model on a GPU is compiled for that GPU.
         freeze: treat parameters and buffers as frozen in inference graphs; they are watched for changes.
         own_weights: let the compiled model own the weights (``graphopt.compile`` only): those that were packed or folded leave the
             model, unless they are read as they are, too; changes are not followed any more.

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import clean_name
-from graphopt.compiler import compile_fx, prestart
+from graphopt.compiler import compile_fx
+from graphopt.devices import prestart
 from graphopt.errors import UsageError
 from graphopt.options import Options
 

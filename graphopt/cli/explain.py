@@ -36,7 +36,7 @@ def explain(
     remarks: Annotated[Remarks, typer.Option(help="Which remarks to show.")] = Remarks.missed,
     strict: Annotated[bool, typer.Option(help="Fail if an operation runs through a library kernel that was not asked for.")] = False,
     verify: Annotated[str, typer.Option(help="off, structure, or each-pass (compare values after every pass).")] = "structure",
-    backend: Annotated[str, typer.Option(help="auto, tvm, or eager (library kernels only, nothing is built).")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, tvm, triton, or eager (library kernels only, nothing is built).")] = "auto",
     pipeline: Annotated[str | None, typer.Option("--pipeline", "-p", help="Other passes than the default: a,b{option=1}.")] = None,
     fuel: Annotated[int | None, typer.Option(min=0, help="Make at most this many rewrites.")] = None,
     skip_rewrite: Annotated[list[int] | None, typer.Option(min=1, help="Leave out the rewrite of this number. May be given again.")] = None,

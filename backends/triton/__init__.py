@@ -1,0 +1,7 @@
+"""The GPU backend: fused regions become readable Triton source, run by Triton's compiler, or by its interpreter on CPU tensors.
+
+A region is emitted as a program over tiles: places in memory as sums (:mod:`index`), values as lines of Triton (:mod:`expr`,
+:mod:`pointwise`), by a template a family (:mod:`templates`). :mod:`build` makes a callable of a source, on a GPU or under the
+interpreter (:mod:`interpret`), and compiles it offline for a GPU that is not there (:mod:`offline`). Up to :mod:`build`, nothing
+imports triton.
+"""

@@ -1,0 +1,214 @@
+"""A kernel under construction: lines of Triton in nested blocks, each value where its operands allow it.
+
+A value that does not depend on a loop is written before the loop, whoever asks for it: the depth of a value is that of the deepest
+variable in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.base import KernelSource
+from graphopt.backends.triton.index import NO_AXES, Atom, Quotient, Sum, Var, variables
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Graph
+from graphopt.target import Target
+
+INDENT = "    "
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Attributes:
+        grid: programs along up to three axes.
+        blocks: compile-time sizes, by name.
+        warps, stages: warps of a program, and stages of its pipelined loops.
+    """
+
+    grid: tuple[Dim, ...]
+    blocks: Mapping[str, int]
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a compiler needs beside the text: types of the parameters in Triton's spelling, and the launch."""
+
+    signature: Mapping[str, str]
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class Text:
+    """An expression, the tile axes along which it varies, and its depth."""
+
+    text: str
+    axes: frozenset[int] = NO_AXES
+    depth: int = 0
+
+
+@dataclass
+class Code:
+    """Lines, and the names in them.
+
+    Attributes:
+        graph: the region.
+        wide: whether places in memory need 64 bits.
+        helpers: functions of :mod:`~graphopt.backends.triton.library` that the lines call.
+    """
+
+    graph: Graph
+    blocks: list[list[str]] = field(default_factory=lambda: [[]])
+    helpers: dict[str, None] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+    _atoms: dict[Atom, str] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks) - 1
+
+    @property
+    def wide(self) -> bool:
+        """A place may need 64 bits: a tensor has, or may have, 2 ** 31 elements."""
+        values = [*self.graph.inputs, *self.graph.outputs]
+        ends = [dims.bounds(v.type.numel, self.graph.symbols)[1] for v in values]
+        return any(n is None or n >= 2**31 for n in ends) or any(not dims.is_static(v.type.strides or ()) for v in values)
+
+    def fresh(self, prefix: str) -> str:
+        n = self._counts[prefix] = self._counts.get(prefix, -1) + 1
+        return f"{prefix}{n}" if f"{prefix}{n}" not in self.graph.symbols else self.fresh(prefix)
+
+    def line(self, text: str, depth: int | None = None) -> None:
+        self.blocks[self.depth if depth is None else depth].append(text)
+
+    def let(self, prefix: str, text: str, depth: int | None = None) -> str:
+        """Name an expression."""
+        name = self.fresh(prefix)
+        self.line(f"{name} = {text}", depth)
+        return name
+
+    @contextmanager
+    def loop(self, header: str) -> Iterator[None]:
+        """Lines of a loop's body."""
+        self.blocks.append([])
+        yield
+        body = self.blocks.pop()
+        self.line(header)
+        self.blocks[-1] += [INDENT + line for line in body]
+
+    def helper(self, name: str) -> str:
+        self.helpers[name] = None
+        return name
+
+    # --- sizes and places ---------------------------------------------------------------------------------------------------
+
+    def size(self, d: Dim) -> str:
+        """A size, fit to be a factor."""
+        text = dims.format_dim(d)
+        return text if isinstance(d, int) or text.isidentifier() else f"({text})"
+
+    def place(self, s: Sum) -> Text:
+        """An index as text, fit to be a factor; quotients and remainders get names."""
+        parts = []
+        for atom, step in s.terms:
+            name = self._atom(atom)
+            parts.append(name if step == 1 else f"{name} * {self.size(step)}")
+        if s.start != 0 or not parts:
+            parts.append(self.size(s.start))
+        text = " + ".join(parts).replace("+ -", "- ")
+        of = variables(s)
+        axes = NO_AXES.union(*(v.axes for v in of))
+        return Text(text if len(parts) == 1 and " " not in text else f"({text})", axes, max((v.depth for v in of), default=0))
+
+    def _atom(self, atom: Atom) -> str:
+        if isinstance(atom, Var):
+            return atom.name
+        if atom not in self._atoms:
+            of = self.place(atom.of)
+            sign = "//" if isinstance(atom, Quotient) else "%"
+            self._atoms[atom] = self.let("q" if sign == "//" else "r", f"{of.text} {sign} {self.size(atom.by)}", of.depth)
+        return self._atoms[atom]
+
+    def derived(self, s: Sum, extent: Dim, prefix: str = "at") -> Var:
+        """A variable that is an index; the caller sees to it that it lies below the extent wherever it matters."""
+        of = self.place(s)
+        inside = tuple(dict.fromkeys(c for v in variables(s) for c in v.inside))
+        return Var(self.let(prefix, of.text.removeprefix("(").removesuffix(")") if of.text[:1] == "(" else of.text, of.depth), extent,
+                   of.axes, of.depth, inside)  # fmt: skip
+
+    def program(self, axis: int, name: str = "pid") -> str:
+        """Number of this program along an axis of the grid."""
+        return self.let(name, f"tl.program_id({axis})" + (".to(tl.int64)" if self.wide else ""), 0)
+
+    def block(self, name: str, start: str, size_name: str, size: int, extent: Dim, axis: int, rank: int, depth: int = 0) -> Var:
+        """Neighbouring numbers along an axis of the tile, and the condition that they are below the extent.
+
+        Args:
+            start: expression of the first; empty for 0.
+            size_name, size: how many, as a name and as a number.
+            rank: axes of the tile.
+        """
+        lanes = f"tl.arange(0, {size_name})"
+        if rank > 1:
+            lanes += "[" + ", ".join(":" if k == axis else "None" for k in range(rank)) + "]"
+        text = self.let(name, f"{start} + {lanes}" if start and not start.startswith("0 *") else lanes, depth)
+        whole = isinstance(extent, int) and extent % size == 0
+        inside = () if whole else (self.let(f"{name}_in", f"{text} < {self.size(extent)}", depth),)
+        return Var(text, extent, frozenset([axis]), depth, inside)
+
+    # --- the kernel -----------------------------------------------------------------------------------------------------------
+
+    def source(self, name: str, w: Workload, s: Schedule, t: Target, launch: Launch) -> KernelSource:
+        """The finished file: the region as a comment, the kernel, and the function that launches it."""
+        tensors = [*(f"in{k}" for k in range(len(w.graph.inputs))), *(f"out{k}" for k in range(len(w.graph.outputs)))]
+        symbols = sorted(w.graph.symbols)
+        blocks = [f"{n}: tl.constexpr = {size}" for n, size in launch.blocks.items()]
+        (body,) = self.blocks
+        lines = [
+            f"# A {w.kind} region for {t}: {json.dumps({'sketch': s.sketch, **dict(s.knobs)})}",
+            "#",
+            *(f"# {line}" for line in w.text.splitlines()),
+            "",
+            "import triton",
+            "import triton.language as tl",
+            *([f"from graphopt.backends.triton.library import {', '.join(sorted(self.helpers))}"] if self.helpers else []),
+            "",
+            "",
+            "@triton.jit",
+            f"def {name}({', '.join([*tensors, *symbols, *blocks])}):",
+            *(INDENT + line for line in body),
+            "",
+            "",
+            f"def launch({', '.join([*tensors, *symbols])}):",
+            f"{INDENT}grid = ({''.join(dims.format_dim(n) + ', ' for n in launch.grid)})",
+            f"{INDENT}{name}[grid]({', '.join([*tensors, *symbols])}, num_warps={launch.warps}, num_stages={launch.stages})",
+        ]
+        signature = {n: f"*{_POINTERS[v.dtype.name]}" for n, v in zip(tensors, (*w.graph.inputs, *w.graph.outputs), strict=True)}
+        signature |= dict.fromkeys(symbols, "i32") | dict.fromkeys(launch.blocks, "constexpr")
+        return KernelSource(name, "triton", "\n".join(lines) + "\n", Payload(signature, launch))
+
+
+_POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
+             "u8": "u8", "b1": "i1"}  # fmt: skip
+
+
+def ceildiv(n: Dim, by: int) -> Dim:
+    return dims.floordiv(dims.add(n, by - 1), by)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def conditions(parts: Sequence[str]) -> str:
+    """Conditions that all hold; empty for none."""
+    return " & ".join(dict.fromkeys(parts))

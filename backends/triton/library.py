@@ -1,0 +1,151 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Device functions that Triton's language lacks, for f32 and f64 tiles. Kernels import them by name.
+
+The polynomial of ``tanh`` is that of Cephes; ``log1p`` and ``expm1`` correct the rounding of 1 + x and e**x (Kahan; Higham,
+"Accuracy and Stability of Numerical Algorithms", 2nd ed., section 1.14). Parameters are tiles; an annotation would mean something to
+Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log10(x):
+    """Decimal logarithm."""
+    return tl.log(x) * 0.4342944819032518
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e**-x)."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x)."""
+    u = 1.0 + x
+    near = tl.log(u) - ((u - 1.0) - x) / u
+    return tl.where(u == float("inf"), u, tl.where(u == 0.0, float("-inf"), near))
+
+
+@triton.jit
+def expm1(x):
+    """e**x - 1."""
+    u = tl.exp(x)
+    d = u - 1.0
+    near = d * (x / tl.log(tl.where(u == 1.0, 2.0, u)))
+    return tl.where(u == 1.0, x, tl.where((d == -1.0) | (u == float("inf")), d, near))
+
+
+@triton.jit
+def tanh(x):
+    """-d / (2 + d) for d = e**(-2 |x|) - 1; in f32 an odd polynomial near zero."""
+    if x.dtype == tl.float64:
+        d = expm1(-2.0 * tl.abs(x))
+        size = -d / (2.0 + d)
+    else:
+        s = x * x
+        p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s - 3.33332819422e-1
+        t = tl.exp(-2.0 * tl.abs(x))
+        size = tl.where(tl.abs(x) < 0.625, tl.abs(x + x * s * p), (1.0 - t) / (1.0 + t))
+    return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def sinh(x):
+    """(d + d / (d + 1)) / 2 for d = e**|x| - 1, with the sign of x."""
+    d = expm1(tl.abs(x))
+    size = tl.where(d == float("inf"), d, 0.5 * (d + d / (d + 1.0)))
+    return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def trunc(x):
+    """Toward zero."""
+    return tl.where(x < 0.0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
+def round_even(x):
+    """To the nearest integer, halves to even."""
+    f = tl.floor(x)
+    d = x - f
+    odd = f - 2.0 * tl.floor(f * 0.5)
+    near = tl.where(d > 0.5, f + 1.0, tl.where(d < 0.5, f, f + odd))
+    return tl.where(tl.abs(x) == float("inf"), x, near)
+
+
+@triton.jit
+def float_remainder(a, b):
+    """a - b * floor(a / b): the sign of b."""
+    r = a % b
+    return tl.where((r != 0.0) & ((b < 0.0) != (r < 0.0)), r + b, r)
+
+
+@triton.jit
+def float_floor_div(a, b):
+    """floor(a / b), of the exact quotient."""
+    r = a % b
+    q = (a - r) / b
+    q = tl.where((r != 0.0) & ((b < 0.0) != (r < 0.0)), q - 1.0, q)
+    whole = tl.floor(q)
+    whole = tl.where(q - whole > 0.5, whole + 1.0, whole)
+    return tl.where(b == 0.0, a / b, whole)
+
+
+@triton.jit
+def int_remainder(a, b):
+    """a - b * floor(a / b): the sign of b."""
+    r = a % b
+    return tl.where((r != 0) & ((b < 0) != (r < 0)), r + b, r)
+
+
+@triton.jit
+def int_floor_div(a, b):
+    """floor(a / b)."""
+    r = a % b
+    q = a // b
+    return tl.where((r != 0) & ((b < 0) != (r < 0)), q - 1, q)
+
+
+@triton.jit
+def power(a, b):
+    """a ** b, computed in f64; of a negative base by a whole exponent."""
+    x, y = a.to(tl.float64), b.to(tl.float64)
+    size = tl.exp(y * tl.log(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = whole & (y - 2.0 * tl.floor(y * 0.5) == 1.0)
+    signed = tl.where(odd, -size, size)
+    defined = whole | (tl.abs(x) == float("inf"))
+    result = tl.where(x < 0.0, tl.where(defined, signed, float("nan")), size)
+    result = tl.where((x == 0.0) & (y == 0.0), 1.0, result)
+    return tl.where((y == 0.0) | (x == 1.0), 1.0, result).to(a.dtype)
+
+
+@triton.jit
+def greatest(x):
+    """The greatest of each row, [R, C] -> [R, 1]; nan if the row holds one."""
+    nan = tl.max((x != x).to(tl.int32), axis=1, keep_dims=True)
+    return tl.where(nan > 0, float("nan"), tl.max(x, axis=1, keep_dims=True))
+
+
+@triton.jit
+def least(x):
+    """The least of each row, [R, C] -> [R, 1]; nan if the row holds one."""
+    nan = tl.max((x != x).to(tl.int32), axis=1, keep_dims=True)
+    return tl.where(nan > 0, float("nan"), tl.min(x, axis=1, keep_dims=True))
+
+
+@triton.jit
+def _times(a, b):
+    return a * b
+
+
+@triton.jit
+def product(x):
+    """The product of each row, [R, C] -> [R, 1]."""
+    return tl.reduce(x, 1, _times, keep_dims=True)

@@ -1,0 +1,139 @@
+"""Matrix products on tiles: what feeds the factors is computed as they are read, what follows on the accumulator.
+
+    for k0 in range(0, K, BLOCK_K):  acc += dot(a[rows, k0 + ks], b[k0 + ks, columns])
+
+Programs that run at the same time take tiles that share factors: ``GROUP`` tiles of rows go through the columns together. Several
+products of one left factor (a gate and its value) share its reads, an accumulator each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions
+from graphopt.backends.triton.expr import Expressions, Index, Source, Tile
+from graphopt.backends.triton.index import Sum, Var, variable
+from graphopt.backends.triton.pointwise import NAMES, NARROW
+from graphopt.errors import BuildError
+from graphopt.ir import dims, types
+from graphopt.ir.dims import Dim, Shape
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.target import Target
+
+LEAST = 16  # of a tile's side, for the instructions that multiply tiles
+
+
+@dataclass(frozen=True)
+class Form:
+    """The roles of a product's axes.
+
+    Attributes:
+        nodes: the products; all of one left factor and type.
+        batch: axes of batches of the second factor; empty where all rows share one matrix.
+        rows: shape of what one matrix is multiplied with: all axes but the last, or one.
+        columns, depth: sizes.
+    """
+
+    nodes: tuple[Node, ...]
+    batch: Shape
+    rows: Shape
+    columns: Dim
+    depth: Dim
+
+    @property
+    def dtype(self) -> types.DType:
+        return self.nodes[0].result.dtype
+
+
+def form_of(graph: Graph) -> Form:
+    """Read a region that :func:`~graphopt.backends.tvm.shapes.product_of` accepts."""
+    nodes = tuple(n for n in graph.nodes() if n.name == "matmul")
+    shape, b = nodes[0].result.shape, nodes[0].operands[1]
+    shared = all(d == 1 for n in nodes for d in n.operands[1].shape[:-2])
+    batch, rows = ((), shape[:-1]) if shared else (shape[:-2], shape[-2:-1])
+    return Form(nodes, batch, rows, shape[-1], b.shape[-2])
+
+
+def precision(dtype: types.DType, t: Target) -> str:
+    """How f32 is multiplied: as it is, or rounded to tf32 where PyTorch's setting allows that."""
+    return "tf32" if dtype == types.f32 and t.has("tf32") else "ieee"
+
+
+class MatmulKernel:
+    """One region of matrix products."""
+
+    def __init__(self, graph: Graph, t: Target, tile: tuple[int, int, int], group: int) -> None:
+        self.graph, self.form, self.target, self.group = graph, form_of(graph), t, group
+        self.m, self.n, self.k = tile
+        self.code = Code(graph)
+        self.e = Expressions(self.code)
+
+    def emit(self, warps: int, stages: int) -> tuple[Code, Launch]:
+        code, form = self.code, self.form
+        rows = dims.numel(form.rows)
+        tiles = ceildiv(rows, self.m), ceildiv(form.columns, self.n)
+        first, second = self._tile_numbers(*tiles)
+        lead: list[Sum] = []
+        if form.batch:
+            lead = self.e.places.unflatten(variable(Var(code.program(1, "batch"), dims.numel(form.batch))), form.batch)
+        row = code.block("row", f"{first} * BLOCK_M", "BLOCK_M", self.m, rows, 0, 2)
+        column = code.block("column", f"{second} * BLOCK_N", "BLOCK_N", self.n, form.columns, 1, 2)
+        index = [*lead, *self.e.places.unflatten(variable(row), form.rows)]
+        self._products(index, variable(column))
+        for k, v in enumerate(self.graph.outputs):
+            assert v.type.rank == len(index) + 1
+            self.e.store(k, [*index, variable(column)], [row, column], "[BLOCK_M, BLOCK_N]")
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
+        grid = (dims.mul(*tiles), *([dims.numel(form.batch)] if form.batch else []))
+        return code, Launch(grid, blocks, warps, stages)
+
+    def _tile_numbers(self, rows: Dim, columns: Dim) -> tuple[str, str]:
+        """This program's tile: ``GROUP`` tiles of rows side by side go through all columns, then the next group."""
+        code = self.code
+        pid = code.program(0)
+        if rows == 1 or columns == 1:
+            return ("0", pid) if rows == 1 else (pid, "0")
+        group = code.let("group", f"{pid} // (GROUP * {code.size(columns)})")
+        first = code.let("first", f"{group} * GROUP")
+        height = code.let("height", f"tl.minimum({code.size(rows)} - {first}, GROUP)")
+        inside = code.let("inside", f"{pid} % (GROUP * {code.size(columns)})")
+        return code.let("tile_m", f"{first} + {inside} % {height}"), code.let("tile_n", f"{inside} // {height}")
+
+    def _products(self, index: Index, column: Sum) -> None:
+        """Sum the products of a tile into accumulators, and let the results be read from them."""
+        code, form = self.code, self.form
+        total = "tl.float64" if form.dtype == types.f64 else "tl.float32"
+        accumulators = [code.let("acc", f"tl.zeros([BLOCK_M, BLOCK_N], {total})") for _ in form.nodes]
+        start = code.fresh("k")
+        with code.loop(f"for {start} in range(0, {code.size(form.depth)}, BLOCK_K):"):
+            along = code.block("ka", start, "BLOCK_K", self.k, form.depth, 1, 2, 1)  # as the columns of the left factor
+            down = code.block("kb", start, "BLOCK_K", self.k, form.depth, 0, 2, 1)  # as the rows of the right one
+            a = self._factor(form.nodes[0].operands[0], [*index, variable(along)], along, "[BLOCK_M, BLOCK_K]")
+            for acc, node in zip(accumulators, form.nodes, strict=True):
+                x = node.operands[1]
+                b = self._factor(x, [*index[: len(form.batch)], variable(down), column], down, "[BLOCK_K, BLOCK_N]")
+                code.line(f'{acc} = tl.dot({a}, {b}, {acc}, input_precision="{precision(form.dtype, self.target)}", out_dtype={total})')
+        for acc, node in zip(accumulators, form.nodes, strict=True):
+            self.e.sources[node.result] = self._result(acc, node, [*index, column])
+
+    def _factor(self, x: Value, index: Sequence[Sum], k: Var, shape: str) -> str:
+        """A factor's tile, zero beyond the summed axis, in the type that is multiplied."""
+        lead = index[len(index) - x.type.rank :] if len(index) >= x.type.rank else [*[Sum()] * (x.type.rank - len(index)), *index]
+        tile = self.e.at(x, [Sum() if d == 1 else i for i, d in zip(lead, x.shape, strict=True)])
+        text = tile.text
+        if k.inside and not set(k.inside) <= tile.zero:
+            text = self.code.let("z", f"tl.where({conditions(k.inside)}, {text}, 0)")
+        if tile.axes != {0, 1}:
+            text = f"tl.broadcast_to({text}, {shape})"
+        return text if tile.narrow or x.dtype not in NARROW else f"{text}.to({NAMES[x.dtype]})"
+
+    def _result(self, acc: str, node: Node, own: Index) -> Source:
+        tile = Tile(acc, node.result.dtype, frozenset([0, 1]))
+
+        def source(index: Index) -> Tile:
+            if any(i != j for i, j in zip(index, own, strict=True)):
+                raise BuildError("a product is read at another place than it is computed at")
+            return tile
+
+        return source

@@ -1,0 +1,92 @@
+"""Kernels for a GPU that is not there: compiled to its machine code, which is then read.
+
+Triton compiles for any of its targets on any machine. What the assembler allotted (registers, spills, shared memory) and which
+instructions it chose tell much of a kernel before it runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from graphopt.backends.base import KernelSource
+from graphopt.backends.triton.build import load_module
+from graphopt.backends.triton.code import Payload
+from graphopt.errors import BuildError
+from graphopt.target import Target
+
+MATRIX_INSTRUCTIONS = {"mma": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's machine code, and what it takes of a processor.
+
+    Attributes:
+        assembly: PTX or AMD GCN.
+        registers: of a thread.
+        spills: bytes of a thread's values that did not fit into registers.
+        shared: bytes of shared memory of a block.
+    """
+
+    assembly: str
+    registers: int
+    spills: int
+    shared: int
+
+    def uses(self, matrix_unit: str) -> bool:
+        """Whether tiles are multiplied by these instructions (``Target.matrix_unit``)."""
+        return re.search(MATRIX_INSTRUCTIONS[matrix_unit], self.assembly) is not None
+
+
+def compile_offline(source: KernelSource, t: Target) -> Compiled:
+    """Compile a kernel's source for a target.
+
+    Raises:
+        BuildError: Triton or its assembler refuses it.
+    """
+    payload: Payload = source.payload
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        path = Path(folder) / f"{source.name}.py"
+        path.write_text(source.text)
+        kernel = load_module(path).__dict__[source.name]
+        aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(payload.signature.values()) if kind.startswith("*")}
+        ast = ASTSource(kernel, dict(payload.signature), dict(payload.launch.blocks), aligned)
+        options = {"num_warps": payload.launch.warps, "num_stages": payload.launch.stages, "enable_fp_fusion": True}
+        try:
+            built = triton.compile(ast, target=_gpu(t), options=options)
+        except Exception as error:  # Triton's own errors are of many kinds
+            raise BuildError(f"{source.name} for {t}: {type(error).__name__}: {error}") from error
+        return _read_hip(built) if t.kind == "hip" else _read_cuda(built, Path(folder))
+
+
+def _gpu(t: Target) -> GPUTarget:
+    return GPUTarget("hip", t.arch, t.warp) if t.kind == "hip" else GPUTarget("cuda", int(t.arch.removeprefix("sm_")), t.warp)
+
+
+def _read_cuda(built: Any, folder: Path) -> Compiled:
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    said = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    return Compiled(built.asm["ptx"], usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared)
+
+
+def _read_hip(built: Any) -> Compiled:
+    text = built.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        found = re.search(rf"\.{field}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    spilled = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return Compiled(text, number("vgpr_count"), 4 * spilled, built.metadata.shared)

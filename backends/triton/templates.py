@@ -1,0 +1,180 @@
+"""The kernel templates: which regions each takes, its search space, and the emitter behind it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
+from graphopt.backends.base import KernelSource
+from graphopt.backends.triton import elementwise, matmul, rows
+from graphopt.backends.triton.code import Code, Launch, power_of_two
+from graphopt.backends.triton.prepare import prepared
+from graphopt.backends.tvm.shapes import product_of
+from graphopt.ir import dims
+from graphopt.target import Target
+
+LANES = 8  # elements that one thread holds of a tile, at most, by default
+
+
+@dataclass(frozen=True)
+class Template:
+    """A kernel family of the backend.
+
+    Attributes:
+        name: as in ``Schedule.template``.
+        takes: why a region is not for this template, or None if it is.
+        spaces_of: the schedules by structure; that of the default first.
+        write: (workload, schedule, target) -> the lines of the kernel, and its launch.
+    """
+
+    name: str
+    takes: Callable[[Workload, Target], str | None]
+    spaces_of: Callable[[Workload, Target], tuple[SearchSpace, ...]]
+    write: Callable[[Workload, Schedule, Target], tuple[Code, Launch]]
+
+    def space(self, w: Workload, t: Target) -> SearchSpace:
+        """The space whose default needs no tuning."""
+        return self.spaces(w, t)[0]
+
+    def spaces(self, w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+        """All schedules, the space of the default first."""
+        return self.spaces_of(w, t)
+
+    def emit(self, w: Workload, s: Schedule, t: Target) -> KernelSource:
+        """The kernel as a file of Python. Pure: needs neither a device nor triton."""
+        code, launch = self.write(w, s, t)
+        return code.source(entry_name(w, s, t), w, s, t, launch)
+
+
+def entry_name(w: Workload, s: Schedule, t: Target) -> str:
+    """Name of a kernel, unique by workload, schedule and target."""
+    digest = hashlib.sha256(f"{w.kind}\n{w.text}\n{s.to_json()}\n{t.fingerprint}".encode()).hexdigest()[:16]
+    return f"{w.kind}_{digest}"
+
+
+def _first(default: int, choices: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((default, *choices)))
+
+
+def _largest(n: dims.Dim, otherwise: int) -> int:
+    return n if isinstance(n, int) else otherwise
+
+
+# --- pointwise ---------------------------------------------------------------------------------------------------------------
+
+
+def _pointwise_refuse(w: Workload, t: Target) -> str | None:
+    return elementwise.refusal(prepared(w)) if w.kind == "pointwise" else "not a pointwise region"
+
+
+def _pointwise_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    graph = prepared(w)
+    space = elementwise.space_of(graph)
+    numel = _largest(dims.numel(space.sizes), 1 << 24)
+    block = min(1024, max(128, power_of_two(-(-numel // (2 * t.cores)))))
+    warps = Param("warps", _first(max(1, min(4, block // (LANES * t.warp))), (1, 2, 4, 8)))
+    flat = SearchSpace("pointwise", ("flat",), (Param("block", _first(block, (128, 256, 512, 1024, 2048, 4096))), warps))
+    if space.across is None:
+        return (flat,)
+    sides = Param("rows", (32, 16, 64, 128)), Param("columns", (32, 16, 64, 128))
+    return SearchSpace("pointwise", ("tiled",), (*sides, Param("warps", (4, 1, 2, 8)))), flat
+
+
+def _write_pointwise(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    if s.sketch == "tiled":
+        return elementwise.emit_tiled(prepared(w), s["rows"], s["columns"], s["warps"])
+    return elementwise.emit_flat(prepared(w), s["block"], s["warps"])
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------------
+
+PERSISTENT = 1 << 14  # columns of a row that lanes hold at once, at most
+LOOPED = 1 << 11  # columns of a block by default
+
+
+def _rows_refuse(w: Workload, t: Target) -> str | None:
+    return rows.refusal(prepared(w)) if w.kind in ("rowwise", "reduction") else "not a region over rows"
+
+
+def _rows_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    split = rows.Split(rows.reductions(prepared(w)))
+    count, columns = _largest(split.rows, 1 << 16), _largest(split.columns, LOOPED)
+    lanes = power_of_two(columns)
+    together = max(1, min(power_of_two(-(-count // t.cores)), 1024 // lanes))  # short rows share a program, while there are programs enough
+    choices = tuple(n for n in (1, 2, 4, 8, 16, 32) if n * min(lanes, LOOPED) <= 1 << 14)
+    warps = Param("warps", _first(max(1, min(8, together * min(lanes, LOOPED) // (LANES * t.warp))), (1, 2, 4, 8, 16)))
+    block = Param("columns", _first(min(lanes, LOOPED), tuple(n for n in (256, 512, 1024, 2048, 4096) if n <= max(lanes, 256))))
+    looped = SearchSpace("rows", ("looped",), (Param("rows", _first(together, choices)), block, warps), (_lanes_fit(t),))
+    if not isinstance(split.columns, int) or lanes > PERSISTENT:
+        return (looped,)
+    persistent = SearchSpace("rows", ("persistent",), (Param("rows", _first(together, choices)), Param("columns", (lanes,)), warps),
+                             (_lanes_fit(t),))  # fmt: skip
+    return (persistent, looped) if lanes <= 4 * LOOPED else (looped, persistent)
+
+
+def _lanes_fit(t: Target) -> Constraint:
+    most = 64  # registers of a thread that one value may take
+
+    def holds(k: Mapping[str, Any]) -> bool:
+        return bool(k["rows"] * k["columns"] <= most * t.warp * k["warps"])
+
+    return Constraint(f"more than {most} elements a thread", holds)
+
+
+def _write_rows(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    return rows.emit(prepared(w), s["rows"], s["columns"], s.sketch == "looped", s["warps"])
+
+
+# --- matmul ------------------------------------------------------------------------------------------------------------------
+
+
+def _matmul_refuse(w: Workload, t: Target) -> str | None:
+    return product_of(prepared(w)) if w.kind == "matmul" else "not a matmul region"
+
+
+def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    form = matmul.form_of(prepared(w))
+    itemsize, count = form.dtype.itemsize, len(form.nodes)
+    height, width, depth = (_largest(n, 4096) for n in (dims.numel(form.rows), form.columns, form.depth))
+    batch = _largest(dims.numel(form.batch), 8)
+
+    def side(n: int, most: int) -> int:
+        return max(matmul.LEAST, min(most, power_of_two(n)))
+
+    wide = itemsize >= 4 or count > 1
+    m, n = side(height, 64 if wide else 128), side(width, 64 if wide else 128)
+    while m * n > 1024 and batch * -(-height // m) * -(-width // n) < t.cores:  # smaller tiles, while processors would be idle
+        m, n = (m // 2, n) if m >= n else (m, n // 2)
+    k = side(depth, 128 // itemsize)
+    warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 1024 else 2
+    params = (
+        Param("m", _first(max(m, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
+        Param("n", _first(max(n, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
+        Param("k", _first(k, (16, 32, 64, 128)), "tile"),
+        Param("group", (8, 1, 4, 16)),
+        Param("warps", _first(warps, (2, 4, 8))),
+        Param("stages", _first(3 if t.kind == "cuda" else 2, (1, 2, 3, 4))),
+    )
+
+    def fits(s: Mapping[str, Any]) -> bool:
+        return bool((s["m"] + count * s["n"]) * s["k"] * itemsize * s["stages"] <= t.shared_memory)
+
+    def held(s: Mapping[str, Any]) -> bool:
+        return bool(count * s["m"] * s["n"] * max(4, itemsize) // 4 <= 128 * s["warps"] * t.warp)
+
+    limits = Constraint("the tiles of all stages exceed the shared memory", fits), Constraint("the accumulators exceed the registers", held)
+    return (SearchSpace("matmul", ("tiled",), params, limits),)
+
+
+def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    kernel = matmul.MatmulKernel(prepared(w), t, (s["m"], s["n"], s["k"]), s["group"])
+    return kernel.emit(s["warps"], s["stages"])
+
+
+MATMUL = Template("matmul", _matmul_refuse, _matmul_spaces, _write_matmul)
+ROWS = Template("rows", _rows_refuse, _rows_spaces, _write_rows)
+POINTWISE = Template("pointwise", _pointwise_refuse, _pointwise_spaces, _write_pointwise)
+TEMPLATES: tuple[Template, ...] = (MATMUL, ROWS, POINTWISE)

@@ -1,0 +1,64 @@
+"""Every default schedule compiles for every target: nothing spilled, shared memory enough, products on the matrix units."""
+
+from __future__ import annotations
+
+import pytest
+from test_triton_kernels import CASES
+from triton_check import templates
+
+from graphopt.accelerators import ACCELERATORS
+from graphopt.backends.triton.offline import Compiled, compile_offline
+from graphopt.ir.text import parse_graph
+from graphopt.target import Target
+
+TARGETS = [f"{a.kind}:{name}" for name, a in ACCELERATORS.items()]
+LARGE = {
+    "rowwise: layer norm": "(%x: f16[4096, 1024], %w: f16[1024], %b: f16[1024]) -> f16[4096, 1024] {\n"
+    " %0: f16[4096, 1024] = layer_norm(%x, %w, %b)\n return %0\n}",
+    "rowwise: long softmax": "(%x: f32[64, 50257]) -> f32[64, 50257] {\n %0: f32[64, 50257] = softmax(%x) {axis = 1}\n return %0\n}",
+    "reduction: image": "(%x: f32[8, 49, 2048]) -> f32[8, 2048] {\n %0: f32[8, 2048] = mean(%x) {axes = [1]}\n return %0\n}",
+    "pointwise: transposed": "(%x: f16[32, 128, 12, 64]) -> f16[32, 12, 64, 128] {\n"
+    " %0: f16[32, 12, 64, 128] = transpose(%x) {perm = [0, 2, 3, 1]}\n %1: f16[32, 12, 64, 128] = gelu(%0)\n return %1\n}",
+    "matmul: linear": "(%x: bf16[B, 1024], %w: bf16[4096, 1024], %b: bf16[4096]) -> bf16[B, 4096]\nwhere 1 <= B <= 65536 {\n"
+    " %t: bf16[1024, 4096] = transpose(%w) {perm = [1, 0]}\n %0: bf16[B, 4096] = matmul(%x, %t)\n %1: bf16[B, 4096] = add(%0, %b)\n"
+    " %2: bf16[B, 4096] = gelu(%1)\n return %2\n}",
+    "matmul: gate": "(%x: f16[512, 768], %y: f16[768, 2048], %z: f16[768, 2048]) -> f16[512, 2048] {\n"
+    " %0: f16[512, 2048] = matmul(%x, %y)\n %1: f16[512, 2048] = silu(%0)\n %2: f16[512, 2048] = matmul(%x, %z)\n"
+    " %3: f16[512, 2048] = mul(%1, %2)\n return %3\n}",
+    "matmul: batches": "(%x: f16[12, 128, 64], %y: f16[12, 64, 128]) -> f16[12, 128, 128] {\n"
+    " %0: f16[12, 128, 128] = matmul(%x, %y)\n return %0\n}",
+}
+
+
+def compiled(kind: str, text: str, target: str) -> tuple[Compiled, Target]:
+    t = Target.from_name(target)
+    w, (template, *_) = templates(parse_graph("graph @g" + text), kind, t)
+    return compile_offline(template.emit(w, template.space(w, t).default(), t), t), t
+
+
+def judge(kind: str, text: str, target: str) -> None:
+    c, t = compiled(kind, text, target)
+    assert c.spills == 0 and 0 < c.registers <= 512
+    assert c.shared <= t.shared_memory
+    if kind == "matmul" and "16[" in text:  # f16 or bf16
+        assert c.uses(t.matrix_unit), f"no {t.matrix_unit} in\n{c.assembly[:2000]}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear"])
+def test_large_kernels(name: str, target: str) -> None:
+    judge(name.partition(":")[0], LARGE[name], target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", LARGE)
+def test_all_large_kernels(name: str, target: str) -> None:
+    judge(name.partition(":")[0], LARGE[name], target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_small_kernels(name: str, target: str) -> None:
+    judge(*CASES[name], target)

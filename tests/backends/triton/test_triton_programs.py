@@ -1,0 +1,85 @@
+"""Models end to end on the triton backend: under the interpreter, strict, without TVM; and what it says to who asks wrongly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.errors import DeviceError, UsageError
+from graphopt.model import CompiledModel
+
+
+def compiled(model: nn.Module, *inputs: torch.Tensor, **options: object) -> CompiledModel:
+    given = {"backend": "triton", "target": "cuda:sm_90", "strict": True, **options}
+    with torch.no_grad():
+        return graphopt.compile(model, inputs, **given)
+
+
+def agree(model: nn.Module, compiled: CompiledModel, *inputs: torch.Tensor) -> None:
+    """The error against f64 is at most a few times eager's own."""
+    with torch.no_grad():
+        got, own = compiled(*inputs), model(*inputs)
+        true = model.double()(*(x.double() if x.is_floating_point() else x for x in inputs))
+        model.to(own.dtype)
+    error, allowed = (got.double() - true).abs().max(), (own.double() - true).abs().max()
+    assert error <= 3 * allowed + 4 * torch.finfo(own.dtype).eps * true.abs().max(), (error, allowed)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(31, 65), nn.GELU(), nn.LayerNorm(65), nn.Linear(65, 33), nn.Softmax(-1)).eval()
+
+
+def test_an_mlp(tmp_path: Path) -> None:
+    model, x = mlp(), torch.randn(37, 31)
+    c = compiled(model, x, cache_dir=str(tmp_path))
+    assert [k.backend for k in c.report.kernels] == ["triton"] * 4 and not c.report.fallbacks
+    agree(model, c, x)
+    text = Path(c.report.kernels[0].path).read_text()
+    assert text.startswith("# A matmul region for cuda:sm_90") and "@triton.jit" in text
+    again = compiled(model, x, cache_dir=str(tmp_path))
+    assert [k.cache for k in again.report.kernels] == ["hit"] * 4
+
+
+def test_a_batch_of_any_size() -> None:
+    model, x = mlp(), torch.randn(5, 31)
+    with torch.no_grad():
+        f = torch.compile(model, backend="graphopt", dynamic=True, options={"backend": "triton", "target": "hip:gfx942", "strict": True})
+        for n in (5, 1, 40):
+            x = torch.randn(n, 31)
+            torch.testing.assert_close(f(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_without_tvm() -> None:
+    """Neither package of TVM is there: the compiler and the backend load without them."""
+    code = """
+import sys
+sys.modules["tvm"] = sys.modules["tvm_ffi"] = None
+import torch, graphopt
+from torch import nn
+model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+x = torch.randn(3, 8)
+with torch.no_grad():
+    f = graphopt.compile(model, (x,), backend="triton", target="cuda:sm_90", strict=True)
+    torch.testing.assert_close(f(x), model(x))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_interpreter_is_not_chosen_by_accident() -> None:
+    with pytest.raises(UsageError, match='target="cuda:sm_90"'):
+        compiled(mlp(), torch.randn(3, 31), target="cpu")
+    with pytest.raises(DeviceError, match='backend="triton" runs them under Triton\'s interpreter'):
+        compiled(mlp(), torch.randn(3, 31), backend="auto")
+
+
+def test_max_autotune_says_that_nothing_is_tuned() -> None:
+    c = compiled(mlp(), torch.randn(3, 31), mode="max-autotune")
+    assert any("not tuned yet" in n for n in c.report.notes)
