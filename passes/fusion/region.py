@@ -29,7 +29,7 @@ from graphopt.passes.fusion.roles import (
     role,
     rows_of,
 )
-from graphopt.passes.fusion.rounding import makes_floats, rounding_of
+from graphopt.passes.fusion.rounding import product_of_integers, rounding_of
 
 # A value may be computed through at most this many different index maps (x read plainly, shifted, flipped ...): each is a
 # copy of the code, and they multiply along a chain. What they cost to run is the cost model's to say.
@@ -117,6 +117,8 @@ class Region:
                 return reason
             self._include(node, frames)
             return None
+        if (product := product_of_integers(node)) is not None and (reason := self._sums_reject(product, uses)):
+            return reason
         users = list(dict.fromkeys(u for u, _ in uses))
         before = self._before(uses)
         if reason := self._kind_rejects(node, part, users, before):
@@ -198,8 +200,6 @@ class Region:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
-        if self.kind not in PRODUCTS and makes_floats(node):
-            return "it follows an integer product, whose kernel writes floats, not sums"
         if self.kind == "attention":
             cached = node.op.name == "dequantize" and reads_integers(node)
             return None if cached else "an attention's kernel computes nothing of its operands"
@@ -294,6 +294,15 @@ class Region:
             if self._once_a_row(node):
                 self.members[node] = {_ROOT_FRAME: node.results[0].type.numel}
         self.spent = (0.0, 0.0)
+
+    def _sums_reject(self, product: Node, uses: list[tuple[Node, int]]) -> str | None:
+        """Why a region that cannot take an integer product itself does not make floats of its sums, either."""
+        after, shape = self._downstream(uses), product.results[0].shape
+        plain = all(role(n) is Role.POINTWISE and dims.same_shape(n.results[0].shape, shape) for n in after)
+        fits = self.kind == "pointwise" or (self.kind == "matmul" and self._before(uses) is None)
+        if fits and self._product_unfit(product, after, plain) is None:
+            return None
+        return "it follows an integer product, whose kernel writes floats, not sums"
 
     def _mover_in(self, kind: str) -> str | None:
         mover = next((n for n in self.members if role(n) is Role.MOVER), None)

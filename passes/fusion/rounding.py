@@ -19,10 +19,10 @@ def rounding_of(product: Node) -> dict[Node, None]:
     return {node: None, **(scale or {})}
 
 
-def makes_floats(node: Node) -> bool:
-    """Whether a node makes floats of the sums of an integer product: its kernel does that before it writes anything."""
+def product_of_integers(node: Node) -> Node | None:
+    """The integer product that a node makes floats of the sums of; its kernel does that before it writes anything."""
     product = node.operands[0].defined_by("matmul") if node.op.name == "dequantize" else None
-    return product is not None and product.attrs["acc"] is not None
+    return product if product is not None and product.attrs["acc"] is not None else None
 
 
 def _scale(x: Value, scale: Value) -> dict[Node, None] | None:

@@ -17,7 +17,7 @@ NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
 
 FIRST = {  # passes that look for what another one makes
     "pack-weights": ("fuse",), "share-packed": ("fuse", "pack-weights"), "pack-filters": ("conv-layout", "fuse"),
-    "winograd-filters": ("conv-layout", "fuse"), "output-order": ("conv-layout", "fuse"),
+    "winograd-filters": ("conv-layout", "fuse"), "output-order": ("conv-layout", "fuse"), "pack-quantized": ("quantize-weights", "fuse"),
 }  # fmt: skip
 
 

@@ -113,6 +113,14 @@ def test_a_kernel_of_integers_writes_floats() -> None:
     assert kinds == [("matmul", "f32"), ("rowwise", "f32")]
 
 
+def test_a_kernel_of_integers_writes_floats_also_in_front_of_other_pointwise_work() -> None:
+    text = NORM.replace("layer_norm(%0, %a, %c) {eps = 1e-05}", "concat(%0, %1) {axis = 0}").replace(
+        "  %1: f32[B, 32] = concat(%0, %1)", "  %1: f32[B, 32] = neg(%0)\n  %2: f32[2*B, 32] = concat(%0, %1)"
+    ).replace("return %1", "return %2").replace("-> f32[B, 32]\nwhere", "-> f32[2*B, 32]\nwhere")  # fmt: skip
+    kinds = [(n.attrs["kind"], n.result.dtype.name) for n in fused(text).nodes() if n.op.name == "fusion"]
+    assert kinds == [("matmul", "f32"), ("pointwise", "f32")]
+
+
 def test_integers_that_something_else_reads_are_kept_too() -> None:
     text = AFTER.replace("-> f32[B, 32]\n", "-> (f32[B, 32], i8[B, 64])\n").replace("return %16", "return %16, %6")
     g = check_pass(Fuse(), text, numerics=Numerics.BITWISE)

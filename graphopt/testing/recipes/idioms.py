@@ -56,6 +56,15 @@ def _linear(pool: Pool) -> None:
     pool.add(pool.pick(["relu", "gelu", "tanh"]), [y])
 
 
+def _large_weight(pool: Pool) -> None:
+    """A product with a weight that is worth quantizing, and another of the same rows."""
+    x = pool.input(types.f32, (pool.size(), 128), keep=False)
+    for _ in range(pool.pick([1, 2])):
+        w = pool.input(types.f32, (128, pool.pick([128, 130])), keep=False)
+        w.type, w.weight = w.type.logical, True
+        pool.add(pool.pick(["relu", "tanh"]), [pool.add("matmul", [x, w])])
+
+
 def _tied(pool: Pool) -> None:
     """An embedding and the output layer that is tied to it: one weight, looked up and multiplied."""
     w = pool.input(types.f32, (pool.pick([48, 70]), 4), keep=False)
@@ -92,7 +101,9 @@ def _there_and_back(pool: Pool) -> None:
             pool.add("mul", [pool.add("mul", [x, pool.builder.constant(2.0, x.dtype)]), pool.builder.constant(0.5, x.dtype)])
 
 
-IDIOMS: tuple[Callable[[Pool], None], ...] = (_there_and_back, _linear, _tied, _spelled_out, _conv_and_norm, _wide_conv, _resized)
+IDIOMS: tuple[Callable[[Pool], None], ...] = (
+    _there_and_back, _linear, _tied, _spelled_out, _conv_and_norm, _wide_conv, _resized, _large_weight
+)  # fmt: skip
 
 
 # --- fusion ------------------------------------------------------------------------------------------------------------
