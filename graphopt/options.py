@@ -92,7 +92,7 @@ class Options:
         if self.tune_budget is not None and (type(self.tune_budget) not in (int, float) or not 0 <= self.tune_budget < float("inf")):
             raise UsageError(f"option tune_budget={self.tune_budget!r} must be a number of seconds")
         if self.quantize:
-            Scheme.parse(self.quantize)
+            Scheme.parse(self.quantize).make()
             if not self.freeze:
                 raise UsageError("quantize needs frozen weights; it does not go with freeze=False")
         _check_hot_sizes(self.hot_sizes)

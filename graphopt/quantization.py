@@ -1,7 +1,7 @@
-"""``graphopt.quantize``: a model with quantized weights, and the ledger of what that cost and gained.
+"""``graphopt.quantize``: a model with quantized layers, and the ledger of what that cost and gained.
 
-Weights are rounded one layer at a time; the model is run twice on the example inputs, compiled in float and quantized, and each kernel is
-timed against the float kernel that it replaces. What became slower is put back.
+Weights are rounded one layer at a time, by a method; the model is run twice on the example inputs, compiled in float and quantized,
+and each kernel is timed against the float kernel that it replaces. What became slower is put back.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from graphopt.calibration import OBSERVERS, Observer, Sample, samples_of, watch
 from graphopt.capture.captured import TensorArgument
 from graphopt.compiler import CompiledGraph
-from graphopt.errors import UsageError
+from graphopt.errors import GraphoptError, UsageError, nearest
+from graphopt.gptq import Hessian, round_weight
 from graphopt.ir.graph import Value
 from graphopt.ledger import Entry, Ledger
 from graphopt.lower import KernelStep
 from graphopt.model import CompiledModel, compile
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.profile import CallCost, Profile
-from graphopt.quantized_linear import QuantizedLinear
+from graphopt.quantized_linear import QuantizedLinear, quantize_groups
+from graphopt.smoothing import groups_of, smoothed
 
 LEAST = 1 << 14  # elements of the smallest weight that is worth it
+METHODS = ("rtn", "gptq", "smoothquant", "awq")
+EXACT = 1e-3  # how far moving scales may move an output in f32, relative to its norm
+HESSIANS = 1 << 29  # bytes of those that are kept at a time
 _RUNS = 20  # of each model, in turns of a few
 _TURNS = 4
 
@@ -35,14 +41,21 @@ Progress = Callable[[str, int, int], None]
 
 
 def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, scheme: str = "int8-weight",
-             keep: Iterable[str] = (), measure: bool = True, revert: bool = True, least: int = LEAST, progress: Progress | None = None,
+             method: str = "rtn", calibration: Iterable[Any] | None = None, observer: str = "minmax", keep: Iterable[str] = (),
+             measure: bool = True, revert: bool = True, least: int = LEAST, progress: Progress | None = None,
              **options: Any) -> nn.Module:  # fmt: skip
-    """Quantize the weights of a model's linear layers, rounded to the nearest.
+    """Quantize the linear layers of a model.
 
     Args:
         model: stays as it is; what is not quantized is shared with the result.
         args, kwargs: example inputs: errors of outputs and times are measured on them.
-        scheme: ``int8-weight``, ``int4-weight``, ``int4-weight-g128-zp`` ..., see docs/quantization.md.
+        scheme: ``int8-weight``, ``int4-weight``, ``int4-weight-g128-zp``, ``int8-dynamic``, ``int8-static`` ..., see
+            docs/quantization.md.
+        method: how weights are rounded: ``rtn``, to the nearest; ``gptq``; ``smoothquant`` and ``awq``, which move scales from inputs
+            into weights first.
+        calibration: calls of the model that methods and static schemes look at: tensors, tuples of arguments, or dicts of keyword
+            arguments; the example inputs if None.
+        observer: which range of the inputs a static scheme represents: ``minmax``, ``percentile``, ``mse``, ``entropy``.
         keep: names of modules that stay in float; ``*`` stands for anything.
         measure: compile both models, and time each kernel against the float one.
         revert: put back in float what became slower.
@@ -54,17 +67,22 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         ``ledger`` is the :class:`~graphopt.ledger.Ledger`.
 
     Raises:
-        UsageError: there is no such scheme, a pattern of ``keep`` fits nothing, or a weight holds infinities or nan (names it).
+        UsageError: there is no such scheme, method or observer, a pattern of ``keep`` fits nothing, there is nothing to calibrate on, or a
+            weight holds infinities or nan (names it).
     """
     chosen, told = Scheme.parse(scheme), progress or (lambda *_: None)
     kwargs = dict(kwargs or {})
+    for name, value, known in (("method", method, METHODS), ("observer", observer, OBSERVERS)):
+        if value not in known:
+            raise UsageError(f"there is no {name} {value!r}{nearest(str(value), known)}; {name}s are {', '.join(known)}")
+    samples = samples_of(calibration, args, kwargs) if method != "rtn" or chosen.activations == "static" else []
+    if method in ("smoothquant", "awq"):
+        told("smoothing", 0, 1)
+        model = _smooth(model, samples, chosen, method, tuple(keep), least)
     linears = {name: m for name, m in model.named_modules() if _weight(m) is not None}
     left = _left(model, linears, tuple(keep), least)
     wanted = [n for n in linears if n not in left]
-    made: dict[str, QuantizedLinear] = {}
-    for i, name in enumerate(wanted):
-        told("rounding", i, len(wanted))
-        made[name] = QuantizedLinear.of(_of(linears[name]), linears[name].bias, chosen, f"{name}.weight")
+    made = _rounded(model, {n: linears[n] for n in wanted}, chosen, method, samples, observer, told)
     ledger = Ledger(str(chosen), [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()])
     entries = {e.name: e for e in ledger.entries}
     result = _replaced(model, made)
@@ -83,6 +101,58 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
                 ledger.seconds = compile(result, args, kwargs, **options).profile(*args, runs=_RUNS, **kwargs).seconds
     result.ledger = ledger  # type: ignore[assignment]
     return result
+
+
+def _smooth(model: nn.Module, samples: Sequence[Sample], scheme: Scheme, method: str, keep: Sequence[str], least: int) -> nn.Module:
+    """The model with scales moved into the weights that will be quantized; the same function, which is made sure of."""
+    linears = {name: m for name, m in model.named_modules() if _weight(m) is not None}
+    left = _left(model, linears, keep, least)
+    groups = [g for g in groups_of(model, *samples[0]) if all(n in linears and n not in left for n in g.linears)]
+    result = _replaced(model, smoothed(model, groups, samples, scheme, method, _of))
+    moved = _relative(model, result, *samples[0])
+    if moved is not None and not moved < EXACT:
+        raise GraphoptError(f"{method}: moving scales changed the output by {moved:.3g} of its norm, before anything was rounded")
+    return result
+
+
+def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], scheme: Scheme, method: str, samples: Sequence[Sample], observer: str,
+             told: Progress) -> dict[str, QuantizedLinear]:  # fmt: skip
+    """Quantized layers by name. GPTQ takes them in waves whose Hessians fit into memory, each given what the ones before became."""
+    made: dict[str, QuantizedLinear] = {}
+    waves = _waves(linears) if method == "gptq" else [list(linears)]
+    for wave in waves:
+        hessians: dict[str, Hessian] = {}
+        if method == "gptq":
+            hessians = {n: Hessian(_of(linears[n]).shape[1]) for n in wave}
+            told("looking at inputs", len(made), len(linears))
+            now = _replaced(model, made)
+            watch(now, wave, samples, lambda name, x, seen=hessians: seen[name].see(x))  # type: ignore[misc]
+        for name in wave:
+            told("rounding", len(made), len(linears))
+            weight, what = _of(linears[name]), f"{name}.weight"
+            parts = round_weight(weight, hessians[name], scheme, what) if hessians else quantize_groups(weight, scheme, what)
+            made[name] = QuantizedLinear(*parts, linears[name]._parameters["bias"], weight.shape[1], str(scheme))
+    if scheme.activations == "static":
+        seen = {n: Observer() for n in linears}
+        told("looking at inputs", 0, 1)
+        watch(model, linears, samples, lambda name, x: seen[name].see(x))
+        for name, m in made.items():
+            m.step = torch.tensor(seen[name].step(observer))
+    return made
+
+
+def _waves(linears: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Layers in order, as many at a time as have Hessians of ``HESSIANS`` bytes together; one at least."""
+    waves: list[list[str]] = []
+    room = 0
+    for name, m in linears.items():
+        size = 4 * _of(m).shape[1] ** 2
+        if not waves or size > room:
+            waves.append([])
+            room = HESSIANS
+        waves[-1].append(name)
+        room -= size
+    return waves
 
 
 def ledger_of(model: nn.Module) -> Ledger:
@@ -142,7 +212,7 @@ def _entry(name: str, m: nn.Module, quantized: QuantizedLinear | None, why: str)
     return Entry(name, shape, quantized.scheme, "quantized", weight.nbytes, quantized.nbytes, error)
 
 
-def _replaced(model: nn.Module, made: Mapping[str, QuantizedLinear]) -> nn.Module:
+def _replaced(model: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the model's modules with some in the place of others; tensors are shared."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo |= {id(m): made[name] for name, m in model.named_modules() if name in made}

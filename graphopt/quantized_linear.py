@@ -1,7 +1,8 @@
 """Quantized linear layers as PyTorch modules: small integers, scales and zero points as buffers, saved and loaded as any others.
 
-In eager the weight is dequantized at each call; compiled by graphopt, the kernel reads the integers. The operator
-``graphopt::dequantize_groups`` stands for what happens in between, so that a captured graph still tells.
+In eager the weight is dequantized at each call; compiled by graphopt, the kernel reads the integers. The operators
+``graphopt::dequantize_groups`` and, where both factors are integers, ``graphopt::integer_linear`` stand for what happens in between,
+so that a captured graph still tells.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from graphopt.passes.quantization.scheme import Scheme
 _TINY = 1e-30  # scale of a group of zeros
 
 _LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
-    "dequantize_groups(Tensor integers, Tensor scales, Tensor? zeros, int bits, int columns) -> Tensor"
-)
+for _signature in (
+    "dequantize_groups(Tensor integers, Tensor scales, Tensor? zeros, int bits, int columns) -> Tensor",
+    "integer_linear(Tensor x, Tensor integers, Tensor scales, Tensor? step) -> Tensor",
+):
+    _LIBRARY.define(_signature)  # type: ignore[no-untyped-call]
 
 
 def dequantize_groups(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, columns: int) -> torch.Tensor:
@@ -41,11 +44,52 @@ def dequantize_groups(integers: torch.Tensor, scales: torch.Tensor, zeros: torch
     return (grouped * scales.unsqueeze(-1)).flatten(-2)[:, :columns].contiguous()
 
 
+def integer_linear(x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
+    """``x @ w.T`` in f32 by integers: rows ``[..., K]`` are rounded, the product is exact, and only then floats are made of it.
+
+    Args:
+        integers: i8 ``[N, K]``; ``scales``: ``[N, 1]``.
+        step: the scale of ``x``; None for one of each row, whose largest magnitude becomes 127.
+    """
+    s = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY) if step is None else step
+    q = torch.round(x * s.reciprocal()).clamp(-128, 127)
+    return (q.double() @ integers.t().double()).to(x.dtype) * (s * scales.t())
+
+
 _LIBRARY.impl("dequantize_groups", dequantize_groups, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("integer_linear", integer_linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-def quantize_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Round a weight ``[N, K]`` to the nearest: what :func:`dequantize_groups` takes, as the pass ``quantize-weights`` computes it.
+def group_size(columns: int, scheme: Scheme) -> int:
+    """Columns that share a scale, or all of them, up to whole bytes."""
+    return scheme.group or -(-columns // (8 // scheme.bits)) * (8 // scheme.bits)
+
+
+def grid_of(rows: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales ``[...]``, and zero points of as many groups ``[..., g]``, so that their extremes are represented."""
+    if scheme.zero_points:
+        low, high = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
+        scales = ((high - low) * (1 / ((1 << scheme.bits) - 1))).clamp_min(_TINY)
+        return scales, torch.round(-low * scales.reciprocal()).clamp(0, (1 << scheme.bits) - 1).to(torch.uint8)
+    return (rows.abs().amax(-1) * (1 / ((1 << (scheme.bits - 1)) - 1))).clamp_min(_TINY), None
+
+
+def on_grid(rows: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
+    """The integers, as floats, nearest to elements ``[..., g]`` of groups."""
+    q = torch.round(rows * scales.reciprocal().unsqueeze(-1))
+    if zeros is not None:
+        return (q + zeros.unsqueeze(-1)).clamp(0, (1 << scheme.bits) - 1)
+    most = (1 << (scheme.bits - 1)) - 1
+    return q.clamp(-most - 1, most)
+
+
+def off_grid(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    """What integers stand for: inverse of :func:`on_grid`, up to rounding."""
+    return (q if zeros is None else q - zeros.unsqueeze(-1).to(q.dtype)) * scales.unsqueeze(-1)
+
+
+def in_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") -> torch.Tensor:
+    """A weight ``[N, K]`` as f32 ``[N, G, g]``, zeros behind the last column.
 
     Raises:
         UsageError: the weight has elements that are no finite numbers; names it.
@@ -55,21 +99,20 @@ def quantize_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") 
         count = int((~torch.isfinite(w)).sum())
         raise UsageError(f"{name} cannot be quantized: {count} of its {w.numel()} elements are infinite or no numbers")
     n, k = w.shape
-    bits, group = scheme.bits, scheme.group or -(-k // (8 // scheme.bits)) * (8 // scheme.bits)
+    group = group_size(k, scheme)
     groups = -(-k // group)
-    rows = functional.pad(w, (0, groups * group - k)).reshape(n, groups, group)
-    zeros = None
-    if scheme.zero_points:
-        low, high = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
-        scales = ((high - low) * (1 / ((1 << bits) - 1))).clamp_min(_TINY)
-        zeros = torch.round(-low * scales.reciprocal()).clamp(0, (1 << bits) - 1).to(torch.uint8)
-        q = torch.round(rows * scales.reciprocal().unsqueeze(-1)) + zeros.unsqueeze(-1)
-        q = q.clamp(0, (1 << bits) - 1)
-    else:
-        most = (1 << (bits - 1)) - 1
-        scales = (rows.abs().amax(-1) * (1 / most)).clamp_min(_TINY)
-        q = torch.round(rows * scales.reciprocal().unsqueeze(-1)).clamp(-most - 1, most)
-    return pack_rows(q.reshape(n, -1), bits, signed=zeros is None), scales, zeros
+    return functional.pad(w, (0, groups * group - k)).reshape(n, groups, group)
+
+
+def quantize_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Round a weight ``[N, K]`` to the nearest: what :func:`dequantize_groups` takes, as the pass ``quantize-weights`` computes it.
+
+    Raises:
+        UsageError: see :func:`in_groups`.
+    """
+    rows = in_groups(weight, scheme, name)
+    scales, zeros = grid_of(rows, scheme)
+    return pack_rows(on_grid(rows, scales, zeros, scheme).flatten(1), scheme.bits, signed=zeros is None), scales, zeros
 
 
 def pack_rows(q: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
@@ -88,19 +131,24 @@ class QuantizedLinear(nn.Module):
         integers, scales, zeros: of the weight.
         columns: input features.
         scheme: as users write it.
+        step: the scale of the inputs, where the scheme is static.
     """
 
     integers: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    step: torch.Tensor | None
 
     def __init__(self, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bias: torch.Tensor | None, columns: int,
-                 scheme: str) -> None:  # fmt: skip
+                 scheme: str, step: torch.Tensor | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.scheme, self.bits, self.in_features, self.out_features = scheme, Scheme.parse(scheme).bits, columns, integers.shape[0]
+        parsed = Scheme.parse(scheme)
+        self.scheme, self.bits, self.in_features, self.out_features = scheme, parsed.bits, columns, integers.shape[0]
+        self.activations = parsed.activations
         self.register_buffer("integers", integers)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
+        self.register_buffer("step", step)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
     @staticmethod
@@ -120,6 +168,9 @@ class QuantizedLinear(nn.Module):
         return sum(x.nbytes for x in (self.integers, self.scales, self.zeros) if x is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activations:
+            y = torch.ops.graphopt.integer_linear(x, self.integers, self.scales, self.step)
+            return y if self.bias is None else y + self.bias
         return functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

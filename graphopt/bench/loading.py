@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,8 +34,28 @@ def load(spec: str) -> tuple[torch.nn.Module | Path, tuple[Any, ...], dict[str, 
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
         raise UsageError(f"{spec!r} names no model{nearest(spec, MODELS)}; {FORMS}")
+    return _checked(spec, _made(spec))
+
+
+def load_samples(spec: str) -> list[Any]:
+    """What a factory, ``file.py:factory`` or ``package.module:factory``, returns or yields: calls of a model.
+
+    Raises:
+        UsageError: nothing is there, or the factory fails or returns nothing to go through.
+    """
+    if not all(spec.rpartition(":")):
+        raise UsageError(f"{spec!r} names no samples; give file.py:factory, or package.module:factory")
+    made = _made(spec)
+    if not isinstance(made, Iterable) or isinstance(made, str | Mapping | torch.Tensor):
+        raise UsageError(f"{spec} must return or yield calls of the model, for instance [torch.randn(2, 8)]; it returns {_describe(made)}")
+    return list(made)
+
+
+def _made(spec: str) -> Any:
+    """What the factory of a file or module returns."""
+    place, _, name = spec.rpartition(":")
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_named(place)
-    return _checked(spec, _call(spec, _factory(module, place, name)))
+    return _call(spec, _factory(module, place, name))
 
 
 def _module_of_file(path: Path) -> ModuleType:

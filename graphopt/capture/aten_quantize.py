@@ -1,4 +1,4 @@
-"""Dequantization: graphopt's own operator, and those of torch.ao's decomposed form (PT2E)."""
+"""Quantized layers: graphopt's own operators, and those of torch.ao's decomposed form (PT2E)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from graphopt.capture.aten import Context, lowers
 from graphopt.ir import types
 from graphopt.ir.graph import Value
 from graphopt.ir.types import DType
+from graphopt.passes.quantization.quantize_products import integer_product, rounded_rows
 
 
 @lowers("graphopt.dequantize_groups")
@@ -25,6 +26,17 @@ def dequantize_groups(c: Context, integers: Value, scales: Value, zeros: Value |
     w: Value = c.b.dequantize(q, scales, *([zeros] if zeros is not None else []))
     w = c.b.reshape(w, shape=(n, depth)) if several else w
     return c.b.create("slice", [w], {"axis": 1, "stop": columns}) if depth != columns else w  # type: ignore[no-any-return]
+
+
+@lowers("graphopt.integer_linear")
+def integer_linear(c: Context, x: Value, integers: Value, scales: Value, step: Value | None) -> Value:
+    c.require(x.dtype == types.f32 and x.type.rank >= 2)
+    if step is None:
+        q, s = rounded_rows(c.b, x)
+    else:
+        s = c.b.reshape(step, shape=())
+        q = c.b.create("quantize", [x, s], {"dtype": types.i8, "bits": 8})
+    return integer_product(c.b, q, s, c.b.transpose(integers, perm=(1, 0)), c.b.reshape(scales, shape=(1, scales.shape[0])))
 
 
 @lowers("quantized_decomposed.dequantize_per_channel")

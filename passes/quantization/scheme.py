@@ -23,7 +23,8 @@ class Scheme:
         bits: of a weight.
         group: rows of a weight that share a scale; 0 for all rows of a column.
         zero_points: whether the integers of a group span from its least to its greatest element.
-        activations: ``dynamic`` if the other factor becomes integers, too, by scales of each call; empty if it stays in float.
+        activations: how the other factor becomes integers, too: ``dynamic``, by scales of each row and call, or ``static``, by one of
+            each layer that calibration has found; empty if it stays in float.
     """
 
     name: str
@@ -56,7 +57,9 @@ class Scheme:
         return scheme
 
     def make(self) -> Pass:
-        """The pass that does it."""
+        """The pass that does it. Raises UsageError for a scheme that needs calibration."""
+        if self.activations == "static":
+            raise UsageError(f"{self} needs calibration: graphopt.quantize(model, args, scheme={str(self)!r}, calibration=...)")
         if self.activations:
             return QuantizeProducts()
         return QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points)
@@ -74,5 +77,6 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("int4-weight", 4, 64),
         Scheme("int2-weight", 2, 64, zero_points=True),
         Scheme("int8-dynamic", 8, activations="dynamic"),
+        Scheme("int8-static", 8, activations="static"),
     )
 }

@@ -44,7 +44,17 @@ def test_json_and_keep(model: str) -> None:
     assert [e["verdict"] for e in json.loads(done.output)["entries"]] == ["quantized", "left: as asked"]
 
 
-@pytest.mark.parametrize(("args", "words"), [(("--scheme", "int9-weight"), "there is no scheme"), (("--keep", "7"), "fits none")])
+def test_calibration(model: str, tmp_path: Path) -> None:
+    (tmp_path / "samples_of_it.py").write_text("import torch\ndef make():\n    yield torch.ones(3, 128)\n    yield (torch.ones(1, 128),)")
+    samples = f"{tmp_path}/samples_of_it.py:make"
+    done = run(model, "--scheme", "int8-static", "--method", "gptq", "--observer", "mse", "--calibration", samples, "--no-measure")
+    assert done.exit_code == 0 and "int8-static" in done.output, done.output
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (("--scheme", "int9-weight"), "there is no scheme"), (("--keep", "7"), "fits none"), (("--method", "gptk"), "there is no method"),
+    (("--calibration", "nothing"), "names no samples"),
+])  # fmt: skip
 def test_wrong_requests(model: str, args: tuple[str, str], words: str) -> None:
     done = run(model, "--no-measure", *args)
     assert done.exit_code == 2 and words in done.output

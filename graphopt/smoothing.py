@@ -1,0 +1,177 @@
+"""Moving scales from the inputs of linear layers into their weights, exactly: SmoothQuant, and AWQ's scaling.
+
+A normalization with a learned scale may be followed by anything that is linear in its channels::
+
+    norm(x) * g + b  and  y = (norm(x) * g + b) W^T    =    norm(x) * (g / s) + (b / s)  and  y = (...) (W * s)^T
+
+A group is a normalization and *all* that reads it, when that is linear layers alone. Groups are found in the captured graph, not by
+the names of modules; a normalization that something else reads (a residual after it) is left. SmoothQuant chooses s so that channels
+of inputs and of weights are alike hard to round; AWQ searches for the power of the inputs' mean magnitudes with the least error.
+
+Reference: Xiao et al., "SmoothQuant", arXiv:2211.10438; Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphopt.calibration import Sample, watch
+from graphopt.capture.captured import TensorArgument
+from graphopt.capture.export import exported_graph
+from graphopt.capture.fx import capture_fx
+from graphopt.ir.graph import Graph, Node, Value, is_view
+from graphopt.pass_manager import PassContext, make_pass, run_passes
+from graphopt.passes.pipelines import LEVELS
+from graphopt.passes.quantization.scheme import Scheme
+from graphopt.quantized_linear import dequantize_groups, quantize_groups
+
+STRENGTH = 0.5  # SmoothQuant's alpha: how much of the difference between channels goes into the weights
+POWERS = tuple(i / 20 for i in range(21))  # that AWQ tries
+ROWS = 512  # of a layer's inputs that AWQ looks at
+_NORMS = {"layer_norm": 3, "rms_norm": 2}  # operands with a learned scale
+
+
+@dataclass(frozen=True)
+class Group:
+    """Names of a normalization's module, and of the linear layers that read it."""
+
+    norm: str
+    linears: tuple[str, ...]
+
+
+def groups_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Group]:
+    """The groups of a model, in order.
+
+    Raises:
+        CaptureError: the model cannot be exported.
+    """
+    exported = exported_graph(model, args, kwargs)
+    captured = capture_fx(exported.gm, weights=exported.weights)
+    names = {a.input: exported.weights[i] for i, a in enumerate(captured.arguments)
+             if isinstance(a, TensorArgument) and i in exported.weights}  # fmt: skip
+    pipeline = LEVELS[2][: LEVELS[2].index("recognise-attention")]
+    run_passes(captured.graph, [make_pass(name) for name in pipeline], PassContext())
+    return list(_groups(captured.graph, {v: names[v.index] for v in captured.graph.inputs if v.index in names}))
+
+
+def _groups(g: Graph, names: Mapping[Value, str]) -> Iterable[Group]:
+    """Groups of a graph, given the names of its weights."""
+    for node in g.nodes():
+        if len(node.operands) != _NORMS.get(node.op.name):
+            continue
+        learned = [names.get(v, "") for v in node.operands[1:]]
+        owners = {name.rpartition(".")[0] for name in learned}
+        alone = all(len(v.users) == 1 for v in node.operands[1:])
+        linears = _linears(node, names)
+        if all(learned) and len(owners) == 1 and alone and linears:
+            yield Group(owners.pop(), tuple(dict.fromkeys(linears)))
+
+
+def _linears(node: Node, names: Mapping[Value, str]) -> list[str]:
+    """The linear layers that read a value along its last axis, if nothing else does."""
+    out: list[str] = []
+    for user in node.results[0].users:
+        if is_view(user) and user.op.name == "reshape" and user.results[0].shape[-1:] == node.results[0].shape[-1:]:
+            found = _linears(user, names)
+        else:
+            found = [_linear(user, node.results[0], names)]
+        if not found or not all(found):
+            return []
+        out += found
+    return out
+
+
+def _linear(user: Node, x: Value, names: Mapping[Value, str]) -> str:
+    """The module whose weight a node multiplies ``x`` by; empty if it does something else, or the weight has other readers."""
+    if user.op.name != "matmul" or user.operands[0] is not x or user.operands[1] is x:
+        return ""
+    weight = user.operands[1]
+    view = weight.defined_by("transpose")
+    source = view.operands[0] if view is not None else weight
+    name = names.get(source, "")
+    return name.rpartition(".")[0] if name.endswith(".weight") and len(source.users) == 1 and len(weight.users) == 1 else ""
+
+
+# --- scales ---------------------------------------------------------------------------------------------------------------
+
+
+def smoothquant_scales(x_most: torch.Tensor, weights: Sequence[torch.Tensor], strength: float = STRENGTH) -> torch.Tensor:
+    """``max|x|^a / max|w|^(1 - a)`` a channel ``[K]``, of the weights ``[N, K]`` of a group; 1 where a channel is silent."""
+    w_most = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    s = x_most.pow(strength) / w_most.clamp_min(1e-30).pow(1 - strength)
+    return torch.where((x_most > 0) & (w_most > 0), s, 1.0).clamp(1e-4, 1e4)
+
+
+def awq_scales(x_mean: torch.Tensor, x: torch.Tensor, weights: Sequence[torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The power of the mean magnitudes ``[K]`` with which outputs for rows ``x`` are nearest to those of the float weights."""
+    wanted = [x @ w.t() for w in weights]
+    best, least = torch.ones_like(x_mean), float("inf")
+    for power in POWERS:
+        s = torch.where(x_mean > 0, x_mean.pow(power), 1.0).clamp_min(1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        lost = 0.0
+        for w, y in zip(weights, wanted, strict=True):
+            q = dequantize_groups(*quantize_groups(w * s, scheme), scheme.bits, w.shape[1])
+            lost += float((x / s @ q.t() - y).double().square().sum())
+        if lost < least:
+            best, least = s, lost
+    return best
+
+
+def smoothed(model: nn.Module, groups: Sequence[Group], samples: Sequence[Sample], scheme: Scheme, method: str,
+             weight_of: Callable[[nn.Module], torch.Tensor]) -> dict[str, nn.Module]:  # fmt: skip
+    """Modules to put in the place of a model's, by name: normalizations and linear layers with scales moved.
+
+    Args:
+        method: ``smoothquant`` or ``awq``.
+        weight_of: a linear module's weight as ``[N, K]``.
+    """
+    modules = dict(model.named_modules())
+    most, total, kept = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    rows: dict[str, int] = {}
+
+    def look(name: str, x: torch.Tensor) -> None:
+        most[name] = torch.maximum(most.get(name, torch.zeros(x.shape[1])), x.abs().amax(0))
+        total[name] = total.get(name, torch.zeros(x.shape[1], dtype=torch.float64)) + x.abs().double().sum(0)
+        rows[name] = rows.get(name, 0) + len(x)
+        if len(kept.get(name, ())) < ROWS:
+            kept[name] = torch.cat([kept[name], x])[:ROWS] if name in kept else x[:ROWS].clone()
+
+    watch(model, [g.linears[0] for g in groups], samples, look)
+    out: dict[str, nn.Module] = {}
+    for g in groups:
+        first = g.linears[0]
+        if first not in rows:
+            continue
+        weights = [weight_of(modules[n]).detach().float() for n in g.linears]
+        if method == "smoothquant":
+            s = smoothquant_scales(most[first], weights)
+        else:
+            s = awq_scales((total[first] / rows[first]).float(), kept[first], weights, scheme)
+        out[g.norm] = _divided(modules[g.norm], s)
+        for n in g.linears:
+            out[n] = _multiplied(modules[n], s, weight_of)
+    return out
+
+
+def _divided(norm: nn.Module, s: torch.Tensor) -> nn.Module:
+    made = copy.copy(norm)
+    made._parameters = {n: None if p is None else nn.Parameter(p.detach() / s.to(p.dtype), p.requires_grad)
+                        for n, p in norm._parameters.items()}  # fmt: skip
+    return made
+
+
+def _multiplied(linear: nn.Module, s: torch.Tensor, weight_of: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
+    made = copy.copy(linear)
+    weight = linear._parameters["weight"]
+    assert weight is not None
+    plain = weight_of(linear).shape == weight.shape and type(linear) is nn.Linear
+    scaled = weight.detach() * (s if plain else s.unsqueeze(1)).to(weight.dtype)
+    made._parameters = {**linear._parameters, "weight": nn.Parameter(scaled, weight.requires_grad)}
+    return made

@@ -1,0 +1,291 @@
+"""Calibration, GPTQ, smoothing: what each finds, that it is exact where it must be, and better where it should be."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphopt
+from graphopt.calibration import BINS, OBSERVERS, Observer, samples_of
+from graphopt.errors import UsageError
+from graphopt.gptq import Hessian, round_weight
+from graphopt.passes.quantization.scheme import Scheme
+from graphopt.quantized_linear import QuantizedLinear, dequantize_groups, integer_linear, pack_rows, quantize_groups
+from graphopt.smoothing import groups_of, smoothquant_scales
+
+
+class Block(nn.Module):
+    """A normalization that feeds a gate, one that feeds a head, one that a residual reads, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after, self.last = nn.LayerNorm(96), nn.LayerNorm(96), nn.LayerNorm(96)
+        self.gate, self.up, self.down = nn.Linear(96, 160), nn.Linear(96, 160, bias=False), nn.Linear(160, 96)
+        self.mix, self.head = nn.Linear(96, 96), nn.Linear(96, 130)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.before(x)
+        x = x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        x = self.after(x)
+        x = x + self.mix(x)
+        return self.head(self.last(x))
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    made = Block().eval()
+    with torch.no_grad():
+        for norm in (made.before, made.after, made.last):
+            norm.weight.normal_(1, 0.2)
+            norm.bias.normal_(0, 0.2)
+    return made
+
+
+def rows(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Rows whose channels have much to do with each other."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(k, k, generator=torch.Generator().manual_seed(99)) * torch.linspace(0.02, 1.0, k)
+    return torch.randn(n, k, generator=generator) @ mixing.t() / k**0.5
+
+
+# --- layers of integers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_layer_of_integers_compiled(block: Block, scheme: str, count: int) -> None:
+    """Eager and compiled round alike: what differs is the rounding of f32, and what that carries over a step of 8 bits."""
+    x = torch.randn(count, 96)
+    made = graphopt.quantize(block, scheme=scheme, calibration=[torch.randn(50, 96)], least=1)
+    compiled = graphopt.compile(made, (x,), strict=True)
+    with torch.no_grad():
+        assert float((compiled(x) - made(x)).norm() / made(x).norm()) < 2e-3
+        assert 0 < float((made(x) - block(x)).norm() / block(x).norm()) < 0.03
+    assert {json.loads(k.schedule)["template"] for k in compiled.report.kernels if k.kind == "matmul"} == {"int8"}
+
+
+def test_one_layer_is_the_interpreters_integers() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(200, 140), torch.randn(33, 200)
+    made = QuantizedLinear.of(layer.weight, None, Scheme.parse("int8-dynamic"))
+    want = integer_linear(x, made.integers, made.scales, None)
+    torch.testing.assert_close(graphopt.compile(made, (x,), strict=True)(x), want, rtol=3e-7, atol=1e-6)
+
+
+def test_static_layers_are_saved_and_loaded(block: Block) -> None:
+    x = torch.randn(7, 96)
+    made = graphopt.quantize(block, (x,), scheme="int8-static", measure=False, least=1)
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    with torch.no_grad():
+        assert torch.equal(torch.load(file, weights_only=False)(x), made(x))
+    other = graphopt.quantize(block, (2 * x,), scheme="int8-static", measure=False, least=1)
+    assert float(other.mix.step) != float(made.mix.step)
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other(x), made(x))
+
+
+def test_static_needs_calibration(block: Block) -> None:
+    with pytest.raises(UsageError, match="nothing to calibrate on"):
+        graphopt.quantize(block, scheme="int8-static")
+    with pytest.raises(UsageError, match="needs calibration"):
+        graphopt.compile(block, (torch.randn(2, 96),), quantize="int8-static")
+    with pytest.raises(UsageError, match="there is no method 'gptk'"):
+        graphopt.quantize(block, method="gptk")
+    with pytest.raises(UsageError, match="no observer"):
+        graphopt.quantize(block, observer="mean")
+
+
+def test_samples() -> None:
+    x = torch.ones(1)
+    assert samples_of([x, (x, 2), {"y": x}], (), {}) == [((x,), {}), ((x, 2), {}), ((), {"y": x})]
+    assert samples_of(None, (x,), {"y": 1}) == [((x,), {"y": 1})]
+
+
+# --- observers ------------------------------------------------------------------------------------------------------------
+
+
+def test_ranges() -> None:
+    """A lone outlier is what all but the first method leave out."""
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    observer = Observer()
+    observer.see(x)
+    observer.see(torch.tensor([60.0]))
+    found = {m: observer.range(m) for m in OBSERVERS}
+    assert found["minmax"] == 60.0 and float(observer.counts.sum()) == 100_001
+    assert 3.5 < found["percentile"] < 4.5 and 2.5 < found["entropy"] < 60.0 and found["mse"] < 60.0
+
+    def error(most: float) -> float:
+        step = most / 127
+        y = torch.cat([x, torch.tensor([60.0])])
+        return float(((y / step).round().clamp(-127, 127) * step - y).square().sum())
+
+    assert error(found["mse"]) <= min(error(found[m]) for m in OBSERVERS) * 1.01
+
+
+def test_a_histogram_widens() -> None:
+    observer = Observer()
+    for i in range(12):
+        observer.see(torch.full((10,), 2.0**i))
+    assert observer.counts.sum() == 120 and len(observer.counts) == BINS and observer.range("minmax") == 2.0**11
+    silent = Observer()
+    silent.see(torch.zeros(5))
+    assert all(silent.step(m) > 0 for m in OBSERVERS)
+    with pytest.raises(UsageError, match="infinite"):
+        observer.see(torch.tensor([1.0, float("nan")]))
+
+
+# --- GPTQ -----------------------------------------------------------------------------------------------------------------
+
+
+def lost(parts: tuple, w: torch.Tensor, x: torch.Tensor, bits: int) -> float:
+    return float((x @ (dequantize_groups(*parts, bits, w.shape[1]) - w).t()).norm() / (x @ w.t()).norm())
+
+
+def hessian(x: torch.Tensor) -> Hessian:
+    h = Hessian(x.shape[1])
+    h.see(x)
+    return h
+
+
+@pytest.mark.parametrize("name", ["int4-weight", "int4-weight-g32-zp", "int8-dynamic", "int2-weight"])
+@pytest.mark.parametrize("k", [160, 301])
+def test_gptq_is_better_than_to_the_nearest(name: str, k: int) -> None:
+    scheme, w, x = Scheme.parse(name), torch.randn(40, k, generator=torch.Generator().manual_seed(1)), rows(1000, k)
+    best, nearest = (lost(p, w, x, scheme.bits) for p in (round_weight(w, hessian(x), scheme), quantize_groups(w, scheme)))
+    assert best < 0.85 * nearest
+
+
+def test_gptq_with_independent_channels_is_rounding_to_the_nearest() -> None:
+    scheme, w = Scheme.parse("int4-weight"), torch.randn(20, 150)
+    h = Hessian(150)
+    h.matrix = torch.eye(150)
+    for got, want in zip(round_weight(w, h, scheme), quantize_groups(w, scheme), strict=True):
+        assert (got is None and want is None) or torch.allclose(got.float(), want.float())
+
+
+def test_gptq_by_blocks_is_gptq_by_columns() -> None:
+    """The updates of a block at once give what a column at a time gives, with the inverse Hessian written out."""
+    scheme, w, x = Scheme.parse("int4-weight-g64"), torch.randn(8, 256, generator=torch.Generator().manual_seed(2)), rows(600, 256)
+    q, scales, _ = round_weight(w, hessian(x), scheme)
+    h = (x.t() @ x).double()
+    factor = torch.linalg.cholesky(torch.linalg.inv(h + 0.01 * h.diagonal().mean() * torch.eye(256)), upper=True)
+    left, want, steps = w.double(), torch.zeros(8, 256), []
+    for j in range(256):
+        if j % 64 == 0:
+            steps.append(left[:, j : j + 64].abs().amax(1) / 7)
+        want[:, j] = (left[:, j] / steps[-1]).round().clamp(-8, 7)
+        left = left - ((left[:, j] - want[:, j] * steps[-1]) / factor[j, j]).unsqueeze(1) * factor[j] * (torch.arange(256) >= j)
+    torch.testing.assert_close(scales, torch.stack(steps, 1).float(), rtol=1e-4, atol=0)
+    assert float((q != pack_rows(want, 4, True)).float().mean()) < 0.01  # the two inverses differ by rounding
+
+
+def test_silent_channels() -> None:
+    scheme, w, x = Scheme.parse("int4-weight"), torch.randn(10, 128), rows(300, 128)
+    x[:, 5] = 0
+    assert lost(round_weight(w, hessian(x), scheme), w, x, 4) < 0.2
+    assert lost(round_weight(w, Hessian(128), scheme), w, x, 4) < 0.3  # nothing was seen at all
+
+
+# --- smoothing ------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_come_from_the_graph(block: Block) -> None:
+    """What a residual reads is no group, whatever its modules are called."""
+    groups = groups_of(block, (torch.randn(3, 96),), {})
+    assert [(g.norm, set(g.linears)) for g in groups] == [("before", {"gate", "up"}), ("last", {"head"})]
+    assert [g.norm for g in groups_of(block, (torch.randn(2, 3, 96),), {})] == ["before", "last"]
+
+
+def test_a_tied_weight_is_left(block: Block) -> None:
+    block.mix.weight = nn.Parameter(torch.randn(130, 96))
+    block.mix.bias = None
+    block.head.weight = block.mix.weight
+    block.forward = lambda x: block.head(block.last(x)) @ block.mix(x).t()  # type: ignore[method-assign]
+    assert groups_of(block, (torch.randn(3, 96),), {}) == []
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "awq"])
+def test_scales_are_moved_exactly(block: Block, method: str) -> None:
+    from graphopt.quantization import _of, _replaced
+    from graphopt.smoothing import smoothed
+
+    x = torch.randn(20, 96, dtype=torch.float64)
+    samples = [((x.float(),), {})]
+    modules = smoothed(block, groups_of(block, *samples[0]), samples, Scheme.parse("int4-weight"), method, _of)
+    assert set(modules) == {"before", "gate", "up", "last", "head"}
+    moved = _replaced(block, modules)
+    if method == "smoothquant":  # AWQ leaves channels that are alike
+        assert not torch.equal(moved.gate.weight, block.gate.weight)
+    assert moved.gate.bias is block.gate.bias
+    with torch.no_grad():
+        want = block.double()(x)
+        torch.testing.assert_close(moved.double()(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_smoothquant_on_planted_outliers(block: Block) -> None:
+    """Channels 50 times as large as the others, without a change of the function: five times less error at least."""
+    chosen = torch.randperm(96, generator=torch.Generator().manual_seed(3))[:3]
+    with torch.no_grad():
+        for norm, readers in ((block.before, (block.gate, block.up)), (block.last, (block.head,))):
+            norm.weight[chosen] *= 50
+            norm.bias[chosen] *= 50
+            for m in readers:
+                m.weight[:, chosen] /= 50
+    x, calibration = torch.randn(200, 96), [torch.randn(200, 96) for _ in range(3)]
+    errors = {}
+    for method in ("rtn", "smoothquant"):
+        made = graphopt.quantize(block, scheme="int8-static", method=method, calibration=calibration, least=1)
+        with torch.no_grad():
+            errors[method] = float((made(x) - block(x)).norm() / block(x).norm())
+    assert errors["smoothquant"] < errors["rtn"] / 5, errors
+
+
+def test_scales_of_silent_channels_are_one() -> None:
+    s = smoothquant_scales(torch.tensor([0.0, 4.0, 1.0]), [torch.tensor([[1.0, 1.0, 0.0]])])
+    assert s.tolist() == [1.0, 2.0, 1.0]
+
+
+# --- properties -----------------------------------------------------------------------------------------------------------
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 150))
+SCHEMES = st.sampled_from(["int8-weight", "int4-weight-g32", "int4-weight-g64-zp", "int2-weight", "int8-weight-g128-zp", "int8-dynamic"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, SCHEMES, st.sampled_from([1.0, 1e-30, 1e-42, 1e30]), st.integers(0, 2**31))
+def test_round_trips(shape: tuple[int, int], name: str, scale: float, seed: int) -> None:
+    """Half a step is all that an element moves by, where steps can be told from zero; zeros stay zeros; rounding again changes nothing."""
+    scheme, generator = Scheme.parse(name), torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=generator) * scale
+    w[torch.rand(shape, generator=generator) < 0.1] = 0.0
+    w[seed % shape[0]] = 0.0
+    parts = quantize_groups(w, scheme)
+    back = dequantize_groups(*parts, scheme.bits, shape[1])
+    assert back.shape == w.shape and bool(torch.isfinite(back).all()) and not back[w == 0].any()
+    steps = parts[1].repeat_interleave(-(-shape[1] // parts[1].shape[1]) if not scheme.group else scheme.group, 1)[:, : shape[1]]
+    assert bool(((back - w).abs() <= steps * (1.01 if scheme.zero_points else 0.51)).all())
+    if scale == 1.0 and not scheme.zero_points:
+        again = dequantize_groups(*quantize_groups(back, scheme), scheme.bits, shape[1])
+        torch.testing.assert_close(again, back, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([(8, True), (8, False), (4, True), (4, False), (2, True), (2, False)]),
+       st.integers(0, 2**31))  # fmt: skip
+def test_packing_is_a_bijection(n: int, columns: int, form: tuple[int, bool], seed: int) -> None:
+    bits, signed = form
+    k = columns * (8 // bits)
+    low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
+    q = torch.randint(low, high, (n, k), generator=torch.Generator().manual_seed(seed)).float()
+    zeros = None if signed else torch.zeros(n, 1, dtype=torch.uint8)
+    packed = pack_rows(q, bits, signed)
+    assert packed.shape == (n, columns) and torch.equal(dequantize_groups(packed, torch.ones(n, 1), zeros, bits, k), q)
