@@ -127,6 +127,15 @@ class Target:
         """Whether products of f32 are best summed from thirds, which are bf16, on AMX tiles."""
         return self.bf16_products == "amx"
 
+    def conv_in_thirds(self, taps: int, channels: int, filters: int, pixels: int) -> bool:
+        """Whether a convolution of one group is best summed from thirds on AMX tiles; ``pixels`` of the result.
+
+        Splitting a pixel's channels costs as much as some 32 of its products: with few filters it does not pay. With few pixels the
+        weight, which is read once by any kernel, takes most of the time.
+        """
+        suits = channels % 8 == filters % 8 == 0 and channels >= 16
+        return self.f32_thirds and suits and taps * filters >= 96 and pixels * min(taps, 4) >= 128
+
     def has(self, feature: str) -> bool:
         return feature in self.features
 

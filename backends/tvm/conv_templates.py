@@ -142,6 +142,34 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
                       s["split"], s["ahead"], s["tasks"], s["parallel"]).emit()  # fmt: skip
 
 
+def _thirds_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.convform import conv_of
+    from graphopt.backends.tvm.convthirdform import refusal
+
+    form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
+    return form if isinstance(form, str) else refusal(form, t)
+
+
+def _thirds_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.convthirdform import params
+
+    return params(_conv_form(w), t)
+
+
+def _thirds_space(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.convthirdform import space
+
+    return (space(_conv_form(w), t),)
+
+
+def _write_thirds(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.convthirds import ConvThirdsKernel
+
+    names = ("block", "rows", "group", "panels", "fetch", "ahead", "parallel")
+    return ConvThirdsKernel(w.graph, _conv_form(w), **{n: s[n] for n in names}).emit()
+
+
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=loops_of("conv_loops"))
+CONV_THIRDS = Template("conv-thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)

@@ -19,6 +19,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("quantized", "default"): _TILED,  # what makes floats of its weight stands inline
     ("thirds", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("conv", "default"): (*_TILED, Rule.CACHE_WRITE),
+    ("conv-thirds", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("winograd", "default"): (Rule.WINOGRAD, *_TILED),
     ("depthwise", "default"): _FUSED,
     ("depthwise", "pieces"): (*_FUSED, Rule.PIECES),

@@ -6,8 +6,9 @@ changes.
 
 When: after ``fuse``, for a region of kind ``conv`` whose weight is a staged (weight-only) f32 value behind views. The
 groups of a grouped convolution are packed one after the other. A depthwise convolution reads its weight as it is, with the
-channels last: only the views in front of it move out of the region. An operand that is no weight is left in silence;
-declined with a remark are other dtypes.
+channels last: only the views in front of it move out of the region. ``nr`` is 32, two AMX tiles, where the target sums this
+convolution from thirds (``Target.conv_in_thirds``). An operand that is no weight is left in silence; declined with a remark are
+other dtypes.
 
 The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR::
 
@@ -25,12 +26,14 @@ from functools import partial
 from math import prod
 
 from graphopt.errors import UsageError
-from graphopt.ir import Builder, Graph, types
+from graphopt.ir import Builder, Graph, dims, types
 from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
+from graphopt.passes.layout.pack_weights import COLUMNS
 from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
+from graphopt.target import Target
 
 
 class PackFilters(Pass):
@@ -64,7 +67,7 @@ class PackFilters(Pass):
             source = fusion.operands[origin(w).index]
             key = (source, groups, *((n.op.name, *n.attrs.values()) for n in chain))
             filters = int(w.shape[-1]) // groups
-            nr = None if _depthwise(conv) else self.width or ctx.target.panel_width(filters, types.f32.itemsize)
+            nr = None if _depthwise(conv) else self.width or _width(conv, filters, ctx.target)
             if key not in packed:
                 rw = Rewriter(g, fusion)
                 mapping = {origin(w): source}
@@ -75,6 +78,20 @@ class PackFilters(Pass):
             read_prepared(g, fusion, conv, packed[key], unpacked)
             changed = True
         return changed
+
+
+def _width(conv: Node, filters: int, t: Target) -> int:
+    return COLUMNS if in_thirds(conv, t) else t.panel_width(filters, types.f32.itemsize)
+
+
+def in_thirds(conv: Node, t: Target) -> bool:
+    """Whether a convolution with its channels last is one for AMX tiles."""
+    x, w = conv.operands
+    static = dims.is_static(x.shape) and dims.is_static(conv.results[0].shape)
+    if conv.attrs["groups"] != 1 or w.dtype != types.f32 or x.dtype != types.f32 or not static:
+        return False
+    *kernel, channels, filters = (int(d) for d in w.shape)
+    return t.conv_in_thirds(prod(kernel), channels, filters, prod(int(d) for d in conv.results[0].shape[:-1]))
 
 
 def _depthwise(conv: Node) -> bool:

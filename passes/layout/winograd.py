@@ -27,7 +27,7 @@ from graphopt.ir import Builder, Graph, dims, types
 from graphopt.ir.graph import Node, Value, copy_nodes
 from graphopt.ir.stage import staged_values
 from graphopt.pass_manager import Pass
-from graphopt.passes.layout.pack_filters import origin, read_prepared, weight_of
+from graphopt.passes.layout.pack_filters import in_thirds, origin, read_prepared, weight_of
 from graphopt.rewrite import PassContext, Reject, Rewriter
 from graphopt.target import Target
 
@@ -62,6 +62,8 @@ class WinogradFilters(Pass):
             conv, chain = found
             nr = self.width or VECTORS * cast(Target, target).lanes(types.f32.itemsize)
             refused = self._declined(conv, nr)
+            if refused is None and self.width is None and in_thirds(conv, cast(Target, target)):
+                refused = Reject("the target's AMX tiles multiply as fast without it, and err less")
             if refused is not None:
                 if refused.reason:
                     ctx.missed(self.name, f"not by Winograd's transform: {refused.reason}", fusion)

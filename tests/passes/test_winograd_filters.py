@@ -90,6 +90,17 @@ def test_the_target_says_how_wide_a_panel_is() -> None:
     assert "16 and 16 channels" in ctx.remarks[-1].message
 
 
+def test_amx_tiles_take_the_weight_in_panels() -> None:
+    target = Target.from_name("cpu:sapphirerapids:2")
+    for case, thirds in (((64, 64, 12), True), ((64, 64, dims.symbol("S")), False), ((64, 16, 12, 1), False)):
+        kernel = case[3] if len(case) > 3 else 3
+        g, ctx = fused(*case[:3], kernel=kernel, padding=(kernel // 2,) * 2), PassContext(target=target)  # type: ignore[arg-type]
+        assert not WinogradFilters().run(g, ctx) and PackFilters().run(g, ctx)
+        assert ("AMX" in ctx.remarks[0].message) is thirds
+        width = 32 if thirds else target.panel_width(int(case[1]), 4)  # type: ignore[call-overload]
+        assert [v.shape[2] for v in region(g).operands if v.type.rank == 3] == [width]
+
+
 def test_only_the_whole_inverse_is_recognised() -> None:
     """The kernel's form is the one that restore() writes, and no other difference of rows."""
     from graphopt.backends.tvm.convform import ConvForm, conv_of
