@@ -5,13 +5,14 @@
 
 Times are medians in ms of f32 on ``--threads`` threads. ``naive`` is ``softmax(q k^T scale + mask) v`` in eager PyTorch, ``inductor``
 the same under torch.compile, ``expanded`` graphopt's two products and softmax. ``--prepare`` only builds the kernels, so that a
-later run is short.
+later run is short. ``--memory`` measures memory instead of time: how it grows with ``--lengths``, two heads of 64, causal.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -112,14 +113,17 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor 
     return torch.softmax(s, -1) @ v
 
 
-def calls(case: Case, systems: list[str]) -> dict[str, Call]:
-    """What to time, each seen to give SDPA's result. Keys of decoding are many copies, so that they come from memory."""
+def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call]:
+    """What to time, each seen to give SDPA's result. Keys of decoding are many copies, so that they come from memory.
+
+    With ``small``, results are not compared, and there is no mask but for ``naive``.
+    """
     generator = torch.Generator().manual_seed(0)
     copies = max(1, int(2.5e8 / case.read)) if case.group == "decode" else 1
     q = torch.randn(1, case.heads, case.queries, case.size, generator=generator)
     kv = [tuple(torch.randn(1, case.shared, case.keys, case.size, generator=generator) for _ in range(2)) for _ in range(copies)]
     mask = None
-    if case.causal or case.window:
+    if (case.causal or case.window) and not (small and "naive" not in systems):
         i, j = torch.arange(case.queries)[:, None] + case.keys - case.queries, torch.arange(case.keys)
         mask = (j <= i) & (j > i - (case.window or case.keys + 1))
     out = torch.empty_like(q)
@@ -151,9 +155,12 @@ def calls(case: Case, systems: list[str]) -> dict[str, Call]:
         return torch.compile(spelled) if system == "inductor" else spelled
 
     found: dict[str, Call] = {}
-    want = sdpa(q, *kv[0])
+    want = None if small else sdpa(q, *kv[0])
     for system in systems:
         f = one(system)
+        if want is None:
+            found[system] = lambda f=f: f(q, *kv[0])  # type: ignore[misc]
+            continue
         got = f(q, *kv[0])
         error = float((got - want).abs().max() / want.abs().max())
         if not error < 1e-4:
@@ -175,6 +182,30 @@ def measure(case: Case, systems: list[str], runs: int) -> None:
             call()
             times[system].append(time.perf_counter() - start)
     case.ms = {s: 1e3 * statistics.median(t[1:]) / copies for s, t in times.items()}
+
+
+def memory(lengths: list[int], systems: list[str]) -> Table:
+    """Most memory that queries, keys, values, the result and whatever a system takes besides were resident in, and its growth."""
+    from graphopt.bench.memory import peak, reset_peak, settle
+
+    table = Table("tokens", *systems, title="attention, causal, 2 heads of 64: MB at most")
+    found: dict[str, list[float]] = {s: [] for s in systems}
+    for n in lengths:
+        case = Case("memory", 2, 2, n, n, 64, True)
+        for system in systems:
+            call = calls(case, [system], small=True)[system]  # whatever is built or loaded once is there
+            del call
+            before = settle()
+            reset_peak()
+            call = calls(case, [system], small=True)[system]
+            call()
+            found[system].append((peak() - before) / 1e6)
+            del call
+        table.add_row(str(n), *(f"{found[s][-1]:.1f}" for s in systems))
+    logs = [math.log(n) for n in lengths]
+    slopes = [statistics.linear_regression(logs, [math.log(x) for x in found[s]]).slope for s in systems]
+    table.add_row("exponent", *(f"{x:.2f}" for x in slopes))
+    return table
 
 
 def show(found: list[Case], systems: list[str], limits: Any) -> Table:
@@ -216,6 +247,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
@@ -225,6 +257,11 @@ def main() -> None:
     if given.prepare:
         for case in found:
             kernel_of(case)
+        return
+    if given.memory:
+        torch.set_num_threads(given.threads)
+        with torch.no_grad():
+            Console(width=160).print(memory([int(n) for n in given.lengths.split(",")], systems))
         return
     from graphopt.bench.limits import LimitMeter
 
