@@ -70,7 +70,7 @@ def _node(node: Node) -> str | None:
         if (why := _value(r)) is not None:
             return f"{node.name}: {why}"
     name, moved = node.name, (*MOVES, "wrap_index", "dequantize", "quantize")
-    if name in moved or name in (*REDUCTIONS, *ROW_OPS, *PRODUCTS):
+    if name in (*moved, *REDUCTIONS, *ROW_OPS, *PRODUCTS, "attention"):
         return "a complex constant" if name == "constant" and isinstance(node.attrs["value"], complex) else None
     if not node.op.has(Trait.POINTWISE):
         return f"{name} has no template"

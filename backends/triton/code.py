@@ -76,6 +76,11 @@ class Code:
         return len(self.blocks) - 1
 
     @property
+    def tensors(self) -> list[str]:
+        """The parameters that are tensors: operands, then results."""
+        return [*(f"in{k}" for k in range(len(self.graph.inputs))), *(f"out{k}" for k in range(len(self.graph.outputs)))]
+
+    @property
     def wide(self) -> bool:
         """A place may need 64 bits: a tensor has, or may have, 2 ** 31 elements."""
         values = [*self.graph.inputs, *self.graph.outputs]
@@ -84,7 +89,8 @@ class Code:
 
     def fresh(self, prefix: str) -> str:
         n = self._counts[prefix] = self._counts.get(prefix, -1) + 1
-        return f"{prefix}{n}" if f"{prefix}{n}" not in self.graph.symbols else self.fresh(prefix)
+        name = f"{prefix}{n}"
+        return self.fresh(prefix) if name in self.graph.symbols or name in self.tensors else name
 
     def line(self, text: str, depth: int | None = None) -> None:
         self.blocks[self.depth if depth is None else depth].append(text)
@@ -168,12 +174,11 @@ class Code:
 
     def source(self, name: str, w: Workload, s: Schedule, t: Target, launch: Launch) -> KernelSource:
         """The finished file: the region as a comment, the kernel, and the function that launches it."""
-        tensors = [*(f"in{k}" for k in range(len(w.graph.inputs))), *(f"out{k}" for k in range(len(w.graph.outputs)))]
-        symbols = sorted(w.graph.symbols)
+        tensors, symbols = self.tensors, sorted(w.graph.symbols)
         blocks = [f"{n}: tl.constexpr = {size}" for n, size in launch.blocks.items()]
         (body,) = self.blocks
         lines = [
-            f"# A {w.kind} region for {t}: {json.dumps({'sketch': s.sketch, **dict(s.knobs)})}",
+            f"# {w.kind} region for {t}: {json.dumps({'sketch': s.sketch, **dict(s.knobs)})}",
             "#",
             *(f"# {line}" for line in w.text.splitlines()),
             "",

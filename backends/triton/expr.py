@@ -90,15 +90,16 @@ class Expressions:
             self._wide[tile.text] = replace(tile, text=text, narrow=False)
         return self._wide[tile.text]
 
-    def store(self, k: int, index: Index, lanes: Sequence[Var], shape: str) -> None:
+    def store(self, k: int, index: Index, lanes: Sequence[Var], shape: str, value: str = "") -> None:
         """Write the lanes of output k at an index.
 
         Args:
             lanes: the variables of the tile; what lies outside of their extents is not written.
             shape: of the tile, as text; empty for a scalar.
+            value: what to write, as held; the output's value at the index unless given.
         """
         v = self.graph.outputs[k]
-        tile = self.at(v, index)
+        tile = Tile(value, v.dtype) if value else self.at(v, index)
         text = tile.text if tile.narrow or v.dtype not in NARROW else f"{tile.text}.to({NAMES[v.dtype]})"
         at = self.code.place(self.output_place(k, index))
         place = f"out{k} + {at.text}"

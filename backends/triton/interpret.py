@@ -11,6 +11,7 @@ of bf16, and a condition on scalars becomes integers where it meets one on tiles
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -65,7 +66,8 @@ def interpreted(module: ModuleType) -> Callable[..., None]:
     launch: Callable[..., None] = _world(module.__dict__)["launch"]
 
     def run(*args: Any) -> None:
-        with _ONE_AT_A_TIME, knobs.runtime.scope(), _corrected(), np.errstate(all="ignore"):
+        with _ONE_AT_A_TIME, knobs.runtime.scope(), _corrected(), np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of rows that are all nan
             knobs.runtime.interpret = True
             launch(*args)
 

@@ -60,6 +60,22 @@ def precision(dtype: types.DType, t: Target) -> str:
     return "tf32" if dtype == types.f32 and t.has("tf32") else "ieee"
 
 
+def factor(e: Expressions, x: Value, index: Sequence[Sum], k: Var, shape: str) -> str:
+    """A factor's tile at an index, zero beyond the summed axis ``k``, in the type that is multiplied; axes of one element are read at 0."""
+    tile = e.at(x, [Sum() if d == 1 else i for i, d in zip(index, x.shape, strict=True)])
+    text = tile.text
+    if k.inside and not set(k.inside) <= tile.zero:
+        text = e.code.let("z", f"tl.where({conditions(k.inside)}, {text}, 0)", max(tile.depth, k.depth))
+    if tile.axes != {0, 1}:
+        text = f"tl.broadcast_to({text}, {shape})"
+    return text if tile.narrow or x.dtype not in NARROW else f"{text}.to({NAMES[x.dtype]})"
+
+
+def last(index: Sequence[Sum], rank: int) -> list[Sum]:
+    """The index of a factor: the last axes, after axes of one element where it has more."""
+    return [*[Sum()] * (rank - len(index)), *index[max(0, len(index) - rank) :]]
+
+
 class MatmulKernel:
     """One region of matrix products."""
 
@@ -109,24 +125,14 @@ class MatmulKernel:
         with code.loop(f"for {start} in range(0, {code.size(form.depth)}, BLOCK_K):"):
             along = code.block("ka", start, "BLOCK_K", self.k, form.depth, 1, 2, 1)  # as the columns of the left factor
             down = code.block("kb", start, "BLOCK_K", self.k, form.depth, 0, 2, 1)  # as the rows of the right one
-            a = self._factor(form.nodes[0].operands[0], [*index, variable(along)], along, "[BLOCK_M, BLOCK_K]")
+            left = form.nodes[0].operands[0]
+            a = factor(self.e, left, last([*index, variable(along)], left.type.rank), along, "[BLOCK_M, BLOCK_K]")
             for acc, node in zip(accumulators, form.nodes, strict=True):
                 x = node.operands[1]
-                b = self._factor(x, [*index[: len(form.batch)], variable(down), column], down, "[BLOCK_K, BLOCK_N]")
+                b = factor(self.e, x, last([*index[: len(form.batch)], variable(down), column], x.type.rank), down, "[BLOCK_K, BLOCK_N]")
                 code.line(f'{acc} = tl.dot({a}, {b}, {acc}, input_precision="{precision(form.dtype, self.target)}", out_dtype={total})')
         for acc, node in zip(accumulators, form.nodes, strict=True):
             self.e.sources[node.result] = self._result(acc, node, [*index, column])
-
-    def _factor(self, x: Value, index: Sequence[Sum], k: Var, shape: str) -> str:
-        """A factor's tile, zero beyond the summed axis, in the type that is multiplied."""
-        lead = index[len(index) - x.type.rank :] if len(index) >= x.type.rank else [*[Sum()] * (x.type.rank - len(index)), *index]
-        tile = self.e.at(x, [Sum() if d == 1 else i for i, d in zip(lead, x.shape, strict=True)])
-        text = tile.text
-        if k.inside and not set(k.inside) <= tile.zero:
-            text = self.code.let("z", f"tl.where({conditions(k.inside)}, {text}, 0)")
-        if tile.axes != {0, 1}:
-            text = f"tl.broadcast_to({text}, {shape})"
-        return text if tile.narrow or x.dtype not in NARROW else f"{text}.to({NAMES[x.dtype]})"
 
     def _result(self, acc: str, node: Node, own: Index) -> Source:
         tile = Tile(acc, node.result.dtype, frozenset([0, 1]))

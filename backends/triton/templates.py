@@ -9,9 +9,10 @@ from typing import Any
 
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
-from graphopt.backends.triton import elementwise, matmul, rows
+from graphopt.backends.triton import attention, elementwise, matmul, rows
 from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
+from graphopt.backends.tvm.flashform import Form, form_of
 from graphopt.backends.tvm.shapes import product_of
 from graphopt.ir import dims
 from graphopt.target import Target
@@ -174,7 +175,51 @@ def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     return kernel.emit(s["warps"], s["stages"])
 
 
+# --- attention ---------------------------------------------------------------------------------------------------------------
+
+
+def _attention_form(w: Workload) -> Form | str:
+    return form_of(w.graph) if w.kind == "attention" else "not an attention region"
+
+
+def _attention_refuse(w: Workload, t: Target) -> str | None:
+    form = _attention_form(w)
+    return form if isinstance(form, str) else None
+
+
+def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    form = _attention_form(w)
+    assert isinstance(form, Form)
+    itemsize = form.node.result.dtype.itemsize
+    d, e = attention.side(form.depth), attention.side(form.width)
+    wide = max(d, e) > (128 if t.kind == "cuda" else 64)  # sums that leave few registers
+    m = max(matmul.LEAST, min(32 if itemsize >= 4 else 64 if wide else 128, power_of_two(_largest(form.queries, 4096))))
+    n = max(matmul.LEAST, min(32 if itemsize >= 4 or wide else 64, power_of_two(_largest(form.keys, 4096))))
+    params = (
+        Param("m", _first(m, (16, 32, 64, 128)), "tile"),
+        Param("n", _first(n, (16, 32, 64, 128)), "tile"),
+        Param("warps", _first(8 if m >= 128 and t.kind == "cuda" else 4 if m >= 32 else 2, (2, 4, 8))),
+        Param("stages", _first(2 if t.kind == "cuda" else 1, (1, 2, 3))),
+    )
+
+    def fits(s: Mapping[str, Any]) -> bool:
+        return bool((s["m"] * d + s["n"] * (d + e) * s["stages"] + s["m"] * s["n"]) * itemsize <= t.shared_memory)
+
+    def held(s: Mapping[str, Any]) -> bool:
+        return bool(s["m"] * (e + s["n"]) <= 128 * s["warps"] * t.warp)
+
+    limits = Constraint("queries, keys and values exceed the shared memory", fits), Constraint("the sums exceed the registers", held)
+    return (SearchSpace("attention", ("flash",), params, limits),)
+
+
+def _write_attention(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    form = _attention_form(w)
+    assert isinstance(form, Form)
+    return attention.FlashKernel(w.graph, form, t, s["m"], s["n"]).emit(s["warps"], s["stages"])
+
+
+ATTENTION = Template("attention", _attention_refuse, _attention_spaces, _write_attention)
 MATMUL = Template("matmul", _matmul_refuse, _matmul_spaces, _write_matmul)
 ROWS = Template("rows", _rows_refuse, _rows_spaces, _write_rows)
 POINTWISE = Template("pointwise", _pointwise_refuse, _pointwise_spaces, _write_pointwise)
-TEMPLATES: tuple[Template, ...] = (MATMUL, ROWS, POINTWISE)
+TEMPLATES: tuple[Template, ...] = (ATTENTION, MATMUL, ROWS, POINTWISE)

@@ -7,7 +7,9 @@ from test_triton_kernels import CASES
 from triton_check import templates
 
 from graphopt.accelerators import ACCELERATORS
-from graphopt.backends.triton.offline import Compiled, compile_offline
+from graphopt.backends.triton.offline import compile_offline
+from graphopt.ir import types
+from graphopt.ir.graph import Graph
 from graphopt.ir.text import parse_graph
 from graphopt.target import Target
 
@@ -30,35 +32,38 @@ LARGE = {
 }
 
 
-def compiled(kind: str, text: str, target: str) -> tuple[Compiled, Target]:
+def judge(graph: Graph, kind: str, target: str) -> None:
+    """Compile the default schedule, and read what came of it."""
     t = Target.from_name(target)
-    w, (template, *_) = templates(parse_graph("graph @g" + text), kind, t)
-    return compile_offline(template.emit(w, template.space(w, t).default(), t), t), t
-
-
-def judge(kind: str, text: str, target: str) -> None:
-    c, t = compiled(kind, text, target)
+    w, (template, *_) = templates(graph, kind, t)
+    c = compile_offline(template.emit(w, template.space(w, t).default(), t), t)
     assert c.spills == 0 and 0 < c.registers <= 512
     assert c.shared <= t.shared_memory
-    if kind == "matmul" and "16[" in text:  # f16 or bf16
+    multiplies = kind in ("matmul", "attention", "conv")
+    if multiplies and graph.outputs[0].dtype in (types.f16, types.bf16):
         assert c.uses(t.matrix_unit), f"no {t.matrix_unit} in\n{c.assembly[:2000]}"
+
+
+def parsed(text: str) -> Graph:
+    return parse_graph("graph @g" + text)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear"])
 def test_large_kernels(name: str, target: str) -> None:
-    judge(name.partition(":")[0], LARGE[name], target)
+    judge(parsed(LARGE[name]), name.partition(":")[0], target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", LARGE)
 def test_all_large_kernels(name: str, target: str) -> None:
-    judge(name.partition(":")[0], LARGE[name], target)
+    judge(parsed(LARGE[name]), name.partition(":")[0], target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", CASES)
 def test_small_kernels(name: str, target: str) -> None:
-    judge(*CASES[name], target)
+    kind, text = CASES[name]
+    judge(parsed(text), kind, target)

@@ -42,7 +42,7 @@ def test_an_mlp(tmp_path: Path) -> None:
     assert [k.backend for k in c.report.kernels] == ["triton"] * 4 and not c.report.fallbacks
     agree(model, c, x)
     text = Path(c.report.kernels[0].path).read_text()
-    assert text.startswith("# A matmul region for cuda:sm_90") and "@triton.jit" in text
+    assert text.startswith("# matmul region for cuda:sm_90") and "@triton.jit" in text
     again = compiled(model, x, cache_dir=str(tmp_path))
     assert [k.cache for k in again.report.kernels] == ["hit"] * 4
 
