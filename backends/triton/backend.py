@@ -31,7 +31,7 @@ class TritonBackend:
         """Why ``templates`` is empty, in words."""
         if (reason := _refusal(w, t)) is not None:
             return reason
-        return next((r for p in TEMPLATES if (r := p.takes(w, t)) is not None and not r.startswith("not a ")),
+        return next((r for p in TEMPLATES if (r := p.takes(w, t)) is not None and not r.startswith("not a")),
                     f"there is no family of kernels for {w.kind} regions")  # fmt: skip
 
     def build(self, src: KernelSource, t: Target) -> Kernel:

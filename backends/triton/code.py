@@ -118,7 +118,7 @@ class Code:
 
     def size(self, d: Dim) -> str:
         """A size, fit to be a factor."""
-        text = dims.format_dim(d)
+        text = _without_powers(dims.format_dim(d))
         return text if isinstance(d, int) or text.isidentifier() else f"({text})"
 
     def place(self, s: Sum) -> Text:
@@ -203,6 +203,21 @@ class Code:
 
 _POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
              "u8": "u8", "b1": "i1"}  # fmt: skip
+
+
+def _without_powers(text: str) -> str:
+    """``H**2`` as ``(H*H)``: numbers of a kernel have no powers."""
+    while (at := text.find("**")) >= 0:
+        start, deep = at - 1, 0
+        while start >= 0 and (deep or text[start].isalnum() or text[start] in "_)"):
+            deep += (text[start] == ")") - (text[start] == "(")
+            start -= 1
+        end = at + 2
+        while end < len(text) and text[end].isdigit():
+            end += 1
+        base = text[start + 1 : at]
+        text = f"{text[: start + 1]}({'*'.join([base] * int(text[at + 2 : end]))}){text[end:]}"
+    return text
 
 
 def ceildiv(n: Dim, by: int) -> Dim:

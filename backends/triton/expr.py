@@ -268,13 +268,14 @@ class Expressions:
             inner = self.code.derived(shift(i, dims.sub(0, before)), d, "in_")
             guards.append(self.guard(inner, before != 0, d))
             at.append(variable(inner))
-        return self._within(x, at, guards, fill)
+        return self.within(x, at, guards, fill)
 
-    def _within(self, x: Value, at: Index, guards: Sequence[Text], fill: Tile) -> Tile:
+    def within(self, x: Value, at: Index, guards: Sequence[Text], fill: Tile) -> Tile:
+        """x at an index where all conditions hold, else a number."""
         if not guards:
             return self.at(x, at)
         with self.guarded(guards[0]):
-            value = self._within(x, at, guards[1:], fill)
+            value = self.within(x, at, guards[1:], fill)
         return self.select(guards[0], value, fill)
 
     def _take(self, node: Node, index: Index) -> Tile:

@@ -61,14 +61,47 @@ def precision(dtype: types.DType, t: Target) -> str:
 
 
 def factor(e: Expressions, x: Value, index: Sequence[Sum], k: Var, shape: str) -> str:
-    """A factor's tile at an index, zero beyond the summed axis ``k``, in the type that is multiplied; axes of one element are read at 0."""
-    tile = e.at(x, [Sum() if d == 1 else i for i, d in zip(index, x.shape, strict=True)])
+    """A factor's tile at an index, as :func:`multiplied`; axes of one element are read at 0."""
+    return multiplied(e.code, e.at(x, [Sum() if d == 1 else i for i, d in zip(index, x.shape, strict=True)]), k, shape)
+
+
+def multiplied(code: Code, tile: Tile, k: Var, shape: str) -> str:
+    """A tile as an operand of ``tl.dot``: zero beyond the summed axis ``k``, of full shape, in the type that is multiplied."""
     text = tile.text
     if k.inside and not set(k.inside) <= tile.zero:
-        text = e.code.let("z", f"tl.where({conditions(k.inside)}, {text}, 0)", max(tile.depth, k.depth))
+        text = code.let("z", f"tl.where({conditions(k.inside)}, {text}, 0)", max(tile.depth, k.depth))
     if tile.axes != {0, 1}:
         text = f"tl.broadcast_to({text}, {shape})"
-    return text if tile.narrow or x.dtype not in NARROW else f"{text}.to({NAMES[x.dtype]})"
+    return text if tile.narrow or tile.dtype not in NARROW else f"{text}.to({NAMES[tile.dtype]})"
+
+
+def tile_numbers(code: Code, rows: Dim, columns: Dim) -> tuple[str, str]:
+    """This program's tile: ``GROUP`` tiles of rows side by side go through all columns, then the next group."""
+    pid = code.program(0)
+    if rows == 1 or columns == 1:
+        return ("0", pid) if rows == 1 else (pid, "0")
+    group = code.let("group", f"{pid} // (GROUP * {code.size(columns)})")
+    first = code.let("first", f"{group} * GROUP")
+    height = code.let("height", f"tl.minimum({code.size(rows)} - {first}, GROUP)")
+    inside = code.let("inside", f"{pid} % (GROUP * {code.size(columns)})")
+    return code.let("tile_m", f"{first} + {inside} % {height}"), code.let("tile_n", f"{inside} // {height}")
+
+
+def computed(acc: str, node: Node, own: Index) -> Source:
+    """A product's result, read from its accumulator, at its own index alone."""
+    tile = Tile(acc, node.result.dtype, frozenset([0, 1]))
+
+    def source(index: Index) -> Tile:
+        if any(i != j for i, j in zip(index, own, strict=True)):
+            raise BuildError("a product is read at another place than it is computed at")
+        return tile
+
+    return source
+
+
+def total_of(dtype: types.DType) -> str:
+    """The type in which products are summed."""
+    return "tl.float64" if dtype == types.f64 else "tl.float32"
 
 
 def last(index: Sequence[Sum], rank: int) -> list[Sum]:
@@ -89,7 +122,7 @@ class MatmulKernel:
         code, form = self.code, self.form
         rows = dims.numel(form.rows)
         tiles = ceildiv(rows, self.m), ceildiv(form.columns, self.n)
-        first, second = self._tile_numbers(*tiles)
+        first, second = tile_numbers(code, *tiles)
         lead: list[Sum] = []
         if form.batch:
             lead = self.e.places.unflatten(variable(Var(code.program(1, "batch"), dims.numel(form.batch))), form.batch)
@@ -104,22 +137,10 @@ class MatmulKernel:
         grid = (dims.mul(*tiles), *([dims.numel(form.batch)] if form.batch else []))
         return code, Launch(grid, blocks, warps, stages)
 
-    def _tile_numbers(self, rows: Dim, columns: Dim) -> tuple[str, str]:
-        """This program's tile: ``GROUP`` tiles of rows side by side go through all columns, then the next group."""
-        code = self.code
-        pid = code.program(0)
-        if rows == 1 or columns == 1:
-            return ("0", pid) if rows == 1 else (pid, "0")
-        group = code.let("group", f"{pid} // (GROUP * {code.size(columns)})")
-        first = code.let("first", f"{group} * GROUP")
-        height = code.let("height", f"tl.minimum({code.size(rows)} - {first}, GROUP)")
-        inside = code.let("inside", f"{pid} % (GROUP * {code.size(columns)})")
-        return code.let("tile_m", f"{first} + {inside} % {height}"), code.let("tile_n", f"{inside} // {height}")
-
     def _products(self, index: Index, column: Sum) -> None:
         """Sum the products of a tile into accumulators, and let the results be read from them."""
         code, form = self.code, self.form
-        total = "tl.float64" if form.dtype == types.f64 else "tl.float32"
+        total = total_of(form.dtype)
         accumulators = [code.let("acc", f"tl.zeros([BLOCK_M, BLOCK_N], {total})") for _ in form.nodes]
         start = code.fresh("k")
         with code.loop(f"for {start} in range(0, {code.size(form.depth)}, BLOCK_K):"):
@@ -132,14 +153,4 @@ class MatmulKernel:
                 b = factor(self.e, x, last([*index[: len(form.batch)], variable(down), column], x.type.rank), down, "[BLOCK_K, BLOCK_N]")
                 code.line(f'{acc} = tl.dot({a}, {b}, {acc}, input_precision="{precision(form.dtype, self.target)}", out_dtype={total})')
         for acc, node in zip(accumulators, form.nodes, strict=True):
-            self.e.sources[node.result] = self._result(acc, node, [*index, column])
-
-    def _result(self, acc: str, node: Node, own: Index) -> Source:
-        tile = Tile(acc, node.result.dtype, frozenset([0, 1]))
-
-        def source(index: Index) -> Tile:
-            if any(i != j for i, j in zip(index, own, strict=True)):
-                raise BuildError("a product is read at another place than it is computed at")
-            return tile
-
-        return source
+            self.e.sources[node.result] = computed(acc, node, [*index, column])

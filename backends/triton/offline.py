@@ -88,5 +88,5 @@ def _read_hip(built: Any) -> Compiled:
         found = re.search(rf"\.{field}:\s+(\d+)", text)
         return int(found[1]) if found else 0
 
-    spilled = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return Compiled(text, number("vgpr_count"), 4 * spilled, built.metadata.shared)
+    # scalars that do not fit go to lanes of vector registers; what goes to memory is in the private segment
+    return Compiled(text, number("vgpr_count"), number("private_segment_fixed_size"), built.metadata.shared)

@@ -9,9 +9,10 @@ from typing import Any
 
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
-from graphopt.backends.triton import attention, elementwise, matmul, rows
+from graphopt.backends.triton import attention, conv, elementwise, matmul, rows, window
 from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
+from graphopt.backends.tvm.convform import ConvForm, conv_of
 from graphopt.backends.tvm.flashform import Form, form_of
 from graphopt.backends.tvm.shapes import product_of
 from graphopt.ir import dims
@@ -138,9 +139,19 @@ def _matmul_refuse(w: Workload, t: Target) -> str | None:
 
 def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     form = matmul.form_of(prepared(w))
-    itemsize, count = form.dtype.itemsize, len(form.nodes)
-    height, width, depth = (_largest(n, 4096) for n in (dims.numel(form.rows), form.columns, form.depth))
-    batch = _largest(dims.numel(form.batch), 8)
+    sizes = tuple(_largest(n, 4096) for n in (dims.numel(form.rows), form.columns, form.depth))
+    return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, _largest(dims.numel(form.batch), 8)),)
+
+
+def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int, ...], batch: int) -> SearchSpace:
+    """Tiles of products: what is large, while every processor has one.
+
+    Args:
+        count: accumulators of a program.
+        sizes: rows, columns, and the summed axis.
+        batch: how many such products there are.
+    """
+    height, width, depth = sizes
 
     def side(n: int, most: int) -> int:
         return max(matmul.LEAST, min(most, power_of_two(n)))
@@ -167,7 +178,7 @@ def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
         return bool(count * s["m"] * s["n"] * max(4, itemsize) // 4 <= 128 * s["warps"] * t.warp)
 
     limits = Constraint("the tiles of all stages exceed the shared memory", fits), Constraint("the accumulators exceed the registers", held)
-    return (SearchSpace("matmul", ("tiled",), params, limits),)
+    return SearchSpace(template, ("tiled",), params, limits)
 
 
 def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
@@ -218,8 +229,57 @@ def _write_attention(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]
     return attention.FlashKernel(w.graph, form, t, s["m"], s["n"]).emit(s["warps"], s["stages"])
 
 
+# --- convolutions and pooling --------------------------------------------------------------------------------------------------
+
+
+def _window_refuse(w: Workload, t: Target) -> str | None:
+    if w.kind not in ("conv", *window.POOLS):
+        return "not a region around a window"
+    form = window.form_of(w.graph)
+    return form if isinstance(form, str) else None
+
+
+def _window_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    height, width = (_largest(n, 4096) for n in window.size_of(w.graph))
+    columns = min(128, power_of_two(width))
+    most = max(1, 1024 // columns)
+    while most > 1 and -(-height // most) * -(-width // columns) < t.cores:
+        most //= 2
+    params = (
+        Param("rows", _first(min(most, power_of_two(height)), (1, 2, 4, 8, 16, 32)), "tile"),
+        Param("columns", _first(columns, tuple(n for n in (16, 32, 64, 128, 256) if n <= max(16, power_of_two(width)))), "tile"),
+        Param("warps", _first(4 if most * columns >= 1024 else 2, (1, 2, 4, 8))),
+    )
+    return (SearchSpace("window", ("lanes",), params, (_lanes_fit(t),)),)
+
+
+def _write_window(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    return window.WindowKernel(w.graph, s["rows"], s["columns"]).emit(s["warps"])
+
+
+def _conv_refuse(w: Workload, t: Target) -> str | None:
+    form = conv_of(w.graph) if w.kind == "conv" else "not a conv region"
+    return form if isinstance(form, str) else None
+
+
+def _conv_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    depth = form.inner if form.inner >= matmul.LEAST else form.depth
+    sizes = _largest(form.pixels, 1 << 16), form.filters, depth
+    return (_tiles("conv", t, form.node.result.dtype.itemsize, 1, sizes, form.groups),)
+
+
+def _write_conv(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    return conv.ConvKernel(w.graph, form, t, (s["m"], s["n"], s["k"]), s["group"]).emit(s["warps"], s["stages"])
+
+
+WINDOW = Template("window", _window_refuse, _window_spaces, _write_window)
+CONV = Template("conv", _conv_refuse, _conv_spaces, _write_conv)
 ATTENTION = Template("attention", _attention_refuse, _attention_spaces, _write_attention)
 MATMUL = Template("matmul", _matmul_refuse, _matmul_spaces, _write_matmul)
 ROWS = Template("rows", _rows_refuse, _rows_spaces, _write_rows)
 POINTWISE = Template("pointwise", _pointwise_refuse, _pointwise_spaces, _write_pointwise)
-TEMPLATES: tuple[Template, ...] = (ATTENTION, MATMUL, ROWS, POINTWISE)
+TEMPLATES: tuple[Template, ...] = (ATTENTION, WINDOW, CONV, MATMUL, ROWS, POINTWISE)

@@ -8,7 +8,7 @@ layout and only its ends are transposed.
 A transposed convolution becomes ordinary ones, one for each phase of its strides (:mod:`~graphopt.passes.layout.phases`); where
 all have the same window, as with a kernel of the strides' size, they are one. Their results are interleaved.
 
-When: a convolution with 1 to 3 spatial axes, and a weight and a number of channels of known size, for a CPU. What follows is
+When: a convolution with 1 to 3 spatial axes, and a weight and a number of channels of known size, for a CPU or a GPU. What follows is
 carried along as far as it goes: pointwise ops (other operands broadcast along the same axes), sums, means and extremes,
 pooling, pad, slice, take by a vector, and concat if half of its bytes are in the layout (the lesser part is transposed). Pooling
 and take also begin with an input that lies in memory so. Everything else reads the value through the transpose. Declined, with a
@@ -52,7 +52,7 @@ class ConvLayout(Pass):
         return [type(self), CostModel]
 
     def run(self, g: Graph, ctx: PassContext) -> bool:
-        if ctx.target is not None and ctx.target.kind != "cpu":
+        if ctx.target is not None and ctx.target.kind != "cpu" and not ctx.target.is_gpu:
             return False
         walk = _Walk(g, CostModel(ctx.target, g.symbols))
         changed = False

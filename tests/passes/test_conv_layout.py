@@ -104,7 +104,8 @@ def test_what_is_not_behind_a_convolution_stays() -> None:
     (x,) = inputs(g, (B, 4, 8, 8))
     g.set_outputs([b.max_pool(b.relu(x), kernel=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(1, 1))])
     assert not ConvLayout().run(g, PassContext())
-    assert not ConvLayout().run(parse_graph(BEFORE), PassContext(target=Target("cuda", "sm_90")))
+    assert not ConvLayout().run(parse_graph(BEFORE), PassContext(target=Target("tpu", "v5")))
+    assert ConvLayout().run(parse_graph(BEFORE), PassContext(target=Target.from_name("cuda:sm_90")))
 
 
 # --- fuse and pack-filters -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import MODELS
 from torch import nn
 
 import graphopt
@@ -22,13 +23,12 @@ def compiled(model: nn.Module, *inputs: torch.Tensor, **options: object) -> Comp
 
 
 def agree(model: nn.Module, compiled: CompiledModel, *inputs: torch.Tensor) -> None:
-    """The error against f64 is at most a few times eager's own."""
+    """The error against f64 of each result is at most a few times eager's own."""
     with torch.no_grad():
-        got, own = compiled(*inputs), model(*inputs)
-        true = model.double()(*(x.double() if x.is_floating_point() else x for x in inputs))
-        model.to(own.dtype)
-    error, allowed = (got.double() - true).abs().max(), (own.double() - true).abs().max()
-    assert error <= 3 * allowed + 4 * torch.finfo(own.dtype).eps * true.abs().max(), (error, allowed)
+        results = compiled(*inputs), model(*inputs), model.double()(*(x.double() if x.is_floating_point() else x for x in inputs))
+    for got, own, true in zip(*(r if isinstance(r, tuple | list) else [r] for r in results), strict=True):
+        error, allowed = (got.double() - true).abs().max(), (own.double() - true).abs().max()
+        assert error <= 3 * allowed + 4 * torch.finfo(own.dtype).eps * true.abs().max(), (error, allowed)
 
 
 def mlp() -> nn.Module:
@@ -45,6 +45,18 @@ def test_an_mlp(tmp_path: Path) -> None:
     assert text.startswith("# matmul region for cuda:sm_90") and "@triton.jit" in text
     again = compiled(model, x, cache_dir=str(tmp_path))
     assert [k.cache for k in again.report.kernels] == ["hit"] * 4
+
+
+QUICK = ("bert", "llama", "vit", "resnet50")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_benchmark_models(name: str) -> None:
+    """Every model of the CPU's benchmark, small: no call of the library."""
+    model, inputs = MODELS[name]()
+    c = compiled(model, *inputs)
+    assert not c.report.fallbacks and all(k.backend == "triton" for k in c.report.kernels)
+    agree(model, c, *inputs)
 
 
 def test_a_batch_of_any_size() -> None:

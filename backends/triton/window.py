@@ -1,0 +1,209 @@
+"""What reads an image through a window: where a tap lies, and whether that is inside.
+
+Depthwise convolutions and pooling are computed here, a lane an element of the result, one tap after another; a convolution that sums
+channels is a product (:mod:`conv`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from graphopt.backends.triton.code import Code, Launch, Text, ceildiv
+from graphopt.backends.triton.expr import Expressions, Tile
+from graphopt.backends.triton.index import Sum, Var, add, scale, shift, variable
+from graphopt.backends.triton.matmul import computed, total_of
+from graphopt.backends.triton.pointwise import held, number
+from graphopt.backends.tvm.convform import conv_of
+from graphopt.backends.tvm.support import is_materialized
+from graphopt.ir import dims
+from graphopt.ir.dims import Dim, Shape
+from graphopt.ir.graph import Graph, Node
+
+POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
+
+
+@dataclass(frozen=True)
+class Slide:
+    """A window that slides along the spatial axes: tap k of output o reads ``o * stride + k * dilation - padding``."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    image: Shape
+
+    @staticmethod
+    def of(node: Node, kernel: tuple[int, ...], image: Shape) -> Slide:
+        a = node.attrs
+        return Slide(kernel, a["stride"], a["padding"], a.get("dilation", (1,) * len(kernel)), image)
+
+    @property
+    def taps(self) -> int:
+        return prod(self.kernel)
+
+    def places(self, e: Expressions, at: Sequence[Sum], tap: Sequence[Sum]) -> tuple[list[Sum], list[Text]]:
+        """Index of the element that a tap reads along each spatial axis, and the conditions that it is there."""
+        index: list[Sum] = []
+        guards: list[Text] = []
+        for o, k, stride, padding, dilation, size in zip(at, tap, self.stride, self.padding, self.dilation, self.image, strict=True):
+            place = shift(add(scale(o, stride), scale(k, dilation)), -padding)
+            if e.places.is_below(place, size):
+                index.append(place)
+                continue
+            inner = e.code.derived(place, size, "s")
+            guards.append(e.guard(inner, not e.places.is_nonnegative(place), size))
+            index.append(variable(inner))
+        return index, guards
+
+
+def form_of(graph: Graph) -> Node | str:
+    """The depthwise convolution or pooling of a region, or why it is none."""
+    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    if len(nodes) != 1:
+        return "not exactly one window"
+    (node,) = nodes
+    if node.name == "conv":
+        form = conv_of(graph)
+        return form if isinstance(form, str) else node if form.depthwise else "a convolution that sums channels"
+    if node.name not in POOLS:
+        return f"{node.name} has no template"
+    if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
+        return "a window without elements"
+    if node.name.startswith("adaptive") and not dims.is_static(_spatial(node, node.operands[0].shape)):
+        return "adaptive windows of unknown size"
+    if any(not dims.same_shape(v.shape, node.result.shape) for v in graph.outputs):
+        return "an output of another shape than the window's"
+    return node
+
+
+def _spatial(node: Node, shape: Shape) -> Shape:
+    return shape[1:-1] if node.attrs["channels_last"] else shape[2:]
+
+
+class WindowKernel:
+    """One region around a depthwise convolution or pooling: lanes along the last axis, and along all others together."""
+
+    def __init__(self, graph: Graph, rows: int, columns: int) -> None:
+        node = form_of(graph)
+        assert isinstance(node, Node)
+        self.graph, self.node, self.rows, self.columns = graph, node, rows, columns
+        self.code = Code(graph)
+        self.e = Expressions(self.code)
+
+    def emit(self, warps: int) -> tuple[Code, Launch]:
+        code, shape = self.code, self.node.result.shape
+        tiles = ceildiv(dims.numel(shape[:-1]), self.rows), ceildiv(shape[-1], self.columns)
+        pid = Var(code.program(0), dims.mul(*tiles))
+        first, second = (code.place(s).text for s in self.e.places.unflatten(variable(pid), tiles))
+        row = code.block("row", f"{first} * ROWS", "ROWS", self.rows, dims.numel(shape[:-1]), 0, 2)
+        column = code.block("column", f"{second} * COLUMNS", "COLUMNS", self.columns, shape[-1], 1, 2)
+        index = [*self.e.places.unflatten(variable(row), shape[:-1]), variable(column)]
+        self.e.sources[self.node.result] = computed(self._value(index), self.node, index)
+        for k in range(len(self.graph.outputs)):
+            self.e.store(k, index, [row, column], "[ROWS, COLUMNS]")
+        return code, Launch((dims.mul(*tiles),), {"ROWS": self.rows, "COLUMNS": self.columns}, warps, 1)
+
+    def _value(self, index: Sequence[Sum]) -> str:
+        """Name of the result's tile."""
+        node, x = self.node, self.node.operands[0]
+        last = node.attrs["channels_last"]
+        self.batch, self.channel, at = index[0], index[-1] if last else index[1], _spatial(node, tuple(index))  # type: ignore[arg-type]
+        image = _spatial(node, x.shape)
+        if node.name.startswith("adaptive"):
+            return self._adaptive(at, image)  # type: ignore[arg-type]
+        w = node.operands[1] if node.name == "conv" else None
+        slide = Slide.of(node, tuple(int(d) for d in w.shape[:-2]) if w is not None else node.attrs["kernel"], image)
+        acc = self._start()
+        tap = Var(code_name := self.code.fresh("tap"), slide.taps, depth=self.code.depth + 1)
+        with self.code.loop(f"for {code_name} in tl.static_range({slide.taps}):"):
+            taps = self.e.places.unflatten(variable(tap), slide.kernel)
+            places, guards = slide.places(self.e, at, taps)  # type: ignore[arg-type]
+            tile = self._read(places, guards)
+            if w is not None:
+                weight = self.e.wide(w, [*taps, Sum(), self.channel])
+                self.code.line(f"{acc} += {tile} * {weight.text}")
+            else:
+                self._join(acc, tile)
+        if node.name != "avg_pool":
+            return acc
+        return self._mean(acc, slide, at)  # type: ignore[arg-type]
+
+    def _read(self, places: Sequence[Sum], guards: Sequence[Text]) -> str:
+        """The element at a place of the image, as held; what counts for nothing outside of it."""
+        x = self.node.operands[0]
+        index = [self.batch, *places, self.channel] if self.node.attrs["channels_last"] else [self.batch, self.channel, *places]
+        index = [Sum() if d == 1 else i for i, d in zip(index, x.shape, strict=True)]
+        tile = self.e.within(x, index, guards, Tile(self._neutral(), x.dtype, literal=True))
+        return f"{tile.text}.to(tl.float32)" if tile.narrow else tile.text
+
+    def _neutral(self) -> str:
+        dtype = self.node.operands[0].dtype
+        if "max" not in self.node.name:
+            return "0.0"
+        if dtype.is_float:
+            return number(float("-inf"), dtype)
+        return str(-(1 << (dtype.bits - 1)) if dtype.kind == "i" else 0)
+
+    def _start(self) -> str:
+        dtype = self.node.operands[0].dtype
+        kind = held(dtype) if "max" in self.node.name else total_of(dtype)
+        return self.code.let("acc", f"tl.full([ROWS, COLUMNS], {self._neutral()}, {kind})")
+
+    def _join(self, acc: str, tile: str) -> None:
+        nan = ", propagate_nan=tl.PropagateNan.ALL" if self.node.operands[0].dtype.is_float else ""
+        self.code.line(f"{acc} = tl.maximum({acc}, {tile}{nan})" if "max" in self.node.name else f"{acc} += {tile}")
+
+    def _mean(self, acc: str, slide: Slide, at: Sequence[Sum]) -> str:
+        """The sum over the number of elements that count."""
+        attrs = self.node.attrs
+        if attrs["divisor"] is not None:
+            return self.code.let("mean", f"{acc} / {float(attrs['divisor'])!r}")
+        text = acc
+        for o, k, stride, padding, size in zip(at, slide.kernel, slide.stride, slide.padding, slide.image, strict=True):
+            first = shift(scale(o, stride), -padding)
+            margin = padding if attrs["count_include_pad"] else 0
+            if self.e.places.is_below(shift(first, k - 1 + margin), dims.add(size, 2 * margin)) and (
+                margin == padding or self.e.places.is_nonnegative(first)
+            ):
+                text += f" / {k}"
+                continue
+            start = self.code.place(first)
+            low = f"tl.maximum({start.text}, {-margin})" if margin != padding else start.text
+            high = f"tl.minimum({start.text} + {k}, {self.code.size(dims.add(size, margin))})"
+            count = self.code.let("count", f"tl.maximum({high} - {low}, 1)", start.depth)
+            text += f" / {count}"
+        return self.code.let("mean", text)
+
+    def _adaptive(self, at: Sequence[Sum], image: Shape) -> str:
+        """Windows from ``i n // m`` up to ``ceil((i + 1) n / m)``: as many taps as the longest has, the others left out."""
+        e, code, sizes = self.e, self.code, _spatial(self.node, self.node.result.shape)
+        spans = []
+        for i, n, m in zip(at, image, sizes, strict=True):
+            start = e.places.quotient(scale(i, n), int(m))
+            stop = e.places.quotient(shift(scale(i, n), int(n) + int(m) - 1), int(m))
+            spans.append((start, stop, max(-(-(j + 1) * int(n) // int(m)) - j * int(n) // int(m) for j in range(int(m)))))
+        acc, longest = self._start(), [n for _, _, n in spans]
+        tap = Var(code.fresh("tap"), prod(longest), depth=code.depth + 1)
+        with code.loop(f"for {tap.name} in tl.static_range({prod(longest)}):"):
+            places: list[Sum] = []
+            guards: list[Text] = []
+            for (start, stop, _), k, size in zip(spans, e.places.unflatten(variable(tap), longest), image, strict=True):
+                inner, end = code.derived(add(start, k), size, "s"), code.place(stop)
+                guards.append(Text(code.let("ok", f"{inner.name} < {end.text}", inner.depth), inner.axes | end.axes, inner.depth))
+                places.append(variable(inner))
+            self._join(acc, self._read(places, guards))
+        if "max" in self.node.name:
+            return acc
+        for start, stop, _ in spans:
+            acc = code.let("mean", f"{acc} / ({code.place(stop).text} - {code.place(start).text})")
+        return acc
+
+
+def size_of(graph: Graph) -> tuple[Dim, Dim]:
+    """(rows, columns) of the result of a region's window."""
+    node = form_of(graph)
+    assert isinstance(node, Node)
+    return dims.numel(node.result.shape[:-1]), node.result.shape[-1]
+
