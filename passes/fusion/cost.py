@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim, Range
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
@@ -219,6 +219,11 @@ class CostModel:
         """Whether a product waits for its factors rather than for its arithmetic: flops a byte below the machine's balance."""
         (few, many), moved = self.amount(flops(product)), self.amount(bytes_moved(product))
         return few < self.target.balance * moved[0] and many < self.target.balance * moved[1]
+
+    def prepares_rows(self, product: Node) -> bool:
+        """Whether a product's kernel first rewrites its left factor, so that two products of one factor do it twice: f32 as thirds."""
+        depth = product.operands[0].shape[-1]
+        return self.target.f32_thirds and product.operands[0].dtype == types.f32 and isinstance(depth, int) and depth % 32 == 0
 
     def is_less(self, a: Iterable[Value], b: Iterable[Value]) -> bool:
         """Whether values are fewer bytes than others, where sizes are largest."""

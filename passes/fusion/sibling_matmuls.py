@@ -10,10 +10,11 @@ remark: a weight that is computed; another dtype; a result that pointwise ops re
 that meet there share one), that is returned, or that a library call reads (it would have to be copied).
 
 Products that wait for their arithmetic and not for memory (:meth:`~graphopt.passes.fusion.cost.CostModel.is_bound_by_memory`:
-about 30 rows with AVX-512, 7 with NEON) stay apart unless ``always``. Measured with 128 tokens on two Granite Rapids cores, with the
-pass and without (medians): BERT 45.3 and 45.8 ms, Llama 44.0 and 44.3, T5 22.0 and 21.9, Swin 46.5 and 45.8: what is saved is
-small beside the products, and the kernels that read slices of a wide result pay for its longer rows. One token of a Llama, bound
-by reading weights, wins: 14.7 and 14.9 ms.
+about 30 rows with AVX-512, 7 with NEON) stay apart unless ``always``, or unless each would first rewrite the left operand
+(:meth:`~graphopt.passes.fusion.cost.CostModel.prepares_rows`: with AMX, as thirds). Measured with 128 tokens on two Granite
+Rapids cores, apart and as one (medians): on vector units BERT 45.8 and 45.3 ms, Llama 44.3 and 44.0, T5 21.9 and 22.0: what is
+saved is small, and the kernels that read slices of a wide result pay for its longer rows. On AMX BERT 23.9 and 23.2, Llama 21.1
+and 20.6, ViT 39.2 and 39.2. One token of a Llama, bound by reading weights, wins: 14.9 and 14.7 ms.
 
 Numerics: bitwise in the IR: every element is the same sum.
 Reference: the merged projections of Megatron-LM, Shoeybi et al., arXiv:1909.08053, section 3.
@@ -68,7 +69,7 @@ class SiblingMatmuls(Pass):
     def run(self, g: Graph, ctx: PassContext) -> bool:
         changed, costs = False, CostModel(ctx.target, g.symbols)
         for nodes in _families(g):
-            if not self.always and not all(map(costs.is_bound_by_memory, nodes)):
+            if not self.always and not all(costs.is_bound_by_memory(n) or costs.prepares_rows(n) for n in nodes):
                 continue
             found: list[_Sibling] = []
             for node in nodes:

@@ -142,9 +142,11 @@ LARGE = """graph @g(%x: f32[{rows}, 768], weight %a: f32[768, 768], weight %b: f
         (128, "", "znver5", 2),
         ("B", " where 1 <= B <= 16", "znver5", 1),
         ("B", " where 1 <= B", "znver5", 2),
+        (128, "", "sapphirerapids", 1),  # each product would split the rows into thirds
+        ("B", " where 1 <= B", "sapphirerapids", 1),
     ],
 )
-def test_products_that_wait_for_memory_become_one(rows: object, where: str, name: str, count: int) -> None:
+def test_products_that_gain_become_one(rows: object, where: str, name: str, count: int) -> None:
     g = parse_graph(LARGE.format(rows=rows, where=where))
     run_passes(g, [SiblingMatmuls()], PassContext(target=Target.from_name(f"cpu:{name}")))
     assert len([n for n in g.nodes() if n.op.name == "matmul"]) == count
