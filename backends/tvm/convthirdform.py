@@ -12,7 +12,10 @@ from graphopt.backends.tvm.thirdform import COLUMNS, STEP, TILE
 from graphopt.ir import dims, types
 from graphopt.target import Target
 
-_BLOCKS = (4, 3, 5, 6, 2, 7, 8, 1)  # steps of the summed axis whose sums are then added to the totals, the best first
+# steps of the summed axis whose sums are then added to the totals, the best first: for many pairs of row tiles, the split weight of
+# two blocks stays in the first-level cache; for few, the sums are added less often
+_BLOCKS, _FEW_BLOCKS = (4, 3, 5, 6, 2, 7, 8, 1), (8, 6, 7, 5, 4, 3, 2, 1)
+_FEW = 8  # pairs
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,6 @@ def params(form: ConvForm, t: Target) -> tuple[Param, ...]:
     """
     planes, panels = planes_of(form), -(-form.filters // COLUMNS)
     steps = prod(form.kernel) * chunks_of(form)
-    blocks = [b for b in _BLOCKS if steps % b == 0]
     place = len(planes.phases) * chunks_of(form) * 3 * STEP * 2  # bytes of the planes for each place
     deep = form.filters > int(form.pixels)  # reading the weight by each core takes longer than splitting the image by each
     shares = min(panels, t.cores) if deep else 1
@@ -114,6 +116,7 @@ def params(form: ConvForm, t: Target) -> tuple[Param, ...]:
     each = -(-planes.flats // groups)
     group = -(-each // (2 * TILE))
     tile = min(TILE, -(-each // (2 * group)))
+    blocks = [b for b in (_FEW_BLOCKS if group <= _FEW else _BLOCKS) if steps % b == 0]
     return (
         Param("block", tuple(blocks), "tasks"),
         Param("rows", tuple(dict.fromkeys((tile, TILE))), "tile"),

@@ -113,16 +113,21 @@ class ConvThirdsKernel:
             if self.blocks > 1:
                 with code.loop(self.blocks - 1, "serial", "b") as b:
                     self._block(here, panel, b, code.simplify(turn + b), panel, code.simplify(b + 1), last=False)
+                self._finish_pair(code.simplify(here - 1), panel, self.blocks - 2, last=False)
             # behind a panel's last block comes the next panel; behind all of them nothing: then the last one is split once more
             following = code.bind_index(code.least(panel + 1, self.panels - 1), "next")
             self._block(here, panel, self.blocks - 1, code.simplify(turn + (self.blocks - 1)), following, 0, last=True)
+            self._finish_pair(code.simplify(here - 1), panel, self.blocks - 1, last=True)
         amx.release(code)
 
     def _block_words(self) -> int:
         return self.block * 2 * PARTS * WORDS
 
     def _block(self, here: Index, panel: Index, block: Index, turn: Index, next_panel: Index, next_block: Index, last: bool) -> None:
-        """Multiply a block for all pairs of row tiles; split the next one, and finish the pair before, meanwhile."""
+        """Multiply a block for all pairs of row tiles; split the next one, and finish the pair before, meanwhile.
+
+        Before the first pair is the last one of the block before, if there was one and it was finished in the same way.
+        """
         code, steps = self.code, self.block
         half = code.bind_index(code.mod(turn, 2), "half", 2)  # of the scratch for split blocks, which take turns
         mine = code.bind_index(code.simplify(half * self._block_words()), "mine")
@@ -133,7 +138,12 @@ class ConvThirdsKernel:
         with code.loop(here, "serial", "io") as io:
             for t in range(4):
                 amx.zero(code, t)
-            before = code.bind_index(code.simplify(io - 1), "before")
+            begins = tirx.EQ(i64(io), i64(0))
+            before, added = code.bind_index(code.simplify(io - 1), "before"), block
+            if not last:
+                before = code.bind(tirx.Select(begins, i64(here), i64(io)) - i64(1), "before", hidden=False)
+                added = code.bind(tirx.Select(begins, i64(block - 1), i64(block)), "added", hidden=False)
+            wanted = i64(io) > i64(0) if last else i64(added) >= i64(0)
             if last:
                 self._forget()
             with code.loop(steps, "serial", "s") as s:
@@ -146,11 +156,9 @@ class ConvThirdsKernel:
 
                 def finish_one(q: int, s: Index = s) -> None:
                     row = code.simplify(s * rows + q)
-                    test = i64(before) >= i64(0)
-                    if self.side % steps:
-                        test = tirx.And(test, i64(row) < i64(self.side))
+                    test = tirx.And(wanted, i64(row) < i64(self.side)) if self.side % steps else wanted
                     with code.when(test):
-                        self._finish(before, row, panel, block, last)
+                        self._finish(before, row, panel, added, last)
                     if last and self.fetch:
                         self._fetch(io, row, panel)
 
@@ -161,19 +169,23 @@ class ConvThirdsKernel:
                 for c in range(2):
                     amx.store(code, 2 * i + c, self.acc, code.simplify(at + i * self.mr * COLUMNS + c * LANES), COLUMNS * 4)
             if last:
-                with code.when(i64(before) >= i64(0)):
+                with code.when(wanted):
                     self._mend(before, panel)
         done = code.simplify(here * (steps * each))
         if not isinstance(done, int) or done < units:
             with code.loop(code.greatest(code.simplify(units - done), 0), "serial", "u") as u:
                 self._split_unit(next_panel, next_block, other, code.simplify(done + u))
-        before = code.bind_index(code.simplify(here - 1), "before")
+
+    def _finish_pair(self, io: Index, panel: Index, block: int, last: bool) -> None:
+        """What is left when no tiles multiply meanwhile."""
+        code = self.code
+        io = code.bind_index(io, "before")
         if last:
             self._forget()
         with code.loop(self.side, "serial", "r") as r:
-            self._finish(before, r, panel, block, last)
+            self._finish(io, r, panel, block, last)
         if last:
-            self._mend(before, panel)
+            self._mend(io, panel)
 
     def _step(self, io: Index, step: Index, w: Index, jobs: Sequence[tuple[Callable[[int], None], int]]) -> None:
         """32 of the summed axis: six products of 2 x 2 tiles. Tiles 0 to 3 are sums, 4 and 5 of the image, 6 and 7 of the weight."""
