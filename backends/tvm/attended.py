@@ -133,6 +133,7 @@ class Rows:
 
     Attributes:
         integers: what dequantizes the value, behind views; None if nothing does.
+        paged: whether a table says where rows are.
     """
 
     def __init__(self, args: Arguments, value: Value) -> None:
@@ -142,6 +143,10 @@ class Rows:
             node = node.operands[0].producer
         fits = node is not None and node.name == "dequantize" and len(node.operands) == 2 and node.operands[1].dtype == types.f32
         self.integers = node if fits and node is not None and self._constant(node) else None
+        node = value.producer
+        while node is not None and node.name in (*VIEWS, "dequantize"):
+            node = node.operands[0].producer
+        self.paged = node is not None and node.name == "take"
 
     def _constant(self, node: Node) -> bool:
         """Whether the scale does not change along a row of the value."""
@@ -175,6 +180,12 @@ class Rows:
     def fetch(self, index: Callable[[Index], list[Index]], row: Index, ahead: int) -> None:
         """Ask for the row, so many bytes behind this one, that will be wanted later."""
         code, size = self.args.code, int(self.value.shape[-1])
+
+        def later(width: int) -> Index:
+            """The table is read, not asked for: it must hold the row."""
+            there = code.simplify(row + max(1, ahead // (size * width)))
+            return code.bind_index(code.least(there, code.size(self.value.shape[-2]) - 1), "later") if self.paged else there
+
         for column in range(0, size, LINE // 4):
             probe = Expressions(self.args, {}, probe=True)
             self.at([*index(row), column], probe)
@@ -182,7 +193,7 @@ class Rows:
                 width = source.dtype.itemsize
                 if column * width % LINE == 0:
                     there = Expressions(self.args, {}, probe=True)
-                    self.at([*index(code.simplify(row + max(1, ahead // (size * width)))), column], there)
+                    self.at([*index(later(width)), column], there)
                     code.prefetch(self.args.inputs[source], dict(there.reads)[source])
 
 

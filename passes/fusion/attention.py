@@ -120,13 +120,16 @@ def view_of_attention(node: Node) -> bool:
     return source.has_one_use and source.producer is not None and source.producer.op.name == "attention"
 
 
-def reads_integers(node: Node) -> bool:
-    """Whether a ``dequantize`` makes an attention's keys or values, a scale a row: the kernel reads the integers."""
-    scale, users = node.operands[1], [node]
+def reads_rows(node: Node) -> bool:
+    """Whether the kernel reads an attention's keys or values through a node: integers with a scale a row, or pages by a table."""
+    users = [node]
     while users:
         user = users.pop()
         for reader, place in user.results[0].uses:
             if reader.op.name == "attention" and place not in (1, 2):
                 return False
-            users += [reader] if reader.op.name in ("reshape", "transpose", "broadcast_to", "slice") else []
-    return len(node.operands) == 2 and (scale.type.rank == 0 or scale.shape[-1] == 1)
+            users += [reader] if reader.op.name in ("reshape", "transpose", "broadcast_to", "slice", "dequantize") else []
+    if node.op.name == "take":
+        return node.attrs["axis"] % node.operands[0].type.rank < node.operands[0].type.rank - 1
+    scale = node.operands[1] if node.op.name == "dequantize" and len(node.operands) == 2 else None
+    return scale is not None and (scale.type.rank == 0 or scale.shape[-1] == 1)

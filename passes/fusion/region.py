@@ -15,7 +15,7 @@ from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.passes.fusion import cost
-from graphopt.passes.fusion.attention import reads_integers
+from graphopt.passes.fusion.attention import reads_rows
 from graphopt.passes.fusion.cost import CostModel, Load
 from graphopt.passes.fusion.roles import (
     ARG_REDUCTIONS,
@@ -196,13 +196,14 @@ class Region:
             return None
         if part is Role.MOVER and self.kind == "conv" and node.op.name == "pad" and node.results[0] is self.anchors[0].operands[0]:
             return None if users == self.anchors else "what is padded has other uses"
+        if self.kind == "attention" and reads_rows(node):
+            return None
         if part is Role.MOVER:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
         if self.kind == "attention":
-            cached = node.op.name == "dequantize" and reads_integers(node)
-            return None if cached else "an attention's kernel computes nothing of its operands"
+            return "an attention's kernel computes nothing of its operands"
         if self.kind in PRODUCTS:
             return self._product_rejects(node, users, before)
         return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None

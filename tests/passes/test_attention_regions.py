@@ -126,3 +126,26 @@ def test_scales_within_a_row_are_not_those_of_a_cache() -> None:
     g = parse_graph(CACHED.format(last=16).replace("attention(%q, %0, %2) {scale = 0.3}", "attention(%q, %2, %2) {scale = 0.3}"))
     ctx = run(g, [RecogniseAttention()])
     assert not [r for r in ctx.remarks if "cached integers" in r.message]  # nothing reads it as keys
+
+
+def test_pages_are_read_by_the_kernel() -> None:
+    """Keys and values of pages that a table names: no copy in order is made of them. Pages within a head's elements would be one."""
+    text = """graph @g(%q: f32[2, 4, 1, 8], %k: f32[9, 16, 2, 8], %v: f32[9, 16, 2, 8], %t: i64[2, S]) -> f32[2, 4, 1, 8] where 1 <= S {
+      %a: f32[2, S, 16, 2, 8] = take(%k, %t) {axis = 0}
+      %b: f32[2, S, 16, 2, 8] = take(%v, %t) {axis = 0}
+      %c: f32[2, 16*S, 2, 8] = reshape(%a) {shape = [2, 16*S, 2, 8]}
+      %d: f32[2, 16*S, 2, 8] = reshape(%b) {shape = [2, 16*S, 2, 8]}
+      %e: f32[2, 2, 16*S, 8] = transpose(%c) {perm = [0, 2, 1, 3]}
+      %f: f32[2, 2, 16*S, 8] = transpose(%d) {perm = [0, 2, 1, 3]}
+      %0: f32[2, 4, 1, 8] = attention(%q, %e, %f) {scale = 0.3}
+      return %0
+    }"""
+    found, _ = fused(text, Fuse())
+    assert [(kind, sorted(names)) for kind, names in found] == [("attention", sorted(["attention", *["take", "reshape", "transpose"] * 2]))]
+    of_columns = """graph @g(%q: f32[2, 4, 8], %k: f32[2, 5, 9], %t: i64[8]) -> f32[2, 4, 8] {
+      %a: f32[2, 5, 8] = take(%k, %t) {axis = 2}
+      %0: f32[2, 4, 8] = attention(%q, %a, %a) {scale = 0.3}
+      return %0
+    }"""
+    found, _ = fused(of_columns, Fuse())
+    assert "take" not in found[-1][1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph
 from graphopt.ir.text import parse_graph
 
@@ -37,6 +37,8 @@ def inputs(graph: Graph, **bindings: int) -> list[torch.Tensor]:
             strides = [s if isinstance(s, int) else dims.evaluate(s, bindings) for s in v.type.strides]
             span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
             out.append(torch.randn(span, generator=generator).to(v.dtype.torch).as_strided(shape, strides))
+        elif v.dtype == types.i64:  # a table of pages, of which there are nine
+            out.append(torch.randint(0, 9, shape, generator=generator))
         elif v.dtype.is_integer:
             low = -127 if v.dtype.kind == "i" else 0
             out.append(torch.randint(low, low + 255, shape, generator=generator).to(v.dtype.torch))

@@ -166,6 +166,17 @@ FEW = {
       %2: f32[3, 1, 32] = attention(%q, %0, %1) {scale = 0.003}
       return %2
     }"""),
+    "pages": parse_graph("""graph @g(%q: f32[2, 4, 1, 32], %k: f32[9, 16, 2, 32], %v: f32[9, 16, 2, 32], %t: i64[2, 6])
+        -> f32[2, 4, 1, 32] {
+      %a: f32[2, 6, 16, 2, 32] = take(%k, %t) {axis = 0}
+      %b: f32[2, 6, 16, 2, 32] = take(%v, %t) {axis = 0}
+      %c: f32[2, 96, 2, 32] = reshape(%a) {shape = [2, 96, 2, 32]}
+      %d: f32[2, 96, 2, 32] = reshape(%b) {shape = [2, 96, 2, 32]}
+      %e: f32[2, 2, 96, 32] = transpose(%c) {perm = [0, 2, 1, 3]}
+      %f: f32[2, 2, 96, 32] = transpose(%d) {perm = [0, 2, 1, 3]}
+      %0: f32[2, 4, 1, 32] = attention(%q, %e, %f) {scale = 0.3, causal = true, offset = 90}
+      return %0
+    }"""),
     "symbolic": attention(1, "N", 32, heads=1, attrs=", causal = true, offset = N - 1", where=" where 1 <= N"),
     "repeated by views": parse_graph("""graph @g(%q: f32[1, 6, 1, 16], %x: f32[1, 2, 90, 16]) -> f32[1, 1, 96] {
       %a: f32[1, 2, 1, 90, 16] = reshape(%x) {shape = [1, 2, 1, 90, 16]}

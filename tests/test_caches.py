@@ -1,7 +1,8 @@
-"""A cache of keys and values as 8-bit integers with a scale a token: read by the kernel, and within its error budget."""
+"""Caches of keys and values that the kernel reads as they are: 8-bit integers with a scale a token, and pages that a table names."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -36,3 +37,26 @@ def test_a_step_over_cached_integers() -> None:
     assert float((found - whole).norm() / whole.norm()) < BUDGET
     assert len(compiled.report.kernels) == 1 and not compiled.report.fallbacks
     assert "decode" in str(compiled.report.kernels[0])
+
+
+class PagedStep(torch.nn.Module):
+    """Attention of one token over a cache of pages ``[page, token, head, element]``, named in order by a table a sequence."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        keys, values = (x[table].flatten(1, 2).transpose(1, 2).repeat_interleave(q.shape[1] // x.shape[2], 1) for x in (k, v))
+        return torch.softmax(q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ values
+
+
+def test_a_step_over_pages() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in ((2, 8, 1, 64), (40, 16, 2, 64), (40, 16, 2, 64)))
+    table = torch.randperm(40, generator=generator)[:32].reshape(2, 16)
+    model = PagedStep()
+    compiled = graphopt.compile(model, (q, k, v, table))
+    want = model(q.double(), k.double(), v.double(), table)
+    torch.testing.assert_close(compiled(q, k, v, table).double(), want, rtol=1e-5, atol=1e-6)
+    (attention,) = (x for x in compiled.report.kernels if x.kind == "attention")
+    assert attention.ops.count("take") == 2 and "decode" in attention.schedule and not compiled.report.fallbacks
+    assert all(x.ops == ("wrap_index",) for x in compiled.report.kernels if x is not attention)  # of the table: no copy of pages
+    with pytest.raises(IndexError, match="out of range"):
+        compiled(q, k, v, table + 30)
