@@ -169,7 +169,8 @@ class Target:
 
     @staticmethod
     def from_name(name: str) -> Target:
-        """A target from ``cpu`` (this machine's), ``cpu:znver4``, ``cpu:znver4:8`` (8 cores), ``cuda:sm_90``, ``hip:gfx942``.
+        """A target from ``cpu`` (this machine's), ``cpu:znver4``, ``cpu:znver4:8`` (8 cores), ``cuda:sm_90``,
+        ``cuda:sm_90:16`` (a part of one, of 16 multiprocessors), ``hip:gfx942``.
 
         Raises:
             DeviceError: the name is not known; it lists those that are.
@@ -178,17 +179,18 @@ class Target:
         arch, _, cores = rest.partition(":")
         if kind == "cpu" and not arch:
             return detect()
-        if (gpu := ACCELERATORS.get(arch)) and gpu.kind == kind and not cores:
+        counted = not cores or (cores.isdigit() and int(cores) > 0)
+        if (gpu := ACCELERATORS.get(arch)) and gpu.kind == kind and counted:
             features = tuple(sorted((gpu.matrix, *gpu.features)))
-            return Target(kind, arch, gpu.model, features, gpu.processors, (gpu.shared << 10, 0, gpu.cache << 10))
-        if kind == "cpu" and (processor := PROCESSORS.get(arch)) and (not cores or (cores.isdigit() and int(cores) > 0)):
+            return Target(kind, arch, gpu.model, features, int(cores or gpu.processors), (gpu.shared << 10, 0, gpu.cache << 10))
+        if kind == "cpu" and (processor := PROCESSORS.get(arch)) and counted:
             l1, l2, l3 = processor.cache
             features = tuple(sorted(processor.features))
             return Target("cpu", processor.arch, arch, features, int(cores or 1), (l1 << 10, l2 << 10, l3 << 10), processor.sve_bits)
         gpus = [f"{g.kind}:{a}" for a, g in ACCELERATORS.items()]
         hint = nearest(arch, tuple(PROCESSORS)) if kind == "cpu" else nearest(name, gpus)
         known = ", ".join(f"cpu:{p}" for p in PROCESSORS)
-        raise DeviceError(f"unknown target {name!r}{hint}; known are cpu, {known} (each with :CORES), {', '.join(gpus)}")
+        raise DeviceError(f"unknown target {name!r}{hint}; known are cpu, {known}, {', '.join(gpus)} (each with :CORES)")
 
     def lacks(self, other: Target) -> str:
         """Why kernels for ``other`` cannot run here, in words; empty if they can."""

@@ -59,6 +59,7 @@ def test_gpus_by_name(name: str) -> None:
     t = Target.from_name(name)
     assert t.is_gpu and str(t) == name and t.matrix_unit in MATRIX_UNITS
     assert t.warp == (64 if t.kind == "hip" else 32) and t.shared_memory >= 64 << 10 and t.cores > 100
+    assert Target.from_name(f"{name}:16").cores == 16
 
 
 def test_a_gpu_as_pytorch_describes_it() -> None:
@@ -71,7 +72,7 @@ def test_a_gpu_as_pytorch_describes_it() -> None:
     assert (amd.kind, amd.arch, amd.warp, amd.matrix_unit) == ("hip", "gfx942", 64, "mfma")
 
 
-UNKNOWN = ("cuda:sm_9", "hip:sm_90", "cuda:sm_90:2", "cpu:znver44", "cpu:znver4:0", "cpu:znver4:x", "cuda", "tpu:v5", "")
+UNKNOWN = ("cuda:sm_9", "hip:sm_90", "cuda:sm_90:0", "cpu:znver44", "cpu:znver4:0", "cpu:znver4:x", "cuda", "tpu:v5", "")
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

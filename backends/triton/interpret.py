@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -26,12 +27,22 @@ from triton.runtime.jit import JITFunction
 _ONE_AT_A_TIME = threading.RLock()
 
 
+class _DeviceFunction(InterpretedFunction):  # type: ignore[misc]
+    """A function that kernels call. Triton's own would patch the language at every call; the kernel's launch has done it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+
 class _Language(ModuleType):
     """Triton's language as interpreted kernels see it: its functions that are written in Triton are interpreted, too."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(tl, name)
-        return InterpretedFunction(value.fn) if isinstance(value, JITFunction) else value
+        if isinstance(value, JITFunction):
+            value = _DeviceFunction(value.fn)
+            setattr(self, name, value)
+        return value
 
 
 _LANGUAGE = _Language("triton.language")
@@ -41,14 +52,14 @@ _WORLDS: dict[int, dict[str, Any]] = {}  # by the identity of a module's names, 
 def _world(names: dict[str, Any]) -> dict[str, Any]:
     """The names of a module as its interpreted functions see them; the module stays as it is, for compilers."""
     if id(names) not in _WORLDS:
-        # the last two are what the interpreter patches, and puts back: a device function that is called patches them without that
+        # the last two are what the interpreter patches at a launch, and puts back
         world = _WORLDS[id(names)] = {**names, "_names": names, "_language": tl, "_core": tl.core}
         for name, value in names.items():
             if value is tl:
                 world[name] = _LANGUAGE
             elif isinstance(value, JITFunction):
                 home = value.fn.__globals__
-                world[name] = InterpretedFunction(_within(value.fn, world if home is names else _world(home)))
+                world[name] = _DeviceFunction(_within(value.fn, world if home is names else _world(home)))
             elif isinstance(value, FunctionType) and value.__globals__ is names:
                 world[name] = _within(value, world)
     return _WORLDS[id(names)]
@@ -95,13 +106,17 @@ def _corrected() -> Iterator[None]:
     def create_splat(to: Any, x: TensorHandle) -> TensorHandle:
         return TensorHandle(np.full(to.shape, x.data.reshape(-1)[0], dtype=x.data.dtype), x.dtype.scalar)
 
-    right = {"cast_impl": cast_impl, "create_dot": create_dot, "create_splat": create_splat}
+    options = replace(interpreter_builder.options, sanitize_overflow=False)  # integers wrap around, and are not looked at each time
+    right = {"options": options, "cast_impl": cast_impl, "create_dot": create_dot, "create_splat": create_splat}
+    before = dict(vars(interpreter_builder))
     vars(interpreter_builder).update(right)
     try:
         yield
     finally:
         for name in right:
             delattr(interpreter_builder, name)
+            if name in before:
+                setattr(interpreter_builder, name, before[name])
 
 
 def from_bf16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

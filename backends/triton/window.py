@@ -21,6 +21,7 @@ from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node
 
+UNROLLED = 64  # taps at most that are written one after another
 POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
 
 
@@ -117,7 +118,7 @@ class WindowKernel:
         slide = Slide.of(node, tuple(int(d) for d in w.shape[:-2]) if w is not None else node.attrs["kernel"], image)
         acc = self._start()
         tap = Var(code_name := self.code.fresh("tap"), slide.taps, depth=self.code.depth + 1)
-        with self.code.loop(f"for {code_name} in tl.static_range({slide.taps}):"):
+        with self.code.loop(f"for {code_name} in {_taps(slide.taps)}:"):
             taps = self.e.places.unflatten(variable(tap), slide.kernel)
             places, guards = slide.places(self.e, at, taps)  # type: ignore[arg-type]
             tile = self._read(places, guards)
@@ -186,7 +187,7 @@ class WindowKernel:
             spans.append((start, stop, max(-(-(j + 1) * int(n) // int(m)) - j * int(n) // int(m) for j in range(int(m)))))
         acc, longest = self._start(), [n for _, _, n in spans]
         tap = Var(code.fresh("tap"), prod(longest), depth=code.depth + 1)
-        with code.loop(f"for {tap.name} in tl.static_range({prod(longest)}):"):
+        with code.loop(f"for {tap.name} in {_taps(prod(longest))}:"):
             places: list[Sum] = []
             guards: list[Text] = []
             for (start, stop, _), k, size in zip(spans, e.places.unflatten(variable(tap), longest), image, strict=True):
@@ -199,6 +200,10 @@ class WindowKernel:
         for start, stop, _ in spans:
             acc = code.let("mean", f"{acc} / ({code.place(stop).text} - {code.place(start).text})")
         return acc
+
+
+def _taps(count: int) -> str:
+    return f"tl.static_range({count})" if count <= UNROLLED else f"range({count})"
 
 
 def size_of(graph: Graph) -> tuple[Dim, Dim]:
