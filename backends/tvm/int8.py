@@ -5,7 +5,8 @@ row (its largest element), that is found in one pass over it, and the integers i
 some panels of the weight. A panel is ``[depth / 4, 32, 4]`` behind the views that the packing pass writes: four neighbouring
 elements of the summed axis stand side by side, as all instructions want them that multiply bytes:
 
-- ``amx``: TDPBSSD, tiles of 16 x 64 by 64 x 16; two by two are summed at once.
+- ``amx``: TDPBSSD, tiles of 16 x 64 by 64 x 16; two by two are summed at once. Meanwhile the vector units make floats of the panel
+  before.
 - ``vnni``: VPDPBUSD, unsigned by signed: rows are kept with 128 added, and 128 times the sum of a column is taken off.
 - ``sdot``: Arm's SDOT, signed by signed.
 - ``mul``: the four of a word one after the other, by 32-bit multiplications that every processor has.
@@ -18,8 +19,7 @@ Reference: Intel 64 and IA-32 Architectures Optimization Reference Manual, chapt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -36,6 +36,8 @@ from graphopt.errors import BuildError
 from graphopt.ir import types
 from graphopt.ir.graph import Graph, Value
 
+Write = Callable[[Index, Index, int], None]
+
 WORD = 4  # bytes that an instruction multiplies and adds at a time
 SUMS = 4  # vectors of the largest elements that are under way
 LINE = 64  # bytes of a cache line
@@ -49,8 +51,9 @@ class Int8Kernel:
     """
 
     def __init__(self, graph: Graph, engine: str, lanes: int, rows: int, group: int, panels: int, block: int, ahead: bool,
-                 parallel: bool) -> None:  # fmt: skip
+                 beside: bool, parallel: bool) -> None:  # fmt: skip
         self.graph, self.engine, self.lanes, self.mr, self.ahead, self.parallel = graph, engine, lanes, rows, ahead, parallel
+        self.beside = beside and engine == "amx"
         self.nodes = products_of(graph)
         self.left, self.statistic = self.nodes[0].operands[0], statistic_of(graph)
         self.code = code = Code(graph.symbols)
@@ -212,12 +215,24 @@ class Int8Kernel:
         totals = [code.alloc(rows * COLUMNS, "int32", "total") for _ in self.weights]
         with code.loop(count, "serial", "j") as j:
             at = code.bind_index(code.simplify((panel + j) * (self.depth * COLUMNS)), "w")
-            for weight, total in zip(self.weights, totals, strict=True):
+
+            def write(io: Index, s: Index, each: int, j: Index = j) -> None:
+                """So many rows of a row tile, of the panel before: beside the tiles, which multiply without the vector units."""
+                done = code.simplify(s * each)
+                some = code.least(code.least(last - io * height, height) - done, each)
+                n = code.bind_index(tirx.Select(tirx.GT(i64(j), i64(0)), i64(code.greatest(some, 0)), i64(0)), "n")
+                start = code.simplify(io * height + done)
+                store.write(totals, code.simplify(start * COLUMNS), code.simplify(row + start), n, code.simplify((panel + j - 1) * COLUMNS))
+
+            for which, (weight, total) in enumerate(zip(self.weights, totals, strict=True)):
                 if self.engine == "amx":
-                    self._tiles(left, weight, at, total, first, here)
+                    self._tiles(left, weight, at, total, first, here, write if self.beside and which == 0 else None)
                 else:
                     self._dots(left, weight, at, total, first, here)
-            store.write(totals, 0, row, last, code.simplify((panel + j) * COLUMNS))
+            if not self.beside:
+                store.write(totals, 0, row, last, code.simplify((panel + j) * COLUMNS))
+        if self.beside:
+            store.write(totals, 0, row, last, code.simplify((panel + count - 1) * COLUMNS))
         if self.engine == "amx":
             amx.release(code)
 
@@ -229,42 +244,40 @@ class Int8Kernel:
 
     # --- tiles --------------------------------------------------------------------------------------------------------------
 
-    def _tiles(self, left: Any, weight: Any, at: Index, total: Any, first: Index, here: Index) -> None:
-        """A panel by tiles 0 to 3, which hold sums, of 4 and 5, of the first factor, and 6 and 7, of the weight."""
+    def _tiles(self, left: Any, weight: Any, at: Index, total: Any, first: Index, here: Index, write: Write | None) -> None:
+        """A panel by tiles 0 to 3, which hold sums, of 4 and 5, of the first factor, and 6 and 7, of the weight.
+
+        ``write``: told (row tile, step, rows a step) at each step of the first block, before the sums of that row tile are stored.
+        """
         code, steps = self.code, self.depth // STEP
         blocks, rest = divmod(steps, self.block)
 
-        def block(b: Index, count: int) -> None:
+        def block(b: Index, count: int, write: Write | None = None) -> None:
             with code.loop(here, "serial", "io") as io:
-                self._pair(left, weight, at, total, first, io, b, count, steps)
+                self._pair(left, weight, at, total, first, io, b, count, write)
 
-        with code.loop(blocks, "serial", "b") as b:
-            block(b, self.block)
+        block(0, self.block, write)
+        if blocks > 1:
+            with code.loop(blocks - 1, "serial", "b", start=1) as b:
+                block(b, self.block)
         if rest:
             block(blocks, rest)
 
-    def _pair(self, left: Any, weight: Any, at: Index, total: Any, first: Index, io: Index, b: Index, count: int, steps: int) -> None:
+    def _pair(self, left: Any, weight: Any, at: Index, total: Any, first: Index, io: Index, b: Index, count: int,
+              write: Write | None) -> None:  # fmt: skip
         """A block of the depth for one or two row tiles."""
-        code, side = self.code, self.side
+        code, side, steps = self.code, self.side, self.depth // STEP
         sums = [(i, c) for i in range(side) for c in range(2)]
         place = code.bind_index(code.simplify(io * (self.height * COLUMNS)), "place")
 
         def spot(i: int, c: int) -> Index:
             return code.simplify(place + (i * self.mr * COLUMNS + c * TILE))
 
-        def clear() -> None:
-            for i, c in sums:
+        for i, c in sums:
+            if isinstance(b, int) and b == 0:
                 amx.zero(code, 2 * i + c)
-
-        if isinstance(b, int) and b == 0:
-            clear()
-        else:
-            with code.when(tirx.EQ(i64(b), i64(0))) if not isinstance(b, int) else nullcontext():
-                if not isinstance(b, int):
-                    clear()
-            with code.when(tirx.GT(i64(b), i64(0))) if not isinstance(b, int) else nullcontext():
-                for i, c in sums:
-                    amx.load(code, 2 * i + c, total, spot(i, c), COLUMNS * 4)
+            else:
+                amx.load(code, 2 * i + c, total, spot(i, c), COLUMNS * 4)
         x = code.bind_index(code.simplify((first + io) * (side * steps * WHOLE) + b * (self.block * WHOLE)), "x")
         y = code.bind_index(code.simplify(at + b * (self.block * STEP * COLUMNS)), "y")
         fetched = code.simplify(io * count)
@@ -276,6 +289,8 @@ class Int8Kernel:
             for i, c in sums:
                 amx.multiply_bytes(code, 2 * i + c, 4 + i, 6 + c)
             self._fetch(weight, code.simplify(y), code.simplify(fetched + s))
+            if write is not None:
+                write(io, s, -(-self.height // count))
         for i, c in sums:
             amx.store(code, 2 * i + c, total, spot(i, c), COLUMNS * 4)
 

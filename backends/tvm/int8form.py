@@ -99,6 +99,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
 
     ``lanes``: sums of a vector. ``rows``: of a tile. ``group``: row tiles (``amx``: pairs of them) of a task. ``panels``: of a task.
     ``block``: of the summed axis, after which sums are put aside (``amx``). ``ahead``: whether the next panel is asked for.
+    ``beside``: whether a panel is written while the next one is multiplied (``amx``).
     """
     engine, node = t.int8_products, products_of(graph)[0]
     engines = tuple(dict.fromkeys((engine, *(e for e in ("vnni",) if t.has("avx512_vnni") and t.has("avx512f")), "mul")))
@@ -119,5 +120,6 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("panels", tuple(dict.fromkeys((share, 1, 2, 4, 8, 16))), "tasks"),
         Param("block", tuple(dict.fromkeys((min(depth, _BLOCK), 512, 2048, 1 << 20))), "tasks"),
         Param("ahead", (True, False)),
+        Param("beside", (True, False)),
         Param("parallel", (True, False), "tasks"),
     )

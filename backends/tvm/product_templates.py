@@ -84,7 +84,7 @@ def _write_int8(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.int8 import Int8Kernel
     from graphopt.backends.tvm.prepare import expand_rows
 
-    names = ("engine", "lanes", "rows", "group", "panels", "block", "ahead", "parallel")
+    names = ("engine", "lanes", "rows", "group", "panels", "block", "ahead", "beside", "parallel")
     return Int8Kernel(expand_rows(w.graph), **{n: s[n] for n in names}).emit()
 
 

@@ -142,6 +142,7 @@ def test_sums_are_exact(builder, kernels_dir) -> None:
 @pytest.mark.parametrize("change", [
     {"engine": "vnni", "rows": 6}, {"engine": "mul", "rows": 3}, {"engine": "mul", "rows": 2, "lanes": 4},
     {"block": 64, "group": 1, "panels": 1}, {"ahead": False, "parallel": False, "rows": 5},
+    {"beside": False},
 ])  # fmt: skip
 def test_every_engine_and_knob(builder, kernels_dir, change: dict[str, object]) -> None:
     if change.get("engine", "mul") not in next(p.choices for p in int8form.params(EXACT["one step"], detect()) if p.name == "engine"):
