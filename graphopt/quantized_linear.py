@@ -15,6 +15,7 @@ from graphopt.errors import UsageError
 from graphopt.passes.quantization.scheme import Scheme
 
 _TINY = 1e-30  # scale of a group of zeros
+_EXACT = (1 << 24) // (128 * 128)  # products of 8 bits that f32 sums exactly, in any order
 
 _LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 for _signature in (
@@ -53,7 +54,8 @@ def integer_linear(x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor
     """
     s = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY) if step is None else step
     q = torch.round(x * s.reciprocal()).clamp(-128, 127)
-    return (q.double() @ integers.t().double()).to(x.dtype) * (s * scales.t())
+    held = torch.float32 if x.shape[-1] <= _EXACT else torch.float64
+    return (q.to(held) @ integers.t().to(held)).to(x.dtype) * (s * scales.t())
 
 
 _LIBRARY.impl("dequantize_groups", dequantize_groups, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -132,15 +134,17 @@ class QuantizedLinear(nn.Module):
         columns: input features.
         scheme: as users write it.
         step: the scale of the inputs, where the scheme is static.
+        smooth: what the inputs' channels ``[K]`` are multiplied by first, the weight having been divided by it.
     """
 
     integers: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     step: torch.Tensor | None
+    smooth: torch.Tensor | None
 
     def __init__(self, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bias: torch.Tensor | None, columns: int,
-                 scheme: str, step: torch.Tensor | None = None) -> None:  # fmt: skip
+                 scheme: str, step: torch.Tensor | None = None, smooth: torch.Tensor | None = None) -> None:  # fmt: skip
         super().__init__()
         parsed = Scheme.parse(scheme)
         self.scheme, self.bits, self.in_features, self.out_features = scheme, parsed.bits, columns, integers.shape[0]
@@ -149,6 +153,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.register_buffer("step", step)
+        self.register_buffer("smooth", smooth)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
     @staticmethod
@@ -158,16 +163,17 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight ``[out, in]`` in f32, computed anew."""
+        """The weight ``[out, in]`` in f32, computed anew: what ``smooth`` inputs are multiplied by."""
         stored = self.integers, self.scales, self.zeros
         return torch.ops.graphopt.dequantize_groups(*stored, self.bits, self.in_features)  # type: ignore[no-any-return]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weight as stored."""
-        return sum(x.nbytes for x in (self.integers, self.scales, self.zeros) if x is not None)
+        return sum(x.nbytes for x in (self.integers, self.scales, self.zeros, self.step, self.smooth) if x is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.smooth is None else x * self.smooth
         if self.activations:
             y = torch.ops.graphopt.integer_linear(x, self.integers, self.scales, self.step)
             return y if self.bias is None else y + self.bias

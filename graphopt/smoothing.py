@@ -5,8 +5,9 @@ A normalization with a learned scale may be followed by anything that is linear 
     norm(x) * g + b  and  y = (norm(x) * g + b) W^T    =    norm(x) * (g / s) + (b / s)  and  y = (...) (W * s)^T
 
 A group is a normalization and *all* that reads it, when that is linear layers alone. Groups are found in the captured graph, not by
-the names of modules; a normalization that something else reads (a residual after it) is left. SmoothQuant chooses s so that channels
-of inputs and of weights are alike hard to round; AWQ searches for the power of the inputs' mean magnitudes with the least error.
+the names of modules. Any other linear layer (behind a norm that a residual reads, too, or behind an activation) multiplies its inputs
+by ``1 / s`` itself, which costs an instruction an element where its kernel rounds them. SmoothQuant chooses s so that channels of inputs
+and of weights are alike hard to round; AWQ searches for the power of the inputs' mean magnitudes with the least error.
 
 Reference: Xiao et al., "SmoothQuant", arXiv:2211.10438; Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978.
 """
@@ -124,11 +125,12 @@ def awq_scales(x_mean: torch.Tensor, x: torch.Tensor, weights: Sequence[torch.Te
     return best
 
 
-def smoothed(model: nn.Module, groups: Sequence[Group], samples: Sequence[Sample], scheme: Scheme, method: str,
+def smoothed(model: nn.Module, groups: Sequence[Group], alone: Sequence[str], samples: Sequence[Sample], scheme: Scheme, method: str,
              weight_of: Callable[[nn.Module], torch.Tensor]) -> dict[str, nn.Module]:  # fmt: skip
     """Modules to put in the place of a model's, by name: normalizations and linear layers with scales moved.
 
     Args:
+        alone: linear layers of no group: their inputs' channels are multiplied when the layer is called.
         method: ``smoothquant`` or ``awq``.
         weight_of: a linear module's weight as ``[N, K]``.
     """
@@ -143,6 +145,7 @@ def smoothed(model: nn.Module, groups: Sequence[Group], samples: Sequence[Sample
         if len(kept.get(name, ())) < ROWS:
             kept[name] = torch.cat([kept[name], x])[:ROWS] if name in kept else x[:ROWS].clone()
 
+    groups = [*groups, *(Group("", (name,)) for name in alone)]
     watch(model, [g.linears[0] for g in groups], samples, look)
     out: dict[str, nn.Module] = {}
     for g in groups:
@@ -154,10 +157,27 @@ def smoothed(model: nn.Module, groups: Sequence[Group], samples: Sequence[Sample
             s = smoothquant_scales(most[first], weights)
         else:
             s = awq_scales((total[first] / rows[first]).float(), kept[first], weights, scheme)
+        if not g.norm:
+            out[first] = Smoothed(weights[0] * s, modules[first]._parameters["bias"], s.reciprocal())
+            continue
         out[g.norm] = _divided(modules[g.norm], s)
         for n in g.linears:
             out[n] = _multiplied(modules[n], s, weight_of)
     return out
+
+
+class Smoothed(nn.Module):
+    """A linear layer with a weight ``[N, K]``, of inputs that are multiplied by ``smooth`` ``[K]`` first."""
+
+    smooth: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, smooth: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
+        self.register_buffer("smooth", smooth)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x * self.smooth, self.weight, self.bias)
 
 
 def _divided(norm: nn.Module, s: torch.Tensor) -> nn.Module:

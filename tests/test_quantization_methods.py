@@ -220,8 +220,8 @@ def test_scales_are_moved_exactly(block: Block, method: str) -> None:
 
     x = torch.randn(20, 96, dtype=torch.float64)
     samples = [((x.float(),), {})]
-    modules = smoothed(block, groups_of(block, *samples[0]), samples, Scheme.parse("int4-weight"), method, _of)
-    assert set(modules) == {"before", "gate", "up", "last", "head"}
+    modules = smoothed(block, groups_of(block, *samples[0]), ["down", "mix"], samples, Scheme.parse("int4-weight"), method, _of)
+    assert set(modules) == {"before", "gate", "up", "last", "head", "down", "mix"}
     moved = _replaced(block, modules)
     if method == "smoothquant":  # AWQ leaves channels that are alike
         assert not torch.equal(moved.gate.weight, block.gate.weight)
@@ -229,6 +229,23 @@ def test_scales_are_moved_exactly(block: Block, method: str) -> None:
     with torch.no_grad():
         want = block.double()(x)
         torch.testing.assert_close(moved.double()(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_smooths_its_own_inputs(block: Block) -> None:
+    """What no normalization makes is multiplied in the kernel that rounds it, channels of very different sizes getting their own digits."""
+    with torch.no_grad():
+        block.up.weight[:5] *= 50
+        block.down.weight[:, :5] /= 50
+    x, calibration = torch.randn(40, 96), [torch.randn(100, 96)]
+    errors = {}
+    for method in ("rtn", "smoothquant"):
+        made = graphopt.quantize(block, scheme="int8-static", method=method, calibration=calibration, least=1)
+        compiled = graphopt.compile(made, (x,), strict=True)
+        with torch.no_grad():
+            assert float((compiled(x) - made(x)).norm() / made(x).norm()) < 2e-3
+            errors[method] = float((made(x) - block(x)).norm() / block(x).norm())
+    assert made.down.smooth is not None and errors["smoothquant"] < errors["rtn"] / 2, errors
+    assert {json.loads(k.schedule)["template"] for k in compiled.report.kernels if k.kind == "matmul"} == {"int8"}
 
 
 def test_smoothquant_on_planted_outliers(block: Block) -> None:

@@ -59,7 +59,8 @@ class RowStore:
         code, width, lanes = self.code, self.width, self.lanes
         with code.loop(count, "serial", "i") as i:
             r = code.bind_index(code.simplify(row + i), "r")
-            lead = [code.bind_index(x, "i", n) for x, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
+            places = zip(code.unflatten(r, self.lead), self.lead, strict=True)
+            lead = [0 if isinstance(n, int) and n == 1 else code.bind_index(x, "i", n) for x, n in places]  # as broadcasts ask for it
             start = code.bind_index(code.simplify(base + i * width), "at")
 
             def one(c: Index) -> None:

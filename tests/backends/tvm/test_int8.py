@@ -67,6 +67,8 @@ EXACT = {
     "any rows of a batch": region((2, M), 75, 33, integers=True),
 }  # fmt: skip
 FLOATS = {
+    "a row": region((1,), 160, 160, epilogue=True),
+    "a row of a batch": region((1, 1), 96, 130, products=2),
     "an epilogue": region((33,), 160, 96, epilogue=True),
     "two products that meet": region((50,), 192, 75, products=2),
     "given integers": region((9,), 128, 64, dynamic=False, epilogue=True),
