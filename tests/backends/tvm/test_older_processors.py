@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 from families import bindings, families, inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_random_regions import index_bounds, region
 from tvm_check import check
 
+from graphopt.sampling import random_inputs
 from graphopt.target import Target, detect
+from graphopt.testing.random_regions import random_region
 
 NAMES = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "znver4")
 
@@ -35,15 +35,6 @@ def test_every_family(compile_all, name: str) -> None:
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_random_regions_for_avx2(compile_all, seed: int) -> None:
-    r = random.Random(seed)
-    index_bounds.clear()
-    graph, kind = region(r)
-    generator = torch.Generator().manual_seed(seed)
-    values = [
-        torch.randint(0, index_bounds[v], v.shape, generator=generator)
-        if v in index_bounds
-        else torch.randn(v.shape, generator=generator).to(v.dtype.torch)
-        for v in graph.inputs
-    ]
+    graph, kind = random_region(random.Random(seed))
     (run,) = compile_all([(graph, kind)], target=runnable("x86-64-v3"))
-    check(graph, run, values, factor=4.0)
+    check(graph, run, random_inputs(graph, {}, seed), factor=4.0)
