@@ -241,7 +241,11 @@ class Ops:
         x, c = a[0], _constants(d)
         if approximate == "tanh":
             inner = self.let(c(math.sqrt(2 / math.pi)) * (x + c(0.044715) * x * x * x))
+            if d != types.f64:
+                return x * vecmath.logistic(self.let, inner)
             return c(0.5) * x * (c(1.0) + self._tanh([inner], d, raw))
+        if d != types.f64:
+            return x * vecmath.normal_cdf(self.let, x)
         return c(0.5) * x * (c(1.0) + self._erf([self.let(x * c(math.sqrt(0.5)))], d, raw))
 
     def _silu(self, a: list[Any], d: DType, raw: Any) -> Any:

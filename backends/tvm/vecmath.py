@@ -155,6 +155,30 @@ def erf(let: Let, x: Any) -> Any:
     return tirx.Select(t > const(0.927734375), big, near)
 
 
+def _odd_step(let: Let, x: Any, end: float, p: tuple[float, ...], q: tuple[float, ...]) -> Any:
+    """1/2 + x P(x**2) / Q(x**2) up to ``end``, where the fraction is slightly above 1/2; 0 and 1 beyond."""
+    y = let(tirx.min(tirx.max(x, const(-end)), const(end)))
+    s = let(y * y)
+    half = let(y * horner(s, *p) / horner(s, *q))
+    return const(0.5) + tirx.min(tirx.max(half, const(-0.5)), const(0.5))
+
+
+def normal_cdf(let: Let, x: Any) -> Any:
+    """The share of a standard normal distribution that is below x, at most 1.2e-7 off; 0 and 1 beyond 5.3. Not for nan.
+
+    Fitted to erf(x / sqrt 2) / 2. Where only the sum with 1/2 counts, as in a GELU, it has half the operations of :func:`erf`, and
+    half as many that wait for each other.
+    """
+    p = (1.22371599e-10, -2.23620856e-8, 2.92474625e-6, 1.38635864e-4, 4.30568261e-3, 3.27995680e-2, 3.98942292e-1)
+    return _odd_step(let, x, 5.3, p, (5.20086101e-5, 1.64588424e-3, 2.72745656e-2, 2.48882473e-1, 1.0))
+
+
+def logistic(let: Let, x: Any) -> Any:
+    """1 / (1 + e**(-2 x)) = (1 + tanh x) / 2, at most 1.2e-7 off; 0 and 1 beyond 9. Not for nan. See :func:`normal_cdf`."""
+    p = (-6.12267051e-12, 1.53205981e-8, 1.40153597e-5, 1.93473883e-3, 6.84041604e-2, 0.5)
+    return _odd_step(let, x, 9.0, p, (1.28899500e-6, 3.94066068e-4, 2.72500440e-2, 4.70141649e-1, 1.0))
+
+
 def log(let: Let, x: Any) -> Any:
     """Natural logarithm, all inputs; the mantissa is brought to [sqrt(1/2), sqrt(2)]."""
     tiny = x < const(1.17549435e-38)
