@@ -18,6 +18,7 @@ class KernelTimes:
 
     Attributes:
         changed: whether its schedule is another one now; if not, its two times tell how far such times can be trusted.
+        workloads: keys of what it computes.
     """
 
     name: str
@@ -25,6 +26,12 @@ class KernelTimes:
     before: float
     after: float
     changed: bool = True
+    workloads: tuple[str, ...] = ()
+
+    @property
+    def slower(self) -> bool:
+        """Whether another schedule made it slower in the model than by noise: by more than a tenth."""
+        return self.changed and self.after > 1.1 * self.before
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,16 @@ def before_and_after(name: str, calls: tuple[Call, Call], profiles: tuple[Callab
         for which in (0, 1) if n % 2 else (1, 0):
             found[which].append(profiles[which]())
     kernels: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
+    workloads: dict[tuple[str, str, bool], dict[str, None]] = {}
     for i, call in enumerate(found[0][0].calls):
         old, new = (median(p.calls[i].seconds for p in side) for side in found)
         changed = _schedule(call) != _schedule(found[1][0].calls[i])
-        kernels.setdefault((call.kind, call.what, changed), []).append((old, new))
-    rows = [KernelTimes(what, len(t), median(a for a, _ in t), median(b for _, b in t), c) for (_, what, c), t in kernels.items()]
+        group = call.kind, call.what, changed
+        kernels.setdefault(group, []).append((old, new))
+        if isinstance(call.step, KernelStep):
+            workloads.setdefault(group, {})[call.step.workload.key] = None
+    rows = [KernelTimes(g[1], len(t), median(a for a, _ in t), median(b for _, b in t), g[2], tuple(workloads.get(g, ())))
+            for g, t in kernels.items()]  # fmt: skip
     return BeforeAfter(name, tuple(before), tuple(after), tuple(sorted(rows, key=lambda r: -r.calls * r.before)))
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -146,6 +146,22 @@ def run_records(run: Run, tasks: Iterable[Task]) -> list[TuningRecord]:
     return [r for r in run.database.records(run=run.run, versions=versions()) if r.workload.key in keys]
 
 
+def withdraw(database: Database, workloads: Iterable[str], target: Target, threads: int, since: str) -> int:
+    """Let nothing count that was found faster since a moment (``TuningRecord.when``), for workloads given by key.
+
+    For schedules that are slower in the model: they won while something else ran. The trials stay, without their gain. Returns
+    how many workloads lost one.
+    """
+    keys = set(workloads)
+    found = database.records(target=device_key(target), threads=threads, versions=versions())
+    won = [r for r in found if r.workload.key in keys and r.when >= since and (r.measured.gain or 0.0) > 1.0]
+    database.remove([r.key for r in won])
+    for r in won:  # as fast as what it was timed against
+        m = r.measured
+        database.add([replace(r, measured=replace(m, seconds=(m.seconds or 0.0) * (m.gain or 1.0), gain=1.0))])
+    return len({r.workload.key for r in won})
+
+
 def last_run(database: Database, tasks: Sequence[Task], target: Target, threads: int) -> str | None:
     """The latest run that tuned any of these tasks under the same conditions."""
     found = [r for t in tasks for r in database.records(t.workload, device_key(target), threads, versions())]
@@ -200,9 +216,13 @@ def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -
 
 
 def _record(run: Run, name: str, task: Task, trial: Trial, number: int) -> None:
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     run.database.add([TuningRecord(task.workload, device_key(run.target), str(run.target), run.threads, trial.schedule, trial.measured,
-                                   versions(), name, number, now)])  # fmt: skip
+                                   versions(), name, number, moment())])  # fmt: skip
+
+
+def moment() -> str:
+    """Now, as records have it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def check_device(name: str) -> Target:

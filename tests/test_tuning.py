@@ -22,13 +22,13 @@ import graphopt
 from graphopt import tuning
 from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Timing
-from graphopt.autotune.records import Status
+from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 from graphopt.autotune.tasks import Task
 from graphopt.autotune.tuner import Budget
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
-from graphopt.tuning import CandidateBuilder, Run, last_run, spaces_of, tune, versions
+from graphopt.tuning import CandidateBuilder, Run, last_run, spaces_of, tune, versions, withdraw
 from graphopt.tuning_tasks import tasks_of
 
 pytestmark = pytest.mark.tvm
@@ -196,3 +196,31 @@ def test_a_tuner_that_is_killed_at_random_moments_makes_the_trials_of_an_undistu
         assert len({r.run for r in records}) == 1
         assert all(r.measured.ok for r in records), Counter(r.measured.reason for r in records)
     assert not [p for p in Path(tempfile.gettempdir()).glob("graphopt-tune-*-*") if not Path(f"/proc/{p.name.split('-')[2]}").exists()]
+
+
+def test_what_is_slower_in_the_model_is_withdrawn(tmp_path: Path) -> None:
+    database, target = Database(tmp_path / "tuning.db"), detect()
+    first, second = tasks(tmp_path / "cache")[:2]
+
+    def variants(task: Task) -> list[Schedule]:
+        space = spaces_of(task.workload, target)[0]
+        base = space.default()
+        return [Schedule.make(base.template, base.sketch, **{**dict(base.knobs), p.name: c}) for p in space.params for c in p.choices[1:]]
+
+    one, other = variants(first), variants(second)
+
+    def add(task: Task, schedule: Schedule, gain: float, when: str, trial: int) -> None:
+        measured = Measured(Status.OK, 1e-5 / gain, 0.0, 0.0, gain)
+        database.add([TuningRecord(task.workload, device_key(target), str(target), 1, schedule, measured, versions(), "r", trial, when)])
+
+    add(first, one[0], 1.5, "2026-01-01T00:00:00Z", 1)
+    add(first, one[1], 9.0, "2026-01-02T00:00:00Z", 2)
+    add(second, other[1], 2.0, "2026-01-02T00:00:00Z", 3)
+    assert withdraw(database, [first.workload.key], target, 1, "2026-01-02T00:00:00Z") == 1
+
+    def best(task: Task) -> Schedule | None:
+        found = database.best(task.workload, device_key(target), 1, versions())
+        return found and found.schedule
+
+    assert len(database.records()) == 3
+    assert best(first) == one[0] and best(second) == other[1]

@@ -20,7 +20,7 @@ from graphopt.autotune.sqlite import Damaged
 from graphopt.autotune.tuner import Budget, Event, Outcome, RoundBegins
 from graphopt.before_after import BeforeAfter, before_and_after
 from graphopt.bench.limits import LimitMeter, Limits
-from graphopt.bench.load import Snapshot, between, snapshot
+from graphopt.bench.load import Snapshot, between, snapshot, watch
 from graphopt.bench.loading import load
 from graphopt.bench.measure import label
 from graphopt.bench.models import MODELS
@@ -33,9 +33,11 @@ from graphopt.model import CompiledModel
 from graphopt.options import default_cache_dir
 from graphopt.profile import Profile
 from graphopt.target import Target
-from graphopt.tuning import Run, check_device, last_run, run_records, tune
+from graphopt.tuning import Run, check_device, last_run, moment, run_records, tune, withdraw
 from graphopt.tuning_tasks import Tasks, tasks_of
 
+LOOK = 1.0  # seconds for which other processes are watched before the first trial
+MOST_LOAD = 0.25  # processors that they may keep busy without a word
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -136,6 +138,7 @@ class _Session:
         self.view: View | None = None
         self.outcome: Outcome | None = None
         self._seen: tuple[Snapshot, ...] = ()
+        self._began = moment()
 
     @property
     def trials(self) -> int:
@@ -157,6 +160,8 @@ class _Session:
 
     def tune(self, budget: Budget, seed: int, resume: bool) -> None:
         """Make trials. Raises KeyboardInterrupt if it was interrupted."""
+        if (load := watch(LOOK)) and load.others > MOST_LOAD:
+            self.say(f"other processes keep {load.others:.1f} processors busy: what wins now may be slower on a quiet machine")
         run = self._run(seed, resume)
         done = len(run_records(run, self.found.tasks)) if run.run else 0
         if done:
@@ -190,10 +195,16 @@ class _Session:
         return Run(self.target, self.database, self.threads, seed, last or "")
 
     def finish(self) -> None:
-        """Measure the models before and after."""
+        """Measure the models before and after. What is slower in them than its default schedule is withdrawn."""
         for m in self.models:
             self.say(f"measuring {m.name} with default and with tuned schedules, in turns")
-            show_model(m.name, _measured(m, self.options, self.database), self.console)
+            found = _measured(m, self.options, self.database)
+            show_model(m.name, found, self.console)
+            slower = [k for k in found.kernels if k.slower] if found else []
+            keys = [key for k in slower for key in k.workloads]
+            if keys and (lost := withdraw(self.database, keys, self.target, self.threads, self._began)):
+                text = f"{counted(lost, 'kernel')} slower in the model than with default schedules: withdrawn, the default ones stay"
+                self.console.print(text, highlight=False)
 
     def interrupted(self, again: str) -> str:
         """What to say after Ctrl-C."""
