@@ -118,7 +118,8 @@ def _step(node: Node, target: Target, backend: Backend | None, why_none: str, as
     if backend is None:
         return LibraryStep(node, why_none, asked)
     if node.op.name == "aten":
-        return LibraryStep(node, f"{node.attrs['target']} has no lowering", asked)
+        dtypes = ", ".join(dict.fromkeys(str(v.dtype) for v in node.operands))
+        return LibraryStep(node, f"{node.attrs['target']} {f'of {dtypes} ' if dtypes else ''}has no lowering", asked)
     if node.body is None:
         return LibraryStep(node, f"{node.op.name} has no kernel template yet", asked)
     body = plain_layouts(node.body)

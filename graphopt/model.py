@@ -39,6 +39,10 @@ class CompiledModel:
         flat = self._exported.flatten(args, kwargs)
         return self._exported.unflatten(self._compiled(flat))
 
+    def eval(self) -> CompiledModel:
+        """The model itself: it is for inference. It has no parameters of its own; those are the original model's."""
+        return self
+
     def profile(self, *args: Any, runs: int = 20, **kwargs: Any) -> Profile:
         """What every call of the program costs on these arguments. Raises UsageError if there is no program."""
         return self._compiled.profile(self._exported.flatten(args, kwargs), runs)
@@ -93,13 +97,13 @@ class CompiledModel:
         give_back_memory()
 
 
-def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Tensor = (), kwargs: Mapping[str, Any] | None = None, *,
             dynamic_shapes: Any = None, progress: Progress | None = None, **options: Any) -> CompiledModel:  # fmt: skip
     """Compile a model for inference.
 
     Args:
         model: a module, or the path of a ``.pt2`` file that ``torch.export.save`` wrote.
-        args, kwargs: example inputs; sizes are those of the examples unless ``dynamic_shapes`` says otherwise.
+        args, kwargs: example inputs (one tensor alone will do); sizes are those of the examples unless ``dynamic_shapes`` says otherwise.
         dynamic_shapes: as in ``torch.export.export``.
         progress: told (stage, done, total) while kernels are built.
         options: see :class:`graphopt.Options`.

@@ -178,8 +178,9 @@ class ProgramWriter:
 
     def _refuse_sizes(self, inputs: Sequence[torch.Tensor]) -> None:
         graph = self.lowered.graph
-        given = ", ".join(f"{v.hint or i}: {list(x.shape)}" for i, (v, x) in enumerate(zip(graph.inputs, inputs)))
-        wanted = ", ".join(f"{v.hint or i}: {v.type}" for i, v in enumerate(graph.inputs))
+        shown = [i for i, v in enumerate(graph.inputs) if not all(isinstance(d, int) for d in v.shape)]
+        given = ", ".join(f"{graph.inputs[i].hint or i}: {list(inputs[i].shape)}" for i in shown)
+        wanted = ", ".join(f"{graph.inputs[i].hint or i}: {graph.inputs[i].type}" for i in shown)
         spans = ", ".join(f"{r.lo} <= {s}" + (f" <= {r.hi}" if r.hi is not None else "") for s, r in graph.symbols.items())
         raise InputError(f"the sizes ({given}) do not fit the program, which was compiled for ({wanted}) where {spans}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
@@ -33,8 +34,19 @@ def load(spec: str) -> tuple[torch.nn.Module | Path, tuple[Any, ...], dict[str, 
         return _checked(spec, _call(spec, MODELS[spec]))
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
+        if Path(spec).is_file():
+            raise UsageError(f"{spec} is a file: which factory in it? {spec}:{_factory_in(Path(spec))}")
         raise UsageError(f"{spec!r} names no model{nearest(spec, MODELS)}; {FORMS}")
     return _checked(spec, _made(spec))
+
+
+def _factory_in(file: Path) -> str:
+    """The name of a function without arguments in a file, or ``factory``. The file is read, not run."""
+    try:
+        nodes = ast.parse(file.read_text()).body
+    except (OSError, ValueError, SyntaxError):
+        return "factory"
+    return next((n.name for n in nodes if isinstance(n, ast.FunctionDef) and not n.args.args), "factory")
 
 
 def load_samples(spec: str) -> list[Any]:

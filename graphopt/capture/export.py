@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -17,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import short_path
-from graphopt.errors import CaptureError, UsageError
+from graphopt.errors import CaptureError, UsageError, counted
 
 
 class _Exporting:
@@ -70,6 +72,7 @@ class ExportedGraph:
     _users: list[tuple[int, str, Any]] = field(repr=False)  # the user's inputs: placeholder, name, traced value
     _in_spec: Any = field(repr=False)
     _out_spec: Any = field(repr=False)
+    _names: tuple[str, ...] = field(default=(), repr=False)  # of the model's parameters, as far as they may be given by position
 
     def __post_init__(self) -> None:
         self._template: list[Any] = [None] * (len(self.slots) + len(self._users))
@@ -91,10 +94,9 @@ class ExportedGraph:
         """
         leaves = args
         if not self._simple or kwargs or len(args) != len(self._users) or not all(map(isinstance, args, repeat(torch.Tensor))):
-            ordered = {k: kwargs[k] for k in self._keywords if k in kwargs} | dict(kwargs)
-            leaves, spec = pytree.tree_flatten((tuple(args), ordered))
+            leaves, spec = pytree.tree_flatten(self._as_in_the_example(args, kwargs))
             if spec != self._in_spec:
-                raise TypeError(f"the model was compiled for arguments of the form {self._in_spec}, and was given {spec}")
+                raise TypeError(f"the model was compiled for {self._form(self._in_spec)}, and was given {self._form(spec)}")
         out = self._template.copy()
         for (i, name, traced), sizes, given in zip(self._users, self._sizes, leaves, strict=True):
             _check(name, traced, sizes, given)
@@ -107,6 +109,24 @@ class ExportedGraph:
                 for i, table, key in self._live:
                     out[i] = table[key]
         return out
+
+    def _as_in_the_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call whose arguments stand by position and by name where they stood in the example."""
+        count = len(_children(_children(self._in_spec)[0]))
+        if len(args) != count and len(args) <= len(self._names):
+            named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            if len(named) == len(args) + len(kwargs) and set(named) == {*self._names[:count], *self._keywords}:
+                args, kwargs = [named[n] for n in self._names[:count]], {k: named[k] for k in self._keywords}
+        return tuple(args), {k: kwargs[k] for k in self._keywords if k in kwargs} | dict(kwargs)
+
+    @staticmethod
+    def _form(spec: Any) -> str:
+        """The arguments of a call in words: how many by position and which by name; how they are nested, if they are."""
+        positional, named = _children(spec)
+        names = ", ".join(map(str, named.context))
+        nested = [c for c in (*_children(positional), *_children(named)) if not c.is_leaf()]
+        text = counted(len(_children(positional)), "positional argument") + (f" and the keywords {names}" if names else "")
+        return text + (f" ({', '.join(map(_short, nested))})" if nested else "")
 
     def unflatten(self, results: Sequence[Any]) -> Any:
         """The model's result from the graph's."""
@@ -124,7 +144,7 @@ def _children(spec: Any) -> list[Any]:
     return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
 
 
-def exported_graph(model: torch.nn.Module | torch.export.ExportedProgram | str | Path, args: Sequence[Any] = (),
+def exported_graph(model: torch.nn.Module | torch.export.ExportedProgram | str | Path, args: Sequence[Any] | torch.Tensor = (),
                    kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = None) -> ExportedGraph:  # fmt: skip
     """Export a module, or take an exported program or a ``.pt2`` file. One thread at a time: torch.export cannot do more.
 
@@ -133,12 +153,13 @@ def exported_graph(model: torch.nn.Module | torch.export.ExportedProgram | str |
         UsageError: the file does not exist.
     """
     with _EXPORTING:
-        return _exported_graph(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+        return _exported_graph(model, (args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs or {}), dynamic_shapes)
 
 
 def _exported_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedGraph:
     program = _program(model, args, kwargs, dynamic_shapes)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg|torch")  # of PyTorch about its own code
         composites = {op: _get_decomp_for_cia(op) for op in _collect_all_valid_cia_ops()}
         program = program.run_decompositions({**composites, **DECOMPOSITIONS})
     signature = program.graph_signature
@@ -159,7 +180,17 @@ def _exported_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], d
         slots[i] = _slot(owner, program, spec.target)
         if spec.target not in updated:
             weights[i] = spec.target
-    return ExportedGraph(program.graph_module, weights, slots, users, program.call_spec.in_spec, program.call_spec.out_spec)
+    spec = program.call_spec
+    return ExportedGraph(program.graph_module, weights, slots, users, spec.in_spec, spec.out_spec, _names(owner))
+
+
+def _names(owner: torch.nn.Module | None) -> tuple[str, ...]:
+    """The parameters of a module's ``forward`` that may be given by position."""
+    try:
+        found = inspect.signature(owner.forward).parameters.values() if owner is not None else ()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -179,6 +210,11 @@ def _program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_
         raise CaptureError(f"{type(model).__name__} could not be exported: {_explain(error)}") from error
 
 
+def _short(spec: Any) -> str:
+    """A nested argument: its type, and how many values it holds."""
+    return f"a {spec.type.__name__} of {spec.num_leaves}"
+
+
 def _explain(error: BaseException) -> str:
     """The first line of an error, and the deepest line of the user's own code that it came from."""
     frames: list[tuple[str, int]] = []
@@ -187,7 +223,7 @@ def _explain(error: BaseException) -> str:
         frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
     quoted = [(f, int(n)) for f, n in re.findall(r'File "([^"]+)", line (\d+)', str(error))]
-    here = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<"
+    here = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), str(Path(inspect.__file__).parent) + "/", "<"
     own = [f for f in [*frames, *quoted] if not f[0].startswith(here)]
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     inside = [f for f in own if f in quoted] or own

@@ -1,0 +1,51 @@
+"""Calling an exported model: arguments by position or by name, one tensor as the example, and what is said of other calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt.capture.export import exported_graph
+from graphopt.errors import CaptureError
+
+
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return x if y is None else x + y
+
+
+A, B = torch.randn(2, 3), torch.ones(3)
+
+
+def test_arguments_by_position_and_by_name_are_the_same() -> None:
+    exported = exported_graph(Two(), (A, B))
+    for args, kwargs in (((A, B), {}), ((A,), {"y": B}), ((), {"y": B, "x": A})):
+        assert [t is u for t, u in zip(exported.flatten(args, kwargs), (A, B), strict=True)] == [True, True]
+
+
+def test_named_in_the_example_and_given_by_position() -> None:
+    exported = exported_graph(Two(), (A,), {"y": B})
+    assert exported.flatten((A, B), {})[1] is B
+
+
+def test_one_tensor_is_an_example() -> None:
+    assert exported_graph(Two(), A).flatten(([A, B],), {})[0] is A
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"),
+    [
+        ((A, B, B), {}, "given 3 positional arguments"),
+        ((A,), {"x": A}, "given 1 positional argument and the keywords x"),
+        (([A, B],), {}, r"given 1 positional argument \(a list of 2\)"),
+    ],
+)
+def test_another_form_is_told_in_a_line(args: tuple[object, ...], kwargs: dict[str, object], words: str) -> None:
+    with pytest.raises(TypeError, match=f"compiled for 2 positional arguments, and was {words}$"):
+        exported_graph(Two(), (A, B)).flatten(args, kwargs)
+
+
+def test_a_missing_example_is_told_without_a_line_of_the_standard_library() -> None:
+    with pytest.raises(CaptureError, match="missing a required argument: 'x'$"):
+        exported_graph(Two())
