@@ -131,10 +131,11 @@ class Target:
         """Whether a convolution of one group is best summed from thirds on AMX tiles; ``pixels`` of the result.
 
         Splitting a pixel's channels costs as much as some 32 of its products: with few filters it does not pay. With few pixels the
-        weight, which is read once by any kernel, takes most of the time.
+        weight, which is read once by any kernel, takes most of the time. The bounds are measured.
         """
         suits = channels % 8 == filters % 8 == 0 and channels >= 16
-        return self.f32_thirds and suits and taps * filters >= 96 and pixels * min(taps, 4) >= 128
+        many = pixels * min(taps, 4) >= 128 or (filters >= 1024 and pixels >= 32)
+        return self.f32_thirds and suits and taps * filters >= 64 and many
 
     def has(self, feature: str) -> bool:
         return feature in self.features
