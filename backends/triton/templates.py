@@ -140,28 +140,33 @@ def _matmul_refuse(w: Workload, t: Target) -> str | None:
 def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     form = matmul.form_of(prepared(w))
     sizes = tuple(_largest(n, 4096) for n in (dims.numel(form.rows), form.columns, form.depth))
-    return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, _largest(dims.numel(form.batch), 8)),)
+    wide = form.dtype.itemsize >= 4 or len(form.nodes) > 1
+    most = (64, 64, 128 // form.dtype.itemsize) if wide else (128, 128, 64)
+    return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, _largest(dims.numel(form.batch), 8), most),)
 
 
-def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int, ...], batch: int) -> SearchSpace:
+def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int, ...], batch: int,
+           most: tuple[int, int, int], per_warp: int = 2048) -> SearchSpace:  # fmt: skip
     """Tiles of products: what is large, while every processor has one.
 
     Args:
         count: accumulators of a program.
         sizes: rows, columns, and the summed axis.
         batch: how many such products there are.
+        most: sides of a tile by default, at most.
+        per_warp: elements of a tile that a warp has, by default, at most.
     """
-    height, width, depth = sizes
-
-    def side(n: int, most: int) -> int:
-        return max(matmul.LEAST, min(most, power_of_two(n)))
-
-    wide = itemsize >= 4 or count > 1
-    m, n = side(height, 64 if wide else 128), side(width, 64 if wide else 128)
+    height, width, _ = sizes
+    m, n, k = (max(matmul.LEAST, min(limit, power_of_two(size))) for size, limit in zip(sizes, most, strict=True))
+    least = 64 if itemsize <= 2 and t.matrix_unit in ("wgmma", "tcgen05") else matmul.LEAST  # rows that those instructions multiply
     while m * n > 1024 and batch * -(-height // m) * -(-width // n) < t.cores:  # smaller tiles, while processors would be idle
-        m, n = (m // 2, n) if m >= n else (m, n // 2)
-    k = side(depth, 128 // itemsize)
-    warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 1024 else 2
+        if m >= n and m > least:
+            m //= 2
+        elif n > matmul.LEAST:
+            n //= 2
+        else:
+            break
+    warps = 8 if m * n >= 8 * per_warp else 4 if m * n >= 1024 else 2
     params = (
         Param("m", _first(max(m, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
         Param("n", _first(max(n, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
@@ -267,7 +272,10 @@ def _conv_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     assert isinstance(form, ConvForm)
     depth = form.inner if form.inner >= matmul.LEAST else form.depth
     sizes = _largest(form.pixels, 1 << 16), form.filters, depth
-    return (_tiles("conv", t, form.node.result.dtype.itemsize, 1, sizes, form.groups),)
+    itemsize = form.node.result.dtype.itemsize
+    most = (64, 64, 16) if itemsize >= 4 else (64, 128, 64)
+    crowded = t.kind == "cuda" and (itemsize >= 4 or t.matrix_unit == "mma")  # sums and places in the image share the registers
+    return (_tiles("conv", t, itemsize, 1, sizes, form.groups, most, 512 if crowded else 2048),)
 
 
 def _write_conv(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
