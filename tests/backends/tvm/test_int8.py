@@ -157,3 +157,13 @@ def test_floats_made_of_the_sums(builder, kernels_dir) -> None:
     for graph, run in kernels(builder, kernels_dir, jobs(FLOATS, detect())):
         for sizes in bindings(graph):
             check(graph, run, values(graph, **sizes), sizes, factor=4.0)
+
+
+@pytest.mark.parametrize(("name", "instruction"), [("neoverse-n1", "sdot"), ("znver4", "vpdpbusd")])
+def test_instructions_of_other_targets(name: str, instruction: str) -> None:
+    """Sums stay in registers."""
+    pytest.importorskip("tvm")
+    from assembly import assembly, count, hot_loop, stack_accesses
+
+    loop = hot_loop(assembly(Workload.of(region((64,), 256, 128, integers=True), "matmul"), Target.from_name(f"cpu:{name}:2")), instruction)
+    assert count(loop, instruction) >= 16 and not stack_accesses(loop), "\n".join(loop)
