@@ -56,7 +56,7 @@ def vit() -> Model:
 
 
 def swin() -> Model:
-    config = hf.SwinConfig(image_size=28, embed_dim=16, depths=[2, 1], num_heads=[1, 2])
+    config = hf.SwinConfig(image_size=32, embed_dim=16, depths=[2, 1], num_heads=[1, 2], window_size=4)
     return _picture(hf.SwinModel(config, add_pooling_layer=False), 28)
 
 
