@@ -13,6 +13,8 @@ from typing import Any
 from graphopt.backends.base import KernelSource
 from graphopt.errors import BuildError
 
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+
 
 def load_module(path: Path) -> ModuleType:
     """A kernel's file as a module of its own: Triton reads the source of a function from its file."""
@@ -43,8 +45,9 @@ def load(path: Path, interpret: bool) -> Callable[..., Any]:
 
 def load_source(source: KernelSource, interpret: bool) -> Callable[..., Any]:
     """The kernel of a source, written to a temporary file that lasts as long as the process."""
-    folder = Path(tempfile.mkdtemp(prefix="graphopt-"))
-    path = folder / f"{source.name}.py"
+    folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+    _FOLDERS.append(folder)
+    path = Path(folder.name) / f"{source.name}.py"
     path.write_text(source.text)
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
