@@ -13,7 +13,8 @@ entropy as in Migacz, "8-bit Inference with TensorRT", GTC 2017.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,16 +63,39 @@ def watch(model: nn.Module, names: Iterable[str], samples: Iterable[Sample], loo
     modules = dict(model.named_modules())
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda _, inputs: look(name, inputs[0].detach().to(torch.float32).reshape(-1, inputs[0].shape[-1]))
+        def seen(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            x = only_input(args, kwargs).detach().to(torch.float32)
+            if not bool(torch.isfinite(x).all()):
+                raise UsageError(f"calibration met infinite elements, or such that are no numbers, in the input of {name}")
+            look(name, x.reshape(-1, x.shape[-1]))
 
-    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+        return seen
+
+    handles = [modules[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), inferring(model):
             for args, kwargs in samples:
                 model(*args, **kwargs)
     finally:
         for h in handles:
             h.remove()
+
+
+def only_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a layer that has one, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def inferring(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards as it was: dropout is no part of what a layer sees."""
+    were = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m in were:
+            m.training = True
 
 
 class Observer:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from graphopt.calibration import OBSERVERS, Observer, Sample, samples_of, watch
+from graphopt.calibration import OBSERVERS, Observer, Sample, inferring, only_input, samples_of, watch
 from graphopt.capture.captured import TensorArgument
 from graphopt.compiler import CompiledGraph
 from graphopt.errors import GraphoptError, UsageError, nearest
@@ -24,6 +24,7 @@ from graphopt.ir.graph import Value
 from graphopt.ledger import Entry, Ledger
 from graphopt.lower import KernelStep
 from graphopt.model import CompiledModel, compile
+from graphopt.passes.quantization.quantize_products import MOST_TERMS
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.profile import CallCost, Profile
 from graphopt.quantized_linear import QuantizedLinear, quantize_groups
@@ -80,9 +81,9 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         told("smoothing", 0, 1)
         model = _smooth(model, samples, chosen, method, tuple(keep), least)
     linears = {name: m for name, m in model.named_modules() if _weight(m) is not None}
-    left = _left(model, linears, tuple(keep), least)
+    left = _left(model, linears, tuple(keep), least, bool(chosen.activations))
     wanted = [n for n in linears if n not in left]
-    made = _rounded(model, {n: linears[n] for n in wanted}, chosen, method, samples, observer, told)
+    made = _rounded(model, {n: linears[n] for n in wanted}, chosen, method, samples, observer, told, left)
     ledger = Ledger(str(chosen), [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()])
     entries = {e.name: e for e in ledger.entries}
     result = _replaced(model, made)
@@ -106,19 +107,24 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
 def _smooth(model: nn.Module, samples: Sequence[Sample], scheme: Scheme, method: str, keep: Sequence[str], least: int) -> nn.Module:
     """The model with scales moved into the weights that will be quantized; the same function, which is made sure of."""
     linears = {name: m for name, m in model.named_modules() if _weight(m) is not None}
-    left = _left(model, linears, keep, least)
+    left = _left(model, linears, keep, least, bool(scheme.activations))
     groups = [g for g in groups_of(model, *samples[0]) if all(n in linears and n not in left for n in g.linears)]
     alone = [n for n in linears if n not in left and not any(n in g.linears for g in groups)]
     result = _replaced(model, smoothed(model, groups, alone, samples, scheme, method, _of))
-    moved = _relative(model, result, *samples[0])
-    if moved is not None and not moved < EXACT:
-        raise GraphoptError(f"{method}: moving scales changed the output by {moved:.3g} of its norm, before anything was rounded")
+    for sample in samples:
+        moved = _relative(model, result, *sample)
+        if moved is not None and not moved < EXACT:
+            raise GraphoptError(f"{method}: moving scales changed the output by {moved:.3g} of its norm, before anything was rounded; "
+                                "the model may take another way for some inputs than for the first of the calibration")  # fmt: skip
     return result
 
 
 def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], scheme: Scheme, method: str, samples: Sequence[Sample], observer: str,
-             told: Progress) -> dict[str, QuantizedLinear]:  # fmt: skip
-    """Quantized layers by name. GPTQ takes them in waves whose Hessians fit into memory, each given what the ones before became."""
+             told: Progress, left: dict[str, str]) -> dict[str, QuantizedLinear]:  # fmt: skip
+    """Quantized layers by name; ``left`` is told of those that cannot be after all.
+
+    GPTQ takes them in waves whose Hessians fit into memory, each given what the ones before became.
+    """
     made: dict[str, QuantizedLinear] = {}
     waves = _waves(linears) if method == "gptq" else [list(linears)]
     for wave in waves:
@@ -135,16 +141,21 @@ def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], scheme: Scheme,
             bias, smooth = linears[name]._parameters["bias"], _smooth_of(linears[name])
             made[name] = QuantizedLinear(*parts, bias, weight.shape[1], str(scheme), smooth=smooth)
     if scheme.activations == "static":
-        seen = {n: Observer() for n in linears}
+        seen, met = {n: Observer() for n in linears}, set()
         told("looking at inputs", 0, 1)
 
         def look(name: str, x: torch.Tensor) -> None:
             smooth = _smooth_of(linears[name])
             seen[name].see(x if smooth is None else x * smooth)
+            met.add(name)
 
         watch(model, linears, samples, look)
-        for name, m in made.items():
-            m.step = torch.tensor(seen[name].step(observer))
+        for name, m in list(made.items()):
+            if seen[name].largest:
+                m.step = torch.tensor(seen[name].step(observer))
+            else:
+                left[name] = "calibration met nothing but zeros there" if name in met else "calibration never reached it"
+                del made[name]
     return made
 
 
@@ -191,7 +202,7 @@ def _smooth_of(m: nn.Module) -> torch.Tensor | None:
     return m.smooth if isinstance(m, Smoothed) else None
 
 
-def _left(model: nn.Module, linears: Mapping[str, nn.Module], keep: Sequence[str], least: int) -> dict[str, str]:
+def _left(model: nn.Module, linears: Mapping[str, nn.Module], keep: Sequence[str], least: int, activations: bool) -> dict[str, str]:
     """The layers that stay in float, and why."""
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in linears):
@@ -208,6 +219,8 @@ def _left(model: nn.Module, linears: Mapping[str, nn.Module], keep: Sequence[str
             out[name] = "as asked"
         elif weight.dtype != torch.float32:
             out[name] = f"its weight is {weight.dtype}".replace("torch.", "")
+        elif activations and weight.shape[1] > MOST_TERMS:
+            out[name] = f"sums of {weight.shape[1]} products may exceed 32 bits"
         elif weight.numel() < least:
             out[name] = f"{weight.numel()} elements are too few"
         elif others:
@@ -248,16 +261,16 @@ def _output_errors(model: nn.Module, result: nn.Module, linears: Mapping[str, nn
     sums: dict[str, tuple[float, float]] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def look(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            wrong = (made[name](*inputs) - output).double()
+        def look(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor) -> None:
+            wrong = (made[name](only_input(args, kwargs)) - output).double()
             a, b = sums.get(name, (0.0, 0.0))
             sums[name] = a + float(wrong.square().sum()), b + float(output.double().square().sum())
 
         return look
 
-    handles = [linears[name].register_forward_hook(hook(name)) for name in made]
+    handles = [linears[name].register_forward_hook(hook(name), with_kwargs=True) for name in made]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), inferring(model):
             model(*args, **kwargs)
     finally:
         for h in handles:
@@ -269,7 +282,7 @@ def _output_errors(model: nn.Module, result: nn.Module, linears: Mapping[str, nn
 
 def _relative(model: nn.Module, result: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
     """The error of the model's first floating-point output, relative to its norm."""
-    with torch.no_grad():
+    with torch.no_grad(), inferring(model), inferring(result):
         both = [tree_leaves(m(*args, **kwargs)) for m in (model, result)]
     floats = [next((x.double() for x in xs if isinstance(x, torch.Tensor) and x.is_floating_point()), None) for xs in both]
     want, got = floats

@@ -55,7 +55,7 @@ def integer_linear(x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor
     s = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY) if step is None else step
     q = torch.round(x * s.reciprocal()).clamp(-128, 127)
     held = torch.float32 if x.shape[-1] <= _EXACT else torch.float64
-    return (q.to(held) @ integers.t().to(held)).to(x.dtype) * (s * scales.t())
+    return ((q.to(held) @ integers.t().to(held)).float() * (s.float() * scales.t().float())).to(x.dtype)
 
 
 _LIBRARY.impl("dequantize_groups", dequantize_groups, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -172,8 +172,10 @@ class QuantizedLinear(nn.Module):
         """Bytes of the weight as stored."""
         return sum(x.nbytes for x in (self.integers, self.scales, self.zeros, self.step, self.smooth) if x is not None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.smooth is None else x * self.smooth
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.ndim == 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        x = input if self.smooth is None else input * self.smooth
         if self.activations:
             y = torch.ops.graphopt.integer_linear(x, self.integers, self.scales, self.step)
             return y if self.bias is None else y + self.bias

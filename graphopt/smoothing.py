@@ -176,8 +176,8 @@ class Smoothed(nn.Module):
         self.weight, self.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
         self.register_buffer("smooth", smooth)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x * self.smooth, self.weight, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input * self.smooth, self.weight, self.bias)
 
 
 def _divided(norm: nn.Module, s: torch.Tensor) -> nn.Module:

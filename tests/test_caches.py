@@ -39,6 +39,24 @@ def test_a_step_over_cached_integers() -> None:
     assert "decode" in str(compiled.report.kernels[0])
 
 
+class ManyScales(torch.nn.Module):
+    """Attention over integers that all sequences share, with scales that each has for itself."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, ks: torch.Tensor, v: torch.Tensor, vs: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(q @ (k.float() * ks).transpose(-1, -2) * 0.125, -1) @ (v.float() * vs)
+
+
+@pytest.mark.parametrize("lead", [(1, 2), (2,), (1, 1)])
+def test_scales_broadcast_the_integers(lead: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, 1, 64, generator=generator)
+    k, v = (torch.randint(-127, 128, (*lead, 40, 64), generator=generator, dtype=torch.int8) for _ in range(2))
+    ks, vs = (torch.rand(3, 2, 40, 1, generator=generator) * 0.02 for _ in range(2))
+    compiled = graphopt.compile(ManyScales(), (q, k, ks, v, vs))
+    torch.testing.assert_close(compiled(q, k, ks, v, vs), ManyScales()(q, k, ks, v, vs), rtol=1e-4, atol=1e-5)
+    assert not compiled.report.fallbacks
+
+
 class PagedStep(torch.nn.Module):
     """Attention of one token over a cache of pages ``[page, token, head, element]``, named in order by a table a sequence."""
 

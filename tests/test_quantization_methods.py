@@ -306,3 +306,51 @@ def test_packing_is_a_bijection(n: int, columns: int, form: tuple[int, bool], se
     zeros = None if signed else torch.zeros(n, 1, dtype=torch.uint8)
     packed = pack_rows(q, bits, signed)
     assert packed.shape == (n, columns) and torch.equal(dequantize_groups(packed, torch.ones(n, 1), zeros, bits, k), q)
+
+
+# --- models that do not do the same with every input --------------------------------------------------------------------
+
+
+class Forked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(128), nn.Linear(128, 128), nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor, both: bool = False) -> torch.Tensor:
+        x = self.norm(x)
+        return self.a(input=x) + self.b(x) if both else self.a(input=x)
+
+
+def test_a_layer_that_calibration_never_reached_stays_in_float() -> None:
+    model, x = Forked().eval(), torch.randn(8, 128)
+    made = graphopt.quantize(model, (x,), scheme="int8-static", measure=False)
+    assert {e.name: e.verdict for e in made.ledger.entries} == {"a": "quantized", "b": "left: calibration never reached it"}
+    want = model(x, True).detach()
+    assert float((made(x, True) - want).norm() / want.norm()) < 0.02
+
+
+def test_moving_scales_is_made_sure_of_on_every_sample() -> None:
+    x = torch.randn(8, 128) * torch.linspace(0.1, 9, 128)
+    with pytest.raises(graphopt.errors.GraphoptError, match="another way for some inputs"):
+        graphopt.quantize(Forked().eval(), (x,), scheme="int8-dynamic", method="smoothquant", calibration=[(x,), (x, True)], measure=False)
+
+
+def test_sums_that_may_exceed_32_bits_stay_in_float() -> None:
+    model, x = nn.Sequential(nn.Linear(1 << 17, 32, bias=False)), torch.ones(1, 1 << 17)
+    made = graphopt.quantize(model, (x,), scheme="int8-dynamic", measure=False)
+    assert "may exceed 32 bits" in made.ledger.entries[0].verdict
+
+
+def test_one_row_without_an_axis_and_half_precision() -> None:
+    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(128)
+    made = graphopt.quantize(model, (x[None],), scheme="int8-dynamic", measure=False)
+    assert made(x).shape == (128,)
+    assert bool(made.half()(x.half() * 300).isfinite().all())
+
+
+def test_calibration_is_without_dropout_and_names_what_is_no_number() -> None:
+    model, x = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, 128)).train(), torch.randn(4, 128)
+    graphopt.quantize(model, (x,), scheme="int8-dynamic", method="awq", measure=False)
+    assert model.training and model[0].training
+    with pytest.raises(UsageError, match="in the input of 1"):
+        graphopt.quantize(model, (x / 0,), scheme="int4-weight", method="gptq", measure=False)

@@ -159,15 +159,14 @@ class Rows:
     @staticmethod
     def _scale(node: Node, at: Sequence[Index], e: Expressions) -> Any:
         scale = node.operands[1]
-        tail = at[len(at) - scale.type.rank :]
-        return e.at(scale, [0 if d == 1 else i for i, d in zip(tail, scale.shape, strict=True)])
+        return e.at(scale, _tail(scale, at))
 
     def at(self, index: Sequence[Index], probe: Expressions | None = None) -> Any:
         """An element, without the row's scale; read by ``probe`` if that is given."""
         e = probe or Expressions(self.args, {})
         if self.integers is not None:
             whole = self.integers.operands[0]
-            e.sources = {self.integers.result: lambda at: e.let(scalar.cast(e.at(whole, at), whole.dtype, types.f32, e.let))}
+            e.sources = {self.integers.result: lambda at: e.let(scalar.cast(e.at(whole, _tail(whole, at)), whole.dtype, types.f32, e.let))}
         return e.at(self.value, index)
 
     def scale(self, index: Sequence[Index]) -> Any:
@@ -301,5 +300,5 @@ class Extra:
 
 
 def _tail(v: Value, index: Sequence[Index]) -> list[Index]:
-    """The index of a value that is broadcast to a score's index."""
+    """The index of a value that is broadcast, given that of the whole."""
     return [0 if d == 1 else i for i, d in zip(index[len(index) - v.type.rank :], v.shape, strict=True)]

@@ -6,7 +6,8 @@
 Products of bf16 are exact in f32, which is also what the tiles sum in. So the error is that of a sum of f32, to which the products
 left out add 2**-22 or so of each term; a library's sum of K terms has sqrt(K) times as much. With 16 times the multiplications of
 the vector units, six products are still faster. Infinities have no thirds: they make the sum nan. Where a sum is nan, that row of the
-panel is summed again by the vector units, and has what f32 gives. What is below 2**-126 counts as zero.
+panel is summed again by the vector units, and has what f32 gives. What is below 2**-126 counts as zero,
+thirds, too: numbers below 2**-100 lose digits.
 
 A task splits its rows of the first factor, as much of the depth as its cache holds: reading what another core has split would take
 longer. The weight, packed in panels of 32 columns, is split block by block while the tiles multiply the block before: the vector

@@ -9,7 +9,7 @@ from graphopt.capture.aten import Context, lowers
 from graphopt.ir import types
 from graphopt.ir.graph import Value
 from graphopt.ir.types import DType
-from graphopt.passes.quantization.quantize_products import integer_product, rounded_rows
+from graphopt.passes.quantization.quantize_products import MOST_TERMS, integer_product, rounded_rows
 
 
 @lowers("graphopt.dequantize_groups")
@@ -30,7 +30,7 @@ def dequantize_groups(c: Context, integers: Value, scales: Value, zeros: Value |
 
 @lowers("graphopt.integer_linear")
 def integer_linear(c: Context, x: Value, integers: Value, scales: Value, step: Value | None) -> Value:
-    c.require(x.dtype == types.f32 and x.type.rank >= 2)
+    c.require(x.dtype == types.f32 and x.type.rank >= 2 and int(integers.shape[1]) <= MOST_TERMS)
     if step is None:
         q, s = rounded_rows(c.b, x)
     else:

@@ -33,6 +33,8 @@ def choose(node: Node, costs: CostModel) -> Choice:
     """Decide for one attention."""
     if (reason := unfit(node)) is not None:
         return Choice(False, reason)
+    if node.result.dtype != types.f32:
+        return Choice(True, f"scores stay f32 in one kernel, and are rounded to {node.result.dtype} between two products")
     kernel, apart = _whole(node, costs), _expanded(node, costs)
     lost = [k - a for k, a in zip(kernel, apart, strict=True)]
     whole = max(lost) <= max(-x for x in lost)

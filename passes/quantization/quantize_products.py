@@ -25,7 +25,7 @@ from graphopt.passes.layout import fours
 from graphopt.passes.quantization.quantize_weights import scales
 from graphopt.rewrite import Numerics, PassContext, Reject, Rewriter, erase_dead
 
-_MOST = 1 << 17  # terms of a sum: each is below 2^14
+MOST_TERMS = (1 << 17) - 1  # of a sum: each is at most 2^14
 
 
 class QuantizeProducts(Pass):
@@ -76,7 +76,7 @@ class QuantizeProducts(Pass):
         k, n = (int(d) for d in w.shape)
         if k * n < self.least or min(k, n) < fours.LEAST:
             return Reject(f"its weight is {k} by {n}, too few elements", w)
-        return Reject(f"sums of {k} terms may exceed 32 bits", w) if k > _MOST else None
+        return Reject(f"sums of {k} terms may exceed 32 bits", w) if k > MOST_TERMS else None
 
 
 def rounded_rows(b: Builder, x: Value) -> tuple[Value, Value]:

@@ -31,12 +31,17 @@ def choice(queries: int | str, keys: int | str, heads: int = 8, shared: int = 8,
 
 @pytest.mark.parametrize(("queries", "keys", "more"), [
     (128, 128, {}), (2048, 2048, {"attrs": ", causal = true"}), (197, 197, {"heads": 12, "shared": 12}), ("S", "S", {}), (1, 512, {}),
-    (1, 8192, {"heads": 16, "shared": 4}), (512, 512, {"dtype": "bf16"}), (49, 49, {"size": 32}),
+    (1, 8192, {"heads": 16, "shared": 4}), (49, 49, {"size": 32}),
 ])  # fmt: skip
 def test_stays_whole(queries: int | str, keys: int | str, more: dict[str, object]) -> None:
     whole, why = choice(queries, keys, **more)  # type: ignore[arg-type]
     assert whole
     assert "one kernel takes about" in why and "two products and a softmax" in why
+
+
+def test_narrow_scores_never_leave_the_kernel() -> None:
+    whole, why = choice(97, 129, shared=2, dtype="bf16")
+    assert whole and "rounded to bf16" in why
 
 
 def test_is_expanded() -> None:
