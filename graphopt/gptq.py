@@ -64,12 +64,7 @@ def round_weight(weight: torch.Tensor, hessian: Hessian, scheme: Scheme,
         for j in range(first, last):
             g = j // size
             if j % size == 0:
-                # earlier columns of this block have not reached the columns beyond it yet
-                now = w[:, j : j + size].clone()
-                reach = min(j + size, k)
-                if reach > last:
-                    now[:, last - j : reach - j] -= errors[:, : j - first] @ factor[first:j, last:reach]
-                found, points = grid_of(now, scheme)
+                found, points = grid_of(w[:, j : j + size], scheme)  # a group that is larger than a block begins where a block does
                 scales[:, g] = found
                 if zeros is not None and points is not None:
                     zeros[:, g] = points

@@ -86,7 +86,9 @@ class Ledger:
         lines = [f"{self.scheme}: {what}; {_mb(was)} became {_mb(now)}"]
         if self.output_error is not None:
             lines.append(f"the model's output moved by {self.output_error:.3g} of its norm")
-        if self.seconds and self.float_seconds:
+        if not done:
+            lines.append("nothing was quantized: the model is as it was")
+        elif self.seconds and self.float_seconds:
             ratio = self.float_seconds / self.seconds
             verdict = f"{ratio:.2f} times as fast" if ratio >= 1 else f"slower: {ratio:.2f} times as fast"
             lines.append(f"a run {self.float_seconds * 1e3:.3f} ms in float, {self.seconds * 1e3:.3f} ms quantized: {verdict}")

@@ -110,6 +110,15 @@ def test_imports_stay_within_their_layers(path: Path) -> None:
         assert name.split(".")[0] not in ("passes", "backends", "autotune"), f"{path}:{line}: import graphopt.{name}"
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "backends")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_backends_know_nothing_of_each_other(path: Path) -> None:
+    own = module_name(path).split(".")[2:3]
+    for line, name in imports(parsed(path), module_name(path).rpartition(".")[0]):
+        other = name.removeprefix("graphopt.backends.").split(".")[0]
+        if name.startswith("graphopt.backends.") and other in ("tvm", "triton", "eager"):
+            assert [other] == own, f"{path.relative_to(ROOT)}:{line}: {name}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_optional_packages_are_imported_inside_functions(path: Path) -> None:
     for function in ast.walk(parsed(path)):

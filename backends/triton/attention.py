@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import torch
 
+from graphopt.backends.forms.flashform import Form
 from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions, power_of_two
 from graphopt.backends.triton.expr import Expressions
 from graphopt.backends.triton.index import Sum, Var, variable
 from graphopt.backends.triton.matmul import LEAST, factor, precision
 from graphopt.backends.triton.pointwise import NAMES, NARROW
-from graphopt.backends.tvm.flashform import Form
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.opset.attention import groups

@@ -7,10 +7,10 @@ from functools import lru_cache
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
+from graphopt.backends.forms.support import DTYPES, MOVES, PRODUCTS, REDUCTIONS, ROW_OPS, constant_of
 from graphopt.backends.triton.pointwise import unsupported
 from graphopt.backends.triton.templates import TEMPLATES, Template
 from graphopt.backends.triton.versions import package_version, source_hash
-from graphopt.backends.tvm.support import DTYPES, MOVES, PRODUCTS, REDUCTIONS, ROW_OPS, constant_of
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.target import Target

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.triton.code import Code, Launch, ceildiv
 from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, variable
 from graphopt.backends.triton.matmul import LEAST, computed, multiplied, precision, tile_numbers, total_of
 from graphopt.backends.triton.window import Slide
-from graphopt.backends.tvm.convform import ConvForm
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph
 from graphopt.target import Target

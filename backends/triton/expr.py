@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from graphopt.backends.forms.support import constant_of
 from graphopt.backends.triton.code import Code, Text, conditions
 from graphopt.backends.triton.index import NO_AXES, Places, Sum, Var, scale, shift, total, variable, variables
 from graphopt.backends.triton.pointwise import NAMES, NARROW, Ops, cast, held, number, typed
-from graphopt.backends.tvm.support import constant_of
 from graphopt.errors import BuildError
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim

@@ -47,7 +47,7 @@ class Form:
 
 
 def form_of(graph: Graph) -> Form:
-    """Read a region that :func:`~graphopt.backends.tvm.shapes.product_of` accepts."""
+    """Read a region that :func:`~graphopt.backends.forms.shapes.product_of` accepts."""
     nodes = tuple(n for n in graph.nodes() if n.name == "matmul")
     shape, b = nodes[0].result.shape, nodes[0].operands[1]
     shared = all(d == 1 for n in nodes for d in n.operands[1].shape[:-2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from graphopt.autotune.space import Workload
-from graphopt.backends.tvm.prepare import expand_rows
+from graphopt.backends.forms.prepare import expand_rows
 from graphopt.ir import types
 from graphopt.ir.builder import Builder
 from graphopt.ir.graph import Graph, Node, Value

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from graphopt.backends.forms.support import REDUCTIONS, is_softmax_exp
 from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions
 from graphopt.backends.triton.expr import Expressions, Index, Source, Tile
 from graphopt.backends.triton.index import NO_AXES, Sum, Var, variable
 from graphopt.backends.triton.pointwise import NARROW, cast, held, typed
-from graphopt.backends.tvm.support import REDUCTIONS, is_softmax_exp
 from graphopt.errors import BuildError
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim, Shape

@@ -9,12 +9,12 @@ from typing import Any
 
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import KernelSource
+from graphopt.backends.forms.convform import ConvForm, conv_of
+from graphopt.backends.forms.flashform import Form, form_of
+from graphopt.backends.forms.shapes import product_of
 from graphopt.backends.triton import attention, conv, elementwise, matmul, rows, window
 from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
-from graphopt.backends.tvm.convform import ConvForm, conv_of
-from graphopt.backends.tvm.flashform import Form, form_of
-from graphopt.backends.tvm.shapes import product_of
 from graphopt.ir import dims
 from graphopt.target import Target
 

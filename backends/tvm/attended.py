@@ -11,13 +11,13 @@ import tvm
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
+from graphopt.backends.forms.flashform import Form
+from graphopt.backends.forms.support import VIEWS
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions, reshape_groups
-from graphopt.backends.tvm.flashform import Form
 from graphopt.backends.tvm.loops import vector_loop
 from graphopt.backends.tvm.squares import transpose_square
-from graphopt.backends.tvm.support import VIEWS
 from graphopt.ir import types
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.opset.attention import groups

@@ -10,7 +10,7 @@ from graphopt.target import Target
 
 
 def _attention_form(w: Workload) -> Any:
-    from graphopt.backends.tvm.flashform import form_of
+    from graphopt.backends.forms.flashform import form_of
 
     return form_of(w.graph) if w.kind == "attention" else "not an attention region"
 
@@ -21,13 +21,13 @@ def _flash_refuse(w: Workload, t: Target) -> str | None:
 
 
 def _flash_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.flashform import flash_params
+    from graphopt.backends.forms.flashform import flash_params
 
     return flash_params(_attention_form(w), t)
 
 
 def _flash_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
-    from graphopt.backends.tvm.flashform import flash_constraints
+    from graphopt.backends.forms.flashform import flash_constraints
 
     return (SearchSpace("flash", params=_flash_params(w, t), constraints=flash_constraints(t)),)
 
@@ -40,13 +40,13 @@ def _write_flash(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _flash_tiles_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.flashform import tiles_refusal
+    from graphopt.backends.forms.flashform import tiles_refusal
 
     return _flash_refuse(w, t) or tiles_refusal(_attention_form(w), t)
 
 
 def _flash_tiles_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.flashform import tiles_params
+    from graphopt.backends.forms.flashform import tiles_params
 
     return tiles_params(_attention_form(w), t)
 
@@ -58,13 +58,13 @@ def _write_flash_tiles(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _decode_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.flashform import decode_refusal
+    from graphopt.backends.forms.flashform import decode_refusal
 
     return _flash_refuse(w, t) or decode_refusal(_attention_form(w), t)
 
 
 def _decode_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.flashform import decode_params
+    from graphopt.backends.forms.flashform import decode_params
 
     return decode_params(_attention_form(w), t)
 

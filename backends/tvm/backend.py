@@ -7,9 +7,9 @@ from functools import lru_cache
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
+from graphopt.backends.forms.support import refusal
 from graphopt.backends.tvm.cache import package_version, package_versions
 from graphopt.backends.tvm.conv_templates import CONV
-from graphopt.backends.tvm.support import refusal
 from graphopt.backends.tvm.template import Template
 from graphopt.backends.tvm.templates import TEMPLATES
 from graphopt.ir.opset.window import WINDOWS

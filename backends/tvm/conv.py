@@ -22,9 +22,9 @@ import tvm
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
+from graphopt.backends.forms.convform import ConvForm, tiles_a_task
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.convform import ConvForm, tiles_a_task
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop

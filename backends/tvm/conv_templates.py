@@ -11,21 +11,21 @@ from graphopt.target import Target
 
 
 def _conv_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.convform import conv_of
+    from graphopt.backends.forms.convform import conv_of
 
     form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
     return form if isinstance(form, str) else None
 
 
 def _depthwise_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.convform import conv_of
+    from graphopt.backends.forms.convform import conv_of
 
     form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
     return form if isinstance(form, str) else None if form.depthwise else "not one channel a group"
 
 
 def _depthwise_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.convform import ConvForm, conv_of
+    from graphopt.backends.forms.convform import ConvForm, conv_of
 
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
@@ -53,13 +53,13 @@ def _depthwise_variants(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
 
 
 def _conv_form(w: Workload) -> Any:
-    from graphopt.backends.tvm.convform import conv_of
+    from graphopt.backends.forms.convform import conv_of
 
     return conv_of(w.graph)
 
 
 def _write_depthwise(w: Workload, s: Schedule, t: Target) -> Any:
-    from graphopt.backends.tvm.convform import ConvForm, conv_of
+    from graphopt.backends.forms.convform import ConvForm, conv_of
     from graphopt.backends.tvm.depthwise import LINES, TASKS, DepthwiseKernel
 
     form = conv_of(w.graph)
@@ -69,14 +69,14 @@ def _write_depthwise(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _winograd_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.convform import conv_of
+    from graphopt.backends.forms.convform import conv_of
 
     form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
     return form if isinstance(form, str) else None if form.transformed is not None else "its weight is not transformed"
 
 
 def _winograd_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.convform import ConvForm, conv_of, winograd_shares
+    from graphopt.backends.forms.convform import ConvForm, conv_of, winograd_shares
 
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
@@ -90,7 +90,7 @@ def _winograd_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 
 def _write_winograd(w: Workload, s: Schedule, t: Target) -> Any:
-    from graphopt.backends.tvm.convform import ConvForm, conv_of
+    from graphopt.backends.forms.convform import ConvForm, conv_of
     from graphopt.backends.tvm.winograd import WinogradKernel
 
     form = conv_of(w.graph)
@@ -100,7 +100,7 @@ def _write_winograd(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.convform import USUAL_TILES, ConvForm, conv_of, even_tiles, tile_rows
+    from graphopt.backends.forms.convform import USUAL_TILES, ConvForm, conv_of, even_tiles, tile_rows
 
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
@@ -133,8 +133,8 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 
 def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.convform import ConvForm, conv_of
     from graphopt.backends.tvm.conv import ConvKernel
-    from graphopt.backends.tvm.convform import ConvForm, conv_of
 
     form = conv_of(w.graph)
     assert isinstance(form, ConvForm)
@@ -143,7 +143,7 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _thirds_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.convform import conv_of
+    from graphopt.backends.forms.convform import conv_of
     from graphopt.backends.tvm.convthirdform import refusal
 
     form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"

@@ -7,7 +7,7 @@ from itertools import product
 from math import prod
 
 from graphopt.autotune.space import Constraint, Param, SearchSpace
-from graphopt.backends.tvm.convform import ConvForm
+from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm.thirdform import COLUMNS, STEP, TILE
 from graphopt.ir import dims, types
 from graphopt.target import Target

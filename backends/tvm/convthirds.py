@@ -17,9 +17,9 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm import amx
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.convform import ConvForm
 from graphopt.backends.tvm.convthirdform import chunks_of, planes_of
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source

@@ -15,9 +15,9 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
-from graphopt.backends.tvm.convform import ConvForm
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.errors import BuildError

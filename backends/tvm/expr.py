@@ -11,9 +11,9 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.support import constant_of, is_softmax_exp
 from graphopt.backends.tvm import pointwise, scalar
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.support import constant_of, is_softmax_exp
 from graphopt.errors import BuildError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value

@@ -21,11 +21,11 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.attended import LOG2E, Extra, Matrix, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions
-from graphopt.backends.tvm.flashform import Form, seen_span
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir.graph import Graph

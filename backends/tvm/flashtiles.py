@@ -23,11 +23,11 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.flashform import Form
 from graphopt.backends.tvm import amx, vecmath
 from graphopt.backends.tvm.attended import Extra, Matrix
 from graphopt.backends.tvm.code import Index, i64
 from graphopt.backends.tvm.flash import F32, FlashKernel
-from graphopt.backends.tvm.flashform import Form
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.backends.tvm.thirds import ORDER, thirds
 from graphopt.ir import types

@@ -23,9 +23,9 @@ def _nest_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 
 def _write_nest(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.tvm.loops import Tuning
     from graphopt.backends.tvm.nest import emit_nest
-    from graphopt.backends.tvm.prepare import expand_rows
 
     return emit_nest(expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], s["chunk"], s["parallel"]), in_place=w.kind == "update")
 
@@ -34,8 +34,8 @@ def _write_nest(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _rows_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.prepare import expand_rows
-    from graphopt.backends.tvm.shapes import row_shape
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.forms.shapes import row_shape
 
     if w.kind not in ("rowwise", "reduction"):
         return "not a region over rows"
@@ -48,8 +48,8 @@ def _rows_refuse(w: Workload, t: Target) -> str | None:
 
 
 def _rows_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.tvm.prepare import expand_rows
-    from graphopt.backends.tvm.shapes import row_shape
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.forms.shapes import row_shape
 
     shape = row_shape(expand_rows(w.graph))
     columns = shape[1] if not isinstance(shape, str) and isinstance(shape[1], int) else 1024
@@ -64,9 +64,9 @@ def _rows_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 
 def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.tvm.loops import Tuning
     from graphopt.backends.tvm.nest import emit_nest
-    from graphopt.backends.tvm.prepare import expand_rows
     from graphopt.backends.tvm.rows import RowKernel
 
     graph, tuning = expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], parallel=s["parallel"])

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 from graphopt.autotune.space import Level, LoopNest, Schedule
-from graphopt.backends.tvm.convform import ConvForm, conv_of, tiles_a_task
-from graphopt.backends.tvm.prepare import expand_rows
-from graphopt.backends.tvm.shapes import row_shape
-from graphopt.backends.tvm.support import REDUCTIONS, is_materialized
+from graphopt.backends.forms.convform import ConvForm, conv_of, tiles_a_task
+from graphopt.backends.forms.prepare import expand_rows
+from graphopt.backends.forms.shapes import row_shape
+from graphopt.backends.forms.support import REDUCTIONS, is_materialized
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Value

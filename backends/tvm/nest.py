@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from graphopt.backends.forms.support import SCANS, SCATTERS, is_materialized
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.elementwise import scratch
@@ -19,7 +20,6 @@ from graphopt.backends.tvm.product import emit_product
 from graphopt.backends.tvm.reduce import Reduction
 from graphopt.backends.tvm.scan import Scan
 from graphopt.backends.tvm.scatter import Scatter
-from graphopt.backends.tvm.support import SCANS, SCATTERS, is_materialized
 from graphopt.errors import BuildError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.autotune.space import Param
-from graphopt.backends.tvm.support import is_materialized
+from graphopt.backends.forms.support import is_materialized
 from graphopt.ir import types
 from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target

@@ -16,6 +16,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
+from graphopt.backends.forms.support import VIEWS, is_materialized
 from graphopt.backends.tvm import amx, scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
@@ -25,7 +26,6 @@ from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.pairform import COLUMNS, packed_pairs
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.rowstore import RowStore
-from graphopt.backends.tvm.support import VIEWS, is_materialized
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 

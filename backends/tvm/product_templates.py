@@ -12,8 +12,8 @@ from graphopt.target import Target
 
 
 def _tile_refuse(w: Workload, t: Target) -> str | None:
-    from graphopt.backends.tvm.prepare import expand_rows
-    from graphopt.backends.tvm.shapes import product_of
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.forms.shapes import product_of
 
     return product_of(expand_rows(w.graph)) if w.kind == "matmul" else "not a matmul region"
 
@@ -31,7 +31,7 @@ def _tile_variants(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
 
 
 def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
-    from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
+    from graphopt.backends.forms.prepare import expand_rows, flatten_rows
     from graphopt.backends.tvm.tile import TileKernel
     from graphopt.backends.tvm.tileform import BLOCK, BLOCKED
 
@@ -56,7 +56,7 @@ def _quantized_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 
 def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
-    from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
+    from graphopt.backends.forms.prepare import expand_rows, flatten_rows
     from graphopt.backends.tvm.quantized import QuantizedKernel
 
     graph = flatten_rows(expand_rows(w.graph))
@@ -68,8 +68,8 @@ def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 def _int8_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.tvm.int8form import refusal
-    from graphopt.backends.tvm.prepare import expand_rows
 
     return refusal(expand_rows(w.graph), t) if w.kind == "matmul" else "not a matmul region"
 
@@ -81,8 +81,8 @@ def _int8_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 
 def _write_int8(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.tvm.int8 import Int8Kernel
-    from graphopt.backends.tvm.prepare import expand_rows
 
     names = ("engine", "lanes", "rows", "group", "panels", "block", "ahead", "beside", "parallel")
     return Int8Kernel(expand_rows(w.graph), **{n: s[n] for n in names}).emit()
@@ -104,8 +104,8 @@ def _pairs_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 
 def _write_pairs(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.tvm.pairs import PairKernel
-    from graphopt.backends.tvm.prepare import expand_rows
 
     return PairKernel(expand_rows(w.graph), s["engine"], s["rows"], s["group"], s["parallel"]).emit()
 
@@ -132,7 +132,7 @@ def _thirds_space(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
 
 
 def _write_thirds(w: Workload, s: Schedule, t: Target) -> Any:
-    from graphopt.backends.tvm.prepare import expand_rows
+    from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.tvm.thirds import ThirdsKernel
 
     graph = expand_rows(w.graph)

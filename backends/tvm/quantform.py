@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.autotune.space import Param
-from graphopt.backends.tvm.prepare import expand_rows, flatten_rows
-from graphopt.backends.tvm.support import is_materialized
+from graphopt.backends.forms.prepare import expand_rows, flatten_rows
+from graphopt.backends.forms.support import is_materialized
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target

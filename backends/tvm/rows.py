@@ -12,6 +12,8 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.shapes import row_shape
+from graphopt.backends.forms.support import REDUCTIONS, VIEWS, is_softmax_exp
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import HEAVY, Probe, weight_of
@@ -19,8 +21,6 @@ from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, Tuning, lanewise, linear_index, merge_axes, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.backends.tvm.reduce import BLOCK
-from graphopt.backends.tvm.shapes import row_shape
-from graphopt.backends.tvm.support import REDUCTIONS, VIEWS, is_softmax_exp
 from graphopt.errors import BuildError
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.autotune.space import Constraint, Param, SearchSpace
-from graphopt.backends.tvm.support import is_materialized
+from graphopt.backends.forms.support import is_materialized
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value

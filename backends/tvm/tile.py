@@ -14,6 +14,7 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.support import is_materialized
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.dots import sum_dots
@@ -23,7 +24,6 @@ from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.quantform import quantized
-from graphopt.backends.tvm.support import is_materialized
 from graphopt.backends.tvm.tileform import BLOCK
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Node, Value

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 
 from graphopt.autotune.space import Constraint, Knob, Level, LoopNest, Param, Schedule, SearchSpace
+from graphopt.backends.forms.prepare import flatten_rows
+from graphopt.backends.forms.support import is_materialized
 from graphopt.backends.tvm import quantform
-from graphopt.backends.tvm.prepare import flatten_rows
-from graphopt.backends.tvm.support import is_materialized
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Value

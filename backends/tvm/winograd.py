@@ -21,8 +21,8 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.convform import ConvForm
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import vector_loop

@@ -70,6 +70,7 @@ class SiblingMatmuls(Pass):
         changed, costs = False, CostModel(ctx.target, g.symbols)
         for nodes in _families(g):
             if not self.always and not all(costs.is_bound_by_memory(n) or costs.prepares_rows(n) for n in nodes):
+                ctx.missed(self.name, f"{len(nodes)} products of one left operand stay apart: they wait for their arithmetic", nodes[0])
                 continue
             found: list[_Sibling] = []
             for node in nodes:

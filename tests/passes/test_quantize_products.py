@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.ir import Graph, evaluate
+from graphopt.ir import Graph, evaluate, parse_graph
 from graphopt.passes.fusion.fuse import Fuse
 from graphopt.passes.layout.pack_weights import PackWeights
 from graphopt.passes.quantization.quantize_products import QuantizeProducts
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.rewrite import Numerics, PassContext
+from graphopt.target import Target
 from graphopt.testing import check_pass
 
 BEFORE = """
@@ -64,6 +65,12 @@ def test_half_a_step_of_either_factor() -> None:
 ])  # fmt: skip
 def test_what_is_left(change: tuple[str, str], reason: str) -> None:
     check_pass(PASS, BEFORE.replace(*change), fires=False, reason=reason or None)
+
+
+def test_floats_stay_on_gpus() -> None:
+    ctx = PassContext(target=Target.from_name("cuda:sm_90"))
+    assert not PASS.run(parse_graph(BEFORE), ctx)
+    assert "on a GPU yet" in str(ctx.remarks[-1])
 
 
 GATE = """

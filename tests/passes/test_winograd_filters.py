@@ -103,7 +103,7 @@ def test_amx_tiles_take_the_weight_in_panels() -> None:
 
 def test_only_the_whole_inverse_is_recognised() -> None:
     """The kernel's form is the one that restore() writes, and no other difference of rows."""
-    from graphopt.backends.tvm.convform import ConvForm, conv_of
+    from graphopt.backends.forms.convform import ConvForm, conv_of
 
     for swapped in (False, True):
         g = Graph("body")

@@ -10,8 +10,8 @@ import torch
 from tvm_check import B, H, check, sizes, values
 
 from graphopt.autotune.space import Workload
+from graphopt.backends.forms.convform import ConvForm, busiest, conv_of, tile_rows, tiles_a_task
 from graphopt.backends.tvm.backend import TvmBackend
-from graphopt.backends.tvm.convform import ConvForm, busiest, conv_of, tile_rows, tiles_a_task
 from graphopt.ir import Builder, Graph, TensorType, Value, dims, types
 from graphopt.passes.layout.pack_filters import pack, unpack
 from graphopt.target import Target, detect

@@ -12,8 +12,8 @@ import torch
 from tvm_check import check, values
 
 from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.forms.convform import ConvForm, conv_of
 from graphopt.backends.tvm.backend import TvmBackend
-from graphopt.backends.tvm.convform import ConvForm, conv_of
 from graphopt.backends.tvm.convthirdform import planes_of
 from graphopt.ir import Builder, Graph, TensorType, Value, types
 from graphopt.ir.interpreter import evaluate

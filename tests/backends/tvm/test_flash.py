@@ -10,8 +10,8 @@ from attention_graphs import attention, inputs
 from tvm_check import check
 
 from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.forms.flashform import Form, form_of
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
-from graphopt.backends.tvm.flashform import Form, form_of
 from graphopt.backends.tvm.templates import DECODE, FLASH
 from graphopt.ir.text import parse_graph
 from graphopt.target import detect

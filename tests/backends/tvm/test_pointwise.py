@@ -6,7 +6,7 @@ import pytest
 import torch
 from tvm_check import check
 
-from graphopt.backends.tvm.support import refusal
+from graphopt.backends.forms.support import refusal
 from graphopt.errors import TypeInferenceError
 from graphopt.ir import dims, types
 from graphopt.ir.builder import Builder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.backends.tvm.prepare import flatten_rows
+from graphopt.backends.forms.prepare import flatten_rows
 from graphopt.ir import Graph, evaluate, parse_graph
 
 LINEAR = """graph @g(%x: f32[2, 3, 2, 8], %w: f32[2, 8, 8], %b: f32[15], %s: f32[1, 1, 1, 15], %r: f32[2, 3, 2, 15]) -> f32[2, 3, 2, 15] {

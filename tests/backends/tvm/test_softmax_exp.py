@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from graphopt.backends.tvm.support import is_softmax_exp
+from graphopt.backends.forms.support import is_softmax_exp
 from graphopt.ir import parse_graph
 
 TEXT = """graph @m(%x: f32[4, 4]) -> f32[{result}] {{

@@ -10,8 +10,8 @@ import torch
 from tvm_check import check
 
 from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.forms.convform import ConvForm, conv_of, winograd_shares
 from graphopt.backends.tvm.backend import TvmBackend
-from graphopt.backends.tvm.convform import ConvForm, conv_of, winograd_shares
 from graphopt.ir import Builder, Graph, TensorType, Value, types
 from graphopt.ir.interpreter import evaluate
 from graphopt.passes.layout.winograd import SQUARES, restore, transform

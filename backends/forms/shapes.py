@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.backends.tvm.support import REDUCTIONS, is_materialized
+from graphopt.backends.forms.support import REDUCTIONS, is_materialized
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.backends.tvm.support import ROW_OPS
+from graphopt.backends.forms.support import ROW_OPS
 from graphopt.ir import Trait, dims, types
 from graphopt.ir.builder import Builder
 from graphopt.ir.dims import Shape

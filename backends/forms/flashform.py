@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.autotune.space import Constraint, Knob, Param
-from graphopt.backends.tvm.support import MOVES
+from graphopt.backends.forms.support import MOVES
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
