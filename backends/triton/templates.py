@@ -141,7 +141,8 @@ def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     form = matmul.form_of(prepared(w))
     sizes = tuple(_largest(n, 4096) for n in (dims.numel(form.rows), form.columns, form.depth))
     wide = form.dtype.itemsize >= 4 or len(form.nodes) > 1
-    most = (64, 64, 128 // form.dtype.itemsize) if wide else (128, 128, 64)
+    exact = form.dtype.itemsize >= 4 and matmul.precision(form.dtype, t) == "ieee"  # by multiply-adds: what is read stays in registers
+    most = (64, 64, (64 if exact else 128) // form.dtype.itemsize) if wide else (128, 128, 64)
     return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, _largest(dims.numel(form.batch), 8), most),)
 
 
