@@ -10,7 +10,7 @@ from graphopt.backends.base import Kernel, KernelSource
 from graphopt.backends.forms.support import DTYPES, MOVES, PRODUCTS, REDUCTIONS, ROW_OPS, constant_of
 from graphopt.backends.triton.pointwise import unsupported
 from graphopt.backends.triton.templates import TEMPLATES, Template
-from graphopt.backends.triton.versions import package_version, source_hash
+from graphopt.backends.versions import package_version, source_hash
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.target import Target
@@ -42,7 +42,8 @@ class TritonBackend:
 
     def versions(self) -> tuple[tuple[str, str], ...]:
         """(name, version) of everything but workload, schedule and target that decides a kernel's code; sorted."""
-        return (("graphopt", package_version("graphopt")), ("triton", package_version("triton")), ("triton backend source", source_hash()))
+        packages = tuple((name, package_version(name)) for name in ("graphopt", "triton"))
+        return (*packages, ("triton backend source", source_hash("triton")))
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ from typing import Any
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.triton.build import load
 from graphopt.backends.triton.templates import TEMPLATES
-from graphopt.backends.triton.versions import source_hash
+from graphopt.backends.versions import source_hash
 from graphopt.errors import BuildError, GraphoptError
 from graphopt.target import Target
 
@@ -69,7 +69,7 @@ class Provider:
     def _one(self, w: Workload, s: Schedule, target: Target, cache_dir: Path) -> LoadedArtifact:
         template = next(p for p in TEMPLATES if p.name == s.template)
         source = template.emit(w, s, target)
-        folder = cache_dir / f"triton-{source_hash()}"
+        folder = cache_dir / f"triton-{source_hash('triton')}"
         path = folder / f"{source.name}.py"
         found = path.exists() and path.read_text() == source.text
         if not found:

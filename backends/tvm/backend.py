@@ -8,10 +8,11 @@ from functools import lru_cache
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
 from graphopt.backends.forms.support import refusal
-from graphopt.backends.tvm.cache import package_version, package_versions
+from graphopt.backends.tvm.cache import package_versions
 from graphopt.backends.tvm.conv_templates import CONV
 from graphopt.backends.tvm.template import Template
 from graphopt.backends.tvm.templates import TEMPLATES
+from graphopt.backends.versions import package_version
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 

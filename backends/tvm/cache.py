@@ -11,13 +11,11 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from functools import cache, lru_cache
-from importlib import metadata
 from pathlib import Path
 
-import graphopt.ir
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.llvm_target import llvm_features
+from graphopt.backends.versions import package_version, source_hash
 from graphopt.target import Target
 
 FORMAT = "1"
@@ -39,31 +37,12 @@ def ingredients(w: Workload, s: Schedule, t: Target) -> dict[str, str]:
 
 def package_versions() -> dict[str, str]:
     """The ingredients that are the same for all kernels."""
-    return {"tvm": package_version("apache-tvm"), "tvm-ffi": package_version("apache-tvm-ffi"), "backend source": source_hash()}
+    return {"tvm": package_version("apache-tvm"), "tvm-ffi": package_version("apache-tvm-ffi"), "backend source": source_hash("tvm")}
 
 
 def key_of(parts: Mapping[str, str]) -> str:
     """SHA-256 over the ingredients, 24 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-@cache
-def package_version(package: str) -> str:
-    """The installed version of a package, or that there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-@lru_cache(maxsize=1)
-def source_hash() -> str:
-    """Hash of the code that emits kernels: this backend, and the IR whose expansions it reads."""
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(graphopt.ir.__file__).parent):
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 class KernelCache:

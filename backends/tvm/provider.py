@@ -13,10 +13,11 @@ from typing import Any
 
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
-from graphopt.backends.tvm.cache import KernelCache, source_hash
+from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.launch import changed_words as changed_words
 from graphopt.backends.tvm.launch import native as native
 from graphopt.backends.tvm.template import entry_name
+from graphopt.backends.versions import source_hash
 from graphopt.errors import BuildError
 from graphopt.target import Target, detect
 
@@ -77,7 +78,7 @@ def remember(cache_dir: Path, model: str) -> None:
 
 
 def _mark(folder: Path, model: str) -> Path:
-    return folder / "models" / f"{model}-{source_hash()}"
+    return folder / "models" / f"{model}-{source_hash('tvm')}"
 
 
 def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,

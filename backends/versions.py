@@ -1,4 +1,4 @@
-"""What decides a kernel beside workload, schedule and target: versions of packages, and this backend's own source."""
+"""What decides a kernel beside workload, schedule and target: versions of packages, and the source that emits kernels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def package_version(package: str) -> str:
 
 
 @cache
-def source_hash() -> str:
-    """Hash of the code that emits kernels: this backend, and the IR whose expansions it reads."""
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(graphopt.ir.__file__).parent):
+def source_hash(backend: str) -> str:
+    """Hash of the code that emits the kernels of a backend: its own, that of ``forms``, and the IR whose expansions it reads."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for folder in (here / backend, here / "forms", Path(graphopt.ir.__file__).parent):
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
