@@ -141,20 +141,20 @@ def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], scheme: Scheme,
             bias, smooth = linears[name]._parameters["bias"], _smooth_of(linears[name])
             made[name] = QuantizedLinear(*parts, bias, weight.shape[1], str(scheme), smooth=smooth)
     if scheme.activations == "static":
-        seen, met = {n: Observer() for n in linears}, set()
+        seen: dict[str, Observer] = {}
         told("looking at inputs", 0, 1)
 
         def look(name: str, x: torch.Tensor) -> None:
             smooth = _smooth_of(linears[name])
-            seen[name].see(x if smooth is None else x * smooth)
-            met.add(name)
+            seen.setdefault(name, Observer()).see(x if smooth is None else x * smooth)
 
         watch(model, linears, samples, look)
         for name, m in list(made.items()):
-            if seen[name].largest:
-                m.step = torch.tensor(seen[name].step(observer))
+            found = seen.get(name)
+            if found is not None and found.largest:
+                m.step = torch.tensor(found.step(observer))
             else:
-                left[name] = "calibration met nothing but zeros there" if name in met else "calibration never reached it"
+                left[name] = "calibration met nothing but zeros there" if found else "calibration never reached it"
                 del made[name]
     return made
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from graphopt.ir import Builder
 from graphopt.ir.graph import Value
+from graphopt.passes.layout import interleaved
 
 COLUMNS = 32  # of a panel: two tiles, or two vector registers
 DEPTH = 32  # the summed axis is padded to a multiple: what a tile holds of it
@@ -17,18 +18,7 @@ DEPTH = 32  # the summed axis is padded to a multiple: what a tile holds of it
 
 def pack(b: Builder, w: Value, transposed: bool) -> Value:
     """``[K, N]`` (``[N, K]`` if transposed) to ``[ceil(N / 32), ceil(K / 32) * 16, 32, 2]``."""
-    if transposed:
-        w = b.transpose(w, perm=(1, 0))
-    k, n = (int(d) for d in w.shape)
-    depth, panels = -(-k // DEPTH) * DEPTH, -(-n // COLUMNS)
-    if (k, n) != (depth, panels * COLUMNS):
-        w = b.pad(w, low=(0, 0), high=(depth - k, panels * COLUMNS - n), value=0.0)
-    return b.transpose(b.reshape(w, shape=(depth // 2, 2, panels, COLUMNS)), perm=(2, 0, 3, 1))
+    return interleaved.pack(b, w, transposed, 2, DEPTH, COLUMNS)
 
 
-def unpack(b: Builder, wp: Value, k: int, n: int) -> Value:
-    """The inverse of :func:`pack`: ``[panels, depth / 2, 32, 2]`` to ``[K, N]``."""
-    panels, half, columns, _ = (int(d) for d in wp.shape)
-    wide = b.reshape(b.transpose(wp, perm=(1, 3, 0, 2)), shape=(2 * half, panels * columns))
-    rows = b.create("slice", [wide], {"axis": 0, "stop": k})
-    return b.create("slice", [rows], {"axis": 1, "stop": n})  # type: ignore[no-any-return]
+unpack = interleaved.unpack
