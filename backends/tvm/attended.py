@@ -15,7 +15,7 @@ from graphopt.backends.forms.flashform import Form
 from graphopt.backends.forms.support import VIEWS
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.expr import Arguments, Expressions, reshape_groups
+from graphopt.backends.tvm.expr import Arguments, Expressions, broadcast_index, reshape_groups
 from graphopt.backends.tvm.loops import vector_loop
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir import types
@@ -159,14 +159,18 @@ class Rows:
     @staticmethod
     def _scale(node: Node, at: Sequence[Index], e: Expressions) -> Any:
         scale = node.operands[1]
-        return e.at(scale, _tail(scale, at))
+        return e.at(scale, broadcast_index(scale, at))
 
     def at(self, index: Sequence[Index], probe: Expressions | None = None) -> Any:
         """An element, without the row's scale; read by ``probe`` if that is given."""
         e = probe or Expressions(self.args, {})
         if self.integers is not None:
             whole = self.integers.operands[0]
-            e.sources = {self.integers.result: lambda at: e.let(scalar.cast(e.at(whole, _tail(whole, at)), whole.dtype, types.f32, e.let))}
+
+            def floating(at: Sequence[Index]) -> Any:
+                return e.let(scalar.cast(e.at(whole, broadcast_index(whole, at)), whole.dtype, types.f32, e.let))
+
+            e.sources = {self.integers.result: floating}
         return e.at(self.value, index)
 
     def scale(self, index: Sequence[Index]) -> Any:
@@ -230,9 +234,9 @@ class Extra:
         value = tirx.const(0.0, F32)
         index = [*lead, q, n]
         if p.bias is not None:
-            value = code.bind(e.at(p.bias, _tail(p.bias, index)) * tirx.const(LOG2E, F32))
+            value = code.bind(e.at(p.bias, broadcast_index(p.bias, index)) * tirx.const(LOG2E, F32))
         if p.mask is not None:
-            value = code.bind(tirx.Select(e.at(p.mask, _tail(p.mask, index)), value, tirx.const(self.fill, F32)))
+            value = code.bind(tirx.Select(e.at(p.mask, broadcast_index(p.mask, index)), value, tirx.const(self.fill, F32)))
         return value
 
     def keys_of(self, lead: Sequence[Index], base: Index, count: Index) -> None:
@@ -297,8 +301,3 @@ class Extra:
         code = self.code
         top = code.bind(Expressions(self.args, {}).at(sinks, [lead[-1] if lead else 0]) * tirx.const(LOG2E, F32))
         return top, code.bind(tirx.Select(tirx.EQ(top, low), tirx.const(0.0, F32), tirx.const(1.0, F32)))
-
-
-def _tail(v: Value, index: Sequence[Index]) -> list[Index]:
-    """The index of a value that is broadcast, given that of the whole."""
-    return [0 if d == 1 else i for i, d in zip(index[len(index) - v.type.rank :], v.shape, strict=True)]

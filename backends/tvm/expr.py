@@ -56,6 +56,11 @@ def _address(code: Code, index: Sequence[Index], strides: Sequence[Index]) -> In
     return at if isinstance(at, int) else code.simplify(at)
 
 
+def broadcast_index(v: Value, index: Sequence[Index]) -> list[Index]:
+    """The index of a value that is broadcast, given that of the whole."""
+    return [0 if d == 1 else i for i, d in zip(index[len(index) - v.type.rank :], v.shape, strict=True)]
+
+
 class Expressions:
     """Values at indices, within one block of statements.
 
@@ -105,7 +110,7 @@ class Expressions:
             return move(self, node, index)
         if not node.op.has(Trait.POINTWISE):
             raise BuildError(f"{node.name} was not computed before its use")
-        args = [self.at(x, self._broadcast(index, x)) for x in node.operands]
+        args = [self.at(x, broadcast_index(x, index)) for x in node.operands]
         name = "exp_shifted" if is_softmax_exp(node) else node.name
         return self.ops.apply(name, args, node.operands[-1].dtype, v.dtype, node.attrs, [constant_of(x) for x in node.operands])
 
@@ -114,10 +119,6 @@ class Expressions:
         self.addresses.append(at)
         self.reads.append((v, at))
         return scalar.load(self.code.load(self.args.inputs[v], at), v.dtype)
-
-    def _broadcast(self, index: Sequence[Index], x: Value) -> list[Index]:
-        tail = index[len(index) - x.type.rank :]
-        return [0 if d == 1 else i for i, d in zip(tail, x.shape, strict=True)]
 
     def sizes(self, v: Value) -> list[Index]:
         return [self.code.size(d) for d in v.shape]
@@ -160,7 +161,7 @@ class Expressions:
         return self.at(node.operands[0], out)
 
     def _broadcast_to(self, node: Node, index: Sequence[Index]) -> Any:
-        return self.at(node.operands[0], self._broadcast(index, node.operands[0]))
+        return self.at(node.operands[0], broadcast_index(node.operands[0], index))
 
     def _slice(self, node: Node, index: Sequence[Index]) -> Any:
         axis = node.attrs["axis"] % len(index)
@@ -245,7 +246,7 @@ class Expressions:
     def _operand(self, node: Node, k: int, index: Sequence[Index], dtype: DType) -> Any:
         """An operand of a pointwise node, as another dtype."""
         x = node.operands[k]
-        value = self.at(x, self._broadcast(index, x))
+        value = self.at(x, broadcast_index(x, index))
         return value if x.dtype == dtype else self.let(scalar.cast(value, x.dtype, dtype, self.let))
 
     def _dequantize(self, node: Node, index: Sequence[Index]) -> Any:

@@ -81,6 +81,7 @@ class ExportedGraph:
         positional = _children(_children(self._in_spec)[0])
         tensors = all(isinstance(traced, torch.Tensor) for _, _, traced in self._users)
         self._simple = not self._keywords and tensors and len(positional) == len(self._users) and all(p.is_leaf() for p in positional)
+        self._positional = len(positional)
         self._single = self._out_spec.is_leaf()
         shapes = [t.shape if isinstance(t, torch.Tensor) else () for _, _, t in self._users]
         self._sizes = [[n if isinstance(n, int) else None for n in shape] for shape in shapes]
@@ -112,7 +113,7 @@ class ExportedGraph:
 
     def _as_in_the_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call whose arguments stand by position and by name where they stood in the example."""
-        count = len(_children(_children(self._in_spec)[0]))
+        count = self._positional
         if len(args) != count and len(args) <= len(self._names):
             named = {**dict(zip(self._names, args, strict=False)), **kwargs}
             if len(named) == len(args) + len(kwargs) and set(named) == {*self._names[:count], *self._keywords}:
