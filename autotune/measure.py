@@ -32,6 +32,8 @@ class Timing:
         margin: share of the incumbent's time by which a candidate must win.
         patience: for the first call of a candidate; or ``patience_ratio`` times the incumbent's time, if that is longer.
         leak: bytes of growth of resident memory over the timed calls that are looked into.
+        incredible: a time this many times shorter than the machine's limits allow is not believed. Not 1: tiles multiply faster than
+            the multiply-adds that the limits were measured with, and some of the weights may be in a cache.
     """
 
     floor: float = 0.02
@@ -42,6 +44,7 @@ class Timing:
     patience: float = 10.0
     patience_ratio: float = 200.0
     leak: int = 256 << 10
+    incredible: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Subject:
         weights: inputs that nothing writes between two runs of the model: they are as cold as all that it reads meanwhile
             makes them, while the other inputs were written just before.
         between: bytes that the model reads between two calls of a kernel: weights are rotated over copies of that size in all.
+        least: seconds that no kernel can do without: the roofline. 0 if not known.
     """
 
     workload: Workload
@@ -121,6 +125,7 @@ class Subject:
     weights: tuple[int, ...] = ()
     between: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
+    least: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Status(str, Enum):
     TIMED_OUT = "timed-out"
     WRONG = "wrong"
     LEAKED = "leaked"
+    INCREDIBLE = "incredible"
 
     def __str__(self) -> str:
         return self.value

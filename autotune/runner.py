@@ -217,8 +217,16 @@ class ProcessRunner:
             self._check(session, 0, built, incumbent)
             race = self._race(session, built, incumbent, self.timing.recheck)
             won = race.won(self.timing.margin)
-            return Trial(built, _measured(race, incumbent, max(verdict.error, other.error), won), won)
+            measured = _measured(race, incumbent, max(verdict.error, other.error), won)
+            if won:
+                self._believe(session.subject, measured)
+            return Trial(built, measured, won)
         return Trial(built, _measured(race, incumbent, verdict.error, False))
+
+    def _believe(self, subject: Subject, m: Measured) -> None:
+        """Raises Failed if a winner's time is shorter than any kernel's could be: then something else slowed the incumbent down."""
+        if m.seconds is not None and m.seconds * self.timing.incredible < subject.least:
+            raise Failed(Status.INCREDIBLE, f"{m.seconds * 1e6:.3g} us, where the machine's limits ask for {subject.least * 1e6:.3g}")
 
     # --- requests ------------------------------------------------------------------------------------------------------
 

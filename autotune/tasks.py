@@ -21,7 +21,6 @@ class Task:
         default: the schedule that is used without tuning.
         calls: how often a run of the models calls its kernel.
         seconds: of one call, as it was found in the model; 0 if not known.
-        least: seconds that no kernel can do without: the roofline. 0 if not known.
         library: seconds of a call of PyTorch's kernels for the same. 0 if not known.
         flops, read: of a call: floating-point operations, and bytes that come from memory.
     """
@@ -31,7 +30,6 @@ class Task:
     default: Schedule
     calls: int = 1
     seconds: float = 0.0
-    least: float = 0.0
     library: float = 0.0
     flops: float = 0.0
     read: float = 0.0
@@ -39,6 +37,11 @@ class Task:
     @property
     def workload(self) -> Workload:
         return self.subject.workload
+
+    @property
+    def least(self) -> float:
+        """Seconds that no kernel can do without: the roofline. 0 if not known."""
+        return self.subject.least
 
 
 class Proposer(Protocol):

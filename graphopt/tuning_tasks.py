@@ -93,9 +93,9 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
         share = use.seconds / total if total else 0.0
         read = use.weight_bytes if cold else 0
         floor = least(use.flops, read) if least else 0.0
-        subject = Subject(w, case_maker(w, use.sizes), use.weights, min(between, MOST_BETWEEN), use.sizes)
+        subject = Subject(w, case_maker(w, use.sizes), use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
         eager = library(subject) if library and share >= WORTH else 0.0
-        found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, floor, eager, use.flops, read))
+        found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, eager, use.flops, read))
         found.share.append(share)
     return found
 

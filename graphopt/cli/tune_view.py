@@ -119,12 +119,12 @@ class View:
 
     @property
     def estimate(self) -> float:
-        """Seconds of a run of all models, if every kernel gains in them what it gained alone."""
+        """Seconds of a run of all models, if every kernel gains in them what it gained alone, as far as the roofline lets it."""
         saved = 0.0
         for task, best, default in zip(self.found.tasks, self.best, self.default, strict=True):
             if best and default:
-                saved += task.calls * task.seconds * (1 - best / default)
-        return sum(self.found.seconds) - saved
+                saved += task.calls * max(0.0, task.seconds - max(task.seconds * best / default, task.least))
+        return max(0.0, sum(self.found.seconds) - saved)
 
     def line(self) -> str:
         before = sum(self.found.seconds)

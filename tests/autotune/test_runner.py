@@ -59,6 +59,12 @@ def test_the_reason_says_what_happened(runner: ProcessRunner, kernel: str, words
     assert words in measure(runner, kernel)[0].measured.reason
 
 
+def test_a_winner_that_is_faster_than_the_machine_is_not_believed(runner: ProcessRunner) -> None:
+    first, second = runner.measure(replace(subject(), least=1.0), [built("slow"), built("good")], None)
+    assert first.won and first.measured.status is Status.OK  # there is nothing yet that it is faster than
+    assert not second.won and second.measured.status is Status.INCREDIBLE and "limits" in second.measured.reason
+
+
 def test_one_that_is_not_faster_is_not_given_a_smaller_time(runner: ProcessRunner) -> None:
     same = measure(runner, "slow", incumbent=Incumbent(built("slow"), 1e-3))[0]
     assert not same.won

@@ -47,8 +47,8 @@ class Curve:
     def progress(self, size: int) -> Progress:
         t = f"f32[{size}]"
         w = Workload("pointwise", f"graph @g(%arg0: {t}) -> {t} {{\n  %0: {t} = {self.op}(%arg0)\n  return %0\n}}\n")
-        subject = Subject(w, lambda seed: pytest.fail("no case is needed"))
-        return Progress(Task(subject, self.op, SCHEDULE, self.calls, self.start, self.least), NoSearch())
+        subject = Subject(w, lambda seed: pytest.fail("no case is needed"), least=self.least)
+        return Progress(Task(subject, self.op, SCHEDULE, self.calls, self.start), NoSearch())
 
 
 def play(scheduler: Scheduler, curves: Sequence[Curve], seconds: float) -> tuple[float, list[int]]:

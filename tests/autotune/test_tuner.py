@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -117,6 +118,6 @@ def test_a_task_at_its_roofline_gets_one_batch(runner: ProcessRunner) -> None:
     spaces = space("good", n=100)
     setup = Setup(runner, spaces)
     p = setup.tuner.progress[0]
-    p.task = Task(subject(), "x + y", spaces.default(), least=1.0)
+    p.task = Task(replace(subject(), least=1.0), "x + y", spaces.default())
     outcome, _ = setup.run(Budget())
     assert (outcome.why, outcome.trials) == ("done", 4)

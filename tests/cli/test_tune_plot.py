@@ -30,9 +30,9 @@ def outcome(n: int, seed: int = 0) -> tuple[Outcome, Tasks]:
         read = flops / 10 ** rng.uniform(0, 3) if i % 3 else 0.0
         least = max(flops / LIMITS.flops, read / LIMITS.bytes, 1e-6)
         default = least * rng.uniform(1.2, 4)
-        subject = Subject(Workload("matmul", str(i)), lambda seed: pytest.fail("no case is needed"))
+        subject = Subject(Workload("matmul", str(i)), lambda seed: pytest.fail("no case is needed"), least=least)
         name = f"matmul 32x{1024 + i} * 1024x4096; add, gelu"
-        task = Task(subject, name, Schedule.make("t"), 1, default, least, default * 1.3, flops, read)
+        task = Task(subject, name, Schedule.make("t"), 1, default, default * 1.3, flops, read)
         p = Progress(task, NoSearch())
         if i != 4:
             p.default = Measured(Status.OK, default) if i != 5 else Measured(Status.CRASHED)
