@@ -29,6 +29,7 @@ def log1p(x):
     """log(1 + x)."""
     u = 1.0 + x
     near = tl.log(u) - ((u - 1.0) - x) / u
+    near = tl.where(u == 1.0, x, near)  # -0.0 keeps its sign
     return tl.where(u == float("inf"), u, tl.where(u == 0.0, float("-inf"), near))
 
 
@@ -52,15 +53,31 @@ def tanh(x):
         p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s - 3.33332819422e-1
         t = tl.exp(-2.0 * tl.abs(x))
         size = tl.where(tl.abs(x) < 0.625, tl.abs(x + x * s * p), (1.0 - t) / (1.0 + t))
-    return tl.where(x < 0.0, -size, size)
+    return _signed(size, x)
 
 
 @triton.jit
 def sinh(x):
-    """(d + d / (d + 1)) / 2 for d = e**|x| - 1, with the sign of x."""
-    d = expm1(tl.abs(x))
-    size = tl.where(d == float("inf"), d, 0.5 * (d + d / (d + 1.0)))
-    return tl.where(x < 0.0, -size, size)
+    """(d + d / (d + 1)) / 2 for d = e**|x| - 1, with the sign of x; where e**|x| is twice a number that still fits, from its root."""
+    a = tl.abs(x)
+    d = expm1(a)
+    root = tl.exp(0.5 * a)
+    size = tl.where(a > 80.0, (0.5 * root) * root, 0.5 * (d + d / (d + 1.0)))
+    return _signed(size, x)
+
+
+@triton.jit
+def cosh(x):
+    """(e**x + e**-x) / 2; where e**|x| is twice a number that still fits, from its root."""
+    a = tl.abs(x)
+    root = tl.exp(0.5 * a)
+    return tl.where(a > 80.0, (0.5 * root) * root, 0.5 * (tl.exp(a) + tl.exp(-a)))
+
+
+@triton.jit
+def _signed(size, x):
+    """size >= 0 with the sign of x, zero's included."""
+    return tl.where(x < 0.0, -size, tl.where(x == 0.0, x, size))
 
 
 @triton.jit
@@ -76,6 +93,7 @@ def round_even(x):
     d = x - f
     odd = f - 2.0 * tl.floor(f * 0.5)
     near = tl.where(d > 0.5, f + 1.0, tl.where(d < 0.5, f, f + odd))
+    near = tl.where(near == 0.0, 0.0 * x, near)  # the sign of x
     return tl.where(tl.abs(x) == float("inf"), x, near)
 
 
@@ -94,6 +112,7 @@ def float_floor_div(a, b):
     q = tl.where((r != 0.0) & ((b < 0.0) != (r < 0.0)), q - 1.0, q)
     whole = tl.floor(q)
     whole = tl.where(q - whole > 0.5, whole + 1.0, whole)
+    whole = tl.where(whole == 0.0, 0.0 * (a / b), whole)  # zero has the sign of the quotient
     return tl.where(b == 0.0, a / b, whole)
 
 

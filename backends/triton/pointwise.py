@@ -196,7 +196,7 @@ _BOOLEAN = {
 _FORMS = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "reciprocal": "1.0 / {0}",
     "relu": "tl.where({0} < 0, 0, {0})", "silu": "{0} / (1.0 + tl.exp(-{0}))",
-    "cosh": "0.5 * (tl.exp({0}) + tl.exp(-{0}))", "tan": "tl.sin({0}) / tl.cos({0})",
+    "tan": "tl.sin({0}) / tl.cos({0})",
     "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
     "bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}", "bitwise_not": "~{0}",
     "isnan": "{0} != {0}", "isinf": 'tl.abs({0}) == float("inf")', "sign": "", "maximum": "tl.maximum({0}, {1})",
@@ -208,6 +208,6 @@ _CALLS = {
     "sqrt": "tl.sqrt_rn", "rsqrt": "tl.rsqrt", "sin": "tl.sin", "cos": "tl.cos", "erf": "tl.erf",
 }  # fmt: skip
 _LIBRARY = {
-    "tanh": "tanh", "sinh": "sinh", "sigmoid": "sigmoid", "log1p": "log1p", "expm1": "expm1", "log10": "log10", "trunc": "trunc",
+    "tanh": "tanh", "sinh": "sinh", "cosh": "cosh", "sigmoid": "sigmoid", "log1p": "log1p", "expm1": "expm1", "log10": "log10", "trunc": "trunc",
     "round": "round_even",
 }  # fmt: skip
