@@ -1,11 +1,12 @@
 """Attention: naive PyTorch, scaled_dot_product_attention, Inductor and graphopt's kernel, in turns, beside the machine's limits.
 
-    python benchmarks/attention.py [--cases prefill,models,window,decode] [--lengths 512,2048] [--systems naive,sdpa,graphopt]
+    python benchmarks/attention.py [--cases prefill,models,window,decode,memory] [--lengths 512,2048] [--systems naive,sdpa,graphopt]
                                    [--runs 7] [--json attention.json] [--plot attention.png]
 
 Times are medians in ms of f32 on ``--threads`` threads. ``naive`` is ``softmax(q k^T scale + mask) v`` in eager PyTorch, ``inductor``
-the same under torch.compile, ``expanded`` graphopt's two products and softmax. ``--prepare`` only builds the kernels, so that a
-later run is short. ``--memory`` measures memory instead of time: how it grows with ``--lengths``, two heads of 64, causal.
+the same under torch.compile with freezing, ``expanded`` graphopt's two products and softmax, ``int8`` graphopt's decoding over a cache of
+such integers. ``--prepare`` only builds the kernels, so that a later run is short. ``--memory`` measures memory alone, of all
+``--systems``: how it grows with ``--lengths``, two heads of 64, causal. At the end the bars are listed, met or not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-SYSTEMS = ("naive", "sdpa", "inductor", "expanded", "graphopt")
+SYSTEMS = ("naive", "sdpa", "inductor", "expanded", "graphopt", "int8")
+BITS = {"graphopt": 32, "int8": 8}  # of an element of keys and values, for each kernel of graphopt's
+GROWTH = (1024, 2048, 4096, 8192)  # tokens at which memory is measured
 Call = Callable[[], Any]
 
 
@@ -81,8 +84,8 @@ def cases(groups: list[str], lengths: list[int]) -> list[Case]:
     return out
 
 
-def kernel_of(case: Case) -> Any:
-    """graphopt's kernel for a case, from the cache or built now."""
+def kernel_of(case: Case, bits: int = 32) -> Any:
+    """graphopt's kernel for a case, from the cache or built now; of fewer bits than 32, over integers with a scale a token."""
     from graphopt.autotune.space import Workload
     from graphopt.backends.tvm.backend import TvmBackend
     from graphopt.backends.tvm.build import KernelBuilder, load_kernel
@@ -93,7 +96,13 @@ def kernel_of(case: Case) -> Any:
     keys = f"f32[1, {case.shared}, {case.keys}, {case.size}]"
     attrs = f"scale = {case.size**-0.5}" + (f", causal = true, offset = {case.keys - case.queries}" if case.causal else "")
     attrs += f", window = {case.window}" if case.window else ""
-    graph = parse_graph(f"graph @g(%q: {result}, %k: {keys}, %v: {keys}) -> {result} {{\n"
+    if bits == 32:
+        given, made = f"%k: {keys}, %v: {keys}", ""
+    else:
+        scales = f"f32[1, {case.shared}, {case.keys}, 1]"
+        given = ", ".join(f"%{x}q: {keys.replace('f32', f'i{bits}')}, %{x}s: {scales}" for x in "kv")
+        made = "".join(f" %{x}: {keys} = dequantize(%{x}q, %{x}s)\n" for x in "kv")
+    graph = parse_graph(f"graph @g(%q: {result}, {given}) -> {result} {{\n{made}"
                         f" %0: {result} = attention(%q, %k, %v) {{{attrs}}}\n return %0\n}}")  # fmt: skip
     w, target = Workload.of(graph, "attention"), detect()
     schedule = TvmBackend().templates(w, target)[0].space(w, target).default()
@@ -113,6 +122,12 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor 
     return torch.softmax(s, -1) @ v
 
 
+def rounded(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values as integers of so many bits, and the scale of each token."""
+    scale = x.abs().amax(-1, keepdim=True) / ((1 << (bits - 1)) - 1)
+    return (x / scale).round().to(torch.int8), scale
+
+
 def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call]:
     """What to time, each seen to give SDPA's result. Keys of decoding are many copies, so that they come from memory.
 
@@ -127,6 +142,7 @@ def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call
         i, j = torch.arange(case.queries)[:, None] + case.keys - case.queries, torch.arange(case.keys)
         mask = (j <= i) & (j > i - (case.window or case.keys + 1))
     out = torch.empty_like(q)
+    torch._dynamo.reset()  # one function of another size a case: no code for sizes in general, no limit on how often
     plain = case.causal and case.window is None and case.queries == case.keys
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -135,11 +151,11 @@ def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call
     def one(system: str) -> Callable[..., torch.Tensor]:
         if system == "sdpa":
             return sdpa
-        if system == "graphopt":
-            kernel = kernel_of(case)
+        if system in BITS:
+            kernel = kernel_of(case, BITS[system])
 
-            def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-                kernel(q, k, v, out)
+            def run(q: torch.Tensor, *kv: torch.Tensor) -> torch.Tensor:
+                kernel(q, *kv, out)
                 return out
 
             return run
@@ -152,20 +168,28 @@ def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call
         def spelled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return naive(q, k, v, mask)
 
-        return torch.compile(spelled) if system == "inductor" else spelled
+        return torch.compile(spelled, options={"freezing": True}, dynamic=False) if system == "inductor" else spelled
 
     found: dict[str, Call] = {}
     want = None if small else sdpa(q, *kv[0])
     for system in systems:
+        bits = BITS.get(system, 32)
+        if bits != 32 and case.group != "decode":
+            continue
         f = one(system)
         if want is None:
             found[system] = lambda f=f: f(q, *kv[0])  # type: ignore[misc]
             continue
-        got = f(q, *kv[0])
-        error = float((got - want).abs().max() / want.abs().max())
+        given, wanted = kv, want
+        if bits != 32:
+            given = [(*rounded(k, bits), *rounded(v, bits)) for k, v in kv]
+            k, ks, v, vs = given[0]
+            wanted = sdpa(q, k * ks, v * vs)
+        got = f(q, *given[0])
+        error = float((got - wanted).abs().max() / wanted.abs().max())
         if not error < 1e-4:
             raise SystemExit(f"{case.name}: {system} differs from SDPA by {error}")
-        found[system] = lambda f=f: [f(q, *pair) for pair in kv]  # type: ignore[misc]
+        found[system] = lambda f=f, given=given: [f(q, *pair) for pair in given]  # type: ignore[misc]
     if case.group == "decode":
         case.ms["copies"] = copies
     return found
@@ -184,8 +208,9 @@ def measure(case: Case, systems: list[str], runs: int) -> None:
     case.ms = {s: 1e3 * statistics.median(t[1:]) / copies for s, t in times.items()}
 
 
-def memory(lengths: list[int], systems: list[str]) -> Table:
-    """Most memory that queries, keys, values, the result and whatever a system takes besides were resident in, and its growth."""
+def memory(lengths: Sequence[int], systems: list[str]) -> tuple[Table, dict[str, float]]:
+    """The most memory that queries, keys, values, the result and whatever a system takes besides were resident in, and its growth:
+    the exponent of the length, by system."""
     from graphopt.bench.memory import peak, reset_peak, settle
 
     table = Table("tokens", *systems, title="attention, causal, 2 heads of 64: MB at most")
@@ -205,7 +230,32 @@ def memory(lengths: list[int], systems: list[str]) -> Table:
     logs = [math.log(n) for n in lengths]
     slopes = [statistics.linear_regression(logs, [math.log(x) for x in found[s]]).slope for s in systems]
     table.add_row("exponent", *(f"{x:.2f}" for x in slopes))
-    return table
+    return table, dict(zip(systems, slopes, strict=True))
+
+
+def bars(found: list[Case], exponent: float | None, limits: Any) -> list[tuple[str, float, bool]]:
+    """What was aimed at: in words, the figure of the worst case, and whether it is met. Nothing of what was not measured."""
+
+    def least(what: str, bar: float, figures: Iterable[float]) -> list[tuple[str, float, bool]]:
+        got = list(figures)
+        return [(f"{what}: at least {bar}", min(got), min(got) >= bar)] if got else []
+
+    def over(system: str, some: Iterable[Case]) -> list[float]:
+        return [c.ms[system] / c.ms["graphopt"] for c in some if {system, "graphopt"} <= c.ms.keys()]
+
+    square = [c for c in found if c.group in ("prefill", "models")]
+    local = {c.window: c.ms["graphopt"] for c in found if c.group == "window" and "graphopt" in c.ms}
+    one = [c for c in found if c.group == "decode" and "graphopt" in c.ms]
+    out = least("eager's time over ours, 2,048 tokens and more", 2.0, over("naive", [c for c in square if c.keys >= 2048]))
+    out += least("SDPA's time over ours, everywhere", 1.0, over("sdpa", found))
+    out += least("SDPA's time over ours, causal", 1.5, over("sdpa", [c for c in square if c.causal]))
+    out += least("full causal time over that of a window of 512", 4.0, [local[None] / local[512]] if {None, 512} <= local.keys() else [])
+    shares = [1e3 * c.read / limits.bytes / c.ms["graphopt"] for c in one]
+    out += least("share of read bandwidth over keys and values, one token", 0.85, shares)
+    out += least("speed over 8-bit keys and values beside f32", 2.5, [c.ms["graphopt"] / c.ms["int8"] for c in one if "int8" in c.ms])
+    if exponent is not None:
+        out.append(("exponent of memory by length: below 1.15", exponent, exponent < 1.15))
+    return out
 
 
 def show(found: list[Case], systems: list[str], limits: Any) -> Table:
@@ -213,8 +263,8 @@ def show(found: list[Case], systems: list[str], limits: Any) -> Table:
     for c in found:
         mine = c.ms.get("graphopt", float("nan"))
         least = 1e3 * limits.least_seconds(c.flops, c.read)
-        ratio = f"{c.ms['sdpa'] / mine:.2f}x" if "sdpa" in c.ms else ""
-        table.add_row(c.name, *(f"{c.ms[s]:.2f}" for s in systems), ratio, f"{least / mine:.0%}")
+        ratio = f"{c.ms['sdpa'] / mine:.2f}x" if {"sdpa", "graphopt"} <= c.ms.keys() else ""
+        table.add_row(c.name, *(f"{c.ms[s]:.2f}" if s in c.ms else "" for s in systems), ratio, f"{least / mine:.0%}")
     return table
 
 
@@ -241,9 +291,9 @@ def plot(found: list[Case], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="models,prefill,window,decode")
+    parser.add_argument("--cases", default="models,prefill,window,decode,memory")
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--systems", default=",".join(s for s in SYSTEMS if s != "expanded"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--prepare", action="store_true")
@@ -251,17 +301,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
-    systems, found = given.systems.split(","), cases(given.cases.split(","), [int(n) for n in given.lengths.split(",")])
+    systems, groups, lengths = given.systems.split(","), given.cases.split(","), [int(n) for n in given.lengths.split(",")]
+    found, exponent = cases(groups, lengths), None
     if unknown := [s for s in systems if s not in SYSTEMS]:
         sys.exit(f"unknown: {', '.join(unknown)}; systems are {', '.join(SYSTEMS)}")
     if given.prepare:
         for case in found:
-            kernel_of(case)
+            for system in systems:
+                if system == "graphopt" or (system in BITS and case.group == "decode"):
+                    kernel_of(case, BITS[system])
         return
     if given.memory:
         torch.set_num_threads(given.threads)
         with torch.no_grad():
-            Console(width=160).print(memory([int(n) for n in given.lengths.split(",")], systems))
+            Console(width=160).print(memory(lengths, systems)[0])
         return
     from graphopt.bench.limits import LimitMeter
 
@@ -269,13 +322,22 @@ def main() -> None:
     meter = LimitMeter(given.threads)
     limits = meter.measure()
     with torch.no_grad():
+        if "memory" in groups and "graphopt" in systems:
+            table, slopes = memory(GROWTH, ["graphopt"])
+            exponent = slopes["graphopt"]
+            Console(width=160).print(table)
         for case in found:
             measure(case, systems, given.runs)
     limits = limits.best(meter.measure())
     Console(width=160).print(show(found, systems, limits))
     print(f"{limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s read, torch {torch.__version__}, {given.threads} threads")
+    judged = bars(found, exponent, limits)
+    for what, figure, is_met in judged:
+        print(f"{what}: {figure:.2f}: {'met' if is_met else 'not met'}")
     if given.json:
-        given.json.write_text(json.dumps({"limits": asdict(limits), "cases": [asdict(c) for c in found]}, indent=1))
+        held = [{"bar": what, "figure": figure, "met": is_met} for what, figure, is_met in judged]
+        whole = {"limits": asdict(limits), "cases": [asdict(c) for c in found], "bars": held}
+        given.json.write_text(json.dumps(whole, indent=1))
     if given.plot:
         plot(found, given.plot)
 
