@@ -208,6 +208,6 @@ _CALLS = {
     "sqrt": "tl.sqrt_rn", "rsqrt": "tl.rsqrt", "sin": "tl.sin", "cos": "tl.cos", "erf": "tl.erf",
 }  # fmt: skip
 _LIBRARY = {
-    "tanh": "tanh", "sinh": "sinh", "cosh": "cosh", "sigmoid": "sigmoid", "log1p": "log1p", "expm1": "expm1", "log10": "log10", "trunc": "trunc",
-    "round": "round_even",
+    "tanh": "tanh", "sinh": "sinh", "cosh": "cosh", "sigmoid": "sigmoid", "log1p": "log1p", "expm1": "expm1", "log10": "log10",
+    "trunc": "trunc", "round": "round_even",
 }  # fmt: skip
