@@ -40,15 +40,19 @@ def row_shape(graph: Graph) -> tuple[Dim, Dim] | str:
     return found
 
 
-def product_of(graph: Graph) -> str | None:
-    """Why a region is not one product, or several of one left factor and type, with an epilogue of its shape; None if it is."""
+def product_of(graph: Graph, integers: bool = False) -> str | None:
+    """Why a region is not one product, or several of one left factor and type, with an epilogue of its shape; None if it is.
+
+    Args:
+        integers: products of 8-bit integers that are summed in 32 bits count, too.
+    """
     nodes = [n for n in graph.nodes() if is_materialized(n)]
     if not nodes or any(n.name != "matmul" for n in nodes):
         return "not matmuls alone"
     node = nodes[0]
     if any(n.operands[0] is not node.operands[0] or n.result.dtype != node.result.dtype for n in nodes):
         return "products of different left factors"
-    if not node.result.dtype.is_float:
+    if not node.result.dtype.is_float and not (integers and node.attrs["acc"] is not None):
         return f"a product of {node.result.dtype}"
     if any(d == 0 for n in nodes for v in (*n.operands, n.result) for d in v.shape):
         return "a product without elements"

@@ -43,11 +43,12 @@ class Form:
 
     @property
     def dtype(self) -> types.DType:
-        return self.nodes[0].result.dtype
+        """Of the factors."""
+        return self.nodes[0].operands[0].dtype
 
 
 def form_of(graph: Graph) -> Form:
-    """Read a region that :func:`~graphopt.backends.forms.shapes.product_of` accepts."""
+    """Read a region that :func:`~graphopt.backends.forms.shapes.product_of` accepts, 8-bit integers included."""
     nodes = tuple(n for n in graph.nodes() if n.name == "matmul")
     shape, b = nodes[0].result.shape, nodes[0].operands[1]
     shared = all(d == 1 for n in nodes for d in n.operands[1].shape[:-2])
@@ -100,7 +101,9 @@ def computed(acc: str, node: Node, own: Index) -> Source:
 
 
 def total_of(dtype: types.DType) -> str:
-    """The type in which products are summed."""
+    """The type in which products of a type are summed."""
+    if not dtype.is_float:
+        return "tl.int32"
     return "tl.float64" if dtype == types.f64 else "tl.float32"
 
 

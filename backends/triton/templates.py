@@ -18,6 +18,7 @@ from graphopt.backends.triton.prepare import prepared
 from graphopt.ir import dims
 from graphopt.target import Target
 
+LEAST_DEPTH = 32  # bytes along the summed axis that the instructions multiply at once, and Triton asks for
 LANES = 8  # elements that one thread holds of a tile, at most, by default
 
 
@@ -134,7 +135,7 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
 
 
 def _matmul_refuse(w: Workload, t: Target) -> str | None:
-    return product_of(prepared(w)) if w.kind == "matmul" else "not a matmul region"
+    return product_of(prepared(w), integers=True) if w.kind == "matmul" else "not a matmul region"
 
 
 def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
@@ -142,7 +143,7 @@ def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     sizes = tuple(_largest(n, 4096) for n in (dims.numel(form.rows), form.columns, form.depth))
     wide = form.dtype.itemsize >= 4 or len(form.nodes) > 1
     exact = form.dtype.itemsize >= 4 and matmul.precision(form.dtype, t) == "ieee"  # by multiply-adds: what is read stays in registers
-    most = (64, 64, (64 if exact else 128) // form.dtype.itemsize) if wide else (128, 128, 64)
+    most = (64, 64, (64 if exact else 128) // form.dtype.itemsize) if wide else (128, 128, 128 // form.dtype.itemsize)
     return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, _largest(dims.numel(form.batch), 8), most),)
 
 
@@ -159,6 +160,8 @@ def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int
     """
     height, width, _ = sizes
     m, n, k = (max(matmul.LEAST, min(limit, power_of_two(size))) for size, limit in zip(sizes, most, strict=True))
+    depths = tuple(d for d in (16, 32, 64, 128) if d * itemsize >= LEAST_DEPTH)
+    k = max(k, depths[0])
     least = 64 if itemsize <= 2 and t.matrix_unit in ("wgmma", "tcgen05") else matmul.LEAST  # rows that those instructions multiply
     while m * n > 1024 and batch * -(-height // m) * -(-width // n) < t.cores:  # smaller tiles, while processors would be idle
         if m >= n and m > least:
@@ -171,7 +174,7 @@ def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int
     params = (
         Param("m", _first(max(m, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
         Param("n", _first(max(n, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
-        Param("k", _first(k, (16, 32, 64, 128)), "tile"),
+        Param("k", _first(k, depths), "tile"),
         Param("group", (8, 1, 4, 16)),
         Param("warps", _first(warps, (2, 4, 8))),
         Param("stages", _first(3 if t.kind == "cuda" else 2, (1, 2, 3, 4))),

@@ -84,7 +84,7 @@ class Region:
         region._include(root, {_ROOT_FRAME: root.results[0].type.numel})
         if role(root) is Role.ANCHOR:
             region.anchors.append(root)
-            region.rows, region.rounding = rows_of(root), rounding_of(root)
+            region.rows, region.rounding = rows_of(root), region._rounding_of(root)
             if root.op.name in (*PRODUCTS, "attention"):
                 region.kind = root.op.name
             elif root.op.name in (*SCANS, *SCATTERS):
@@ -284,10 +284,13 @@ class Region:
         if reason is None:
             self.kind, self.rows = kind, rows
             self.anchors.append(node)
-            self.rounding |= rounding_of(node)
+            self.rounding |= self._rounding_of(node)
             if kind == "rowwise":
                 self._settle_rows()
         return reason
+
+    def _rounding_of(self, product: Node) -> dict[Node, None]:
+        return rounding_of(product) if self.costs.rounds_rows else {}
 
     def _settle_rows(self) -> None:
         """Rows are known: what was taken for repeated work is done once a row."""

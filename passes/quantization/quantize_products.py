@@ -46,9 +46,6 @@ class QuantizeProducts(Pass):
             if node.op.name != "matmul" or node.attrs["acc"] is not None:
                 continue
             x, w = node.operands
-            if ctx.target is not None and ctx.target.is_gpu:
-                ctx.missed(self.name, "the product stays in floats: no kernel multiplies integers on a GPU yet", node)
-                continue
             if reject := self._reject(x, w, staged):
                 if reject.reason:
                     ctx.missed(self.name, f"the product stays in floats: {reject.reason}", node)

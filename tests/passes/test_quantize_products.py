@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.ir import Graph, evaluate, parse_graph
+from graphopt.ir import Graph, evaluate
+from graphopt.pass_manager import run_passes
 from graphopt.passes.fusion.fuse import Fuse
 from graphopt.passes.layout.pack_weights import PackWeights
 from graphopt.passes.quantization.quantize_products import QuantizeProducts
@@ -67,12 +68,6 @@ def test_what_is_left(change: tuple[str, str], reason: str) -> None:
     check_pass(PASS, BEFORE.replace(*change), fires=False, reason=reason or None)
 
 
-def test_floats_stay_on_gpus() -> None:
-    ctx = PassContext(target=Target.from_name("cuda:sm_90"))
-    assert not PASS.run(parse_graph(BEFORE), ctx)
-    assert "on a GPU yet" in str(ctx.remarks[-1])
-
-
 GATE = """
 graph @g(%x: f32[B, 64], weight %a: f32[64, 32], weight %b: f32[64, 32], weight %c: f32[64, 40]) -> (f32[B, 32], f32[B, 40])
 where 1 <= B {
@@ -103,6 +98,14 @@ def test_rows_are_rounded_in_the_kernel_of_each_product() -> None:
     ]  # fmt: skip
     staged = staged_values(g)
     assert all(staged.node(n) or n.op.name == "fusion" for n in g.nodes())
+
+
+def test_on_a_gpu_rows_are_rounded_once_for_all_products() -> None:
+    """A program there computes a tile, and would round what the others round, too."""
+    g = check_pass(PASS, GATE)
+    run_passes(g, [Fuse()], PassContext(target=Target.from_name("cuda:sm_90")))
+    regions = [(n.attrs["kind"], [m.op.name for m in n.body.nodes()].count("quantize")) for n in g.nodes() if n.op.name == "fusion"]
+    assert sorted(regions) == [("matmul", 0), ("matmul", 0), ("pointwise", 1), ("reduction", 0)]
 
 
 NORM = """

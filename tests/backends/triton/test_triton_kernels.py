@@ -65,6 +65,10 @@ PRODUCTS = {
     " %2: f32[9, 33] = matmul(%x, %z)\n %3: f32[9, 33] = mul(%1, %2)\n return %3\n}",
     "vector": "(%x: f16[1, 300], %y: f16[64, 300]) -> f16[1, 64] {\n %t: f16[300, 64] = transpose(%y) {perm = [1, 0]}\n"
     " %0: f16[1, 64] = matmul(%x, %t)\n return %0\n}",
+    "integers": "(%x: i8[13, 100], %w: i8[70, 100], %s: f32[13, 1], %t: f32[70]) -> f32[13, 70] {\n"
+    " %0: i8[100, 70] = transpose(%w) {perm = [1, 0]}\n %1: i32[13, 70] = matmul(%x, %0) {acc = i32}\n"
+    " %2: f32[13, 70] = mul(%s, %t)\n %3: f32[13, 70] = dequantize(%1, %2)\n return %3\n}",
+    "integers alone": "(%x: i8[13, 100], %w: i8[100, 70]) -> i32[13, 70] {\n %0: i32[13, 70] = matmul(%x, %w) {acc = i32}\n return %0\n}",
     "f64": "(%x: f64[9, 30], %y: f64[30, 20]) -> f64[9, 20] {\n %0: f64[9, 20] = matmul(%x, %y)\n return %0\n}",
 }
 _FAMILIES = {"pointwise": POINTWISE, "reduction": REDUCTIONS, "rowwise": ROWS, "matmul": PRODUCTS}

@@ -27,6 +27,9 @@ LARGE = {
     "matmul: gate": "(%x: f16[512, 768], %y: f16[768, 2048], %z: f16[768, 2048]) -> f16[512, 2048] {\n"
     " %0: f16[512, 2048] = matmul(%x, %y)\n %1: f16[512, 2048] = silu(%0)\n %2: f16[512, 2048] = matmul(%x, %z)\n"
     " %3: f16[512, 2048] = mul(%1, %2)\n return %3\n}",
+    "matmul: integers": "(%x: i8[B, 1024], %w: i8[4096, 1024], %s: f32[B, 1], %t: f32[4096]) -> f32[B, 4096]\nwhere 1 <= B <= 65536 {\n"
+    " %0: i8[1024, 4096] = transpose(%w) {perm = [1, 0]}\n %1: i32[B, 4096] = matmul(%x, %0) {acc = i32}\n"
+    " %2: f32[B, 4096] = mul(%s, %t)\n %3: f32[B, 4096] = dequantize(%1, %2)\n return %3\n}",
     "matmul: batches": "(%x: f16[12, 128, 64], %y: f16[12, 64, 128]) -> f16[12, 128, 128] {\n"
     " %0: f16[12, 128, 128] = matmul(%x, %y)\n return %0\n}",
 }
@@ -40,7 +43,7 @@ def judge(graph: Graph, kind: str, target: str, units: tuple[str, ...] = ()) -> 
     assert c.spills == 0 and 0 < c.registers <= 512
     assert c.shared <= t.shared_memory
     multiplies = kind in ("matmul", "attention", "conv")
-    if multiplies and graph.outputs[0].dtype in (types.f16, types.bf16):
+    if multiplies and graph.inputs[0].dtype in (types.f16, types.bf16, types.i8):
         assert any(map(c.uses, (t.matrix_unit, *units))), f"no {t.matrix_unit} in\n{c.assembly[:2000]}"
 
 

@@ -49,6 +49,19 @@ def test_an_mlp(tmp_path: Path) -> None:
     assert [k.cache for k in again.report.kernels] == ["hit"] * 4
 
 
+@pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight", "int8-dynamic"])
+def test_quantized_layers(scheme: str) -> None:
+    """The kernels of a GPU compute what those of the CPU do; integers are multiplied as such."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 100), nn.GELU(), nn.Linear(100, 64)).eval(), torch.randn(20, 64)
+    made = graphopt.quantize(model, (x,), scheme=scheme, least=1, measure=False)
+    c = compiled(made, x)
+    with torch.no_grad():
+        torch.testing.assert_close(c(x), graphopt.compile(made, (x,), strict=True)(x))
+    products = [text for k in c.report.kernels if "matmul(" in (text := Path(k.path).read_text())]
+    assert len(products) == 2 and all(("{acc = i32}" in text) == (scheme == "int8-dynamic") for text in products)
+
+
 QUICK = ("bert", "llama", "vit", "resnet50")
 
 
