@@ -88,9 +88,9 @@ def tile_numbers(code: Code, rows: Dim, columns: Dim) -> tuple[str, str]:
     return code.let("tile_m", f"{first} + {inside} % {height}"), code.let("tile_n", f"{inside} // {height}")
 
 
-def computed(acc: str, node: Node, own: Index) -> Source:
+def computed(acc: str, node: Node, own: Index, axes: frozenset[int] = frozenset([0, 1])) -> Source:
     """A product's result, read from its accumulator, at its own index alone."""
-    tile = Tile(acc, node.result.dtype, frozenset([0, 1]))
+    tile = Tile(acc, node.result.dtype, axes)
 
     def source(index: Index) -> Tile:
         if any(i != j for i, j in zip(index, own, strict=True)):

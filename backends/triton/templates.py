@@ -12,7 +12,7 @@ from graphopt.backends.base import KernelSource
 from graphopt.backends.forms.convform import ConvForm, conv_of
 from graphopt.backends.forms.flashform import Form, form_of
 from graphopt.backends.forms.shapes import product_of
-from graphopt.backends.triton import attention, conv, elementwise, matmul, rows, window
+from graphopt.backends.triton import attention, conv, elementwise, gemv, matmul, rows, window
 from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
 from graphopt.ir import dims
@@ -195,6 +195,39 @@ def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     return kernel.emit(s["warps"], s["stages"])
 
 
+def _gemv_refuse(w: Workload, t: Target) -> str | None:
+    reason = _matmul_refuse(w, t)
+    if reason is None and dims.numel(matmul.form_of(prepared(w)).rows) != 1:
+        return "not a product of one row"
+    return reason
+
+
+def _gemv_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    """Some thousand elements of the matrix on their way at once, and two programs for each processor if there are columns for them."""
+    form = matmul.form_of(prepared(w))
+    width, batch = _largest(form.columns, 4096), _largest(dims.numel(form.batch), 8)
+    n = 16
+    while n > 4 and batch * -(-width // n) < 2 * t.cores:
+        n //= 2
+    n = min(n, power_of_two(width))
+    most = 4096 // len(form.nodes)
+    k = max(16, min(512, power_of_two(_largest(form.depth, 4096)), most // n))
+    params = (
+        Param("n", _first(n, (1, 4, 8, 16, 32, 64, 128)), "tile"),
+        Param("k", _first(k, (32, 64, 128, 256, 512, 1024)), "tile"),
+        Param("warps", _first(max(1, min(4, n * k // (LANES * t.warp))), (1, 2, 4, 8))),
+    )
+
+    def held(s: Mapping[str, Any]) -> bool:
+        return bool(len(form.nodes) * s["n"] * s["k"] <= 64 * s["warps"] * t.warp)
+
+    return (SearchSpace("gemv", ("lanes",), params, (Constraint("the sums exceed the registers", held),)),)
+
+
+def _write_gemv(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    return gemv.GemvKernel(prepared(w), s["n"], s["k"]).emit(s["warps"])
+
+
 # --- attention ---------------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +324,8 @@ def _write_conv(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
 WINDOW = Template("window", _window_refuse, _window_spaces, _write_window)
 CONV = Template("conv", _conv_refuse, _conv_spaces, _write_conv)
 ATTENTION = Template("attention", _attention_refuse, _attention_spaces, _write_attention)
+GEMV = Template("gemv", _gemv_refuse, _gemv_spaces, _write_gemv)
 MATMUL = Template("matmul", _matmul_refuse, _matmul_spaces, _write_matmul)
 ROWS = Template("rows", _rows_refuse, _rows_spaces, _write_rows)
 POINTWISE = Template("pointwise", _pointwise_refuse, _pointwise_spaces, _write_pointwise)
-TEMPLATES: tuple[Template, ...] = (ATTENTION, WINDOW, CONV, MATMUL, ROWS, POINTWISE)
+TEMPLATES: tuple[Template, ...] = (ATTENTION, WINDOW, CONV, GEMV, MATMUL, ROWS, POINTWISE)

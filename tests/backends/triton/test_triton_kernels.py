@@ -65,6 +65,14 @@ PRODUCTS = {
     " %2: f32[9, 33] = matmul(%x, %z)\n %3: f32[9, 33] = mul(%1, %2)\n return %3\n}",
     "vector": "(%x: f16[1, 300], %y: f16[64, 300]) -> f16[1, 64] {\n %t: f16[300, 64] = transpose(%y) {perm = [1, 0]}\n"
     " %0: f16[1, 64] = matmul(%x, %t)\n return %0\n}",
+    "vector of integers": "(%x: i8[1, 100], %w: i8[70, 100], %s: f32[70]) -> f32[1, 70] {\n"
+    " %0: i8[100, 70] = transpose(%w) {perm = [1, 0]}\n %1: i32[1, 70] = matmul(%x, %0) {acc = i32}\n"
+    " %2: f32[1, 70] = dequantize(%1, %s)\n return %2\n}",
+    "vectors": "(%x: f32[3, 1, 37], %y: f32[3, 37, 50], %b: f32[50]) -> f32[3, 1, 50] {\n"
+    " %0: f32[3, 1, 50] = matmul(%x, %y)\n %1: f32[3, 1, 50] = add(%0, %b)\n %2: f32[3, 1, 50] = gelu(%1)\n return %2\n}",
+    "gate of a vector": "(%x: bf16[1, 1, 40], %y: bf16[40, 33], %z: bf16[40, 33]) -> bf16[1, 1, 33] {\n"
+    " %e: bf16[1, 1, 40] = exp(%x)\n %0: bf16[1, 1, 33] = matmul(%e, %y)\n %1: bf16[1, 1, 33] = silu(%0)\n"
+    " %2: bf16[1, 1, 33] = matmul(%e, %z)\n %3: bf16[1, 1, 33] = mul(%1, %2)\n return %3\n}",
     "integers": "(%x: i8[13, 100], %w: i8[70, 100], %s: f32[13, 1], %t: f32[70]) -> f32[13, 70] {\n"
     " %0: i8[100, 70] = transpose(%w) {perm = [1, 0]}\n %1: i32[13, 70] = matmul(%x, %0) {acc = i32}\n"
     " %2: f32[13, 70] = mul(%s, %t)\n %3: f32[13, 70] = dequantize(%1, %2)\n return %3\n}",

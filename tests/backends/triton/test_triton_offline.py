@@ -27,6 +27,15 @@ LARGE = {
     "matmul: gate": "(%x: f16[512, 768], %y: f16[768, 2048], %z: f16[768, 2048]) -> f16[512, 2048] {\n"
     " %0: f16[512, 2048] = matmul(%x, %y)\n %1: f16[512, 2048] = silu(%0)\n %2: f16[512, 2048] = matmul(%x, %z)\n"
     " %3: f16[512, 2048] = mul(%1, %2)\n return %3\n}",
+    "matmul: one row": "(%x: bf16[1, 1, 4096], %w: bf16[11008, 4096], %v: bf16[11008, 4096]) -> bf16[1, 1, 11008] {\n"
+    " %a: bf16[4096, 11008] = transpose(%w) {perm = [1, 0]}\n %b: bf16[4096, 11008] = transpose(%v) {perm = [1, 0]}\n"
+    " %0: bf16[1, 1, 11008] = matmul(%x, %a)\n %1: bf16[1, 1, 11008] = silu(%0)\n %2: bf16[1, 1, 11008] = matmul(%x, %b)\n"
+    " %3: bf16[1, 1, 11008] = mul(%1, %2)\n return %3\n}",
+    "matmul: one row of 4-bit integers": "(%x: f16[1, 4096], %w: i32[4096, 512], %s: f32[4096, 64, 1]) -> f16[1, 4096] {\n"
+    " %0: i8[4096, 4096] = unpack_bits(%w) {axis = 1, bits = 4, dtype = i8}\n %1: i8[4096, 64, 64] = reshape(%0) {shape = [4096, 64, 64]}\n"
+    " %2: f32[4096, 64, 64] = dequantize(%1, %s)\n %3: f32[4096, 4096] = reshape(%2) {shape = [4096, 4096]}\n"
+    " %4: f32[4096, 4096] = transpose(%3) {perm = [1, 0]}\n %x1: f32[1, 4096] = cast(%x) {dtype = f32}\n"
+    " %5: f32[1, 4096] = matmul(%x1, %4)\n %6: f16[1, 4096] = cast(%5) {dtype = f16}\n return %6\n}",
     "matmul: integers": "(%x: i8[B, 1024], %w: i8[4096, 1024], %s: f32[B, 1], %t: f32[4096]) -> f32[B, 4096]\nwhere 1 <= B <= 65536 {\n"
     " %0: i8[1024, 4096] = transpose(%w) {perm = [1, 0]}\n %1: i32[B, 4096] = matmul(%x, %0) {acc = i32}\n"
     " %2: f32[B, 4096] = mul(%s, %t)\n %3: f32[B, 4096] = dequantize(%1, %2)\n return %3\n}",
@@ -42,7 +51,7 @@ def judge(graph: Graph, kind: str, target: str, units: tuple[str, ...] = ()) -> 
     c = compile_offline(template.emit(w, template.space(w, t).default(), t), t)
     assert c.spills == 0 and 0 < c.registers <= 512
     assert c.shared <= t.shared_memory
-    multiplies = kind in ("matmul", "attention", "conv")
+    multiplies = template.name in ("matmul", "attention", "conv")
     if multiplies and graph.inputs[0].dtype in (types.f16, types.bf16, types.i8):
         assert any(map(c.uses, (t.matrix_unit, *units))), f"no {t.matrix_unit} in\n{c.assembly[:2000]}"
 

@@ -1,0 +1,67 @@
+"""Products of one row: no tiles to multiply, a matrix to read once.
+
+    for k0 in range(0, K, BLOCK_K):  acc += a[k0 + ks] * b[k0 + ks, columns]
+    sums of acc over its BLOCK_K rows
+
+Tiles of 16 rows would hold 15 of zeros. Lanes keep sums of their own over the whole loop, and meet once behind it.
+"""
+
+from __future__ import annotations
+
+from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions
+from graphopt.backends.triton.expr import Expressions, Index
+from graphopt.backends.triton.index import Sum, Var, variable
+from graphopt.backends.triton.matmul import computed, form_of, last, total_of
+from graphopt.ir import dims
+from graphopt.ir.graph import Graph, Value
+
+
+class GemvKernel:
+    """One region of products whose left factor is one row, or one a matrix of a batch.
+
+    Args:
+        columns, depth: of a program's block of the matrix.
+    """
+
+    def __init__(self, graph: Graph, columns: int, depth: int) -> None:
+        self.graph, self.form, self.columns, self.depth = graph, form_of(graph), columns, depth
+        self.code = Code(graph)
+        self.e = Expressions(self.code)
+
+    def emit(self, warps: int) -> tuple[Code, Launch]:
+        code, form = self.code, self.form
+        lead: list[Sum] = []
+        if form.batch:
+            lead = self.e.places.unflatten(variable(Var(code.program(1, "batch"), dims.numel(form.batch))), form.batch)
+        column = code.block("column", f"{code.program(0)} * BLOCK_N", "BLOCK_N", self.columns, form.columns, 1, 2)
+        index = [*lead, *[Sum()] * len(form.rows), variable(column)]
+        self._sums(index)
+        for k in range(len(self.graph.outputs)):
+            self.e.store(k, index, [column], "[1, BLOCK_N]")
+        blocks = {"BLOCK_N": self.columns, "BLOCK_K": self.depth}
+        grid = (ceildiv(form.columns, self.columns), *([dims.numel(form.batch)] if form.batch else []))
+        return code, Launch(grid, blocks, warps, 1)
+
+    def _sums(self, index: Index) -> None:
+        """The products' results, each a row of sums."""
+        code, form, total = self.code, self.form, total_of(self.form.dtype)
+        accumulators = [code.let("acc", f"tl.zeros([BLOCK_K, BLOCK_N], {total})") for _ in form.nodes]
+        start = code.fresh("k")
+        with code.loop(f"for {start} in range(0, {code.size(form.depth)}, BLOCK_K):"):
+            down = code.block("ks", start, "BLOCK_K", self.depth, form.depth, 0, 2, 1)
+            left = form.nodes[0].operands[0]
+            a = self._factor(left, last([*index[:-1], variable(down)], left.type.rank), down)
+            for acc, node in zip(accumulators, form.nodes, strict=True):
+                right = node.operands[1]
+                b = self._factor(right, last([*index[: len(form.batch)], variable(down), index[-1]], right.type.rank), down)
+                code.line(f"{acc} += {a} * {b}")
+        for acc, node in zip(accumulators, form.nodes, strict=True):
+            row = code.let("sum", f"tl.sum({acc}, axis=0, keep_dims=True)")
+            self.e.sources[node.result] = computed(row, node, index, frozenset([1]))
+
+    def _factor(self, x: Value, index: Index, k: Var) -> str:
+        """A factor at an index, as it is summed; zero beyond the summed axis."""
+        tile = self.e.wide(x, [Sum() if d == 1 else i for i, d in zip(index, x.shape, strict=True)])
+        text = tile.text if tile.dtype.is_float else f"{tile.text}.to(tl.int32)"
+        outside = k.inside and not set(k.inside) <= tile.zero
+        return self.code.let("z", f"tl.where({conditions(k.inside)}, {text}, 0)", max(tile.depth, k.depth)) if outside else text
