@@ -19,8 +19,10 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton import knobs
+from triton.language.extra import libdevice
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 from triton.runtime.jit import JITFunction
 
@@ -45,7 +47,20 @@ class _Language(ModuleType):
         return value
 
 
-_LANGUAGE = _Language("triton.language")
+class _Vendor(ModuleType):
+    """Functions of the GPU's vendor, by PyTorch's of that name."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(torch, name)
+
+        def elementwise(*operands: Any) -> Any:
+            result = function(*(torch.from_numpy(np.ascontiguousarray(x.handle.data)) for x in operands)).numpy()
+            return tl.tensor(TensorHandle(result, operands[0].dtype), operands[0].type)
+
+        return elementwise
+
+
+_LANGUAGE, _VENDOR = _Language("triton.language"), _Vendor("libdevice")
 _WORLDS: dict[int, dict[str, Any]] = {}  # by the identity of a module's names, which the interpreted ones keep alive
 
 
@@ -57,6 +72,8 @@ def _world(names: dict[str, Any]) -> dict[str, Any]:
         for name, value in names.items():
             if value is tl:
                 world[name] = _LANGUAGE
+            elif value is libdevice:
+                world[name] = _VENDOR
             elif isinstance(value, JITFunction):
                 home = value.fn.__globals__
                 world[name] = _DeviceFunction(_within(value.fn, world if home is names else _world(home)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -78,6 +79,55 @@ def cosh(x):
 def _signed(size, x):
     """size >= 0 with the sign of x, zero's included."""
     return tl.where(x < 0.0, -size, tl.where(x == 0.0, x, size))
+
+
+# these are the vendor's
+@triton.jit
+def asin(x):
+    """Angle whose sine is x."""
+    return libdevice.asin(x)
+
+
+@triton.jit
+def acos(x):
+    """Angle whose cosine is x."""
+    return libdevice.acos(x)
+
+
+@triton.jit
+def atan(x):
+    """Angle whose tangent is x."""
+    return libdevice.atan(x)
+
+
+@triton.jit
+def asinh(x):
+    """Inverse of sinh."""
+    return libdevice.asinh(x)
+
+
+@triton.jit
+def acosh(x):
+    """Inverse of cosh."""
+    return libdevice.acosh(x)
+
+
+@triton.jit
+def atanh(x):
+    """Inverse of tanh."""
+    return libdevice.atanh(x)
+
+
+@triton.jit
+def erfc(x):
+    """1 - erf(x)."""
+    return libdevice.erfc(x)
+
+
+@triton.jit
+def atan2(y, x):
+    """Angle of the point (x, y)."""
+    return libdevice.atan2(y, x)
 
 
 @triton.jit

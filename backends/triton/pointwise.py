@@ -209,5 +209,5 @@ _CALLS = {
 }  # fmt: skip
 _LIBRARY = {
     "tanh": "tanh", "sinh": "sinh", "cosh": "cosh", "sigmoid": "sigmoid", "log1p": "log1p", "expm1": "expm1", "log10": "log10",
-    "trunc": "trunc", "round": "round_even",
+    "trunc": "trunc", "round": "round_even", **{n: n for n in ("asin", "acos", "atan", "asinh", "acosh", "atanh", "erfc", "atan2")},
 }  # fmt: skip

@@ -14,6 +14,7 @@ from graphopt.ir.text import parse_graph
 from graphopt.target import Target
 
 TARGETS = [f"{a.kind}:{name}" for name, a in ACCELERATORS.items()]
+VENDOR = ("asin", "acos", "atan", "asinh", "acosh", "atanh", "erfc")
 LARGE = {
     "rowwise: layer norm": "(%x: f16[4096, 1024], %w: f16[1024], %b: f16[1024]) -> f16[4096, 1024] {\n"
     " %0: f16[4096, 1024] = layer_norm(%x, %w, %b)\n return %0\n}",
@@ -21,6 +22,8 @@ LARGE = {
     "reduction: image": "(%x: f32[8, 49, 2048]) -> f32[8, 2048] {\n %0: f32[8, 2048] = mean(%x) {axes = [1]}\n return %0\n}",
     "pointwise: transposed": "(%x: f16[32, 128, 12, 64]) -> f16[32, 12, 64, 128] {\n"
     " %0: f16[32, 12, 64, 128] = transpose(%x) {perm = [0, 2, 3, 1]}\n %1: f16[32, 12, 64, 128] = gelu(%0)\n return %1\n}",
+    "pointwise: functions of the vendor": "(%x: f32[100], %y: f32[100]) -> f32[100] {\n %0: f32[100] = atan2(%x, %y)\n"
+    + "".join(f" %{k + 1}: f32[100] = {op}(%{k})\n" for k, op in enumerate(VENDOR)) + f" return %{len(VENDOR)}\n}}",
     "matmul: linear": "(%x: bf16[B, 1024], %w: bf16[4096, 1024], %b: bf16[4096]) -> bf16[B, 4096]\nwhere 1 <= B <= 65536 {\n"
     " %t: bf16[1024, 4096] = transpose(%w) {perm = [1, 0]}\n %0: bf16[B, 4096] = matmul(%x, %t)\n %1: bf16[B, 4096] = add(%0, %b)\n"
     " %2: bf16[B, 4096] = gelu(%1)\n return %2\n}",
@@ -61,7 +64,7 @@ def parsed(text: str) -> Graph:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear"])
+@pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear", "pointwise: functions of the vendor"])
 def test_large_kernels(name: str, target: str) -> None:
     judge(parsed(LARGE[name]), name.partition(":")[0], target)
 
