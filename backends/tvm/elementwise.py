@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+import tvm
+from tvm import tirx
+
 from graphopt.backends.tvm import scalar
-from graphopt.backends.tvm.code import Code, Index
+from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.backends.tvm.loops import Tuning, linear_index, merge_axes, run_space, vector_loop
+from graphopt.backends.tvm.loops import Axis, Tuning, linear_index, merge_axes, run_space, vector_loop
 from graphopt.backends.tvm.squares import find_crossing, write_squares
 from graphopt.ir import dims
 from graphopt.ir.graph import Value
 
+MOST_PARTS = 8  # stretches of an innermost loop; each is a loop of its own
 HEAVY = {
     "exp": 4,
     "tanh": 8,
@@ -57,6 +62,35 @@ class Probe:
         return expressions.addresses
 
 
+def parts_along(args: Arguments, sources: Mapping[Value, Source], value: Value, index_of: Callable[[Index], Sequence[Index]],
+                size: Index) -> list[tuple[int, int]]:  # fmt: skip
+    """(start, length) of the stretches of an axis within which no join or padding passes from one of its parts to another.
+
+    In a loop over one stretch there is nothing to compare, and elements that lie side by side are read as vectors.
+
+    Args:
+        index_of: the value's index at a place of the axis.
+
+    Returns:
+        The whole axis as one where it falls into more than ``MOST_PARTS``; nothing where its size is not known.
+    """
+    code: Code = args.code
+    if not isinstance(size, int):
+        return []
+    place = tirx.Var(code.fresh("p"), "int64")
+    code.analyzer.bind(place, tvm.ir.Range.from_min_extent(i64(0), i64(size)))
+    probe = Expressions(args, dict(sources), probe=True)
+    probe.at(value, index_of(place))
+    ends = {0, size}
+    for i, end in probe.ends:
+        shift = 0 if isinstance(i, int) else code.simplify(i - place)
+        if not isinstance(i, int) and isinstance(shift, int) and isinstance(end, int) and 0 < end - shift < size:
+            ends.add(end - shift)
+    found = sorted(ends)
+    found = found if len(found) <= MOST_PARTS + 1 else [0, size]
+    return [(a, b - a) for a, b in pairwise(found)]
+
+
 def write_value(args: Arguments, sources: Mapping[Value, Source], value: Value, tuning: Tuning, address: Callable[[Sequence[Index]], Index],
                 buffer: Any, stored: bool = True, order: Sequence[int] | None = None) -> None:  # fmt: skip
     """Compute a value everywhere and store it.
@@ -94,14 +128,29 @@ def write_value(args: Arguments, sources: Mapping[Value, Source], value: Value, 
         result = Expressions(args, dict(known)).at(value, index)
         code.store(buffer, address(index), scalar.store(result, value.dtype) if stored else result)
 
+    parts = _parts(args, sources, value, axes, index_of, tuning)
+
     def piece(outer: list[Index], start: Index, length: Index) -> None:
-        vector_loop(code, start, length, lanes, lambda i: element([*outer, i][: len(axes)], sources))
+        for first, count in parts or [(start, length)]:
+            vector_loop(code, first, count, lanes, lambda i: element([*outer, i][: len(axes)], sources))
 
     crossing = find_crossing(args, sources, value, axes, index_of, lanes)
     if crossing is not None:
         write_squares(args, sources, axes, crossing, lanes, tuning.parallel, weight_of(value), element)
     else:
         run_space(code, axes, tuning, weight_of(value), piece)
+
+
+def _parts(args: Arguments, sources: Mapping[Value, Source], value: Value, axes: Sequence[Axis],
+           index_of: Callable[[Sequence[Index]], list[Index]], tuning: Tuning) -> list[tuple[int, int]]:  # fmt: skip
+    """The stretches of the innermost loop, where a task has all of it; else none."""
+    if not axes or not isinstance(axes[-1].size, int) or axes[-1].size > 2 * tuning.chunk:
+        return []
+    code = args.code
+    outer = [tirx.Var(code.fresh("p"), "int64") for _ in axes[:-1]]
+    for var, axis in zip(outer, axes, strict=False):
+        code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(axis.size)))
+    return parts_along(args, sources, value, lambda i: index_of([*outer, i]), axes[-1].size)
 
 
 def scratch(args: Arguments, value: Value, dtype: str) -> tuple[Any, Callable[[Sequence[Index]], Index]]:

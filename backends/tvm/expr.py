@@ -67,7 +67,8 @@ class Expressions:
     Args:
         sources: how to read values that are already computed.
         probe: only find out what would be read: nothing is bound, every address goes to ``addresses``, those of inputs,
-            with the input, to ``reads`` too, and what conditions depend on to ``conditions``.
+            with the input, to ``reads`` too, what conditions depend on to ``conditions``, and to ``ends`` each index that is
+            compared, with the place where another part of a join or of a padding begins.
     """
 
     def __init__(self, args: Arguments, sources: dict[Value, Source], probe: bool = False) -> None:
@@ -76,6 +77,7 @@ class Expressions:
         self.addresses: list[Any] = []
         self.reads: list[tuple[Value, Any]] = []
         self.conditions: list[Any] = []
+        self.ends: list[tuple[Index, Index]] = []
         self._memo: dict[tuple[Value, tuple[Any, ...]], Any] = {}
         self._alive: list[Any] = []  # keeps index objects alive while their ids are keys
 
@@ -186,12 +188,18 @@ class Expressions:
             inside = self._clamp(i - start, size)
             parts.append((start + size, lambda x=x, at=inside: self.at(x, [*index[:axis], at, *index[axis + 1 :]])))
             start = start + size
-        value = parts[-1][1]()
-        for end, piece in reversed(parts[:-1]):
+            self.ends.append((i, start))
+        tests: list[tuple[Any, Any]] = []
+        chosen = parts[-1][1]
+        for end, piece in parts[:-1]:
             condition = self.code.simplify(i64(i) < i64(end))
-            if isinstance(condition, int):
-                value = piece() if condition else value
-                continue
+            if not isinstance(condition, int):
+                tests.append((condition, piece))
+            elif condition:
+                chosen = piece
+                break
+        value = chosen()
+        for condition, piece in reversed(tests):
             value = tirx.Select(condition, piece(), value)
         return value
 
@@ -209,6 +217,7 @@ class Expressions:
             if not isinstance(i, int):
                 self._conditional(i)
             conditions += [i64(shifted) >= i64(0), i64(shifted) < i64(size)]
+            self.ends += [(shifted, 0), (shifted, size)]
             at.append(self._clamp(shifted, size))
         value = self.at(x, at)
         for c in conditions:
