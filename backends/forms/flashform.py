@@ -112,6 +112,29 @@ def seen_span(code: Any, form: Form, first: Any, last: Any) -> tuple[Any, Any]:
     return low, code.greatest(high, 0)
 
 
+def is_norm_of_rows(node: Node) -> bool:
+    """Whether a node scales rows by themselves, which a kernel does when it reads them."""
+    return node.name == "rms_norm" and node.attrs["axes"] == 1 and isinstance(node.result.shape[-1], int)
+
+
+def norms_of(value: Value) -> list[Node]:
+    """What normalizes the rows that a value is made of, first things first."""
+    seen: dict[Value, None] = {}
+    found: list[Node] = []
+
+    def visit(v: Value) -> None:
+        if v in seen or v.producer is None:
+            return
+        seen[v] = None
+        for x in v.producer.operands:
+            visit(x)
+        if is_norm_of_rows(v.producer):
+            found.append(v.producer)
+
+    visit(value)
+    return found
+
+
 def form_of(graph: Graph) -> Form | str:
     """The form of a region, or why it has none."""
     nodes = [n for n in graph.nodes() if n.name == "attention"]
@@ -135,7 +158,7 @@ def form_of(graph: Graph) -> Form | str:
     if v.producer is not node:
         return "the attention is not the result"
     for n in graph.nodes():
-        if n is not node and n not in views and not (n.op.has(Trait.POINTWISE) or n.name in MOVES):
+        if n is not node and n not in views and not (n.op.has(Trait.POINTWISE) or n.name in MOVES or is_norm_of_rows(n)):
             return f"{n.name} before the attention"
     return Form(node, p, tuple(reversed(views)), graph.symbols)
 
@@ -259,6 +282,8 @@ def decode_refusal(form: Form, t: Target) -> str | None:
     """Why an attention is not for the kernel of few queries, or None."""
     if not isinstance(form.queries, int) or form.queries * form.share > FEW:
         return "more than a few queries"
+    if norms_of(form.parts.k) or norms_of(form.parts.v):
+        return "keys or values that are normalized on the way"
     return None if _decode_lanes(form, t) >= min(4, t.lanes(4)) else "heads of a size that fills no vectors"
 
 

@@ -11,12 +11,13 @@ import tvm
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
-from graphopt.backends.forms.flashform import Form
+from graphopt.backends.forms.flashform import Form, norms_of
 from graphopt.backends.forms.support import VIEWS
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions, broadcast_index, reshape_groups
 from graphopt.backends.tvm.loops import vector_loop
+from graphopt.backends.tvm.prologue import unknown, write_row
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir import types
 from graphopt.ir.graph import Node, Value
@@ -68,7 +69,7 @@ class Matrix:
         row, column = (tirx.Var(code.fresh(n), "int64") for n in ("r", "c"))
         for var, size in ((row, value.shape[-2]), (column, value.shape[-1])):
             code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(code.size(size))))
-        probe = Expressions(args, {}, probe=True)
+        probe = Expressions(args, unknown(norms_of(value)), probe=True)
         element = probe.at(value, [*lead, row, column])
         self.plain = False
         if isinstance(element, TensorLoad) and str(element.ty.dtype) == F32 and len(probe.reads) == 1:
@@ -118,10 +119,10 @@ class Staged:
         with code.loop(count, "serial", "c") as i:
             row = code.bind_index(code.simplify(base + i), "row")
 
-            def element(d: Index) -> None:
-                code.store(self.buffer, code.simplify(i * self.columns + d), Expressions(args, {}).at(m.value, [*m.lead, row, d]))
+            def element(d: Index, x: Any) -> None:
+                code.store(self.buffer, code.simplify(i * self.columns + d), x)
 
-            vector_loop(code, 0, self.columns, self.lanes, element)
+            write_row(args, m.value, lambda d: [*m.lead, row, d], self.lanes, element)
         out = object.__new__(Matrix)
         out.__dict__.update(m.__dict__)
         out.__dict__.update(buffer=self.buffer, rows=self.columns, columns=1, start=0, padded=True)

@@ -19,9 +19,10 @@ from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.attended import F32, LOG2E, Extra, Rows, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.expr import Arguments, Expressions
+from graphopt.backends.tvm.expr import Arguments
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine, combine_each
+from graphopt.backends.tvm.prologue import write_row
 from graphopt.ir import types
 from graphopt.ir.graph import Graph
 
@@ -109,10 +110,10 @@ class DecodeKernel:
         for r in range(self.rows):
             index = [*head_index(code, self.form, q, self._lead(lead, r)), r % self.m]
 
-            def element(d: Index, index: list[Index] = index, r: int = r) -> None:
-                code.store(queries, code.simplify(r * self.depth + d), Expressions(self.args, {}).at(q, [*index, d]) * factor)
+            def element(d: Index, x: Any, r: int = r) -> None:
+                code.store(queries, code.simplify(r * self.depth + d), x * factor)
 
-            vector_loop(code, 0, self.depth, self.lanes, element)
+            write_row(self.args, q, lambda d, index=index: [*index, d], self.lanes, element)  # type: ignore[misc]
 
     def _each(self, count: int) -> Any:
         """Places of the lanes of so many elements, a loop a vector."""

@@ -25,8 +25,9 @@ from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.attended import LOG2E, Extra, Matrix, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.expr import Arguments, Expressions
+from graphopt.backends.tvm.expr import Arguments
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.backends.tvm.prologue import write_row
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir.graph import Graph
 
@@ -140,10 +141,10 @@ class FlashKernel:
         with code.loop(nr, "serial", "i") as i:
             row = code.bind_index(self._clamped(code.simplify(first + i), self.m, nr), "row")
 
-            def element(d: Index) -> None:
-                code.store(self.rows_of, code.simplify(i * self.deep + d), Expressions(self.args, {}).at(q, [*lead, row, d]) * factor)
+            def element(d: Index, x: Any) -> None:
+                code.store(self.rows_of, code.simplify(i * self.deep + d), x * factor)
 
-            vector_loop(code, 0, self.depth, self.lanes, element)
+            write_row(self.args, q, lambda d: [*lead, row, d], self.lanes, element)
         place = code.simplify(g * (self.deep * nr)) if self.held > 1 else 0
         self._transposed(self.rows_of, self.deep, 0, self.qt, nr, place, nr, self.deep)
         top, total = self.extra.sink(self.lead)

@@ -19,6 +19,7 @@ _EXP = 22.0  # vector instructions for a weight: exponential, maximum, sum
 _LANES_SUM = 12.0  # instructions to add the lanes of a vector, where a score is a product of two rows
 _LANES_SUMS = 4.0  # the same, where those of many vectors are added at once
 _REACH = 0.65  # share of the peak that both forms' products reach
+FLOATS = (types.f32, types.bf16, types.f16)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def choose(node: Node, costs: CostModel) -> Choice:
 
 def unfit(node: Node) -> str | None:
     """Why no kernel takes an attention whole, whatever it costs; None if one does."""
-    if node.result.dtype not in (types.f32, types.bf16, types.f16):
+    if node.result.dtype not in FLOATS:
         return f"no kernel takes an attention of {node.result.dtype}"
     p = parts(node.operands, node.attrs)
     if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):

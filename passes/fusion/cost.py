@@ -109,8 +109,8 @@ class CostModel:
     """
 
     def __init__(self, target: Target | None, symbols: Mapping[str, Range]) -> None:
-        self.target = target if target is not None and target.kind == "cpu" else _ANY
-        self.rounds_rows = target is None or not target.is_gpu  # a kernel of integer products makes integers of all rows first
+        self.for_cpu = target is None or target.kind == "cpu"
+        self.target = target if target is not None and self.for_cpu else _ANY
         self._ends = [{n: r.lo for n, r in symbols.items()}, {n: _largest(r) for n, r in symbols.items()}]
         self._known: dict[Dim, tuple[float, float]] = {}
 

@@ -15,7 +15,8 @@ region and the region's kind accepts it; else it is the root of a region of its 
   result's shape after it. A second matmul of the same left operand and type may meet it there: a gate, ``act(x a) * (x b)``, writes
   neither product. Of a product of integers the left operand is rounded there, each row by a scale made of it, and the sums become
   floats there.
-- ``attention``: views -> one attention -> transposes and reshapes, which the kernel writes through.
+- ``attention``: views, and what is made of a row of queries, keys or values alone, as a rotary embedding or an RMS norm of heads ->
+  one attention -> transposes and reshapes, which the kernel writes through.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 
 In the last two, cheap pointwise ops on single numbers (a scale, an epsilon) may stand beside.

@@ -17,6 +17,7 @@ from graphopt.ir.ops import Trait
 from graphopt.passes.fusion import cost
 from graphopt.passes.fusion.attention import reads_rows
 from graphopt.passes.fusion.cost import CostModel, Load
+from graphopt.passes.fusion.prologue import row_reject
 from graphopt.passes.fusion.roles import (
     ARG_REDUCTIONS,
     PRODUCTS,
@@ -61,6 +62,7 @@ class Region:
         rounding: what makes integers of a product's left factor, which the kernel does once a row.
         before: members that products read, through others or at once, and as which operand; -1 for several.
         inputs: values read from outside.
+        of: members that an attention reads, and as which operand; -1 for several.
         rows: the iteration space of a rowwise region, or of a reduction over trailing axes.
     """
 
@@ -71,6 +73,7 @@ class Region:
     members: dict[Node, dict[Frame, Dim]] = field(default_factory=dict)
     spent: tuple[float, float] = (0.0, 0.0)
     before: dict[Node, int] = field(default_factory=dict)
+    of: dict[Node, int] = field(default_factory=dict)
     inputs: dict[Value, None] = field(default_factory=dict)
     anchors: list[Node] = field(default_factory=list)
     rows: Rows | None = None
@@ -112,6 +115,8 @@ class Region:
         frames = self._evaluations(node, uses)
         if len(frames) > _MAX_FRAMES:
             return f"it would be computed through {len(frames)} different index maps"
+        if self.kind == "attention":
+            return self._before_attention(node, part, uses, frames)
         if part is Role.ANCHOR:
             if reason := self._admit_anchor(node, uses):
                 return reason
@@ -196,17 +201,30 @@ class Region:
             return None
         if part is Role.MOVER and self.kind == "conv" and node.op.name == "pad" and node.results[0] is self.anchors[0].operands[0]:
             return None if users == self.anchors else "what is padded has other uses"
-        if self.kind == "attention" and reads_rows(node):
-            return None
         if part is Role.MOVER:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
-        if self.kind == "attention":
-            return "an attention's kernel computes nothing of its operands"
         if self.kind in PRODUCTS:
             return self._product_rejects(node, users, before)
         return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None
+
+    def _before_attention(self, node: Node, part: Role, uses: list[tuple[Node, int]], frames: dict[Frame, Dim]) -> str | None:
+        """Why an attention's kernel does not do a node when it reads a row; None after the node has joined."""
+        found = {self.of[u]: None for u, _ in uses if u in self.of} | {i: None for u, i in uses if u in self.anchors}
+        operand = next(iter(found)) if len(found) == 1 else -1
+        if reads_rows(node):
+            reason = self._price_rejects(node, frames, None)
+        elif part in (Role.VIEW, Role.CREATION):
+            reason = None
+        elif (home := _home(node)) is not None and home.op.name != "rms_norm":
+            reason = f"it follows {home.op.name} without a pass over memory"
+        else:
+            reason = row_reject(node, self.anchors[0], operand, [u for u, _ in uses], self.costs)
+        if reason is None:
+            self._include(node, frames)
+            self.of[node] = operand
+        return reason
 
     def _product_rejects(self, node: Node, users: list[Node], before: int | None) -> str | None:
         if before is not None:
@@ -269,8 +287,6 @@ class Region:
         if node.op.name == "attention":
             alone = self.kind == "pointwise" and all(n.op.name in ("transpose", "reshape") for n in self.members)
             reason, kind = (None if alone else "an attention's kernel does nothing behind it but writing another layout"), "attention"
-        elif self.kind == "attention":
-            reason, kind = "its reader is an attention kernel already", self.kind
         elif node.op.name in PRODUCTS:
             reason = self._product_unfit(node, after, plain)
             kind = node.op.name
@@ -290,7 +306,7 @@ class Region:
         return reason
 
     def _rounding_of(self, product: Node) -> dict[Node, None]:
-        return rounding_of(product) if self.costs.rounds_rows else {}
+        return rounding_of(product) if self.costs.for_cpu else {}  # a CPU's kernel makes integers of all rows before it multiplies
 
     def _settle_rows(self) -> None:
         """Rows are known: what was taken for repeated work is done once a row."""
