@@ -305,6 +305,20 @@ for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
     entry(_name, _bitwise(_name), f"{_name}.Tensor", f"{_name}.Scalar")
 
 
+def _shift(op: str) -> Any:
+    """By a number of places that leaves a power of two within the dtype: a division toward -inf, or a product that wraps around."""
+
+    def build(c: Context, x: Operand, places: Operand) -> Value:
+        c.require(c.dtype.is_integer and isinstance(places, int) and 0 <= places < c.dtype.bits - 1, "a shift by no constant within bounds")
+        return c.b.create(op, [c.to(x, c.dtype), c.constant(1 << places, c.dtype)])  # type: ignore[operator]
+
+    return build
+
+
+for _name, _op in (("left", "mul"), ("right", "floor_div")):
+    entry(f"bitwise_{_name}_shift", _shift(_op), f"__{_name[0]}shift__.Scalar", f"bitwise_{_name}_shift.Tensor_Scalar")
+
+
 @lowers("xlogy.Tensor", "xlogy.Scalar_Other", "xlogy.Scalar_Self")
 def xlogy(c: Context, x: Operand, y: Operand) -> Value:
     """nan where y is nan, else 0 where x is 0, else x log y."""

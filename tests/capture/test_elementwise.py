@@ -103,3 +103,19 @@ def test_clamping_keeps_the_sign_of_a_zero(fn: Any) -> None:
     x = torch.tensor([-0.0, 0.0, -1.0, 2.0, float("nan")])
     check(fn, x)
     assert torch.equal(torch.signbit(compiled(fn)(x)[:4]), torch.signbit(fn(x)[:4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
+def test_shifts_by_constants(dtype: torch.dtype) -> None:
+    """Divisions and products by powers of two; what leaves the bits of the dtype, or is no constant, stays PyTorch's."""
+
+    def fn(x: torch.Tensor, n: torch.Tensor) -> Any:
+        return x >> 0, x >> 4, x << 3, (x << 4) >> 4, torch.bitwise_right_shift(x, 1), x << 6
+
+    def others(x: torch.Tensor, n: torch.Tensor) -> Any:
+        return x >> n, x >> (8 * x.element_size() - 1), x << (8 * x.element_size() - 1)
+
+    info = torch.iinfo(dtype)
+    x, n = torch.tensor([info.min, info.max, 0, 1, 37, 100, 77 if info.min == 0 else -77], dtype=dtype), torch.tensor(3, dtype=dtype)
+    check(fn, x, n)
+    check(others, x, n, library=("aten.__lshift__.Scalar", "aten.__rshift__.Scalar", "aten.__rshift__.Tensor"))
