@@ -4,8 +4,8 @@
                                    [--runs 7] [--json attention.json] [--plot attention.png]
 
 Times are medians in ms of f32 on ``--threads`` threads. ``naive`` is ``softmax(q k^T scale + mask) v`` in eager PyTorch, ``inductor``
-the same under torch.compile with freezing, ``expanded`` graphopt's two products and softmax, ``int8`` graphopt's decoding over a cache of
-such integers. ``--prepare`` only builds the kernels, so that a later run is short. ``--memory`` measures memory alone, of all
+the same under torch.compile with freezing, ``expanded`` graphopt's two products and softmax, ``int8`` and ``int4`` graphopt's decoding over
+caches of such integers. ``--prepare`` only builds the kernels, so that a later run is short. ``--memory`` measures memory alone, of all
 ``--systems``: how it grows with ``--lengths``, two heads of 64, causal. At the end the bars are listed, met or not.
 """
 
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-SYSTEMS = ("naive", "sdpa", "inductor", "expanded", "graphopt", "int8")
-BITS = {"graphopt": 32, "int8": 8}  # of an element of keys and values, for each kernel of graphopt's
+SYSTEMS = ("naive", "sdpa", "inductor", "expanded", "graphopt", "int8", "int4")
+BITS = {"graphopt": 32, "int8": 8, "int4": 4}  # of an element of keys and values, for each kernel of graphopt's
 GROWTH = (1024, 2048, 4096, 8192)  # tokens at which memory is measured
 Call = Callable[[], Any]
 
@@ -99,9 +99,13 @@ def kernel_of(case: Case, bits: int = 32) -> Any:
     if bits == 32:
         given, made = f"%k: {keys}, %v: {keys}", ""
     else:
-        scales = f"f32[1, {case.shared}, {case.keys}, 1]"
-        given = ", ".join(f"%{x}q: {keys.replace('f32', f'i{bits}')}, %{x}s: {scales}" for x in "kv")
-        made = "".join(f" %{x}: {keys} = dequantize(%{x}q, %{x}s)\n" for x in "kv")
+        scales, small = f"f32[1, {case.shared}, {case.keys}, 1]", keys.replace("f32", "i8" if bits == 8 else "u8")
+        held = small if bits == 8 else f"u8[1, {case.shared}, {case.keys}, {case.size // 2}]"
+        given = ", ".join(f"%{x}q: {held}, %{x}s: {scales}" for x in "kv")
+        made = " %z: u8[] = constant() {value = 8, dtype = u8}\n" if bits == 4 else ""
+        for x in "kv":
+            made += f" %{x}i: {small} = unpack_bits(%{x}q) {{bits = 4, axis = 3, dtype = u8}}\n" if bits == 4 else ""
+            made += f" %{x}: {keys} = dequantize({f'%{x}i, %{x}s, %z' if bits == 4 else f'%{x}q, %{x}s'})\n"
     graph = parse_graph(f"graph @g(%q: {result}, {given}) -> {result} {{\n{made}"
                         f" %0: {result} = attention(%q, %k, %v) {{{attrs}}}\n return %0\n}}")  # fmt: skip
     w, target = Workload.of(graph, "attention"), detect()
@@ -122,10 +126,11 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor 
     return torch.softmax(s, -1) @ v
 
 
-def rounded(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values as integers of so many bits, and the scale of each token."""
+def rounded(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys or values as integers of so many bits (of 4, two a byte, 8 standing for zero), the scale of each token, and what they mean."""
     scale = x.abs().amax(-1, keepdim=True) / ((1 << (bits - 1)) - 1)
-    return (x / scale).round().to(torch.int8), scale
+    q = (x / scale).round().to(torch.int8)
+    return (q if bits == 8 else ((q + 8)[..., ::2] | (q + 8)[..., 1::2] << 4).to(torch.uint8)), scale, q * scale
 
 
 def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call]:
@@ -182,9 +187,8 @@ def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call
             continue
         given, wanted = kv, want
         if bits != 32:
-            given = [(*rounded(k, bits), *rounded(v, bits)) for k, v in kv]
-            k, ks, v, vs = given[0]
-            wanted = sdpa(q, k * ks, v * vs)
+            given = [(*rounded(k, bits)[:2], *rounded(v, bits)[:2]) for k, v in kv]
+            wanted = sdpa(q, rounded(kv[0][0], bits)[2], rounded(kv[0][1], bits)[2])
         got = f(q, *given[0])
         error = float((got - wanted).abs().max() / wanted.abs().max())
         if not error < 1e-4:

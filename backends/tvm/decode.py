@@ -10,14 +10,15 @@ arXiv:1911.02150, on heads that share keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
 
 from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import scalar, vecmath
-from graphopt.backends.tvm.attended import F32, LOG2E, Extra, Rows, head_index, place_of
+from graphopt.backends.tvm.attended import F32, LOG2E, Extra, Order, Rows, head_index, in_order, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
@@ -40,10 +41,11 @@ class DecodeKernel:
         ahead: bytes of keys, and of values, that are asked for before they are needed; 0 leaves it to the hardware, which stops at
             the end of each page and each block.
         splits: parts of the keys that are read in parallel.
+        table: whether floats of 4-bit integers come from a table in a register, where 16 of them are taken from neighbouring words.
     """
 
     def __init__(self, graph: Graph, form: Form, lanes: int, sums: int, keys: int, block: int, ahead: int, splits: int,
-                 parallel: bool) -> None:  # fmt: skip
+                 parallel: bool, table: bool = False) -> None:  # fmt: skip
         self.graph, self.form, self.lanes, self.sums, self.block = graph, form, lanes, sums, block
         self.keys, self.ahead, self.splits, self.parallel = keys, ahead, splits, parallel
         self.code = code = Code(graph.symbols)
@@ -54,6 +56,8 @@ class DecodeKernel:
         self.heads = [*batch[:-1], code.div(batch[-1], self.share)] if batch else []
         self.extra = Extra(self.args, form, form.fill)
         self.keys_of, self.values_of = (Rows(self.args, x) for x in (form.parts.k, form.parts.v))
+        self.key_order, self.value_order = (x.order(lanes) for x in (self.keys_of, self.values_of))
+        self.table = table and lanes == 16
 
     def emit(self) -> Code:
         code, record = self.code, self.width + self.lanes  # of a row: its sums, then maximum and total
@@ -105,21 +109,27 @@ class DecodeKernel:
             self._values(lead, scores, part, base, here)
 
     def _queries(self, lead: Sequence[Index], queries: Any) -> None:
+        """The queries, scaled, in the order of the keys' elements."""
         code, q = self.code, self.form.parts.q
+        plain = queries if self.key_order is in_order else code.alloc(self.depth, F32, "query")
         factor = tirx.const(self.attrs["scale"] * (LOG2E if self.attrs["softcap"] is None else 1.0 / self.attrs["softcap"]), F32)
         for r in range(self.rows):
             index = [*head_index(code, self.form, q, self._lead(lead, r)), r % self.m]
+            row = r * self.depth if plain is queries else 0
 
-            def element(d: Index, x: Any, r: int = r) -> None:
-                code.store(queries, code.simplify(r * self.depth + d), x * factor)
+            def element(d: Index, x: Any, row: int = row) -> None:
+                code.store(plain, code.simplify(row + d), x * factor)
 
             write_row(self.args, q, lambda d, index=index: [*index, d], self.lanes, element)  # type: ignore[misc]
+            if plain is not queries:
+                for u, v in self._each(self.depth):
+                    code.store(queries, code.simplify(r * self.depth + u + v), code.load(plain, code.simplify(self.key_order(u, v))))
 
     def _each(self, count: int) -> Any:
-        """Places of the lanes of so many elements, a loop a vector."""
+        """Places of so many elements: where a vector starts, and its lanes, a loop a vector."""
         for u in range(0, count, self.lanes):
             with self.code.loop(self.lanes, "vectorized", "v") as v:
-                yield self.code.simplify(u + v)
+                yield u, v
 
     def _scores(self, lead: Sequence[Index], queries: Any, scores: Any, base: Index, here: Index) -> None:
         """Scores of a block, -inf behind the last key."""
@@ -150,11 +160,10 @@ class DecodeKernel:
             self.keys_of.fetch(lambda i: [*of_keys, i], row, self.ahead)
         for u in range(0, self.depth, lanes):
             for i, row in enumerate(rows):
-                with code.loop(lanes, "vectorized", "v") as v:
-                    x = code.bind(self.keys_of.at([*of_keys, row, code.simplify(u + v)]), "k")
+                with self._floats(self.keys_of, [*of_keys, row], u, self.key_order) as (x, v):
                     for r in range(self.rows):
-                        term, acc = x * code.load(queries, code.simplify(r * self.depth + u + v)), sums[r, i]
-                        code.store(acc, v, term if u == 0 else code.load(acc, v) + term)
+                        term, acc = x * self._get(queries, r * self.depth + u, v), sums[r, i]
+                        self._put(acc, 0, v, term if u == 0 else self._get(acc, 0, v) + term)
         if count == 1:
             for (r, _), acc in sums.items():
                 code.store(scores, code.simplify(r * (self.block + lanes) + n), combine(code, acc, lanes, lanes, _SUM))
@@ -164,6 +173,26 @@ class DecodeKernel:
             vector, first = divmod(r * count, lanes)
             part = found[vector] if count == lanes else tirx.Shuffle([found[vector]], list(range(first, first + count)))
             code.emit(tirx.BufferStore(scores, part, [self._ramp(code.simplify(r * (self.block + lanes) + n), count)]))
+
+    @contextmanager
+    def _floats(self, rows: Rows, index: Sequence[Index], u: int, order: Order) -> Iterator[tuple[Any, Any]]:
+        """A vector of a row's elements, and its lane: the variable of a loop over lanes, or None where a vector is one value."""
+        code = self.code
+        if self.table and rows.per_word == 2 and order is not in_order:
+            yield rows.from_table(index, u, order), None
+            return
+        with code.loop(self.lanes, "vectorized", "v") as v:
+            yield code.bind(rows.at([*index, code.simplify(order(u, v))]), "x"), v
+
+    def _get(self, buffer: Any, at: Index, v: Any) -> Any:
+        return buffer[self._ramp(at, self.lanes)] if v is None else self.code.load(buffer, self.code.simplify(at + v))
+
+    def _put(self, buffer: Any, at: Index, v: Any, value: Any) -> None:
+        code = self.code
+        if v is None:
+            code.emit(tirx.BufferStore(buffer, value, [self._ramp(at, self.lanes)]))
+        else:
+            code.store(buffer, code.simplify(at + v), value)
 
     def _scale_rows(self, scores: Any, rows: Rows, lead: Sequence[Index], base: Index, here: Index) -> None:
         """Multiply scores, or weights, by the scales of the keys or values."""
@@ -232,8 +261,8 @@ class DecodeKernel:
         code.store(self.parts, code.simplify(at + self.width), new)
         count = code.simplify(at + self.width + 1)
         code.store(self.parts, count, code.load(self.parts, count) * again + combine(code, total, lanes, lanes, _SUM))
-        for u in self._each(self.width):
-            place = code.simplify(at + u)
+        for u, v in self._each(self.width):
+            place = code.simplify(at + u + v)
             code.store(self.parts, place, code.load(self.parts, place) * again)
 
     def _values(self, lead: Sequence[Index], scores: Any, part: Index, base: Index, here: Index) -> None:
@@ -248,22 +277,23 @@ class DecodeKernel:
             for c0 in range(0, self.width, columns):
                 rows, here_columns = range(r0, min(self.rows, r0 + at_once)), min(columns, self.width - c0)
                 acc = {r: code.alloc(here_columns, F32, "acc") for r in rows}
-                for u in self._each(here_columns):
+                for u, v in self._each(here_columns):
                     for r in rows:
-                        code.store(acc[r], u, tirx.const(0.0, F32))
+                        code.store(acc[r], code.simplify(u + v), tirx.const(0.0, F32))
                 with code.loop(here, "serial", "n") as n:
                     row = code.bind_index(code.simplify(base + n), "row")
                     if self.ahead and r0 == c0 == 0:
                         self.values_of.fetch(lambda i: [*index, i], row, self.ahead)
                     p = {r: code.bind(code.load(scores, code.simplify(r * (self.block + lanes) + n)), "p") for r in rows}
-                    for u in self._each(here_columns):
-                        x = code.bind(self.values_of.at([*index, row, code.simplify(c0 + u)]), "x")
-                        for r in rows:
-                            code.store(acc[r], u, code.load(acc[r], u) + p[r] * x)
-                for u in self._each(here_columns):
+                    for u in range(0, here_columns, lanes):
+                        with self._floats(self.values_of, [*index, row], c0 + u, self.value_order) as (x, v):
+                            for r in rows:
+                                weight = p[r] if v is not None else tirx.Broadcast(p[r], lanes)
+                                self._put(acc[r], u, v, self._get(acc[r], u, v) + weight * x)
+                for u, v in self._each(here_columns):
                     for r in rows:
-                        place = code.simplify(part + r * self.record + c0 + u)
-                        code.store(self.parts, place, code.load(self.parts, place) + code.load(acc[r], u))
+                        place = code.simplify(part + r * self.record + c0 + u + v)
+                        code.store(self.parts, place, code.load(self.parts, place) + code.load(acc[r], code.simplify(u + v)))
 
     # --- the end --------------------------------------------------------------------------------------------------------------
 
@@ -284,15 +314,13 @@ class DecodeKernel:
                 nothing = tirx.const(0.0, F32)
                 inverse = code.bind(tirx.Select(tirx.EQ(total, nothing), nothing, inverse))
 
-            def element(e: Index, own: Any = own, r: int = r, start: Any = start, shares: Any = shares, inverse: Any = inverse) -> None:
+            for u, v in self._each(self.width):
                 value = tirx.const(0.0, F32)
                 for s in range(self.splits):
-                    value = value + code.load(self.parts, code.simplify(start + s * step + e)) * shares[s]
+                    value = value + code.load(self.parts, code.simplify(start + s * step + u + v)) * shares[s]
                 value = scalar.rounded(code.bind(value * inverse), result.dtype)
-                at = place_of(self.args, self.form, [*own, r % self.m, e])
+                at = place_of(self.args, self.form, [*own, r % self.m, code.simplify(self.value_order(u, v))])
                 code.store(self.args.outputs[0], at, scalar.store(value, result.dtype))
-
-            vector_loop(code, 0, self.width, self.lanes, element)
 
     def _shares(self, tops: Sequence[Any], counts: Sequence[Any]) -> tuple[list[Any], Any]:
         """By what each part counts, and the total of all."""

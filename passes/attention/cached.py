@@ -26,18 +26,21 @@ class CachedIntegers(Rule):
 
     def check(self, m: Match) -> Reject | None:
         k, s, y = m[integers], m[scale], m.root.results[0]
-        if k.dtype not in (types.i8, types.u8) or not s.dtype.is_float or s.dtype != y.dtype or not _are_cached(y):
+        if k.dtype not in (types.i8, types.u8) or not s.dtype.is_float or s.dtype != y.dtype or not are_cached(y):
             return NOT_THIS
-        if s.type.rank == 0 or s.shape[-1] == 1:
-            return None
-        return Reject("the scales of cached integers differ within a row", s)
+        return same_in_a_row(s)
 
     def rewrite(self, m: Match, rw: Rewriter) -> Value:
         out: Value = rw.create("dequantize", [m[integers], m[scale]])
         return out
 
 
-def _are_cached(v: Value) -> bool:
+def same_in_a_row(s: Value) -> Reject | None:
+    """Whether scales are the same for all elements of a row."""
+    return None if s.type.rank == 0 or s.shape[-1] == 1 else Reject("the scales of cached integers differ within a row", s)
+
+
+def are_cached(v: Value) -> bool:
     """Whether a value is read as an attention's keys or values, through views."""
     todo: list[Value] = [v]
     while todo:

@@ -22,6 +22,7 @@ from graphopt.passes.attention.build import build, leading
 from graphopt.passes.attention.cached import CachedIntegers
 from graphopt.passes.attention.given import GivenAttention
 from graphopt.passes.attention.masks import Sorted, sort
+from graphopt.passes.attention.packed import PackedCache
 from graphopt.passes.attention.reading import Reading, attention_of
 from graphopt.rewrite import Match, Numerics, Reject, Rewriter, Rule, pat, value
 
@@ -88,4 +89,4 @@ class RecogniseAttention(RewritePass):
     name = "recognise-attention"
 
     def rules(self) -> Sequence[Rule]:
-        return [Attention(), GivenAttention(), CachedIntegers()]
+        return [Attention(), GivenAttention(), PackedCache(), CachedIntegers()]

@@ -13,6 +13,7 @@ from graphopt.ir import dims, types
 from graphopt.ir.graph import Node
 from graphopt.ir.opset.attention import groups, parts, seen_pairs
 from graphopt.passes.fusion.cost import CLOCK, LAUNCH, CostModel
+from graphopt.rewrite import scalar_of
 
 FEW = 8  # query rows that share keys, up to which a kernel reads the keys once, without filling lanes with queries
 _EXP = 22.0  # vector instructions for a weight: exponential, maximum, sum
@@ -124,15 +125,19 @@ def view_of_attention(node: Node) -> bool:
 
 
 def reads_rows(node: Node) -> bool:
-    """Whether the kernel reads an attention's keys or values through a node: integers with a scale a row, or pages by a table."""
+    """Whether the kernel reads an attention's keys or values through a node: integers with a scale a row, several of them in a word, or
+    pages by a table."""
     users = [node]
     while users:
         user = users.pop()
         for reader, place in user.results[0].uses:
             if reader.op.name == "attention" and place not in (1, 2):
                 return False
-            users += [reader] if reader.op.name in ("reshape", "transpose", "broadcast_to", "slice", "dequantize") else []
-    if node.op.name == "take":
-        return node.attrs["axis"] % node.operands[0].type.rank < node.operands[0].type.rank - 1
-    scale = node.operands[1] if node.op.name == "dequantize" and len(node.operands) == 2 else None
-    return scale is not None and (scale.type.rank == 0 or scale.shape[-1] == 1)
+            users += [reader] if reader.op.name in ("reshape", "transpose", "broadcast_to", "slice", "dequantize", "unpack_bits") else []
+    if node.op.name in ("take", "unpack_bits"):
+        whole = node.attrs["axis"] % node.operands[0].type.rank == node.operands[0].type.rank - 1
+        return whole == (node.op.name == "unpack_bits")
+    if node.op.name != "dequantize" or any(scalar_of(zero) is None for zero in node.operands[2:]):
+        return False
+    scale = node.operands[1]
+    return scale.type.rank == 0 or scale.shape[-1] == 1

@@ -18,13 +18,13 @@ class Role(Enum):
 
     POINTWISE = "pointwise"
     VIEW = "view"  # moves elements by an index map that costs nothing
-    MOVER = "mover"  # moves elements and has work to do: concat, pad, take, gather
+    MOVER = "mover"  # moves elements and has work to do: concat, pad, take, gather, unpack_bits
     CREATION = "creation"  # constant, iota
     ANCHOR = "anchor"  # a reduction, scan, row op, matmul, convolution or update by index: decides the kind of its region
     OTHER = "other"  # never in a region
 
 
-MOVERS = ("concat", "pad", "take", "gather")
+MOVERS = ("concat", "pad", "take", "gather", "unpack_bits")
 PRODUCTS = ("matmul", "conv", *WINDOWS)  # read an element for many results; each has a kind of region of its name
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm")
 ROW_REDUCTIONS = ("sum", "mean", "max", "min", "var")

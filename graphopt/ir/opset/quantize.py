@@ -93,8 +93,8 @@ define(
 
 
 def _per_word(name: str, word: DType, bits: int) -> int:
-    if word not in (types.i32, types.u8) or bits not in (1, 2, 4, 8) or bits > word.bits:
-        raise TypeInferenceError(f"{name}: {bits} bits in {word}; words are i32 or u8, bits 1, 2, 4 or 8")
+    if word not in (types.i32, *SMALL_INTEGERS) or bits not in (1, 2, 4, 8) or bits > word.bits:
+        raise TypeInferenceError(f"{name}: {bits} bits in {word}; words are i32, u8 or i8, bits 1, 2, 4 or 8")
     return word.bits // bits
 
 
@@ -119,7 +119,7 @@ def _pack(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.T
 
 define(
     "pack_bits", 1, attrs={"bits": REQUIRED, "axis": 0, "dtype": types.i32}, infer=_infer_pack, evaluate=_pack,
-    doc="neighbours along an axis in one word of i32 or u8, the first in the lowest bits",
+    doc="neighbours along an axis in one word of i32, u8 or i8, the first in the lowest bits",
 )  # fmt: skip
 
 

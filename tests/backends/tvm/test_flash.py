@@ -14,7 +14,7 @@ from graphopt.backends.forms.flashform import Form, form_of
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.backends.tvm.templates import DECODE, FLASH
 from graphopt.ir.text import parse_graph
-from graphopt.target import detect
+from graphopt.target import Target, detect
 
 CASES = {
     "one tile": attention(16, 16, 16),
@@ -166,6 +166,44 @@ FEW = {
       %2: f32[3, 1, 32] = attention(%q, %0, %1) {scale = 0.003}
       return %2
     }"""),
+    "cached in 4 bits": parse_graph("""graph @g(%q: f32[1, 8, 1, 64], %k: u8[1, 2, 131, 32], %a: f32[1, 2, 131, 1], %v: i8[1, 131, 2, 16],
+        %b: f32[1, 131, 2, 1]) -> f32[1, 8, 1, 32] {
+      %z: u8[] = constant() {value = 8, dtype = u8}
+      %i: u8[1, 2, 131, 64] = unpack_bits(%k) {bits = 4, axis = 3, dtype = u8}
+      %j: i8[1, 131, 2, 32] = unpack_bits(%v) {bits = 4, axis = 3}
+      %0: f32[1, 2, 131, 64] = dequantize(%i, %a, %z)
+      %1: f32[1, 131, 2, 32] = dequantize(%j, %b)
+      %2: f32[1, 2, 131, 32] = transpose(%1) {perm = [0, 2, 1, 3]}
+      %3: f32[1, 8, 1, 32] = attention(%q, %0, %2) {scale = 0.03, causal = true, offset = 128}
+      return %3
+    }"""),
+    "cached in halves of bytes": parse_graph("""graph @g(%q: f32[3, 1, 64], %k: u8[3, N, 32], %a: f32[3, N, 1])
+        -> f32[3, 1, 64] where 1 <= N {
+      %z: u8[] = constant() {value = 5, dtype = u8}
+      %i: u8[3, N, 64] = unpack_bits(%k) {bits = 4, axis = 2, dtype = u8}
+      %r: u8[3, N, 32, 2] = reshape(%i) {shape = [3, N, 32, 2]}
+      %t: u8[3, N, 2, 32] = transpose(%r) {perm = [0, 1, 3, 2]}
+      %h: u8[3, N, 64] = reshape(%t) {shape = [3, N, 64]}
+      %0: f32[3, N, 64] = dequantize(%h, %a, %z)
+      %2: f32[3, 1, 64] = attention(%q, %0, %0) {scale = 0.003}
+      return %2
+    }"""),
+    "cached in 4 bits, of odd size": parse_graph("""graph @g(%q: f32[2, 3, 48], %k: u8[2, 70, 24], %a: f32[2, 70, 1]) -> f32[2, 3, 48] {
+      %i: i8[2, 70, 48] = unpack_bits(%k) {bits = 4, axis = 2}
+      %0: f32[2, 70, 48] = dequantize(%i, %a)
+      %2: f32[2, 3, 48] = attention(%q, %0, %0) {scale = 0.03}
+      return %2
+    }"""),
+    "pages in 4 bits": parse_graph("""graph @g(%q: f32[2, 4, 1, 32], %k: u8[9, 16, 2, 16], %a: f32[2, 2, 96, 1], %t: i64[2, 6])
+        -> f32[2, 4, 1, 32] {
+      %b: u8[2, 6, 16, 2, 16] = take(%k, %t) {axis = 0}
+      %c: u8[2, 96, 2, 16] = reshape(%b) {shape = [2, 96, 2, 16]}
+      %e: u8[2, 2, 96, 16] = transpose(%c) {perm = [0, 2, 1, 3]}
+      %i: i8[2, 2, 96, 32] = unpack_bits(%e) {bits = 4, axis = 3}
+      %d: f32[2, 2, 96, 32] = dequantize(%i, %a)
+      %0: f32[2, 4, 1, 32] = attention(%q, %d, %d) {scale = 0.3, causal = true, offset = 90}
+      return %0
+    }"""),
     "pages": parse_graph("""graph @g(%q: f32[2, 4, 1, 32], %k: f32[9, 16, 2, 32], %v: f32[9, 16, 2, 32], %t: i64[2, 6])
         -> f32[2, 4, 1, 32] {
       %a: f32[2, 6, 16, 2, 32] = take(%k, %t) {axis = 0}
@@ -199,6 +237,17 @@ def test_few_queries(compile_all) -> None:
         for n in (1, 30, 700) if graph.symbols else (0,):
             sizes = {"N": n} if n else {}
             check(graph, run, inputs(graph, **sizes), sizes or None, factor=4.0)
+
+
+def test_packed_caches_without_a_table(compile_all) -> None:
+    """Where no register holds a table, integers are masked and converted."""
+    target = Target.from_name("cpu:x86-64-v3:2")
+    if why := detect().lacks(target):
+        pytest.skip(why)
+    names = ("cached in 4 bits", "cached in halves of bytes")
+    for name, run in zip(names, compile_all([(FEW[n], "attention") for n in names], target=target), strict=True):
+        sizes = {"N": 30} if FEW[name].symbols else {}
+        check(FEW[name], run, inputs(FEW[name], **sizes), sizes or None, factor=4.0)
 
 
 @pytest.mark.parametrize("name", ["odd", "shared heads", "split"])
