@@ -6,54 +6,50 @@ and each kernel is timed against the float kernel that it replaces. What became 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from graphopt.calibration import OBSERVERS, Observer, Sample, inferring, only_input, samples_of, watch
-from graphopt.capture.captured import TensorArgument
-from graphopt.compiler import CompiledGraph
+from graphopt.calibration import OBSERVERS, Look, Observer, Sample, inferring, only_input, samples_of, watch
+from graphopt.clipping import round_clipped
 from graphopt.errors import GraphoptError, UsageError, nearest
 from graphopt.gptq import Hessian, round_weight
-from graphopt.ir.graph import Value
 from graphopt.ledger import Entry, Ledger
-from graphopt.lower import KernelStep
-from graphopt.model import CompiledModel, compile
-from graphopt.passes.quantization.quantize_products import MOST_TERMS
+from graphopt.ledger_times import RUNS, measure_times
+from graphopt.linears import left_in_float, linears_of, replaced, schemes_of, smooth_of, weight_of
+from graphopt.model import compile
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.profile import CallCost, Profile
 from graphopt.quantized_linear import QuantizedLinear, quantize_groups
-from graphopt.smoothing import Smoothed, groups_of, smoothed
+from graphopt.smoothing import groups_of, smoothed
+from graphopt.split import SplitLinear
 
 LEAST = 1 << 14  # elements of the smallest weight that is worth it
-METHODS = ("rtn", "gptq", "smoothquant", "awq")
+METHODS = ("rtn", "gptq", "smoothquant", "awq", "split")
 EXACT = 1e-3  # how far moving scales may move an output in f32, relative to its norm
 HESSIANS = 1 << 29  # bytes of those that are kept at a time
-_RUNS = 20  # of each model, in turns of a few
-_TURNS = 4
 
+Quantized = QuantizedLinear | SplitLinear
 Progress = Callable[[str, int, int], None]
 """Told (what goes on, done, total)."""
 
 
-def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, scheme: str = "int8-weight",
-             method: str = "rtn", calibration: Iterable[Any] | None = None, observer: str = "minmax", keep: Iterable[str] = (),
-             measure: bool = True, revert: bool = True, least: int = LEAST, progress: Progress | None = None,
-             **options: Any) -> nn.Module:  # fmt: skip
+def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+             scheme: str | Mapping[str, str] = "int8-weight", method: str = "rtn", calibration: Iterable[Any] | None = None,
+             observer: str = "minmax", keep: Iterable[str] = (), measure: bool = True, revert: bool = True, least: int = LEAST,
+             progress: Progress | None = None, **options: Any) -> nn.Module:  # fmt: skip
     """Quantize the linear layers of a model.
 
     Args:
         model: stays as it is; what is not quantized is shared with the result.
         args, kwargs: example inputs: errors of outputs and times are measured on them.
         scheme: ``int8-weight``, ``int4-weight``, ``int4-weight-g128-zp``, ``int8-dynamic``, ``int8-static`` ..., see
-            docs/quantization.md.
+            docs/quantization.md; or such by layer, ``{"lm_head": "int8-weight", "*.down": "float", "*": "int4-weight"}``: the first
+            pattern that fits a layer's name counts, and what none fits stays in float.
         method: how weights are rounded: ``rtn``, to the nearest; ``gptq``; ``smoothquant`` and ``awq``, which move scales from inputs
-            into weights first.
+            into weights first; ``split``, into the sum of three.
         calibration: calls of the model that methods and static schemes look at: tensors, tuples of arguments, or dicts of keyword
             arguments; the example inputs if None.
         observer: which range of the inputs a static scheme represents: ``minmax``, ``percentile``, ``mse``, ``entropy``.
@@ -71,46 +67,49 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         UsageError: there is no such scheme, method or observer, a pattern of ``keep`` fits nothing, there is nothing to calibrate on, or a
             weight holds infinities or nan (names it).
     """
-    chosen, told = Scheme.parse(scheme), progress or (lambda *_: None)
-    kwargs = dict(kwargs or {})
+    told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
+    schemes = schemes_of(scheme, list(linears_of(model)))
     for name, value, known in (("method", method, METHODS), ("observer", observer, OBSERVERS)):
         if value not in known:
             raise UsageError(f"there is no {name} {value!r}{nearest(str(value), known)}; {name}s are {', '.join(known)}")
-    samples = samples_of(calibration, args, kwargs) if method != "rtn" or chosen.activations == "static" else []
+    if method == "split" and any(s.activations for s in schemes.values()):
+        raise UsageError("method 'split' rounds weights alone; give a scheme of weights, such as int2-weight")
+    static = any(s.activations == "static" for s in schemes.values())
+    samples = samples_of(calibration, args, kwargs) if method not in ("rtn", "split") or static else []
+    left = left_in_float(model, schemes, tuple(keep), least)
+    schemes = {n: s for n, s in schemes.items() if n not in left}
     if method in ("smoothquant", "awq"):
         told("smoothing", 0, 1)
-        model = _smooth(model, samples, chosen, method, tuple(keep), least)
-    linears = {name: m for name, m in model.named_modules() if _weight(m) is not None}
-    left = _left(model, linears, tuple(keep), least, bool(chosen.activations))
-    wanted = [n for n in linears if n not in left]
-    made = _rounded(model, {n: linears[n] for n in wanted}, chosen, method, samples, observer, told, left)
-    ledger = Ledger(str(chosen), [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()])
+        model = _smooth(model, samples, schemes, method)
+    linears = linears_of(model)
+    made = _rounded(model, {n: linears[n] for n in schemes}, schemes, method, samples, told)
+    _set_steps(model, linears, made, samples, observer, told, left)
+    said = scheme if isinstance(scheme, str) else ", ".join(f"{pattern}: {s}" for pattern, s in scheme.items())
+    ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()])
     entries = {e.name: e for e in ledger.entries}
-    result = _replaced(model, made)
+    result = replaced(model, made)
     if tree_leaves((args, kwargs)):
         told("measuring errors", 0, 1)
         ledger.output_error = _output_errors(model, result, linears, made, entries, args, kwargs)
         if measure and made:
             told("measuring times", 0, 1)
-            _measure(model, result, entries, ledger, args, kwargs, options)
+            measure_times(model, result, entries, ledger, args, kwargs, options)
             slower = [n for n in made if (s := entries[n].speedup) is not None and s < 1.0] if revert else []
             if slower:
-                result = _replaced(model, {n: m for n, m in made.items() if n not in slower})
+                result = replaced(model, {n: m for n, m in made.items() if n not in slower})
                 _revert(slower, entries)
                 told("measuring again", 0, 1)
                 ledger.output_error = _relative(model, result, args, kwargs)
-                ledger.seconds = compile(result, args, kwargs, **options).profile(*args, runs=_RUNS, **kwargs).seconds
+                ledger.seconds = compile(result, args, kwargs, **options).profile(*args, runs=RUNS, **kwargs).seconds
     result.ledger = ledger  # type: ignore[assignment]
     return result
 
 
-def _smooth(model: nn.Module, samples: Sequence[Sample], scheme: Scheme, method: str, keep: Sequence[str], least: int) -> nn.Module:
+def _smooth(model: nn.Module, samples: Sequence[Sample], schemes: Mapping[str, Scheme], method: str) -> nn.Module:
     """The model with scales moved into the weights that will be quantized; the same function, which is made sure of."""
-    linears = {name: m for name, m in model.named_modules() if _weight(m) is not None}
-    left = _left(model, linears, keep, least, bool(scheme.activations))
-    groups = [g for g in groups_of(model, *samples[0]) if all(n in linears and n not in left for n in g.linears)]
-    alone = [n for n in linears if n not in left and not any(n in g.linears for g in groups)]
-    result = _replaced(model, smoothed(model, groups, alone, samples, scheme, method, _of))
+    groups = [g for g in groups_of(model, *samples[0]) if all(n in schemes for n in g.linears)]
+    alone = [n for n in schemes if not any(n in g.linears for g in groups)]
+    result = replaced(model, smoothed(model, groups, alone, samples, schemes, method, weight_of))
     for sample in samples:
         moved = _relative(model, result, *sample)
         if moved is not None and not moved < EXACT:
@@ -119,44 +118,64 @@ def _smooth(model: nn.Module, samples: Sequence[Sample], scheme: Scheme, method:
     return result
 
 
-def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], scheme: Scheme, method: str, samples: Sequence[Sample], observer: str,
-             told: Progress, left: dict[str, str]) -> dict[str, QuantizedLinear]:  # fmt: skip
-    """Quantized layers by name; ``left`` is told of those that cannot be after all.
+def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], schemes: Mapping[str, Scheme], method: str, samples: Sequence[Sample],
+             told: Progress) -> dict[str, Quantized]:  # fmt: skip
+    """Quantized layers by name.
 
-    GPTQ takes them in waves whose Hessians fit into memory, each given what the ones before became.
+    What looks at products of inputs takes layers in waves whose Hessians fit into memory, each given what the ones before became.
     """
-    made: dict[str, QuantizedLinear] = {}
-    waves = _waves(linears) if method == "gptq" else [list(linears)]
-    for wave in waves:
+    made: dict[str, Quantized] = {}
+    looks = {"gptq": round_weight, "awq": round_clipped}.get(method)
+    for wave in _waves(linears) if looks is not None else [list(linears)]:
         hessians: dict[str, Hessian] = {}
-        if method == "gptq":
-            hessians = {n: Hessian(_of(linears[n]).shape[1]) for n in wave}
+        if looks is not None:
+            hessians = {n: Hessian(weight_of(linears[n]).shape[1]) for n in wave}
             told("looking at inputs", len(made), len(linears))
-            now = _replaced(model, made)
-            watch(now, wave, samples, lambda name, x, seen=hessians: seen[name].see(x))  # type: ignore[misc]
+            watch(replaced(model, made), wave, samples, _smoothing(linears, lambda name, x, seen=hessians: seen[name].see(x)))  # type: ignore[misc]
         for name in wave:
             told("rounding", len(made), len(linears))
-            weight, what = _of(linears[name]), f"{name}.weight"
-            parts = round_weight(weight, hessians[name], scheme, what) if hessians else quantize_groups(weight, scheme, what)
-            bias, smooth = linears[name]._parameters["bias"], _smooth_of(linears[name])
-            made[name] = QuantizedLinear(*parts, bias, weight.shape[1], str(scheme), smooth=smooth)
-    if scheme.activations == "static":
-        seen: dict[str, Observer] = {}
-        told("looking at inputs", 0, 1)
-
-        def look(name: str, x: torch.Tensor) -> None:
-            smooth = _smooth_of(linears[name])
-            seen.setdefault(name, Observer()).see(x if smooth is None else x * smooth)
-
-        watch(model, linears, samples, look)
-        for name, m in list(made.items()):
-            found = seen.get(name)
-            if found is not None and found.largest:
-                m.step = torch.tensor(found.step(observer))
-            else:
-                left[name] = "calibration met nothing but zeros there" if found else "calibration never reached it"
-                del made[name]
+            weight, scheme, what, bias = weight_of(linears[name]), schemes[name], f"{name}.weight", linears[name]._parameters["bias"]
+            if method == "split":
+                made[name] = SplitLinear(weight, bias, scheme, what)
+                continue
+            parts = quantize_groups(weight, scheme, what) if looks is None else looks(weight, hessians[name], scheme, what)
+            made[name] = QuantizedLinear(*parts, bias, weight.shape[1], str(scheme), smooth=smooth_of(linears[name]))
     return made
+
+
+def _smoothing(linears: Mapping[str, nn.Module], look: Look) -> Look:
+    """Show inputs as the weights see them."""
+
+    def shown(name: str, x: torch.Tensor) -> None:
+        smooth = smooth_of(linears[name])
+        look(name, x if smooth is None else x * smooth)
+
+    return shown
+
+
+def _set_steps(model: nn.Module, linears: Mapping[str, nn.Module], made: dict[str, Quantized], samples: Sequence[Sample], observer: str,
+               told: Progress, left: dict[str, str]) -> None:  # fmt: skip
+    """Find the ranges of static layers' inputs. Those that have none stay in float: they leave ``made``, and ``left`` is told."""
+    static = [n for n, m in made.items() if isinstance(m, QuantizedLinear) and m.activations == "static"]
+    if not static:
+        return
+    told("looking at inputs", 0, 1)
+    seen = {n: Observer() for n in static}
+    reached = dict[str, None]()
+
+    def look(name: str, x: torch.Tensor) -> None:
+        reached[name] = None
+        seen[name].see(x)
+
+    watch(model, static, samples, _smoothing(linears, look))
+    for name in static:
+        layer = made[name]
+        assert isinstance(layer, QuantizedLinear)
+        if seen[name].largest:
+            layer.step = torch.tensor(seen[name].step(observer))
+        else:
+            left[name] = "calibration met nothing but zeros there" if name in reached else "calibration never reached it"
+            del made[name]
 
 
 def _waves(linears: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -164,7 +183,7 @@ def _waves(linears: Mapping[str, nn.Module]) -> list[list[str]]:
     waves: list[list[str]] = []
     room = 0
     for name, m in linears.items():
-        size = 4 * _of(m).shape[1] ** 2
+        size = 4 * weight_of(m).shape[1] ** 2
         if not waves or size > room:
             waves.append([])
             room = HESSIANS
@@ -181,67 +200,13 @@ def ledger_of(model: nn.Module) -> Ledger:
     return found
 
 
-# --- which --------------------------------------------------------------------------------------------------------------
-
-
-def _weight(m: nn.Module) -> nn.Parameter | None:
-    """The matrix of a module that is a linear layer, if it is one: ``nn.Linear`` itself, smoothed, and transformers' ``Conv1D``."""
-    plain = type(m) in (nn.Linear, Smoothed) or (type(m).__name__ == "Conv1D" and hasattr(m, "nf"))
-    return m.weight if plain and isinstance(m.weight, nn.Parameter) else None
-
-
-def _of(m: nn.Module) -> torch.Tensor:
-    """The weight ``[out, in]``."""
-    weight = _weight(m)
-    assert weight is not None
-    return weight if type(m) in (nn.Linear, Smoothed) else weight.t()
-
-
-def _smooth_of(m: nn.Module) -> torch.Tensor | None:
-    """What a layer multiplies its inputs by first."""
-    return m.smooth if isinstance(m, Smoothed) else None
-
-
-def _left(model: nn.Module, linears: Mapping[str, nn.Module], keep: Sequence[str], least: int, activations: bool) -> dict[str, str]:
-    """The layers that stay in float, and why."""
-    for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise UsageError(f"keep={pattern!r} fits none of the linear layers: {', '.join(linears) or 'there is none'}")
-    holders: dict[int, list[str]] = {}
-    for name, m in model.named_modules():
-        for p in m.parameters(recurse=False):
-            holders.setdefault(id(p), []).append(name)
-    out = {}
-    for name, m in linears.items():
-        weight = _of(m)
-        others = [n for n in holders[id(_weight(m))] if n not in linears]
-        if any(fnmatchcase(name, pattern) for pattern in keep):
-            out[name] = "as asked"
-        elif weight.dtype != torch.float32:
-            out[name] = f"its weight is {weight.dtype}".replace("torch.", "")
-        elif activations and weight.shape[1] > MOST_TERMS:
-            out[name] = f"sums of {weight.shape[1]} products may exceed 32 bits"
-        elif weight.numel() < least:
-            out[name] = f"{weight.numel()} elements are too few"
-        elif others:
-            out[name] = f"its weight is that of {others[0]}, too"
-    return out
-
-
-def _entry(name: str, m: nn.Module, quantized: QuantizedLinear | None, why: str) -> Entry:
-    weight = _of(m)
+def _entry(name: str, m: nn.Module, quantized: Quantized | None, why: str) -> Entry:
+    weight = weight_of(m)
     shape = (weight.shape[0], weight.shape[1])
     if quantized is None:
         return Entry(name, shape, "", f"left: {why}", weight.nbytes, weight.nbytes)
     error = float((quantized.weight - weight.detach()).norm() / weight.detach().norm().clamp_min(1e-30))
     return Entry(name, shape, quantized.scheme, "quantized", weight.nbytes, quantized.nbytes, error)
-
-
-def _replaced(model: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of the model's modules with some in the place of others; tensors are shared."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo |= {id(m): made[name] for name, m in model.named_modules() if name in made}
-    return copy.deepcopy(model, memo)
 
 
 def _revert(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
@@ -255,7 +220,7 @@ def _revert(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
 # --- errors -------------------------------------------------------------------------------------------------------------
 
 
-def _output_errors(model: nn.Module, result: nn.Module, linears: Mapping[str, nn.Module], made: Mapping[str, QuantizedLinear],
+def _output_errors(model: nn.Module, result: nn.Module, linears: Mapping[str, nn.Module], made: Mapping[str, Quantized],
                    entries: Mapping[str, Entry], args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:  # fmt: skip
     """Each layer's error, given the float model's inputs, one layer at a time in memory; returns that of the model."""
     sums: dict[str, tuple[float, float]] = {}
@@ -289,81 +254,3 @@ def _relative(model: nn.Module, result: nn.Module, args: Sequence[Any], kwargs: 
     if want is None or got is None:
         return None
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
-
-
-# --- times --------------------------------------------------------------------------------------------------------------
-
-
-def _measure(model: nn.Module, result: nn.Module, entries: Mapping[str, Entry], ledger: Ledger, args: Sequence[Any],
-             kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:  # fmt: skip
-    """Time both models' kernels in turns, and put times beside the weights that they multiply by."""
-    compiled = [compile(m, args, kwargs, **options) for m in (model, result)]
-    if not all(isinstance(c._compiled, CompiledGraph) for c in compiled):
-        return  # library calls as a whole: there are no kernels to time
-    profiles: list[list[Profile]] = [[], []]
-    for _ in range(_TURNS):
-        for c, found in zip(compiled, profiles, strict=True):
-            found.append(c.profile(*args, runs=_RUNS // _TURNS, **kwargs))
-    ledger.float_seconds, ledger.seconds = (min(p.seconds for p in found) for found in profiles)
-    before, after = (_by_weights(c, found) for c, found in zip(compiled, profiles, strict=True))
-    for names in _families([*before, *after]):
-        old = [c for n, c in before.items() if set(n) <= set(names)]
-        new = [c for n, c in after.items() if set(n) <= set(names)]
-        members = [entries[n] for n in names if n in entries]
-        if not old or not new or not any(e.quantized for e in members):
-            continue
-        kernels = dict.fromkeys(_kernel(call) for call, _ in new)
-        for e in members:
-            e.kernel, e.together = ", ".join(kernels), tuple(m.name for m in members)
-            e.seconds, e.float_seconds = sum(s for _, s in new), sum(s for _, s in old)
-            e.bytes_read = sum(call.bytes for call, _ in new)
-
-
-def _by_weights(compiled: CompiledModel, profiles: Sequence[Profile]) -> dict[tuple[str, ...], tuple[CallCost, float]]:
-    """Names of modules -> a call that multiplies by their weights, and its time: the least of what several profiles say."""
-    graph = compiled._compiled
-    if not isinstance(graph, CompiledGraph):
-        return {}
-    given = compiled._exported.weights
-    names = {a.input: given[i] for i, a in enumerate(graph.captured.arguments) if isinstance(a, TensorArgument) and i in given}
-    out: dict[tuple[str, ...], tuple[CallCost, float]] = {}
-    for i, call in enumerate(profiles[0].calls):
-        if call.step is None or call.kind not in ("matmul", "library"):
-            continue
-        found = dict.fromkeys(names[v.index] for v in _weights_behind(call.step.node.operands) if v.index in names)
-        modules = tuple(dict.fromkeys(n.rpartition(".")[0] for n in found if n.rpartition(".")[2] in ("weight", "integers")))
-        if modules:
-            out[modules] = (call, min(p.calls[i].seconds for p in profiles))
-    return out
-
-
-def _weights_behind(values: Iterable[Value]) -> list[Value]:
-    """The inputs that staged values are made from; nothing of what is computed at each call."""
-    found: dict[Value, None] = {}
-    for v in values:
-        stack, mine, whole = [v], dict[Value, None](), True
-        while stack and whole:
-            u = stack.pop()
-            if u.producer is not None:
-                whole = u.producer.op.name != "fusion"
-                stack += u.producer.operands
-            elif u.weight:
-                mine[u] = None
-            else:
-                whole = False
-        found |= mine if whole else {}
-    return list(found)
-
-
-def _families(keys: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Sets of names that have none in common, put together from sets that have."""
-    out: list[dict[str, None]] = []
-    for key in keys:
-        touching = [s for s in out if any(n in s for n in key)]
-        merged = dict.fromkeys(n for s in touching for n in s) | dict.fromkeys(key)
-        out = [s for s in out if s not in touching] + [merged]
-    return [tuple(s) for s in out]
-
-
-def _kernel(call: CallCost) -> str:
-    return f"{call.step.schedule.template}" if isinstance(call.step, KernelStep) else "library"

@@ -6,8 +6,7 @@ A normalization with a learned scale may be followed by anything that is linear 
 
 A group is a normalization and *all* that reads it, when that is linear layers alone. Groups are found in the captured graph, not by
 the names of modules. Any other linear layer (behind a norm that a residual reads, too, or behind an activation) multiplies its inputs
-by ``1 / s`` itself, which costs an instruction an element where its kernel rounds them. SmoothQuant chooses s so that channels of inputs
-and of weights are alike hard to round; AWQ searches for the power of the inputs' mean magnitudes with the least error.
+by ``1 / s`` itself, which costs an instruction an element where its kernel rounds them. :mod:`graphopt.scales` chooses s.
 
 Reference: Xiao et al., "SmoothQuant", arXiv:2211.10438; Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978.
 """
@@ -30,11 +29,8 @@ from graphopt.ir.graph import Graph, Node, Value, is_view
 from graphopt.pass_manager import PassContext, make_pass, run_passes
 from graphopt.passes.pipelines import LEVELS
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantized_linear import dequantize_groups, quantize_groups
+from graphopt.scales import Inputs, scales
 
-STRENGTH = 0.5  # SmoothQuant's alpha: how much of the difference between channels goes into the weights
-POWERS = tuple(i / 20 for i in range(21))  # that AWQ tries
-ROWS = 512  # of a layer's inputs that AWQ looks at
 _NORMS = {"layer_norm": 3, "rms_norm": 2}  # operands with a learned scale
 
 
@@ -99,64 +95,36 @@ def _linear(user: Node, x: Value, names: Mapping[Value, str]) -> str:
     return name.rpartition(".")[0] if name.endswith(".weight") and len(source.users) == 1 and len(weight.users) == 1 else ""
 
 
-# --- scales ---------------------------------------------------------------------------------------------------------------
+# --- moving ---------------------------------------------------------------------------------------------------------------
 
 
-def smoothquant_scales(x_most: torch.Tensor, weights: Sequence[torch.Tensor], strength: float = STRENGTH) -> torch.Tensor:
-    """``max|x|^a / max|w|^(1 - a)`` a channel ``[K]``, of the weights ``[N, K]`` of a group; 1 where a channel is silent."""
-    w_most = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-    s = x_most.pow(strength) / w_most.clamp_min(1e-30).pow(1 - strength)
-    return torch.where((x_most > 0) & (w_most > 0), s, 1.0).clamp(1e-4, 1e4)
-
-
-def awq_scales(x_mean: torch.Tensor, x: torch.Tensor, weights: Sequence[torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The power of the mean magnitudes ``[K]`` with which outputs for rows ``x`` are nearest to those of the float weights."""
-    wanted = [x @ w.t() for w in weights]
-    best, least = torch.ones_like(x_mean), float("inf")
-    for power in POWERS:
-        s = torch.where(x_mean > 0, x_mean.pow(power), 1.0).clamp_min(1e-4)
-        s = s / (s.max() * s.min()).sqrt()
-        lost = 0.0
-        for w, y in zip(weights, wanted, strict=True):
-            q = dequantize_groups(*quantize_groups(w * s, scheme), scheme.bits, w.shape[1])
-            lost += float((x / s @ q.t() - y).double().square().sum())
-        if lost < least:
-            best, least = s, lost
-    return best
-
-
-def smoothed(model: nn.Module, groups: Sequence[Group], alone: Sequence[str], samples: Sequence[Sample], scheme: Scheme, method: str,
-             weight_of: Callable[[nn.Module], torch.Tensor]) -> dict[str, nn.Module]:  # fmt: skip
-    """Modules to put in the place of a model's, by name: normalizations and linear layers with scales moved.
+def smoothed(model: nn.Module, groups: Sequence[Group], alone: Sequence[str], samples: Sequence[Sample], schemes: Mapping[str, Scheme],
+             method: str, weight_of: Callable[[nn.Module], torch.Tensor]) -> dict[str, nn.Module]:  # fmt: skip
+    """Modules to put in the place of a model's, by name: normalizations and linear layers with scales moved; none where
+    nothing is gained by that.
 
     Args:
         alone: linear layers of no group: their inputs' channels are multiplied when the layer is called.
+        schemes: of all these linear layers.
         method: ``smoothquant`` or ``awq``.
         weight_of: a linear module's weight as ``[N, K]``.
     """
-    modules = dict(model.named_modules())
-    most, total, kept = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
-    rows: dict[str, int] = {}
+    modules, seen = dict(model.named_modules()), dict[str, Inputs]()
 
     def look(name: str, x: torch.Tensor) -> None:
-        most[name] = torch.maximum(most.get(name, torch.zeros(x.shape[1])), x.abs().amax(0))
-        total[name] = total.get(name, torch.zeros(x.shape[1], dtype=torch.float64)) + x.abs().double().sum(0)
-        rows[name] = rows.get(name, 0) + len(x)
-        if len(kept.get(name, ())) < ROWS:
-            kept[name] = torch.cat([kept[name], x])[:ROWS] if name in kept else x[:ROWS].clone()
+        seen.setdefault(name, Inputs(x.shape[1], len(samples))).see(x)
 
     groups = [*groups, *(Group("", (name,)) for name in alone)]
     watch(model, [g.linears[0] for g in groups], samples, look)
     out: dict[str, nn.Module] = {}
     for g in groups:
         first = g.linears[0]
-        if first not in rows:
+        if first not in seen:
             continue
         weights = [weight_of(modules[n]).detach().float() for n in g.linears]
-        if method == "smoothquant":
-            s = smoothquant_scales(most[first], weights)
-        else:
-            s = awq_scales((total[first] / rows[first]).float(), kept[first], weights, scheme)
+        s = scales(method, seen[first], weights, [schemes[n] for n in g.linears])
+        if bool((s == 1).all()):
+            continue
         if not g.norm:
             out[first] = Smoothed(weights[0] * s, modules[first]._parameters["bias"], s.reciprocal())
             continue

@@ -12,8 +12,9 @@ from torch import nn
 import graphopt
 from graphopt.errors import UsageError
 from graphopt.ledger import Entry, Ledger
+from graphopt.ledger_times import families
+from graphopt.linears import replaced
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantization import _families, _replaced
 from graphopt.quantized_linear import QuantizedLinear, dequantize_groups, quantize_groups
 
 SCHEMES = ("int8-weight", "int8-weight-g64-zp", "int4-weight", "int4-weight-g128-zp", "int2-weight")
@@ -154,12 +155,24 @@ def test_the_ledger(block: Block) -> None:
     assert "gate" in ledger.table() and "3 of 4 weights quantized" in ledger.summary()
 
 
+def test_bits_by_layer(block: Block) -> None:
+    """The first pattern that fits counts; what none fits stays in float."""
+    x = torch.randn(2, 128)
+    made = graphopt.quantize(block, (x,), scheme={"gate": "int4-weight", "up": "float", "[gu]*": "int8-weight", "down": "int8-dynamic"},
+                             measure=False)  # fmt: skip
+    assert {e.name: e.scheme for e in made.ledger.entries} == {"gate": "int4-weight", "up": "", "down": "int8-dynamic", "head": ""}
+    assert made.ledger.entries[1].verdict == "left: as asked" and "gate: int4-weight" in made.ledger.summary()
+    for scheme, words in (({"gate": "int5"}, "there is no scheme"), ({"gaet": "int4-weight"}, r"'gaet': ...\} fits none")):
+        with pytest.raises(UsageError, match=words):
+            graphopt.quantize(block, scheme=scheme)
+
+
 def test_what_is_slower_is_put_back(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(model, result, entries, ledger, args, kwargs, options):
         for name, e in entries.items():
             e.seconds, e.float_seconds = (2.0, 1.0) if name == "down" else (1.0, 2.0)
 
-    monkeypatch.setattr("graphopt.quantization._measure", measure)
+    monkeypatch.setattr("graphopt.quantization.measure_times", measure)
     made = graphopt.quantize(block, (torch.randn(1, 128),), scheme="int8-weight", least=1)
     assert type(made.down) is nn.Linear and isinstance(made.gate, QuantizedLinear)
     entries = {e.name: e for e in made.ledger.entries}
@@ -182,7 +195,7 @@ def test_tensors_are_shared_and_the_model_stays(block: Block) -> None:
     made = graphopt.quantize(block, scheme="int4-weight")
     assert made.norm.weight is block.norm.weight and made.gate.bias is block.gate.bias and type(block.gate) is nn.Linear
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
-    assert _replaced(block, {}).gate is not block.gate
+    assert replaced(block, {}).gate is not block.gate
 
 
 def test_conv1d_of_transformers() -> None:
@@ -227,8 +240,8 @@ def test_rounding_is_that_of_the_pass() -> None:
     assert dequantize_groups(q, scales, zeros, 4, 4).tolist() == [[-7.0, 4.0, 0.0, 1.0]]  # halves to even
 
 
-def test_families() -> None:
-    assert _families([("a", "b"), ("c",), ("b", "c"), ("d",)]) == [("a", "b", "c"), ("d",)]
+def testfamilies() -> None:
+    assert families([("a", "b"), ("c",), ("b", "c"), ("d",)]) == [("a", "b", "c"), ("d",)]
 
 
 def test_a_ledger_of_what_is_slower() -> None:

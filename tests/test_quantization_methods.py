@@ -13,11 +13,13 @@ from torch import nn
 
 import graphopt
 from graphopt.calibration import BINS, OBSERVERS, Observer, samples_of
+from graphopt.clipping import round_clipped
 from graphopt.errors import UsageError
 from graphopt.gptq import Hessian, round_weight
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantized_linear import QuantizedLinear, dequantize_groups, integer_linear, pack_rows, quantize_groups
-from graphopt.smoothing import groups_of, smoothquant_scales
+from graphopt.scales import ROWS, Inputs, scales, smoothquant_scales
+from graphopt.smoothing import groups_of
 
 
 class Block(nn.Module):
@@ -215,16 +217,22 @@ def test_a_tied_weight_is_left(block: Block) -> None:
 
 @pytest.mark.parametrize("method", ["smoothquant", "awq"])
 def test_scales_are_moved_exactly(block: Block, method: str) -> None:
-    from graphopt.quantization import _of, _replaced
+    from graphopt.linears import replaced, weight_of
     from graphopt.smoothing import smoothed
 
-    x = torch.randn(20, 96, dtype=torch.float64)
+    x = torch.randn(200, 96, dtype=torch.float64)
     samples = [((x.float(),), {})]
-    modules = smoothed(block, groups_of(block, *samples[0]), ["down", "mix"], samples, Scheme.parse("int4-weight"), method, _of)
-    assert set(modules) == {"before", "gate", "up", "last", "head", "down", "mix"}
-    moved = _replaced(block, modules)
-    if method == "smoothquant":  # AWQ leaves channels that are alike
-        assert not torch.equal(moved.gate.weight, block.gate.weight)
+    scheme = Scheme.parse("int8-static" if method == "smoothquant" else "int4-weight")
+    schemes = dict.fromkeys(("gate", "up", "down", "mix", "head"), scheme)
+    with torch.no_grad():  # channels that are not alike: otherwise nothing is gained by moving scales
+        for norm, readers in ((block.before, (block.gate, block.up)), (block.last, (block.head,))):
+            norm.weight[:9] *= 20
+            for m in readers:
+                m.weight[:, :9] /= 20
+    modules = smoothed(block, groups_of(block, *samples[0]), ["down", "mix"], samples, schemes, method, weight_of)
+    assert set(modules) >= {"before", "gate", "up", "last", "head"}
+    moved = replaced(block, modules)
+    assert not torch.equal(moved.gate.weight, block.gate.weight)
     assert moved.gate.bias is block.gate.bias
     with torch.no_grad():
         want = block.double()(x)
@@ -266,8 +274,57 @@ def test_smoothquant_on_planted_outliers(block: Block) -> None:
     assert errors["smoothquant"] < errors["rtn"] / 5, errors
 
 
+@pytest.mark.parametrize(("method", "scheme"), [("smoothquant", "int8-static"), ("smoothquant", "int8-dynamic"), ("awq", "int4-weight")])
+def test_moving_scales_does_not_lose(method: str, scheme: str) -> None:
+    """A few tokens with a large channel, and rows without: what is kept is no worse than moving nothing."""
+    generator = torch.Generator().manual_seed(4)
+    for size in (1.0, 100.0):
+        x, w = torch.randn(ROWS, 128, generator=generator), torch.randn(64, 128, generator=generator)
+        x[:10, 7] *= size
+        inputs = Inputs(128, 1)
+        inputs.see(x)
+        s = scales(method, inputs, [w], [Scheme.parse(scheme)])
+        layer = nn.Linear(128, 64, bias=False)
+        errors = []
+        for moved in (torch.ones(128), s):
+            layer.weight = nn.Parameter(w * moved)
+            made = graphopt.quantize(layer, (x / moved,), scheme=scheme, measure=False, least=1)
+            errors.append(made.ledger.output_error)
+        assert errors[1] <= errors[0] * 1.02 and (method == "awq" or size == 1.0 or errors[1] < errors[0] / 2), (size, errors)
+
+
+def test_inputs_are_rows_of_all_calls() -> None:
+    inputs = Inputs(3, 2)
+    for i in range(2):
+        inputs.see(torch.full((1000, 3), float(i + 1)))
+    assert ROWS * 0.8 < len(inputs.rows) < ROWS * 1.2 and inputs.rows[:, 0].unique().tolist() == [1.0, 2.0]
+    assert inputs.mean.tolist() == [1.5] * 3 and inputs.most.tolist() == [2.0] * 3
+
+
+def test_rows_to_try_scales_on_are_held_out() -> None:
+    inputs, x = Inputs(2, 1), torch.arange(1.0, 101.0).reshape(100, 1).expand(100, 2)
+    inputs.see(x)
+    rest = [v for v in x[:, 0].tolist() if v not in inputs.rows[:, 0].tolist()]
+    assert 30 < len(rest) < 70 and inputs.rest.tolist() == [max(rest)] * 2 and inputs.most.tolist() == [100.0] * 2
+    single = Inputs(2, 1)
+    single.see(torch.ones(1, 2))
+    assert single.rows.tolist() == [[1.0, 1.0]] and single.rest.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["int4-weight", "int4-weight-g32-zp", "int2-weight"])
+@pytest.mark.parametrize("k", [160, 301])
+def test_clipping_is_better_than_a_whole_range(name: str, k: int) -> None:
+    """Also where no group is full; where nothing was seen, nothing is clipped."""
+    scheme, w, x = Scheme.parse(name), torch.randn(40, k, generator=torch.Generator().manual_seed(1)), rows(1000, k)
+    w[:, 3] *= 3
+    best, nearest = (lost(p, w, x, scheme.bits) for p in (round_clipped(w, hessian(x), scheme), quantize_groups(w, scheme)))
+    assert best < 0.97 * nearest
+    for got, want in zip(round_clipped(w, Hessian(k), scheme), quantize_groups(w, scheme), strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
 def test_scales_of_silent_channels_are_one() -> None:
-    s = smoothquant_scales(torch.tensor([0.0, 4.0, 1.0]), [torch.tensor([[1.0, 1.0, 0.0]])])
+    s = smoothquant_scales(torch.tensor([0.0, 4.0, 1.0]), [torch.tensor([[1.0, 1.0, 0.0]])], 0.5)
     assert s.tolist() == [1.0, 2.0, 1.0]
 
 
