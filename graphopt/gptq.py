@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantized_linear import grid_of, group_size, in_groups, off_grid, on_grid, pack_rows
+from graphopt.quantized_linear import grid_of, group_size, in_groups, off_grid, on_grid, packed_rows
 
 DAMPING = 0.01
 BLOCK = 128  # columns whose effect on later ones is applied at once
@@ -78,4 +78,4 @@ def round_weight(weight: torch.Tensor, hessian: Hessian, scheme: Scheme,
         w[:, last:k] -= errors @ factor[first:last, last:]
     if zeros is not None and q.shape[1] > k:
         q[:, k:] = zeros[:, -1:].double()
-    return pack_rows(q.float(), scheme.bits, signed=zeros is None), scales.float(), zeros
+    return packed_rows(q.float(), scheme, signed=zeros is None), scales.float(), zeros

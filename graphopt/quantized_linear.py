@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from graphopt.errors import UsageError
+from graphopt.ir.opset.quantize import LARGEST
+from graphopt.passes.quantization.quantize_weights import FLOATS
 from graphopt.passes.quantization.scheme import Scheme
 
 _TINY = 1e-30  # scale of a group of zeros
@@ -29,8 +31,8 @@ def dequantize_groups(integers: torch.Tensor, scales: torch.Tensor, zeros: torch
     """The weight ``[N, K]`` of packed rows.
 
     Args:
-        integers: ``[N, K' * bits / 8]``: i8 or u8 of 8 bits; of fewer, u8 with several in a byte, the first in the lowest bits. Signed
-            unless there are zero points.
+        integers: ``[N, K' * bits / 8]``: i8 or u8 of 8 bits, or floats of 8 bits; of fewer, u8 with several in a byte, the first in the
+            lowest bits. Signed unless there are zero points.
         scales: ``[N, G]`` f32, of the G groups of a row's K' elements; ``zeros``: likewise, u8.
         columns: K, at most K'.
     """
@@ -73,11 +75,15 @@ def grid_of(rows: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
         low, high = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
         scales = ((high - low) * (1 / ((1 << scheme.bits) - 1))).clamp_min(_TINY)
         return scales, torch.round(-low * scales.reciprocal()).clamp(0, (1 << scheme.bits) - 1).to(torch.uint8)
-    return (rows.abs().amax(-1) * (1 / ((1 << (scheme.bits - 1)) - 1))).clamp_min(_TINY), None
+    most = LARGEST[FLOATS[scheme.storage]] if scheme.storage else (1 << (scheme.bits - 1)) - 1
+    return (rows.abs().amax(-1) * (1 / most)).clamp_min(_TINY), None
 
 
 def on_grid(rows: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
-    """The integers, as floats, nearest to elements ``[..., g]`` of groups."""
+    """The integers, or floats of 8 bits, as floats, nearest to elements ``[..., g]`` of groups."""
+    if scheme.storage:
+        most, held = LARGEST[FLOATS[scheme.storage]], FLOATS[scheme.storage].torch
+        return (rows * scales.reciprocal().unsqueeze(-1)).clamp(-most, most).to(held).to(rows.dtype)
     q = torch.round(rows * scales.reciprocal().unsqueeze(-1))
     if zeros is not None:
         return (q + zeros.unsqueeze(-1)).clamp(0, (1 << scheme.bits) - 1)
@@ -114,7 +120,12 @@ def quantize_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") 
     """
     rows = in_groups(weight, scheme, name)
     scales, zeros = grid_of(rows, scheme)
-    return pack_rows(on_grid(rows, scales, zeros, scheme).flatten(1), scheme.bits, signed=zeros is None), scales, zeros
+    return packed_rows(on_grid(rows, scales, zeros, scheme).flatten(1), scheme, signed=zeros is None), scales, zeros
+
+
+def packed_rows(q: torch.Tensor, scheme: Scheme, signed: bool) -> torch.Tensor:
+    """What :func:`on_grid` gives ``[N, K]``, as it is stored."""
+    return q.to(FLOATS[scheme.storage].torch) if scheme.storage else pack_rows(q, scheme.bits, signed)
 
 
 def pack_rows(q: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:

@@ -43,7 +43,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).abs().max() / want.abs().max())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[::2])
+@pytest.mark.parametrize("scheme", [*SCHEMES[::2], "fp8-e4m3-weight"])
 def test_compiled_is_as_exact_as_eager(block: Block, scheme: str) -> None:
     """Against the same integers in f64: the kernels' error is a rounding of f32, whatever the bits."""
     made = graphopt.quantize(block, scheme=scheme, least=1)
@@ -64,7 +64,7 @@ def test_compiled_is_as_exact_as_eager(block: Block, scheme: str) -> None:
         assert set(templates) == {"quantized" if rows <= 8 else "tile"}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[1:4:2])
+@pytest.mark.parametrize("scheme", [*SCHEMES[1:4:2], "fp8-e5m2-weight", "fp8-e4m3-weight-g64"])
 def test_the_option_is_the_same_rounding(block: Block, scheme: str) -> None:
     x = torch.randn(3, 128)
     made = graphopt.quantize(block, scheme=scheme)
@@ -218,7 +218,7 @@ def test_weights_that_are_no_numbers(block: Block, bad: float) -> None:
 def test_zeros_and_denormals() -> None:
     w = torch.randn(4, 64)
     w[1], w[2] = 0.0, 1e-40
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, "fp8-e4m3-weight", "fp8-e5m2-weight"):
         q = QuantizedLinear.of(w, None, Scheme.parse(scheme))
         assert not q.weight[1].any() and bool(torch.isfinite(q.weight).all())
 
@@ -226,6 +226,8 @@ def test_zeros_and_denormals() -> None:
 def test_wrong_requests(block: Block) -> None:
     with pytest.raises(UsageError, match="there is no scheme"):
         graphopt.quantize(block, scheme="int5-weight")
+    with pytest.raises(UsageError, match="floats have no zero points"):
+        graphopt.quantize(block, scheme="fp8-e4m3-weight-zp")
     with pytest.raises(UsageError, match="fits none of the linear layers"):
         graphopt.quantize(block, keep=["haed"])
     with pytest.raises(UsageError, match="there is no scheme"):

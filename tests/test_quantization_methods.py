@@ -158,7 +158,7 @@ def hessian(x: torch.Tensor) -> Hessian:
     return h
 
 
-@pytest.mark.parametrize("name", ["int4-weight", "int4-weight-g32-zp", "int8-dynamic", "int2-weight"])
+@pytest.mark.parametrize("name", ["int4-weight", "int4-weight-g32-zp", "int8-dynamic", "int2-weight", "fp8-e4m3-weight"])
 @pytest.mark.parametrize("k", [160, 301])
 def test_gptq_is_better_than_to_the_nearest(name: str, k: int) -> None:
     scheme, w, x = Scheme.parse(name), torch.randn(40, k, generator=torch.Generator().manual_seed(1)), rows(1000, k)
@@ -350,6 +350,24 @@ def test_round_trips(shape: tuple[int, int], name: str, scale: float, seed: int)
     if scale == 1.0 and not scheme.zero_points:
         again = dequantize_groups(*quantize_groups(back, scheme), scheme.bits, shape[1])
         torch.testing.assert_close(again, back, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.sampled_from([("fp8-e4m3-weight", 3, -9), ("fp8-e5m2-weight", 2, -16), ("fp8-e4m3-weight-g64", 3, -9)]),
+       st.sampled_from([1.0, 1e-25, 1e30]), st.integers(0, 2**31))  # fmt: skip
+def test_round_trips_of_floats(shape: tuple[int, int], form: tuple[str, int, int], scale: float, seed: int) -> None:
+    """Half a unit of the last bit, or half of the least number; zeros stay zeros; rounding again changes nothing."""
+    name, mantissa, least = form
+    scheme, generator = Scheme.parse(name), torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp() * scale
+    w[seed % shape[0]] = 0.0
+    parts = quantize_groups(w, scheme)
+    back = dequantize_groups(*parts, scheme.bits, shape[1])
+    assert parts[0].element_size() == 1 and bool(torch.isfinite(back).all()) and not back[w == 0].any()
+    steps = parts[1].repeat_interleave(scheme.group or shape[1], 1)[:, : shape[1]] * 2.0**least
+    assert bool(((back - w).abs() <= 0.501 * torch.maximum(steps, w.abs() * 2.0**-mantissa)).all())
+    again = dequantize_groups(*quantize_groups(back, scheme), scheme.bits, shape[1])
+    torch.testing.assert_close(again, back, rtol=1e-6, atol=0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
+from graphopt.ir.opset.quantize import LARGEST
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
@@ -38,12 +39,12 @@ def refusal(graph: Graph, target: Target) -> str | None:
 
 
 def _value(v: Value, target: Target) -> str | None:
-    if v.dtype not in DTYPES:
+    if v.dtype not in (*DTYPES, *LARGEST):
         return f"dtype {v.dtype} ({v.type})"
     if v.type.rank > MAX_RANK:
         return f"rank {v.type.rank} of {v.type} is above {MAX_RANK}"
-    if v.dtype == types.f16 and target.arch == "x86_64" and not (target.has("f16c") or target.has("avx512f")):
-        return "f16 on a target without F16C"
+    if v.dtype in (types.f16, *LARGEST) and target.arch == "x86_64" and not (target.has("f16c") or target.has("avx512f")):
+        return f"{v.dtype} on a target without F16C"
     return None
 
 
@@ -63,6 +64,8 @@ def _node(node: Node, target: Target) -> str | None:
 
 def _pointwise(node: Node) -> str | None:
     name, operand = node.name, node.operands[0]
+    if any(v.dtype in LARGEST for v in (*node.operands, *node.results)) and name != "dequantize":
+        return f"{name} on {operand.dtype}"
     if name in _INTEGER_DIVISIONS and not operand.dtype.is_float:
         divisor = constant_of(node.operands[1])
         if divisor is None or divisor == 0:

@@ -9,6 +9,7 @@ from graphopt.backends.forms.prepare import expand_rows, flatten_rows
 from graphopt.backends.forms.support import is_materialized
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Value
+from graphopt.ir.types import DType
 from graphopt.target import Target
 
 MOST_ROWS = 8  # with more rows, floats are made of a panel once for all of them
@@ -24,6 +25,7 @@ class Quantized:
         depth: rows that the packed form has, a multiple of what a word holds; those beyond K are to be multiplied by zero.
         group: rows of a group; of the only one, all of them.
         signed: whether the integers are.
+        floats: their dtype, if they are floats of 8 bits instead.
     """
 
     integers: Value
@@ -34,6 +36,7 @@ class Quantized:
     depth: int
     groups: int
     group: int
+    floats: DType | None = None
 
     @property
     def width(self) -> int:
@@ -83,7 +86,8 @@ def quantized(v: Value) -> Quantized | None:
     if zeros is not None and zeros.dtype not in (types.i8, types.u8):
         return None
     bits = unpack.attrs["bits"] if unpack is not None else 8
-    return Quantized(integers, values[1], zeros, bits, q.dtype.kind == "i", depth, groups, group)
+    floats = q.dtype if q.dtype.is_float else None
+    return Quantized(integers, values[1], zeros, bits, q.dtype.kind == "i", depth, groups, group, floats)
 
 
 def _panels(v: Value, n: int) -> Value | None:

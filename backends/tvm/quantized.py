@@ -16,6 +16,7 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Expressions, bits_of
@@ -150,7 +151,10 @@ class QuantizedKernel(TileKernel):
         """A vector of a group's scales, and of its zero points, counted from what the table counts from; None if there are none."""
         code = self.code
         place = self._ramp(code.simplify((j * form.groups + g) * form.width + column + u * self.lanes))[0]
-        scale = code.bind(self.args.inputs[form.scales][place], "scale", hidden=False)
+        scale = self.args.inputs[form.scales][place]
+        if form.floats is not None and scalar.FACTOR[form.floats] != 1.0:
+            scale = scale * self._splat(tirx.const(scalar.FACTOR[form.floats], "float32"))
+        scale = code.bind(scale, "scale", hidden=False)
         if form.zeros is None:
             return scale, None
         zero = self._float(self.args.inputs[form.zeros][place])
@@ -191,7 +195,7 @@ class QuantizedKernel(TileKernel):
                 return
             for i in range(number):
                 raws = [self._load(form, code.simplify(start + i * form.width + u * self.lanes)) for u in range(self.vectors)]
-                self._multiply(x, acc, code.simplify(k + i), [self._centred(form, self._float(w)) for w in raws])
+                self._multiply(x, acc, code.simplify(k + i), [self._whole(form, w) for w in raws])
 
         with code.loop(length // step, "serial", "k") as k:
             rows(code.simplify(first + k * step), step)
@@ -224,6 +228,12 @@ class QuantizedKernel(TileKernel):
             return self._named(tirx.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", table, low))
         part = bits_of(word, i, form.bits, types.i8 if form.signed else types.u8, lanes=self.lanes)
         return self._centred(form, self._float(part))
+
+    def _whole(self, form: Quantized, raw: Any) -> Any:
+        """Floats of a vector of 8-bit integers; of floats of 8 bits, a part that the scales make up for."""
+        if form.floats is not None:
+            return self._named(scalar.f8_part(raw, form.floats, self.lanes))
+        return self._centred(form, self._float(raw))
 
     def _centred(self, form: Quantized, value: Any) -> Any:
         middle = self._middle(form)

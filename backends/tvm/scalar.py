@@ -20,7 +20,7 @@ from graphopt.ir.types import DType
 
 COMPUTE = {
     types.f64: "float64", types.f32: "float32", types.f16: "float32", types.bf16: "float32", types.i64: "int64", types.i32: "int32",
-    types.i16: "int16", types.i8: "int8", types.u8: "uint8", types.b1: "bool",
+    types.i16: "int16", types.i8: "int8", types.u8: "uint8", types.b1: "bool", types.f8e4m3: "uint8", types.f8e5m2: "uint8",
 }  # fmt: skip
 STORAGE = COMPUTE | {types.f16: "float16", types.bf16: "uint16", types.b1: "uint8"}
 
@@ -89,6 +89,9 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
     name = COMPUTE[to]
     if source == to:
         return x
+    if source in FACTOR:
+        value = f8_part(x, source) * tirx.const(FACTOR[source], "float32")
+        return value if to == types.f32 else cast(let(value), types.f32, to, let)
     if to.is_bool:
         return _nonzero(x, source)
     if source.is_bool:
@@ -107,6 +110,31 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
         wide = x.astype("int32")
         return wide if to == types.i32 else wide.astype(name)
     return rounded(let(x.astype(name)), to)
+
+
+FACTOR = {types.f8e4m3: 256.0, types.f8e5m2: 1.0}  # of what f8_part gives
+
+
+def f8_part(x: Any, source: DType, lanes: int = 1) -> Any:
+    """The number of the bits of a float of 8 (or of a vector of them) as f32, over ``FACTOR``: an f16 has the same fields, wider ones.
+
+    The exponent of e4m3 counts from 7, that of f16 from 15. e5m2 has infinities and nans where f16 has them; of e4m3, whose exponents are
+    all numbers, the greatest number is nan.
+    """
+    vector = f"x{lanes}" if lanes > 1 else ""
+
+    def number(n: float, dtype: str) -> Any:
+        one = tirx.const(n, dtype)
+        return tirx.Broadcast(one, lanes) if lanes > 1 else one
+
+    if source == types.f8e5m2:
+        bits = tirx.shift_left(x.astype(f"uint16{vector}"), number(8, "uint16"))
+        return tirx.reinterpret(f"float16{vector}", bits).astype(f"float32{vector}")
+    wide = tirx.reinterpret(f"int8{vector}", x).astype(f"int16{vector}")  # the sign twice, in the place of the first bit and of the second
+    bits = tirx.bitwise_and(tirx.reinterpret(f"uint16{vector}", tirx.shift_left(wide, number(7, "int16"))), number(0xBFFF, "uint16"))
+    value = tirx.reinterpret(f"float16{vector}", bits).astype(f"float32{vector}")
+    last = tirx.EQ(tirx.bitwise_and(x, number(0x7F, "uint8")), number(0x7F, "uint8"))
+    return tirx.Select(last, number(float("nan"), "float32"), value)
 
 
 def _nonzero(x: Any, dtype: DType) -> Any:

@@ -21,7 +21,7 @@ def check(graph: Graph, run: Run, inputs: Sequence[torch.Tensor], bindings: dict
         slack: units in the last place of the greatest number of inputs and result that may be off besides: where sums cancel, eager may be
             right by chance.
     """
-    greatest = max([1.0, *(float(x.abs().max()) for x in inputs if x.is_floating_point() and x.numel())])
+    greatest = max([1.0, *(float(x.double().abs().max()) for x in inputs if x.is_floating_point() and x.numel())])
     wide, eager = (evaluate(graph, inputs, bindings=bindings, wide=w) for w in (True, False))
     for got, true, own in zip(run(inputs, bindings), wide, eager, strict=True):
         if not got.dtype.is_floating_point:

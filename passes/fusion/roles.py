@@ -9,6 +9,7 @@ from graphopt.ir import dims
 from graphopt.ir.dims import Shape
 from graphopt.ir.graph import Node
 from graphopt.ir.ops import Trait
+from graphopt.ir.opset.quantize import LARGEST
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.ir.types import DType
 
@@ -35,7 +36,7 @@ SCATTERS = ("put", "scatter")
 _ANCHORS = ("attention", *ARG_REDUCTIONS, *SCANS, *SCATTERS)
 
 def fusable_dtype(dtype: DType) -> bool:
-    """Complex numbers, 8-bit floats and packed sub-byte types stay outside of regions."""
+    """Complex numbers, 8-bit floats (unless they are dequantized) and packed sub-byte types stay outside of regions."""
     return not dtype.is_complex and dtype.bits >= 8 and not (dtype.is_float and dtype.bits == 8)
 
 
@@ -56,7 +57,8 @@ def role(node: Node) -> Role:
         return Role.OTHER
     if op.name == "var" and rows_of(node) is None:
         return Role.OTHER
-    fits = all(fusable_dtype(v.dtype) for v in (*node.operands, *node.results))
+    f8 = (node.operands[0],) if op.name == "dequantize" else (*node.operands, *node.results) if found is Role.VIEW else ()
+    fits = all(fusable_dtype(v.dtype) or (v in f8 and v.dtype in LARGEST) for v in (*node.operands, *node.results))
     return found if fits else Role.OTHER
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from graphopt.ir import Builder, Graph, types
 from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
-from graphopt.ir.opset.quantize import SMALL_INTEGERS
+from graphopt.ir.opset.quantize import LARGEST, SMALL_INTEGERS
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.ir.types import DType
 from graphopt.pass_manager import Pass
@@ -117,7 +117,7 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int) -> _Site | Rejec
     q, result = node.operands[0], node.result
     if not all(x.type.is_static for x in (w, *node.operands)) or w.type.rank != 2 or q.type.rank != (2 if merged is None else 3):
         return Reject(f"{q.type} is no matrix of known size", w)
-    if q.dtype not in SMALL_INTEGERS or result.dtype != types.f32 or q.shape != result.shape:
+    if q.dtype not in (*SMALL_INTEGERS, *LARGEST) or result.dtype != types.f32 or q.shape != result.shape:
         return Reject(f"integers {q.type} with results {result.type}", q)
     if int(w.shape[1]) < lanes:
         return Reject(f"{w.shape[1]} columns do not fill a vector register of {lanes}", w)

@@ -20,13 +20,14 @@ from graphopt.errors import UsageError
 from graphopt.ir import Builder, dims, types
 from graphopt.ir.graph import Graph, Node, Value, is_view
 from graphopt.ir.ops import op
-from graphopt.ir.opset.quantize import integer_range
+from graphopt.ir.opset.quantize import LARGEST, integer_range
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
 from graphopt.rewrite import Numerics, PassContext, Reject, Rewriter
 
 BITS = (8, 4, 2)
 GROUPS = (0, 32, 64, 128, 256)
+FLOATS = {d.name: d for d in LARGEST}
 _TINY = 1e-30  # scale of a group of zeros
 
 
@@ -37,6 +38,7 @@ class QuantizeWeights(Pass):
         bits: of an integer: 8, 4 or 2.
         group: rows that share a scale; 0 for all of them.
         zero_points: whether a group's range need not be symmetric.
+        storage: ``f8e4m3`` or ``f8e5m2``: floats of 8 bits instead of integers; empty for integers.
         least: elements of the smallest weight that is quantized.
     """
 
@@ -45,11 +47,14 @@ class QuantizeWeights(Pass):
     bits: int = 8
     group: int = 0
     zero_points: bool = False
+    storage: str = ""
     least: int = 1 << 14
 
     def requires(self, g: Graph) -> None:
         if self.bits not in BITS or self.group not in GROUPS:
             raise UsageError(f"{self}: bits must be one of {BITS}, group one of {GROUPS}")
+        if self.storage and (self.storage not in FLOATS or self.bits != 8 or self.zero_points):
+            raise UsageError(f"{self}: storage must be one of {', '.join(FLOATS)}, of 8 bits and without zero points")
 
     def run(self, g: Graph, ctx: PassContext) -> bool:
         staged, made, changed = staged_values(g), dict[Value, Value](), False
@@ -65,7 +70,7 @@ class QuantizeWeights(Pass):
             if number is None:
                 continue
             if w not in made:
-                made[w] = quantized(Rewriter(g, node), w, self.bits, self.group, self.zero_points)
+                made[w] = quantized(Rewriter(g, node), w, self.bits, self.group, self.zero_points, self.storage)
             else:  # a dequantize of its own for each reader, as a kernel reads the integers
                 made[w] = _again(g, made[w], node)
             ctx.passed(self.name, f"weight {w!r} is stored in {self.bits} bits an element", node, number)
@@ -85,7 +90,7 @@ class QuantizeWeights(Pass):
         return None
 
 
-def quantized(rw: Rewriter, w: Value, bits: int, group: int, zero_points: bool) -> Value:
+def quantized(rw: Rewriter, w: Value, bits: int, group: int, zero_points: bool, storage: str = "") -> Value:
     """``[K, N]`` as ``dequantize(quantize(w))``, in groups of the first axis."""
     k, n = (int(d) for d in w.shape)
     groups = -(-k // group) if group else 1
@@ -94,9 +99,10 @@ def quantized(rw: Rewriter, w: Value, bits: int, group: int, zero_points: bool) 
         padded = groups * group
         x = rw.pad(w, low=(0, 0), high=(padded - k, 0), value=0.0) if padded != k else w
         x, axis = rw.reshape(x, shape=(groups, group, n)), 1
-    scale, zero = scales(rw, x, axis, bits, zero_points)
+    dtype = FLOATS.get(storage, types.u8 if zero_points else types.i8)
+    scale, zero = scales(rw, x, axis, bits, zero_points, LARGEST.get(dtype))
     points = [] if zero is None else [zero]
-    q = rw.create("quantize", [x, scale, *points], {"dtype": types.u8 if zero_points else types.i8, "bits": bits})
+    q = rw.create("quantize", [x, scale, *points], {"dtype": dtype, "bits": bits})
     y: Value = rw.create("dequantize", [q, scale, *points])
     if axis:
         y = rw.reshape(y, shape=(groups * group, n))
@@ -104,12 +110,13 @@ def quantized(rw: Rewriter, w: Value, bits: int, group: int, zero_points: bool) 
     return y
 
 
-def scales(rw: Builder, x: Value, axis: int, bits: int, zero_points: bool) -> tuple[Value, Value | None]:
-    """A scale for all elements along an axis, and the integer that stands for zero, if that is not 0."""
+def scales(rw: Builder, x: Value, axis: int, bits: int, zero_points: bool, most: float | None = None) -> tuple[Value, Value | None]:
+    """A scale for all elements along an axis, and the integer that stands for zero, if that is not 0; ``most``: what the largest becomes,
+    if not the largest integer."""
     over = {"axes": (axis,), "keepdims": True}
     if not zero_points:
         largest = rw.create("max", [rw.abs(x)], over)
-        return rw.maximum(rw.mul(largest, 1.0 / integer_range(types.i8, bits)[1]), _TINY), None
+        return rw.maximum(rw.mul(largest, 1.0 / (most or integer_range(types.i8, bits)[1])), _TINY), None
     low = rw.minimum(rw.create("min", [x], over), 0.0)
     high = rw.maximum(rw.create("max", [x], over), 0.0)
     scale = rw.maximum(rw.mul(rw.sub(high, low), 1.0 / integer_range(types.u8, bits)[1]), _TINY)

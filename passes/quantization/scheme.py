@@ -23,6 +23,7 @@ class Scheme:
         bits: of a weight.
         group: rows of a weight that share a scale; 0 for all rows of a column.
         zero_points: whether the integers of a group span from its least to its greatest element.
+        storage: the floats of 8 bits that weights are rounded to, ``f8e4m3`` or ``f8e5m2``; empty for integers.
         activations: how the other factor becomes integers, too: ``dynamic``, by scales of each row and call, or ``static``, by one of
             each layer that calibration has found; empty if it stays in float.
     """
@@ -32,6 +33,7 @@ class Scheme:
     group: int = 0
     zero_points: bool = False
     activations: str = ""
+    storage: str = ""
 
     @staticmethod
     def parse(text: str) -> Scheme:
@@ -52,6 +54,8 @@ class Scheme:
             scheme = replace(scheme, zero_points=True)
         if scheme.activations and (scheme.group or scheme.zero_points):
             raise UsageError(f"scheme {text!r}: with integer activations a column has one scale and no zero points")
+        if scheme.storage and scheme.zero_points:
+            raise UsageError(f"scheme {text!r}: floats have no zero points")
         if scheme.group not in GROUPS:
             raise UsageError(f"scheme {text!r}: a group has one of {', '.join(map(str, GROUPS[1:]))} rows, not {scheme.group}")
         return scheme
@@ -62,7 +66,7 @@ class Scheme:
             raise UsageError(f"{self} needs calibration: graphopt.quantize(model, args, scheme={str(self)!r}, calibration=...)")
         if self.activations:
             return QuantizeProducts()
-        return QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points)
+        return QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points, storage=self.storage)
 
     def __str__(self) -> str:
         plain = SCHEMES[self.name]
@@ -76,6 +80,8 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("int8-weight", 8),
         Scheme("int4-weight", 4, 64),
         Scheme("int2-weight", 2, 64, zero_points=True),
+        Scheme("fp8-e4m3-weight", 8, storage="f8e4m3"),
+        Scheme("fp8-e5m2-weight", 8, storage="f8e5m2"),
         Scheme("int8-dynamic", 8, activations="dynamic"),
         Scheme("int8-static", 8, activations="static"),
     )

@@ -154,7 +154,8 @@ def test_dequantized_weights_are_not_kept() -> None:
 def test_names_of_schemes() -> None:
     assert Scheme.parse("int8-weight") == Scheme("int8-weight", 8)
     assert Scheme.parse("int4-weight-g128-zp") == Scheme("int4-weight", 4, 128, True)
-    for name in ("int8-weight", "int4-weight", "int4-weight-g32", "int4-weight-g128-zp", "int2-weight"):
+    floats = ("fp8-e5m2-weight", "fp8-e4m3-weight-g64")
+    for name in ("int8-weight", "int4-weight", "int4-weight-g32", "int4-weight-g128-zp", "int2-weight", *floats):
         assert str(Scheme.parse(name)) == name
     with pytest.raises(UsageError, match="int4-weight"):
         Scheme.parse("int4-weigth")

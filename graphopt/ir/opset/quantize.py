@@ -1,4 +1,4 @@
-"""Quantization: small integers that stand for floats, and their packing into words.
+"""Quantization: small integers, or floats of 8 bits, that stand for floats, and the packing of integers into words.
 
 A scale stands for as many elements as broadcasting gives it: one number for a tensor, ``[1, N]`` for the columns of a matrix.
 Groups along an axis are an axis of their own, by a reshape: ``[K / g, g, N]`` with scales ``[K / g, 1, N]``.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graphopt.ir.graph import Node, Value
 
 SMALL_INTEGERS = (types.i8, types.u8)
+LARGEST = {types.f8e4m3: 448.0, types.f8e5m2: 57344.0}  # finite numbers of floats of 8 bits
 
 
 def integer_range(dtype: DType, bits: int) -> tuple[int, int]:
@@ -35,13 +36,19 @@ def _check_bits(name: str, dtype: DType, bits: int) -> None:
 
 def _infer_quantize(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     x, scale = ts[:2]
-    _check_bits("quantize", attrs["dtype"], attrs["bits"])
+    if attrs["dtype"] in LARGEST:
+        if attrs["bits"] != 8 or len(ts) == 3:
+            raise TypeInferenceError(f"quantize: {attrs['dtype']} has 8 bits and no zero points")
+    else:
+        _check_bits("quantize", attrs["dtype"], attrs["bits"])
     if not x.dtype.is_float or scale.dtype != x.dtype:
         raise TypeInferenceError(f"quantize: {x} by a scale of {scale.dtype}; both must be floats of one dtype")
     return [TensorType(attrs["dtype"], broadcast_shapes([t.shape for t in ts]))]
 
 
 def _quantize(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
+    if (most := LARGEST.get(attrs["dtype"])) is not None:
+        return (xs[0] * xs[1].reciprocal()).clamp(-most, most).to(attrs["dtype"].torch)
     low, high = integer_range(attrs["dtype"], attrs["bits"])
     y = torch.round(xs[0] * xs[1].reciprocal())
     y = y + xs[2].to(y.dtype) if len(xs) == 3 else y
@@ -50,8 +57,11 @@ def _quantize(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> tor
 
 def _expand_quantize(b: Builder, node: Node) -> Value:
     x, scale = node.operands[:2]
+    y = b.mul(x, b.reciprocal(scale))
+    if (most := LARGEST.get(node.attrs["dtype"])) is not None:
+        return b.cast(b.minimum(b.maximum(y, -most), most), node.attrs["dtype"])
     low, high = integer_range(node.attrs["dtype"], node.attrs["bits"])
-    y = b.round(b.mul(x, b.reciprocal(scale)))
+    y = b.round(y)
     y = b.add(y, b.cast(node.operands[2], x.dtype)) if len(node.operands) == 3 else y
     return b.cast(b.minimum(b.maximum(y, float(low)), float(high)), node.attrs["dtype"])
 
@@ -59,14 +69,15 @@ def _expand_quantize(b: Builder, node: Node) -> Value:
 define(
     "quantize", (2, 3), traits=(Trait.POINTWISE,), attrs={"dtype": types.i8, "bits": 8}, infer=_infer_quantize, evaluate=_quantize,
     expand=_expand_quantize,
-    doc="round(x * (1 / scale)) + zero, kept within so many bits of i8 or u8; operands x, scale[, zero]",
+    doc="round(x * (1 / scale)) + zero, kept within so many bits of i8 or u8; operands x, scale[, zero]; dtype f8e4m3 or f8e5m2: "
+    "the nearest of those floats, kept finite",
 )  # fmt: skip
 
 
 def _infer_dequantize(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     q, scale = ts[:2]
-    if not q.dtype.is_integer or not scale.dtype.is_float:
-        raise TypeInferenceError(f"dequantize: {q} with a scale of {scale.dtype}; it takes integers and a float scale")
+    if not (q.dtype.is_integer or (q.dtype in LARGEST and len(ts) == 2)) or not scale.dtype.is_float:
+        raise TypeInferenceError(f"dequantize: {q} with a scale of {scale.dtype}; it takes integers, or f8 alone, and a float scale")
     return [TensorType(scale.dtype, broadcast_shapes([t.shape for t in ts]))]
 
 

@@ -19,7 +19,7 @@ M = dims.symbol("M")
 
 
 def region(rows: tuple, k: int, n: int, bits: int, group: int = 0, zeros: bool = False, epilogue: bool = False, twin: bool = False,
-           nr: int = 64) -> Graph:  # fmt: skip
+           nr: int = 64, floats: types.DType | None = None) -> Graph:  # fmt: skip
     """``rows x k`` times a packed weight of ``k x n``; ``twin``: two of them, multiplied."""
     g = Graph("body")
     b = Builder(g)
@@ -33,7 +33,7 @@ def region(rows: tuple, k: int, n: int, bits: int, group: int = 0, zeros: bool =
         per, panels = 32 // bits if bits < 8 else 1, -(-n // nr)
         groups = -(-k // group) if group else 1
         depth = -(-(groups * group if group else k) // per) * per
-        dtype = types.u8 if zeros else types.i8
+        dtype = floats or (types.u8 if zeros else types.i8)
         q = g.add_input(TensorType(types.i32 if bits < 8 else dtype, (panels, depth // per, nr)), "q")
         s = g.add_input(TensorType(types.f32, (panels, groups, nr)), "s")
         z = [g.add_input(TensorType(types.u8, (panels, groups, nr)), "z")] if zeros else []
@@ -59,7 +59,7 @@ def values(graph: Graph, **sizes: int) -> list[torch.Tensor]:
             low, high = (-128, 128) if v.dtype == types.i8 else (0, 4 if v.hint == "z" else 256)
             x = torch.randint(low, high, shape, generator=generator).to(v.dtype.torch)
         else:
-            x = torch.randn(shape, generator=generator)
+            x = torch.randn(shape, generator=generator).to(v.dtype.torch)
         out.append(x)
     return out
 
