@@ -291,7 +291,9 @@ def decode_params(form: Form, t: Target) -> tuple[Param, ...]:
     """The knobs: sums in registers, keys of a block, and parts of the keys that are read in parallel."""
     lanes = _decode_lanes(form, t)
     heads = dims.numel(form.batch)
-    tasks = heads // form.share if isinstance(heads, int) else 4 * t.cores
+    own = form.batch[-1] // form.share if form.batch and isinstance(form.batch[-1], int) else 1  # heads of keys
+    abreast = own > 1 and positions_first(form.parts.k) and positions_first(form.parts.v)
+    tasks = heads // form.share // (own if abreast else 1) if isinstance(heads, int) else 4 * t.cores
     splits = 1 if tasks % t.cores == 0 or tasks >= 4 * t.cores else min(16, -(-4 * t.cores // tasks))
     while isinstance(form.keys, int) and splits > 1 and form.keys < 128 * splits:
         splits //= 2
@@ -300,11 +302,29 @@ def decode_params(form: Form, t: Target) -> tuple[Param, ...]:
         Param("lanes", (lanes,)),
         Param("sums", (16, 8, 4) if t.vector_registers >= 32 else (8, 4)),
         Param("keys", tuple(dict.fromkeys((1 << (keys.bit_length() - 1), *(n for n in (8, 4, 2, 1, 16) if n <= lanes)))), "tile"),
-        Param("block", (64, 128, 32, 256), "tile"),
+        Param("block", (32, 64, 128, 256) if abreast else (64, 128, 32, 256), "tile"),  # abreast, of all heads
         Param("ahead", (4096, 0, 1024, 2048, 8192)),
         Param("splits", tuple(dict.fromkeys((splits, 1, 2, 4, 8, 16))), "tasks"),
         Param("parallel", (True, False), "tasks"),
+        *([Param("abreast", (True, False), "tasks")] if abreast else []),
     )
+
+
+def positions_first(v: Value) -> bool:
+    """Whether keys or values ``[..., G, N, D]`` lie in memory with the heads of a position side by side, as far as views tell."""
+    if v.type.rank < 3:
+        return False
+    head, row = v.type.rank - 3, v.type.rank - 2
+    while v.producer is not None and v.producer.name in ("transpose", "slice", "dequantize", "unpack_bits"):
+        if v.producer.name == "transpose":
+            head, row = (v.producer.attrs["perm"][axis] for axis in (head, row))
+        elif v.producer.operands[0].type.rank != v.type.rank:
+            return False
+        v = v.producer.operands[0]
+    strides = v.type.strides
+    if strides is not None and isinstance(strides[head], int) and isinstance(strides[row], int):
+        return strides[head] < strides[row]
+    return row < head
 
 
 def _decode_lanes(form: Form, t: Target) -> int:

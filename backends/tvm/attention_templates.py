@@ -73,7 +73,8 @@ def _write_decode(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.decode import DecodeKernel
 
     names = ("lanes", "sums", "keys", "block", "ahead", "splits", "parallel")
-    return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}, table=t.has("avx512f")).emit()
+    abreast = bool(dict(s.knobs).get("abreast"))
+    return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}, abreast=abreast, table=t.has("avx512f")).emit()
 
 
 DECODE = Template("decode", _decode_refuse, _decode_params, _write_decode)

@@ -41,11 +41,13 @@ class DecodeKernel:
         ahead: bytes of keys, and of values, that are asked for before they are needed; 0 leaves it to the hardware, which stops at
             the end of each page and each block.
         splits: parts of the keys that are read in parallel.
+        abreast: whether a task goes through the keys of all heads side by side, a block after the other, as they lie in memory where
+            positions stand before heads; else head after head, each of which would touch all of memory's pages.
         table: whether floats of 4-bit integers come from a table in a register, where 16 of them are taken from neighbouring words.
     """
 
     def __init__(self, graph: Graph, form: Form, lanes: int, sums: int, keys: int, block: int, ahead: int, splits: int,
-                 parallel: bool, table: bool = False) -> None:  # fmt: skip
+                 parallel: bool, abreast: bool = False, table: bool = False) -> None:  # fmt: skip
         self.graph, self.form, self.lanes, self.sums, self.block = graph, form, lanes, sums, block
         self.keys, self.ahead, self.splits, self.parallel = keys, ahead, splits, parallel
         self.code = code = Code(graph.symbols)
@@ -58,30 +60,38 @@ class DecodeKernel:
         self.keys_of, self.values_of = (Rows(self.args, x) for x in (form.parts.k, form.parts.v))
         self.key_order, self.value_order = (x.order(lanes) for x in (self.keys_of, self.values_of))
         self.table = table and lanes == 16
+        self.abreast = int(self.heads[-1]) if abreast and self.heads else 1  # heads of a task
 
     def emit(self) -> Code:
         code, record = self.code, self.width + self.lanes  # of a row: its sums, then maximum and total
         low, high = seen_span(code, self.form, 0, self.m - 1)
         part = code.ceildiv(code.ceildiv_plain(code.simplify(high - low), self.splits), self.lanes)
         heads = product(code, self.heads)
-        steps = code.simplify(heads * self.splits)
+        steps = code.div(code.simplify(heads * self.splits), self.abreast)
         work = product(code, [heads, self.rows, self.n, self.depth + self.width])
         serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
-        self.parts = code.alloc(code.simplify(steps * (self.rows * record)), F32, "parts")
+        self.parts = code.alloc(code.simplify(heads * (self.splits * self.rows * record)), F32, "parts")
         self.record = record
         with code.loop(steps, "serial" if serial else "parallel", "task") as task:
-            sizes = [*self.heads, self.splits]
+            sizes = [*(self.heads if self.abreast == 1 else self.heads[:-1]), self.splits]
             *lead, s = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, sizes), sizes, strict=True)]
             first = code.bind_index(code.simplify(low + s * part * self.lanes), "first")
             last = code.bind_index(code.least(first + part * self.lanes, high), "last")
-            self._part(lead, code.bind_index(code.simplify(task * (self.rows * record)), "part"), first, last)
+            before = code.bind_index(code.simplify(code.div(task, self.splits) * self.abreast), "before")  # heads
+            self._part(lead, code.simplify(before * self.splits + s), first, last)
             if self.splits == 1:
-                self._join(lead, task)
+                for own, g in self._each_head(lead):
+                    self._join(own, code.simplify(before + g))
         if self.splits > 1:
             with code.loop(heads, "serial", "head") as head:
                 lead = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(head, self.heads), self.heads, strict=True)]
                 self._join(lead, code.simplify(head * self.splits))
         return code
+
+    def _each_head(self, lead: Sequence[Index]) -> Iterator[tuple[list[Index], Index]]:
+        """The heads of a task, a loop around what is done for each: its batch index, and its number."""
+        with self.code.loop(self.abreast, "serial", "g") as g:
+            yield ([*lead, g] if self.abreast > 1 else list(lead)), g
 
     def _lead(self, lead: Sequence[Index], r: int) -> list[Index]:
         """The batch index, with the head, of a query row."""
@@ -89,41 +99,51 @@ class DecodeKernel:
 
     # --- a part of the keys ---------------------------------------------------------------------------------------------------
 
-    def _part(self, lead: Sequence[Index], part: Index, first: Index, last: Index) -> None:
+    def _part(self, lead: Sequence[Index], number: Index, first: Index, last: Index) -> None:
+        """The part ``number`` of the first head of a task; those of the others lie ``splits`` behind each other."""
         code, lanes, block = self.code, self.lanes, self.block
-        queries = code.alloc(self.rows * self.depth, F32, "queries")
+        queries = code.alloc(self.abreast * self.rows * self.depth, F32, "queries")
         scores = code.alloc(self.rows * (block + lanes), F32, "scores")
-        self._queries(lead, queries)
-        with code.loop(self.rows * self.record // lanes, "serial", "z") as z, code.loop(lanes, "vectorized", "v") as v:
-            code.store(self.parts, code.simplify(part + z * lanes + v), tirx.const(0.0, F32))
-        for r in range(self.rows):
-            code.store(self.parts, code.simplify(part + r * self.record + self.width), tirx.const(float("-inf"), F32))
+
+        def part(g: Index) -> Index:
+            return code.bind_index(code.simplify((number + g * self.splits) * (self.rows * self.record)), "part")
+
+        for own, g in self._each_head(lead):
+            at = part(g)
+            self._queries(own, queries, code.simplify(g * (self.rows * self.depth)))
+            with code.loop(self.rows * self.record // lanes, "serial", "z") as z, code.loop(lanes, "vectorized", "v") as v:
+                code.store(self.parts, code.simplify(at + z * lanes + v), tirx.const(0.0, F32))
+            for r in range(self.rows):
+                code.store(self.parts, code.simplify(at + r * self.record + self.width), tirx.const(float("-inf"), F32))
         blocks = code.ceildiv_plain(code.greatest(last - first, 0), block)
         with code.loop(code.bind_index(code.simplify(blocks), "blocks"), "serial", "b") as b:
             base = code.bind_index(code.simplify(first + b * block), "base")
             here = code.bind_index(code.least(last - base, block), "here")
-            self._scores(lead, queries, scores, base, here)
             vectors = code.bind_index(code.ceildiv_plain(here, lanes), "vectors")
-            for r in range(self.rows):
-                self._weights(scores, r, vectors, code.simplify(part + r * self.record))
-            self._values(lead, scores, part, base, here)
+            for own, g in self._each_head(lead):
+                at = part(g)
+                self._scores(own, queries, code.simplify(g * (self.rows * self.depth)), scores, base, here)
+                for r in range(self.rows):
+                    self._weights(scores, r, vectors, code.simplify(at + r * self.record))
+                self._values(own, scores, at, base, here)
 
-    def _queries(self, lead: Sequence[Index], queries: Any) -> None:
-        """The queries, scaled, in the order of the keys' elements."""
+    def _queries(self, lead: Sequence[Index], queries: Any, start: Index) -> None:
+        """The queries of a head, scaled, in the order of the keys' elements, from a place on."""
         code, q = self.code, self.form.parts.q
         plain = queries if self.key_order is in_order else code.alloc(self.depth, F32, "query")
         factor = tirx.const(self.attrs["scale"] * (LOG2E if self.attrs["softcap"] is None else 1.0 / self.attrs["softcap"]), F32)
         for r in range(self.rows):
             index = [*head_index(code, self.form, q, self._lead(lead, r)), r % self.m]
-            row = r * self.depth if plain is queries else 0
+            row = code.simplify(start + r * self.depth) if plain is queries else 0
 
-            def element(d: Index, x: Any, row: int = row) -> None:
+            def element(d: Index, x: Any, row: Index = row) -> None:
                 code.store(plain, code.simplify(row + d), x * factor)
 
             write_row(self.args, q, lambda d, index=index: [*index, d], self.lanes, element)  # type: ignore[misc]
             if plain is not queries:
                 for u, v in self._each(self.depth):
-                    code.store(queries, code.simplify(r * self.depth + u + v), code.load(plain, code.simplify(self.key_order(u, v))))
+                    at = code.simplify(start + r * self.depth + u + v)
+                    code.store(queries, at, code.load(plain, code.simplify(self.key_order(u, v))))
 
     def _each(self, count: int) -> Any:
         """Places of so many elements: where a vector starts, and its lanes, a loop a vector."""
@@ -131,7 +151,7 @@ class DecodeKernel:
             with self.code.loop(self.lanes, "vectorized", "v") as v:
                 yield u, v
 
-    def _scores(self, lead: Sequence[Index], queries: Any, scores: Any, base: Index, here: Index) -> None:
+    def _scores(self, lead: Sequence[Index], queries: Any, start: Index, scores: Any, base: Index, here: Index) -> None:
         """Scores of a block, -inf behind the last key."""
         code, lanes, step = self.code, self.lanes, self.block + self.lanes
         k = self.form.parts.k
@@ -141,16 +161,17 @@ class DecodeKernel:
                 code.store(scores, code.simplify(r * step + code.div(here, lanes) * lanes + v), tirx.const(float("-inf"), F32))
         whole = code.div(here, self.keys)
         with code.loop(whole, "serial", "t") as t:
-            self._products(of_keys, queries, scores, base, code.bind_index(code.simplify(t * self.keys), "n"), self.keys)
+            self._products(of_keys, queries, start, scores, base, code.bind_index(code.simplify(t * self.keys), "n"), self.keys)
         with code.loop(code.simplify(here - whole * self.keys), "serial", "n") as n:
-            self._products(of_keys, queries, scores, base, code.bind_index(code.simplify(whole * self.keys + n), "n"), 1)
+            rest = code.bind_index(code.simplify(whole * self.keys + n), "n")
+            self._products(of_keys, queries, start, scores, base, rest, 1)
         if self.keys_of.integers is not None:
             self._scale_rows(scores, self.keys_of, of_keys, base, here)
         if self.attrs["softcap"] is not None or self.extra.given or self.form.is_local or self.form.reads_all:
             for r in range(self.rows):
                 self._change(self._lead(lead, r), scores, r, base, here)
 
-    def _products(self, of_keys: Sequence[Index], queries: Any, scores: Any, base: Index, n: Index, count: int) -> None:
+    def _products(self, of_keys: Sequence[Index], queries: Any, start: Index, scores: Any, base: Index, n: Index, count: int) -> None:
         """Scores of ``count`` keys, 1 or as many as are taken together."""
         code, lanes = self.code, self.lanes
         places = [(r, i) for r in range(self.rows) for i in range(count)]
@@ -162,7 +183,7 @@ class DecodeKernel:
             for i, row in enumerate(rows):
                 with self._floats(self.keys_of, [*of_keys, row], u, self.key_order) as (x, v):
                     for r in range(self.rows):
-                        term, acc = x * self._get(queries, r * self.depth + u, v), sums[r, i]
+                        term, acc = x * self._get(queries, start + (r * self.depth + u), v), sums[r, i]
                         self._put(acc, 0, v, term if u == 0 else self._get(acc, 0, v) + term)
         if count == 1:
             for (r, _), acc in sums.items():

@@ -250,7 +250,7 @@ def test_packed_caches_without_a_table(compile_all) -> None:
         check(FEW[name], run, inputs(FEW[name], **sizes), sizes or None, factor=4.0)
 
 
-@pytest.mark.parametrize("name", ["odd", "shared heads", "split"])
+@pytest.mark.parametrize("name", ["odd", "shared heads", "split", "pages"])
 def test_schedules_of_few_queries(builder: KernelBuilder, kernels_dir: Any, name: str) -> None:
     """Other numbers of keys at a time, blocks and parts, asking for rows ahead or not, compute the same."""
     graph, target = FEW[name], detect()
@@ -261,6 +261,9 @@ def test_schedules_of_few_queries(builder: KernelBuilder, kernels_dir: Any, name
         {"keys": 1, "ahead": 0}, {"keys": 2, "block": 32}, {"keys": 4, "sums": 4, "splits": 2}, {"keys": 8, "ahead": 1024},
         {"block": 256, "splits": 8, "parallel": False},
     ]  # fmt: skip
+    assert default.get("abreast", False) == (name == "pages")  # where positions stand before heads
+    if name == "pages":
+        changes = [*changes[2:4], {"abreast": False}, {"splits": 1}]
     schedules = [Schedule.make("decode", **{**default, **c}) for c in changes]
     assert all(space.rejection(s) is None for s in schedules)
     for path, s in zip(builder.build_many([(w, s) for s in schedules], target, kernels_dir), schedules, strict=True):
