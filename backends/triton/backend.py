@@ -7,12 +7,13 @@ from functools import lru_cache
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
-from graphopt.backends.forms.support import DTYPES, MOVES, PRODUCTS, REDUCTIONS, ROW_OPS, constant_of
+from graphopt.backends.forms.support import DTYPES, MOVES, PRODUCTS, REDUCTIONS, ROW_OPS, VIEWS, constant_of
 from graphopt.backends.triton.pointwise import unsupported
 from graphopt.backends.triton.templates import TEMPLATES, Template
 from graphopt.backends.versions import package_version, source_hash
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
+from graphopt.ir.opset.quantize import LARGEST
 from graphopt.target import Target
 
 _DIVISIONS = ("floor_div", "trunc_div", "remainder", "fmod")
@@ -59,17 +60,21 @@ def _refusal(w: Workload, t: Target) -> str | None:
     for v in graph.inputs:
         if (why := _value(v)) is not None:
             return why
+    if any(v.dtype in LARGEST for v in graph.outputs):
+        return "a result of 8-bit floats"
     return next((why for node in graph.nodes() if (why := _node(node)) is not None), None)
 
 
 def _value(v: Value) -> str | None:
-    return f"dtype {v.dtype} ({v.type})" if v.dtype not in DTYPES else None
+    return f"dtype {v.dtype} ({v.type})" if v.dtype not in (*DTYPES, *LARGEST) else None
 
 
 def _node(node: Node) -> str | None:
     for r in node.results:
         if (why := _value(r)) is not None:
             return f"{node.name}: {why}"
+    if node.name not in (*VIEWS, "dequantize") and any(v.dtype in LARGEST for v in node.operands):
+        return f"{node.name} of 8-bit floats"
     name, moved = node.name, (*MOVES, "wrap_index", "dequantize", "quantize")
     if name in (*moved, *REDUCTIONS, *ROW_OPS, *PRODUCTS, "attention"):
         return "a complex constant" if name == "constant" and isinstance(node.attrs["value"], complex) else None

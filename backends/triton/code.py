@@ -17,6 +17,7 @@ from graphopt.backends.triton.index import NO_AXES, Atom, Quotient, Sum, Var, va
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph
+from graphopt.ir.opset.quantize import LARGEST
 from graphopt.target import Target
 
 INDENT = "    "
@@ -175,6 +176,9 @@ class Code:
     def source(self, name: str, w: Workload, s: Schedule, t: Target, launch: Launch) -> KernelSource:
         """The finished file: the region as a comment, the kernel, and the function that launches it."""
         tensors, symbols = self.tensors, sorted(w.graph.symbols)
+        values = (*w.graph.inputs, *w.graph.outputs)
+        bits = {n for n, v in zip(tensors, values, strict=True) if v.dtype in LARGEST}  # read as what they are made of
+        given = [f"{n}.view(torch.uint8)" if n in bits else n for n in tensors]
         blocks = [f"{n}: tl.constexpr = {size}" for n, size in launch.blocks.items()]
         (body,) = self.blocks
         lines = [
@@ -182,6 +186,7 @@ class Code:
             "#",
             *(f"# {line}" for line in w.text.splitlines()),
             "",
+            *(["import torch"] if bits else []),
             "import triton",
             "import triton.language as tl",
             *([f"from graphopt.backends.triton.library import {', '.join(sorted(self.helpers))}"] if self.helpers else []),
@@ -194,15 +199,15 @@ class Code:
             "",
             f"def launch({', '.join([*tensors, *symbols])}):",
             f"{INDENT}grid = ({''.join(dims.format_dim(n) + ', ' for n in launch.grid)})",
-            f"{INDENT}{name}[grid]({', '.join([*tensors, *symbols])}, num_warps={launch.warps}, num_stages={launch.stages})",
+            f"{INDENT}{name}[grid]({', '.join([*given, *symbols])}, num_warps={launch.warps}, num_stages={launch.stages})",
         ]
-        signature = {n: f"*{_POINTERS[v.dtype.name]}" for n, v in zip(tensors, (*w.graph.inputs, *w.graph.outputs), strict=True)}
+        signature = {n: f"*{_POINTERS[v.dtype.name]}" for n, v in zip(tensors, values, strict=True)}
         signature |= dict.fromkeys(symbols, "i32") | dict.fromkeys(launch.blocks, "constexpr")
         return KernelSource(name, "triton", "\n".join(lines) + "\n", Payload(signature, launch))
 
 
 _POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
-             "u8": "u8", "b1": "i1"}  # fmt: skip
+             "u8": "u8", "f8e4m3": "u8", "f8e5m2": "u8", "b1": "i1"}  # fmt: skip
 
 
 def _without_powers(text: str) -> str:

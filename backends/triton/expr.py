@@ -20,7 +20,7 @@ from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
-from graphopt.ir.opset.quantize import integer_range
+from graphopt.ir.opset.quantize import LARGEST, integer_range
 from graphopt.ir.types import DType
 
 Index = Sequence[Sum]
@@ -155,6 +155,8 @@ class Expressions:
             where = place.text
         mask = f", mask={conditions(masks)}, other=0" if masks else ""
         text = self.code.let("x", f"tl.load({self._names[v]} + {where}{mask})", depth)
+        if v.dtype in LARGEST:
+            text = self.code.let("f", f"{self.code.helper(v.dtype.name)}({text})", depth)
         return Tile(text, v.dtype, place.axes, depth, v.dtype in NARROW, zero=frozenset(masks))
 
     def _broadcast(self, index: Index, x: Value) -> list[Sum]:

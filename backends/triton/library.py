@@ -20,6 +20,21 @@ def log10(x):
 
 
 @triton.jit
+def f8e4m3(bits):
+    """f32 of the bits of a float of 4 bits of exponent and 3 of mantissa: there, its exponent is 120 too small."""
+    wide = bits.to(tl.int32)
+    size = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    size = tl.where((wide & 0x7F) == 0x7F, float("nan"), size)
+    return tl.where(wide >= 0x80, -size, size)
+
+
+@triton.jit
+def f8e5m2(bits):
+    """f32 of the bits of a float of 5 bits of exponent and 2 of mantissa: the first half of an f16."""
+    return (bits.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e**-x)."""
     return 1.0 / (1.0 + tl.exp(-x))

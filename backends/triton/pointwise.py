@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from graphopt.ir import types
+from graphopt.ir.opset.quantize import LARGEST
 from graphopt.ir.types import DType
 
 NARROW = (types.f16, types.bf16)
@@ -24,7 +25,7 @@ NAMES = {
 
 def held(dtype: DType) -> str:
     """Triton's name of the type in which elements are computed."""
-    return NAMES[types.f32 if dtype in NARROW else dtype]
+    return NAMES[types.f32 if dtype in NARROW or dtype in LARGEST else dtype]
 
 
 def number(value: Any, dtype: DType) -> str:

@@ -135,6 +135,15 @@ def test_rows_of_any_length(columns: int) -> None:
         judge("rowwise", ROWS[name].replace("C", str(columns)))
 
 
+@pytest.mark.parametrize("dtype", ["f8e4m3", "f8e5m2"])
+def test_all_floats_of_8_bits(dtype: str) -> None:
+    text = f"graph @g(%x: {dtype}[256], %s: f32[1]) -> f32[256] {{\n %0: f32[256] = dequantize(%x, %s)\n return %0\n}}"
+    graph = parse_graph(text)
+    codes = torch.arange(256, dtype=torch.uint8).view(graph.inputs[0].dtype.torch)
+    (got,) = runner(graph, "pointwise")([codes, torch.tensor([0.5])], None)
+    torch.testing.assert_close(got, codes.float() * 0.5, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_nan_comes_through() -> None:
     for op in ("max", "min"):
         graph = parse_graph(f"graph @g(%x: f32[5, 37]) -> f32[5] {{\n %0: f32[5] = {op}(%x) {{axes = [1]}}\n return %0\n}}")
