@@ -52,9 +52,11 @@ def integer_linear(x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor
 
     Args:
         integers: i8 ``[N, K]``; ``scales``: ``[N, 1]``.
-        step: the scale of ``x``; None for one of each row, whose largest magnitude becomes 127.
+        step: the scale of ``x``; None for one of each row, whose largest magnitude becomes 127. Rows that are not finite give nan
+            either way: integers could not tell.
     """
-    s = (x.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY) if step is None else step
+    most = x.abs().amax(-1, keepdim=True)
+    s = (most * (1 / 127)).clamp_min(_TINY) if step is None else most * 0.0 + step
     q = torch.round(x * s.reciprocal()).clamp(-128, 127)
     held = torch.float32 if x.shape[-1] <= _EXACT else torch.float64
     return ((q.to(held) @ integers.t().to(held)).float() * (s.float() * scales.t().float())).to(x.dtype)

@@ -81,6 +81,20 @@ def test_one_layer_is_the_interpreters_integers() -> None:
     torch.testing.assert_close(graphopt.compile(made, (x,), strict=True)(x), want, rtol=3e-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_no_number_stays_none(scheme: str, bad: float) -> None:
+    """It must not become integers like any others; the other rows are as they were."""
+    model, x = nn.Sequential(nn.Linear(128, 64)).eval(), torch.randn(5, 128)
+    made = graphopt.quantize(model, (x,), scheme=scheme, measure=False, least=1)
+    compiled = graphopt.compile(made, (x,), strict=True)
+    want = compiled(x)
+    x[3, 70] = bad
+    for got in (compiled(x), made(x)):
+        assert bool(got[3].isnan().all()) and torch.equal(got.isnan().any(1), torch.arange(5) == 3)
+    assert torch.equal(compiled(x)[[0, 1, 2, 4]], want[[0, 1, 2, 4]])
+
+
 def test_static_layers_are_saved_and_loaded(block: Block) -> None:
     x = torch.randn(7, 96)
     made = graphopt.quantize(block, (x,), scheme="int8-static", measure=False, least=1)

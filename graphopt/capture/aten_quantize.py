@@ -9,7 +9,7 @@ from graphopt.capture.aten import Context, lowers
 from graphopt.ir import types
 from graphopt.ir.graph import Value
 from graphopt.ir.types import DType
-from graphopt.passes.quantization.quantize_products import MOST_TERMS, integer_product, rounded_rows
+from graphopt.passes.quantization.quantize_products import MOST_TERMS, integer_product, largest_of_rows, rounded_rows
 
 
 @lowers("graphopt.dequantize_groups")
@@ -34,7 +34,7 @@ def integer_linear(c: Context, x: Value, integers: Value, scales: Value, step: V
     if step is None:
         q, s = rounded_rows(c.b, x)
     else:
-        s = c.b.reshape(step, shape=())
+        s = c.b.add(c.b.mul(largest_of_rows(c.b, x), 0.0), c.b.reshape(step, shape=()))  # a row that is no number stays none
         q = c.b.create("quantize", [x, s], {"dtype": types.i8, "bits": 8})
     return integer_product(c.b, q, s, c.b.transpose(integers, perm=(1, 0)), c.b.reshape(scales, shape=(1, scales.shape[0])))
 

@@ -30,6 +30,8 @@ def _scale(x: Value, scale: Value) -> dict[Node, None] | None:
     found, stack = dict[Node, None](), [scale]
     while stack:
         v = stack.pop()
+        if v.type.rank == 0:  # one number for all rows, which comes from outside
+            continue
         node = v.producer
         if node is None:
             return None

@@ -85,6 +85,11 @@ def rounded_rows(b: Builder, x: Value) -> tuple[Value, Value]:
     return b.create("quantize", [x, scale], {"dtype": types.i8, "bits": 8}), scale
 
 
+def largest_of_rows(b: Builder, x: Value) -> Value:
+    """The largest magnitude of each row of ``[..., K]``, ``[..., 1]``; nan where there is one."""
+    return b.create("max", [b.abs(x)], {"axes": (x.type.rank - 1,), "keepdims": True})  # type: ignore[no-any-return]
+
+
 def integer_product(b: Builder, q: Value, s: Value, p: Value, t: Value) -> Value:
     """The product of integers ``[..., K]`` and ``[K, N]`` in f32, given their scales ``[..., 1]`` (or one) and ``[1, N]``."""
     total = b.create("matmul", [q, p], {"acc": types.i32})
