@@ -63,6 +63,16 @@ def load_samples(spec: str) -> list[Any]:
     return list(made)
 
 
+def load_function(spec: str) -> Callable[[torch.nn.Module], float]:
+    """A function of a model, ``file.py:function`` or ``package.module:function``. Raises UsageError if nothing is there."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise UsageError(f"{spec!r} names no function; give file.py:function, or package.module:function")
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _module_named(place)
+    function: Callable[..., Any] = _factory(module, place, name)
+    return function
+
+
 def _made(spec: str) -> Any:
     """What the factory of a file or module returns."""
     place, _, name = spec.rpartition(":")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from graphopt.bench.loading import load, load_samples
+from graphopt.bench.loading import load, load_function, load_samples
+from graphopt.bits import SCHEMES, Front, fastest_within, plot
 from graphopt.cli.explain import _quiet
 from graphopt.errors import UsageError
 from graphopt.passes.quantization.scheme import Scheme
@@ -20,11 +21,14 @@ def quantize_command(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="file.py:factory, module:factory, or a built-in model.")],
     scheme: Annotated[str, typer.Option(help="int8-, int4- or int2-weight, with -g32, -g128, -zp; int8-dynamic, -static.")] = "int8-weight",
-    method: Annotated[str, typer.Option(help="rtn (to the nearest), gptq, smoothquant or awq.")] = "rtn",
+    method: Annotated[str, typer.Option(help="rtn (to the nearest), gptq, smoothquant, awq or split.")] = "rtn",
     calibration: Annotated[str | None, typer.Option(help="file.py:factory of calls to look at; the example inputs otherwise.")] = None,
     observer: Annotated[str, typer.Option(help="Ranges of a static scheme: minmax, percentile, mse, entropy.")] = "minmax",
     keep: Annotated[list[str] | None, typer.Option(help="A layer that stays in float; * for anything. May be given again.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A folder for model.pt (for torch.load) and ledger.json.")] = None,
+    within: Annotated[str | None, typer.Option("--fastest-within", help="Choose bits by layer: what the metric may move by, 0.5%.")] = None,
+    schemes: Annotated[str, typer.Option(help="Those to choose from, for --fastest-within.")] = ",".join(SCHEMES),
+    metric: Annotated[str | None, typer.Option(help="file.py:function of a model; the error of the outputs otherwise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for model.pt (for torch.load), ledger.json, front.json, front.png.")] = None,
     measure: Annotated[bool, typer.Option(help="Time each kernel against the float one.")] = True,
     revert: Annotated[bool, typer.Option(help="Put back in float what became slower.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON.")] = False,
@@ -37,18 +41,50 @@ def quantize_command(
     graphopt quantize model.py:make --scheme int4-weight-g128-zp --out q  a scale and a zero point for 128 inputs of an output
     graphopt quantize model.py:make --scheme int8-static --method smoothquant --calibration data.py:samples
     graphopt quantize model.py:make --keep lm_head --json                 leave the last layer, print for programs
+    graphopt quantize model.py:make --fastest-within 0.5% --metric data.py:perplexity --out q
     """
-    Scheme.parse(scheme)  # before anything is loaded
+    names, budget = schemes.split(","), None if within is None else _share(within)
+    for name in (scheme, *names):
+        Scheme.parse(name)  # before anything is loaded
     module, args, kwargs = load(model)
     if isinstance(module, Path):
         raise UsageError(f"{model} is an exported program; graphopt quantize takes a factory that returns a module and example inputs")
     samples = None if calibration is None else load_samples(calibration)
+    judge, front = None if metric is None else load_function(metric), None
+    given: dict[str, Any] = {"method": method, "calibration": samples, "observer": observer, "keep": keep or (), "measure": measure}
     with _quiet(bool(ctx.parent and ctx.parent.params.get("debug"))):
-        made = quantize(module, args, kwargs, scheme=scheme, method=method, calibration=samples, observer=observer, keep=keep or (),
-                        measure=measure, revert=revert, cache_dir=cache_dir)  # fmt: skip
+        if budget is None:
+            made = quantize(module, args, kwargs, scheme=scheme, revert=revert, cache_dir=cache_dir, **given)
+        else:
+            made, front = fastest_within(module, args, kwargs, budget=budget, schemes=names, metric=judge, cache_dir=cache_dir, **given)
     ledger = ledger_of(made)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         torch.save(made, out / "model.pt")
         (out / "ledger.json").write_text(json.dumps(ledger.to_json(), indent=2))
-    typer.echo(json.dumps(ledger.to_json(), indent=2) if as_json else str(ledger), nl=as_json)
+        if front is not None:
+            (out / "front.json").write_text(json.dumps(front.to_json(), indent=2))
+            _picture(front, out / "front.png")
+    if as_json:
+        typer.echo(json.dumps(ledger.to_json() if front is None else {**ledger.to_json(), "front": front.to_json()}, indent=2))
+    else:
+        typer.echo(str(ledger) + ("" if front is None else front.table(160)), nl=False)
+
+
+def _picture(front: Front, file: Path) -> None:
+    """Where there is matplotlib."""
+    try:
+        plot(front, file)
+    except ImportError:
+        typer.echo(f"{file} is not written: pip install matplotlib (or 'graphopt[bench]')", err=True)
+
+
+def _share(text: str) -> float:
+    """``0.5%`` or ``0.005``. Raises UsageError for what is no share of something."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UsageError(f"--fastest-within {text}: give a share of the metric, such as 0.5%")
+    return share

@@ -51,7 +51,25 @@ def test_calibration(model: str, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "int8-static" in done.output, done.output
 
 
+def test_fastest_within(model: str, tmp_path: Path) -> None:
+    """By a metric that the last layer alone moves: both layers get few bits, or, of that one, none."""
+    (tmp_path / "metric_of_it.py").write_text("def judge(m):\n    return float(m[2].weight.abs().sum())\n")
+    args = ("--fastest-within", "0.1%", "--metric", f"{tmp_path}/metric_of_it.py:judge", "--no-measure", "--out", str(tmp_path / "q"))
+    done = run(model, *args)
+    assert done.exit_code == 0, done.output
+    assert "within 0.100%" in done.output and "taken" in done.output
+    front = json.loads((tmp_path / "q" / "front.json").read_text())
+    ledger = json.loads((tmp_path / "q" / "ledger.json").read_text())
+    taken = front["points"][front["chosen"]]["schemes"]
+    assert taken == {e["name"]: e["scheme"] for e in ledger["entries"] if e["scheme"]} and taken["0"] == "int4-weight"
+    assert {o["scheme"] for o in front["options"]} == {"int8-weight", "int4-weight"}
+    as_json = json.loads(run(model, "--fastest-within", "0.9", "--no-measure", "--json").output)
+    assert as_json["front"]["chosen"] == len(as_json["front"]["points"]) - 1
+
+
 @pytest.mark.parametrize(("args", "words"), [
+    (("--fastest-within", "much"), "give a share"), (("--fastest-within", "1%", "--metric", "nothing"), "names no function"),
+    (("--fastest-within", "1%", "--schemes", "int4-weight,int5"), "there is no scheme"),
     (("--scheme", "int9-weight"), "there is no scheme"), (("--keep", "7"), "fits none"), (("--method", "gptk"), "there is no method"),
     (("--calibration", "nothing"), "names no samples"),
 ])  # fmt: skip
