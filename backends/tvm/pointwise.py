@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.tvm import vecmath
-from graphopt.backends.tvm.scalar import COMPUTE, cast, constant, extreme, rounded, unsigned
+from graphopt.backends.tvm.scalar import COMPUTE, bounded, cast, constant, extreme, rounded, unsigned
 from graphopt.errors import BuildError
 from graphopt.ir import types
 from graphopt.ir.types import DType
@@ -140,10 +140,16 @@ class Ops:
         return tirx.Select(a[0] < zero, zero, a[0])
 
     def _maximum(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return extreme(a[0], a[1], d, larger=True)
+        return self._extreme(a, d, raw, larger=True)
 
     def _minimum(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return extreme(a[0], a[1], d, larger=False)
+        return self._extreme(a, d, raw, larger=False)
+
+    def _extreme(self, a: list[Any], d: DType, raw: Any, larger: bool) -> Any:
+        for x, bound, number in ((a[0], a[1], raw[1]), (a[1], a[0], raw[0])):
+            if d.is_float and number is not None and not math.isnan(number):
+                return bounded(x, bound, larger)
+        return extreme(a[0], a[1], d, larger)
 
     # division and powers
     def _floor_div(self, a: list[Any], d: DType, raw: Any) -> Any:
@@ -269,13 +275,13 @@ class Ops:
 
     def _hardsigmoid(self, a: list[Any], d: DType, raw: Any) -> Any:
         c = _constants(d)
-        up = extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
-        return extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
+        up = bounded(self.let(a[0] + c(3.0)), c(0.0), larger=True)
+        return bounded(self.let(up), c(6.0), larger=False) / c(6.0)
 
     def _hardswish(self, a: list[Any], d: DType, raw: Any) -> Any:
         c = _constants(d)
-        up = extreme(self.let(a[0] + c(3.0)), vecmath.fence(c(0.0), COMPUTE[d]), d, larger=True)
-        return a[0] * extreme(self.let(up), c(6.0), d, larger=False) / c(6.0)
+        up = bounded(self.let(a[0] + c(3.0)), c(0.0), larger=True)
+        return a[0] * bounded(self.let(up), c(6.0), larger=False) / c(6.0)
 
     def _mish(self, a: list[Any], d: DType, raw: Any) -> Any:
         return a[0] * self._tanh([self.let(self._softplus(a, d, raw))], d, raw)

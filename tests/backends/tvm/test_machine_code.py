@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("tvm")
@@ -52,3 +54,11 @@ def test_softmax_uses_the_targets_vectors() -> None:
     for name, wanted in (("x86-64-v3", r"vmulps\s.*%ymm"), ("x86-64-v4", r"vmulps\s.*%zmm"), ("neoverse-n1", r"fmul\s+v\d+\.4s")):
         t = Target.from_name(f"cpu:{name}")
         assert count(assembly(w, t).splitlines(), wanted), name
+
+
+def test_a_bound_is_one_instruction() -> None:
+    text = ("graph @g(%x: f32[4096]) -> f32[4096] {\n %0: f32[] = constant() {value = 0.0}\n %1: f32[] = constant() {value = 6.0}\n"
+            " %2: f32[4096] = maximum(%x, %0)\n %3: f32[4096] = minimum(%2, %1)\n return %3\n}")  # fmt: skip
+    loop = assembly(Workload("pointwise", text), Target.from_name("cpu:x86-64-v4"))
+    assert count(loop.splitlines(), r"vmaxps\s.*%zmm") and count(loop.splitlines(), r"vminps\s.*%zmm")
+    assert not re.search(r"vcmp\w*ps|vblendmps|vpmovd2m", loop)

@@ -102,6 +102,22 @@ def agree(name: str, dtype: DType, got: torch.Tensor, own: torch.Tensor, true: t
     return bool(((got.double() - true).abs() <= allowed)[finite].all())
 
 
+def test_bounds_pass_nan_and_the_sign_of_zero(compile_all) -> None:
+    x, pairs = torch.tensor(SPECIAL), [(0.0, 6.0), (-0.0, 0.0), (-1.0, float("inf")), (float("nan"), 1.0)]
+    graphs = [parse_graph(f"""graph @g(%x: f32[{len(SPECIAL)}]) -> f32[{len(SPECIAL)}] {{
+      %0: f32[] = constant() {{value = {low}}}
+      %1: f32[] = constant() {{value = {high}}}
+      %2: f32[{len(SPECIAL)}] = maximum(%0, %x)
+      %3: f32[{len(SPECIAL)}] = minimum(%2, %1)
+      return %3
+    }}""") for low, high in pairs]  # fmt: skip
+    for (low, high), run in zip(pairs, compile_all([(g, "pointwise") for g in graphs]), strict=True):
+        (got,), wanted = run([x], None), x.clamp(low, high)
+        assert torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.nan_to_num(), wanted.nan_to_num())
+        if low == low:
+            assert torch.equal(got.signbit(), wanted.signbit()), (low, high)
+
+
 def test_casts(compile_all) -> None:
     """Every pair of dtypes; floats that no integer holds are left out for narrow integers, where C has no answer."""
     graphs = []
