@@ -41,6 +41,18 @@ def test_before_and_after() -> None:
     check_pass(ConvLayout(), BEFORE, AFTER)
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_zeros_around_an_image_are_put_behind_its_transpose(reused: bool) -> None:
+    g = Graph("g")
+    b = Builder(g)
+    x, w = g.add_input(TensorType(types.f32, (2, 3, 6, 5))), g.add_input(TensorType(types.f32, (8, 3, 3, 3)), weight=True)
+    padded = b.pad(x, low=(0, 0, 1, 0), high=(0, 0, 2, 3), value=0.0)
+    y = b.conv(padded, w, **WINDOW)
+    g.set_outputs([y, padded] if reused else [y])
+    (pad,) = [n for n in check_pass(ConvLayout(), g).nodes() if n.op.name == "pad"]
+    assert pad.result.shape == ((2, 3, 9, 8) if reused else (2, 9, 8, 3))
+
+
 def network() -> tuple[Graph, Builder]:
     g = Graph("g", {"B": dims.Range(1, None)})
     return g, Builder(g)
