@@ -130,10 +130,10 @@ def conv_of(graph: Graph) -> ConvForm | str:
     for v in graph.outputs:
         if not dims.same_shape(v.shape, node.result.shape):
             return f"the output {v.type} has not the convolution's shape"
-    return ConvForm(node, _packed(node.operands[1]), _transformed(node))
+    return ConvForm(node, packed_weight(node.operands[1]), _transformed(node))
 
 
-def _packed(w: Value) -> Value | None:
+def packed_weight(w: Value) -> Value | None:
     """The packed weight behind the views that the packing pass writes."""
     v = w
     for name in _UNPACK:

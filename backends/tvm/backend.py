@@ -9,14 +9,14 @@ from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
 from graphopt.backends.forms.support import refusal
 from graphopt.backends.tvm.cache import package_versions
-from graphopt.backends.tvm.conv_templates import CONV
+from graphopt.backends.tvm.conv_templates import CONV, CONV_PAIR
 from graphopt.backends.tvm.template import Template
 from graphopt.backends.tvm.templates import TEMPLATES
 from graphopt.backends.versions import package_version
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
-KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "scan", "scatter", "update", "attention", *WINDOWS)
+KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "conv-depthwise", "scan", "scatter", "update", "attention", *WINDOWS)
 
 
 class TvmBackend:
@@ -50,6 +50,8 @@ def _refusal(w: Workload, t: Target) -> str | None:
     reason = refusal(w.graph, t)
     if reason is None and w.kind == "conv":
         return CONV.takes(w, t)
+    if reason is None and w.kind == "conv-depthwise":
+        return CONV_PAIR.takes(w, t)
     return reason
 
 

@@ -169,7 +169,44 @@ def _write_thirds(w: Workload, s: Schedule, t: Target) -> Any:
     return ConvThirdsKernel(w.graph, _conv_form(w), **{n: s[n] for n in names}).emit()
 
 
+def _pair_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.convpair import KIND, pair_of
+
+    pair = pair_of(w.graph) if w.kind == KIND else "not a region of two convolutions"
+    return pair if isinstance(pair, str) else None
+
+
+def _pair_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.forms.convpair import ConvPair, line_pixels, line_rows, pair_of, shares, strips
+
+    pair = pair_of(w.graph)
+    assert isinstance(pair, ConvPair) and pair.first.packed is not None
+    columns, lanes = int(pair.first.packed.shape[-1]), max(1, t.lanes(4))
+    while columns % lanes:
+        lanes //= 2
+    narrow = strips(pair, columns, t)
+    return (
+        Param("lanes", (lanes,)),
+        Param("rows", line_rows(pair.least_columns(narrow[0]), columns // lanes, t), "tile"),
+        Param("pixels", line_pixels(narrow[0], t), "tile"),
+        Param("share", shares(pair, columns, t), "tasks"),
+        Param("strip", narrow, "tasks"),
+        Param("unroll", (4, 2, 8)),
+        Param("parallel", (True, False), "tasks"),
+    )
+
+
+def _write_pair(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.convpair import ConvPair, pair_of
+    from graphopt.backends.tvm.convpair import ConvPairKernel
+
+    pair = pair_of(w.graph)
+    assert isinstance(pair, ConvPair)
+    return ConvPairKernel(w.graph, pair, s["lanes"], s["rows"], s["pixels"], s["share"], s["strip"], s["unroll"], s["parallel"]).emit()
+
+
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=loops_of("conv_loops"))
 CONV_THIRDS = Template("conv-thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
+CONV_PAIR = Template("conv-pair", _pair_refuse, _pair_params, _write_pair)

@@ -76,6 +76,9 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
         return emit_nest(graph, tuning)
 
 
+def _nest_refuse(w: Workload, t: Target) -> str | None:
+    return f"a region of kind {w.kind}" if w.kind in ("conv", "conv-depthwise", "attention") else None
+
+
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=loops_of("row_loops"))
-NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in ("conv", "attention") else None, _nest_params, _write_nest,
-                nest=loops_of("element_loops"))  # fmt: skip
+NEST = Template("nest", _nest_refuse, _nest_params, _write_nest, nest=loops_of("element_loops"))

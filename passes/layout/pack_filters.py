@@ -4,7 +4,7 @@ Why: a convolution kernel reads ``nr`` output channels for one tap and one input
 straight stream. ``pack`` depends on the weight alone: it is computed once, at the first call, and again when the weight
 changes.
 
-When: after ``fuse``, for a region of kind ``conv`` whose weight is a staged (weight-only) f32 value behind views. The
+When: after ``fuse``, for a region of kind ``conv`` or ``conv-depthwise`` whose weight is a staged (weight-only) f32 value behind views. The
 groups of a grouped convolution are packed one after the other. A depthwise convolution reads its weight as it is, with the
 channels last: only the views in front of it move out of the region. ``nr`` is 32, two AMX tiles, where the target sums this
 convolution from thirds (``Target.conv_in_thirds``). An operand that is no weight is left in silence; declined with a remark are
@@ -49,13 +49,21 @@ class PackFilters(Pass):
     def run(self, g: Graph, ctx: PassContext) -> bool:
         if self.width is not None and self.width < 1:
             raise UsageError(f"pack-filters: width must be positive, got {self.width}")
-        sites = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "conv"]
+        sites = [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] in ("conv", "conv-depthwise")]
         if not sites or (self.width is None and (ctx.target is None or ctx.target.kind != "cpu")):
             return False
-        staged, changed = staged_values(g), False
-        packed: dict[tuple[object, ...], Value] = {}
+        staged, packed = staged_values(g), dict[tuple[object, ...], Value]()
+        changed = False
         for fusion in sites:
-            found = weight_of(fusion, staged)
+            changed |= self._pack(g, fusion, staged, packed, ctx)
+        return changed
+
+    def _pack(self, g: Graph, fusion: Node, staged: Staged, packed: dict[tuple[object, ...], Value], ctx: PassContext) -> bool:
+        """Pack the weights of a region's convolutions, one after the other."""
+        assert fusion.body is not None
+        changed = False
+        for place in range(sum(n.op.name == "conv" for n in fusion.body.nodes())):
+            found = weight_of(fusion, staged, place)
             if isinstance(found, Reject):
                 if found.reason:
                     ctx.missed(self.name, f"the weight is not packed: {found.reason}", fusion)
@@ -65,9 +73,9 @@ class PackFilters(Pass):
             conv, chain = found
             groups, w = int(conv.attrs["groups"]), conv.operands[1]
             source = fusion.operands[origin(w).index]
-            key = (source, groups, *((n.op.name, *n.attrs.values()) for n in chain))
             filters = int(w.shape[-1]) // groups
-            nr = None if _depthwise(conv) else self.width or _width(conv, filters, ctx.target)
+            nr = None if _depthwise(conv) else self.width or _width(fusion, conv, filters, ctx.target)
+            key = (source, groups, nr, *((n.op.name, *n.attrs.values()) for n in chain))
             if key not in packed:
                 rw = Rewriter(g, fusion)
                 mapping = {origin(w): source}
@@ -75,13 +83,13 @@ class PackFilters(Pass):
                 packed[key] = mapping[w] if nr is None else pack(rw, mapping[w], groups, nr)
             ctx.passed(self.name, f"weight {source!r} becomes {packed[key].type}", fusion, number)
             unpacked = partial(unpack, groups=groups, shape=w.shape) if nr is not None else lambda b, w: w  # type: ignore[arg-type]
-            read_prepared(g, fusion, conv, packed[key], unpacked)
+            fusion = read_prepared(g, fusion, conv, packed[key], unpacked)
             changed = True
         return changed
 
 
-def _width(conv: Node, filters: int, t: Target) -> int:
-    return COLUMNS if in_thirds(conv, t) else t.panel_width(filters, types.f32.itemsize)
+def _width(fusion: Node, conv: Node, filters: int, t: Target) -> int:
+    return COLUMNS if fusion.attrs["kind"] == "conv" and in_thirds(conv, t) else t.panel_width(filters, types.f32.itemsize)
 
 
 def in_thirds(conv: Node, t: Target) -> bool:
@@ -128,10 +136,10 @@ def origin(v: Value) -> Value:
     return v
 
 
-def weight_of(fusion: Node, staged: Staged) -> tuple[Node, list[Node]] | Reject:
-    """The convolution of a region, and the views between the body's input and its weight, the input's first."""
+def weight_of(fusion: Node, staged: Staged, place: int = 0) -> tuple[Node, list[Node]] | Reject:
+    """A convolution of a region, the ``place``-th, and the views between the body's input and its weight, the input's first."""
     assert fusion.body is not None
-    conv = next(n for n in fusion.body.nodes() if n.op.name == "conv")
+    conv = [n for n in fusion.body.nodes() if n.op.name == "conv"][place]
     w = conv.operands[1]
     start = origin(w)
     if not start.is_input or fusion.operands[start.index] not in staged:
@@ -148,8 +156,12 @@ def weight_of(fusion: Node, staged: Staged) -> tuple[Node, list[Node]] | Reject:
     return conv, chain[::-1]
 
 
-def read_prepared(g: Graph, fusion: Node, conv: Node, wp: Value, unpacked: Callable[[Builder, Value], Value]) -> None:
-    """Put in a region's place the same one that reads a prepared weight; ``unpacked(b, wp)`` builds the plain one from it."""
+def read_prepared(g: Graph, fusion: Node, conv: Node, wp: Value, unpacked: Callable[[Builder, Value], Value]) -> Node:
+    """Put in a region's place the same one that reads a prepared weight; ``unpacked(b, wp)`` builds the plain one from it.
+
+    Returns:
+        The new region.
+    """
     old = fusion.body
     assert old is not None
     weight = conv.operands[1]
@@ -179,6 +191,7 @@ def read_prepared(g: Graph, fusion: Node, conv: Node, wp: Value, unpacked: Calla
     new = g.create(op("fusion"), operands, fusion.attrs, before=fusion, loc=fusion.loc, body=new_body)
     g.replace(fusion.results[0], new.results[0])
     erase_dead(g, fusion)
+    return new
 
 
 def _path(weight: Value) -> dict[Node, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from test_conv import CASES
+from test_conv_pair import CASES as PAIRS
 from test_families import REDUCTIONS, ROWS
 from test_pool import CASES as POOLS
 from test_pool import kind_of
@@ -68,6 +69,7 @@ def families(t: Target) -> dict[str, tuple[Graph, str]]:
     add("matmul", _PRODUCTS)
     add("matmul", {f"packed, {m} rows": packed_product(m, 300, 100, nr) for m in (1, 7, 35, "M")})
     found.update({f"conv: {name}": (CASES[name], "conv") for name in _CONVOLUTIONS})
+    found["conv-depthwise: strided"] = (PAIRS["strided"], "conv-depthwise")
     found.update({f"pool: {name}": (POOLS[name], kind_of(POOLS[name])) for name in _POOLS})
     return found
 
