@@ -17,11 +17,15 @@ NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
 
 FIRST = {  # passes that look for what another one makes
     "pack-weights": ("fuse",), "share-packed": ("fuse", "pack-weights"), "pack-filters": ("conv-layout", "fuse"),
-    "winograd-filters": ("conv-layout", "fuse"), "output-order": ("conv-layout", "fuse"), "pack-quantized": ("quantize-weights", "fuse"),
+    "winograd-filters": ("conv-layout", "fuse"), "output-order": ("conv-layout", "fuse"), "fuse-depthwise": ("conv-layout", "fuse"),
+    "pack-quantized": ("quantize-weights", "fuse"),
 }  # fmt: skip
 
 
-ON_A_GPU = {"split-reductions": "{least=2}"}  # passes that do nothing elsewhere; random graphs are small
+ON_A_GPU = ("split-reductions",)  # passes that do nothing elsewhere
+OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
+    "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
+}  # fmt: skip
 
 
 def check_on(name: str, seed: int) -> bool:
@@ -30,7 +34,7 @@ def check_on(name: str, seed: int) -> bool:
     for earlier in FIRST.get(name, ()):
         make_pass(earlier).run(g, PassContext(target=detect()))
     target = Target.from_name("cuda:sm_90") if name in ON_A_GPU else detect()
-    (p,), new, ctx = parse_pipeline(name + ON_A_GPU.get(name, "")), g.clone(), PassContext(target=target, owns_weights=True, pass_name=name)
+    (p,), new, ctx = parse_pipeline(name + OPTIONS.get(name, "")), g.clone(), PassContext(target=target, owns_weights=True, pass_name=name)
     try:
         p.requires(new)
     except GraphoptError:

@@ -39,6 +39,23 @@ def _wide_conv(pool: Pool) -> None:
     pool.add("conv", [x, w], stride=(1, 1), padding=(1, 1), dilation=(1, 1))
 
 
+def _mobile_block(pool: Pool) -> None:
+    """A convolution that makes more channels, and a depthwise one that reads them, with zeros around the image or without."""
+    x, w = pool.input(types.f32, (1, 3, 5, 7), keep=False), pool.input(types.f32, (16, 3, 1, 1), keep=False)
+    v = pool.input(types.f32, (16, 1, 3, 3), keep=False)
+    for weight in (w, v):
+        weight.type, weight.weight = weight.type.logical, True
+    y = pool.builder.relu(pool.builder.conv(x, w, stride=(1, 1), padding=(0, 0), dilation=(1, 1)))
+    if pool.flag():
+        y = pool.builder.pad(y, low=(0, 0, 0, 1), high=(0, 0, 1, 1), value=0.0)
+    pool.add("conv", [y, v], stride=(pool.pick([1, 2]),) * 2, padding=(1, 1), dilation=(1, 1), groups=16)
+
+
+def _frozen_conv(pool: Pool) -> None:
+    """Convolutions whose weights a pass prepares for a kernel of their own."""
+    (_mobile_block if pool.flag() else _wide_conv)(pool)
+
+
 def _linear(pool: Pool) -> None:
     """A linear layer as capture sees it: leading axes flattened, a weight, a bias, an activation."""
     x = pool.operand(FLOATS, least=2, most=3)
@@ -102,7 +119,7 @@ def _there_and_back(pool: Pool) -> None:
 
 
 IDIOMS: tuple[Callable[[Pool], None], ...] = (
-    _there_and_back, _linear, _tied, _spelled_out, _conv_and_norm, _wide_conv, _resized, _large_weight
+    _there_and_back, _linear, _tied, _spelled_out, _conv_and_norm, _frozen_conv, _resized, _large_weight
 )  # fmt: skip
 
 
