@@ -19,9 +19,9 @@ from graphopt.ir import OPS, Listener, Trait
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.types import bf16, f16, f32
 from graphopt.pass_manager import Pass
-from graphopt.passes.fusion.attention import choose
+from graphopt.passes.fusion.attention import choose, untrainable
 from graphopt.passes.fusion.cost import CostModel
-from graphopt.passes.fusion.roles import ROW_OPS, ROW_REDUCTIONS, fusable_dtype, rows_of
+from graphopt.passes.fusion.roles import ROW_OPS, ROW_REDUCTIONS, TRAINING, fusable_dtype, rows_of
 from graphopt.rewrite import PassContext, Rewriter, erase_dead
 
 _STATISTICS = (*ROW_OPS, "mean", "var", "batch_norm", "group_norm")  # composites that sum, and so need the range and digits of f32
@@ -37,7 +37,7 @@ class Expand(Pass):
     """
 
     name = "expand"
-    keep: tuple[str, ...] = (*ROW_OPS, "mean", "var", "attention", *_ACTIVATIONS)
+    keep: tuple[str, ...] = (*ROW_OPS, "mean", "var", "attention", *TRAINING, *_ACTIVATIONS)
 
     def requires(self, g: Graph) -> None:
         for name in self.keep:
@@ -68,6 +68,8 @@ class Expand(Pass):
             return "no kernel takes it whole"
         if node.op.name in _BY_ROWS and rows_of(node) is None:
             return "its rows are not the trailing axes"
+        if node.op.name in TRAINING:
+            return untrainable(node, ctx.target)
         if node.op.name == "attention":
             choice = choose(node, CostModel(ctx.target, node.graph.symbols))
             if not choice.whole:
@@ -98,9 +100,11 @@ def _expand(g: Graph, node: Node) -> list[Node]:
     g.listeners.append(created)
     try:
         rw = Rewriter(g, node)
-        new = _through_f32(rw, node) if node.op.name in _STATISTICS and node.results[0].dtype in (f16, bf16) else rw.expand(node)
+        through_f32 = node.op.name in _STATISTICS and node.results[0].dtype in (f16, bf16)
+        new = (_through_f32(rw, node),) if through_f32 else rw.expand_all(node)
     finally:
         g.listeners.remove(created)
-    g.replace(node.results[0], new)
+    for old, value in zip(node.results, new, strict=True):
+        g.replace(old, value)
     erase_dead(g, node)
     return created.nodes

@@ -13,6 +13,7 @@ from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.ir.opset.attention import Parts, groups, parts
+from graphopt.ir.opset.attention_training import GIVEN
 from graphopt.target import Target
 
 DTYPES = (types.f32, types.bf16, types.f16)
@@ -23,20 +24,27 @@ _WIDTHS = {1: 1.25, 2: 1.05, 3: 1.0, 4: 1.0}  # cost of a query in a register ti
 
 @dataclass(frozen=True)
 class Form:
-    """A region around one attention.
+    """A region around one attention, or its gradient.
 
     Attributes:
+        out: the attention's result; of a gradient, the operand that is the result.
         views: from the attention's result to the region's output, in order.
     """
 
     node: Node
     parts: Parts[Value]
+    out: Value
     views: tuple[Node, ...]
     symbols: Mapping[str, Any]
 
     @property
+    def keeps_lse(self) -> bool:
+        """Whether the logarithm of each row's sum is a result, too."""
+        return self.node.name == "attention_forward"
+
+    @property
     def queries(self) -> Dim:
-        return self.node.result.shape[-2]
+        return self.out.shape[-2]
 
     @property
     def keys(self) -> Dim:
@@ -53,7 +61,7 @@ class Form:
     @property
     def batch(self) -> tuple[Dim, ...]:
         """The axes before queries, heads last."""
-        return self.node.result.shape[:-2]
+        return self.out.shape[:-2]
 
     @property
     def is_local(self) -> bool:
@@ -137,16 +145,17 @@ def norms_of(value: Value) -> list[Node]:
 
 def form_of(graph: Graph) -> Form | str:
     """The form of a region, or why it has none."""
-    nodes = [n for n in graph.nodes() if n.name == "attention"]
-    if len(nodes) != 1 or len(graph.outputs) != 1:
-        return "not one attention with one result"
+    nodes = [n for n in graph.nodes() if n.name in ("attention", "attention_forward")]
+    if len(nodes) != 1 or len(graph.outputs) != len(nodes[0].results):
+        return "not one attention with its results"
     (node,) = nodes
-    if node.result.dtype not in DTYPES:
-        return f"an attention of {node.result.dtype}"
+    out = node.results[0]
+    if out.dtype not in DTYPES:
+        return f"an attention of {out.dtype}"
     p = parts(node.operands, node.attrs)
     if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
         return "heads of unknown size"
-    if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
+    if any(d == 0 for v in (*node.operands, *node.results) for d in v.shape):
         return "an attention without elements"
     views: list[Node] = []
     v = graph.outputs[0]
@@ -155,12 +164,28 @@ def form_of(graph: Graph) -> Form | str:
             return f"{v.producer.name} after the attention"
         views.append(v.producer)
         v = v.producer.operands[0]
-    if v.producer is not node:
+    if v is not out or any(v is not r for v, r in zip(graph.outputs[1:], node.results[1:], strict=True)):
         return "the attention is not the result"
     for n in graph.nodes():
         if n is not node and n not in views and not (n.op.has(Trait.POINTWISE) or n.name in MOVES or is_norm_of_rows(n)):
             return f"{n.name} before the attention"
-    return Form(node, p, tuple(reversed(views)), graph.symbols)
+    return Form(node, p, out, tuple(reversed(views)), graph.symbols)
+
+
+def gradient_of(graph: Graph) -> Form | str:
+    """The form of a region that is the gradient of an attention, or why it is none."""
+    nodes = [n for n in graph.nodes() if n.name == "attention_backward"]
+    if len(nodes) != 1 or graph.outputs != nodes[0].results:
+        return "not one gradient of an attention"
+    (node,) = nodes
+    p = parts(node.operands[GIVEN:], node.attrs)
+    if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
+        return "heads of unknown size"
+    if any(d == 0 for v in node.operands for d in v.shape):
+        return "an attention without elements"
+    if any(n is not node and not (n.op.has(Trait.POINTWISE) or n.name in MOVES) for n in graph.nodes()):
+        return "a computation before the gradient"
+    return Form(node, p, node.operands[1], (), graph.symbols)
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------------
@@ -240,7 +265,28 @@ def _groups(form: Form, queries: int, t: Target) -> int:
 
 def _stages(form: Form) -> bool:
     """Whether a block of keys and values is copied first: narrow floats, which are widened once for all queries of a task."""
-    return form.node.result.dtype != types.f32
+    return form.out.dtype != types.f32
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------------
+
+
+def gradient_params(form: Form, t: Target) -> tuple[Param, ...]:
+    """The knobs of the gradient's kernel: as of the tiled kernel, but that two products share the cache."""
+    lanes = max(1, t.lanes(4))
+    wide = t.vector_registers >= 32
+    vectors = _vectors(form.queries, lanes, wide)
+    rows = _rows(vectors, t)
+    block = max(rows, min(_block(form, lanes * vectors, rows, t), 64 // rows * rows))
+    blocks = tuple(dict.fromkeys(max(1, n // rows) * rows for n in (block, 32, 64, 96, 128)))
+    return (
+        Param("lanes", (lanes,)),
+        Param("vectors", tuple(dict.fromkeys((vectors, *((1, 2, 3, 4) if wide else (1, 2))))), "tile"),
+        Param("rows", tuple(dict.fromkeys((rows, 4, 6, 8, 12, 14))), "tile"),
+        Param("block", blocks, "tile"),
+        Param("unroll", (4, 1, 2, 8)),
+        Param("parallel", (True, False), "tasks"),
+    )
 
 
 # --- on tiles ------------------------------------------------------------------------------------------------------------
@@ -250,8 +296,8 @@ def tiles_refusal(form: Form, t: Target) -> str | None:
     """Why an attention is not for AMX tiles, or None."""
     if not t.f32_thirds:
         return "the target has no AMX tiles"
-    if form.node.result.dtype not in (types.f32, types.bf16):
-        return f"an attention of {form.node.result.dtype}"
+    if form.out.dtype not in (types.f32, types.bf16):
+        return f"an attention of {form.out.dtype}"
     if form.depth % 32 or form.width % 32:
         return "heads that are no multiples of 32"
     least = dims.bounds(form.queries, form.symbols)[0]
@@ -280,6 +326,8 @@ def tiles_params(form: Form, t: Target) -> tuple[Param, ...]:
 
 def decode_refusal(form: Form, t: Target) -> str | None:
     """Why an attention is not for the kernel of few queries, or None."""
+    if form.keeps_lse:
+        return "it keeps the logarithms of its sums"
     if not isinstance(form.queries, int) or form.queries * form.share > FEW:
         return "more than a few queries"
     if norms_of(form.parts.k) or norms_of(form.parts.v):

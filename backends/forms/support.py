@@ -19,6 +19,7 @@ SCATTERS = ("put", "scatter")
 PRODUCTS = ("matmul", "conv", *WINDOWS)
 ROW_OPS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "var")
 ACTIVATIONS = ("gelu", "silu", "softplus", "elu", "leaky_relu", "hardsigmoid", "hardswish", "mish")
+ATTENTIONS = ("attention", "attention_forward", "attention_backward")
 _INTEGER_DIVISIONS = ("floor_div", "trunc_div", "remainder", "fmod")
 
 
@@ -55,7 +56,7 @@ def _node(node: Node, target: Target) -> str | None:
             return f"{name}: {why}"
     if node.op.has(Trait.POINTWISE):
         return _pointwise(node)
-    if name in (*MOVES, *REDUCTIONS, *ROW_OPS, *PRODUCTS, *SCANS, *SCATTERS, "attention"):
+    if name in (*MOVES, *REDUCTIONS, *ROW_OPS, *PRODUCTS, *SCANS, *SCATTERS, *ATTENTIONS):
         if name == "constant" and isinstance(node.attrs["value"], complex):
             return "a complex constant"
         return None

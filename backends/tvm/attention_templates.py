@@ -12,7 +12,7 @@ from graphopt.target import Target
 def _attention_form(w: Workload) -> Any:
     from graphopt.backends.forms.flashform import form_of
 
-    return form_of(w.graph) if w.kind == "attention" else "not an attention region"
+    return form_of(w.graph) if w.kind in ("attention", "attention_forward") else "not an attention region"
 
 
 def _flash_refuse(w: Workload, t: Target) -> str | None:
@@ -77,6 +77,37 @@ def _write_decode(w: Workload, s: Schedule, t: Target) -> Any:
     return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}, abreast=abreast, table=t.has("avx512f")).emit()
 
 
+def _gradient_form(w: Workload) -> Any:
+    from graphopt.backends.forms.flashform import gradient_of
+
+    return gradient_of(w.graph) if w.kind == "attention_backward" else "not the gradient of an attention"
+
+
+def _gradient_refuse(w: Workload, t: Target) -> str | None:
+    form = _gradient_form(w)
+    return form if isinstance(form, str) else None
+
+
+def _gradient_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.forms.flashform import gradient_params
+
+    return gradient_params(_gradient_form(w), t)
+
+
+def _gradient_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.forms.flashform import flash_constraints
+
+    return (SearchSpace("flash-gradient", params=_gradient_params(w, t), constraints=flash_constraints(t)),)
+
+
+def _write_gradient(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.flashgradient import FlashGradientKernel
+
+    names = ("lanes", "vectors", "rows", "block", "unroll", "parallel")
+    return FlashGradientKernel(w.graph, _gradient_form(w), **{n: s[n] for n in names}).emit()
+
+
 DECODE = Template("decode", _decode_refuse, _decode_params, _write_decode)
 FLASH_TILES = Template("flash-tiles", _flash_tiles_refuse, _flash_tiles_params, _write_flash_tiles)
 FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)
+FLASH_GRADIENT = Template("flash-gradient", _gradient_refuse, _gradient_params, _write_gradient, _gradient_spaces)

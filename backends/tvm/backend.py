@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
-from graphopt.backends.forms.support import refusal
+from graphopt.backends.forms.support import ATTENTIONS, refusal
 from graphopt.backends.tvm.cache import package_versions
 from graphopt.backends.tvm.conv_templates import CONV, CONV_PAIR
 from graphopt.backends.tvm.template import Template
@@ -16,7 +16,7 @@ from graphopt.backends.versions import package_version
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
-KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "conv-depthwise", "scan", "scatter", "update", "attention", *WINDOWS)
+KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "conv-depthwise", "scan", "scatter", "update", *ATTENTIONS, *WINDOWS)
 
 
 class TvmBackend:

@@ -30,6 +30,7 @@ from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.prologue import write_row
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir.graph import Graph
+from graphopt.ir.opset.attention_training import EMPTY
 
 F32 = "float32"
 
@@ -154,9 +155,9 @@ class FlashKernel:
         with code.loop(code.simplify(self.wide * (nr // self.lanes)), "serial", "z") as z, code.loop(self.lanes, "vectorized", "v") as v:
             code.store(self.ot, code.simplify(g * (self.wide * nr) + z * self.lanes + v), tirx.const(0.0, F32))
 
-    def _lanes(self, base: Index = 0) -> Iterator[Index]:
-        """Each lane of a group, as the loop over a vector's lanes that it stands in: its place behind ``base``."""
-        for u in range(0, self.nr, self.lanes):
+    def _lanes(self, base: Index = 0, width: int | None = None) -> Iterator[Index]:
+        """Each lane of a group (or of ``width``), as the loop over a vector's lanes that it stands in: its place behind ``base``."""
+        for u in range(0, width or self.nr, self.lanes):
             with self.code.loop(self.lanes, "vectorized", "v") as v:
                 yield self.code.simplify(base + u + v)
 
@@ -238,18 +239,22 @@ class FlashKernel:
 
     def _products(self, g: Index, low: Index, count: Index, k: Matrix) -> None:
         """Scores of the span: keys times queries."""
+        queries = self.code.bind_index(self.code.simplify(g * (self.deep * self.nr)), "queries")
+        self._rows_times(k, low, count, self.qt, queries, self.depth, self.scores)
+
+    def _rows_times(self, k: Matrix, low: Index, count: Index, lines: Any, first: Index, depth: int, to: Any) -> None:
+        """Rows of a block times ``lines``, ``[depth, queries]`` from ``first`` on; whole tiles are written."""
         code, nr = self.code, self.nr
-        queries = code.bind_index(code.simplify(g * (self.deep * nr)), "queries")
         tiles = code.ceildiv_plain(count, self.mr)
         with code.loop(tiles if isinstance(tiles, int) else code.bind_index(tiles, "tiles"), "serial", "t") as t:
             row = code.bind_index(code.simplify(low + t * self.mr), "row")
 
             def tile(rows: Sequence[Callable[[Index], Any]]) -> None:
                 acc = self._accumulators(len(rows))
-                self._multiply(acc, self.depth, lambda d, at: code.load(self.qt, code.simplify(queries + d * nr + at)), rows)
+                self._multiply(acc, depth, lambda d, at: code.load(lines, code.simplify(first + d * nr + at)), rows)
                 for i, sums in enumerate(acc):
                     for at in self._lanes():
-                        code.store(self.scores, code.simplify((row + i) * nr + at), code.load(sums, at))
+                        code.store(to, code.simplify((row + i) * nr + at), code.load(sums, at))
 
             def straight() -> None:
                 start = k.row(row)
@@ -265,26 +270,26 @@ class FlashKernel:
                 starts = [k.row(code.least(row + i, self.n - self.base - 1)) for i in range(self.mr)]
                 tile([partial(k.at, start, 0) for start in starts])
 
-    def _accumulators(self, rows: int) -> list[Any]:
+    def _accumulators(self, rows: int, width: int | None = None) -> list[Any]:
         code = self.code
-        acc = [code.alloc(self.nr, F32, "acc") for _ in range(rows)]
+        acc = [code.alloc(width or self.nr, F32, "acc") for _ in range(rows)]
         for sums in acc:
-            for at in self._lanes():
+            for at in self._lanes(0, width):
                 code.store(sums, at, tirx.const(0.0, F32))
         return acc
 
     def _multiply(self, acc: Sequence[Any], length: Index, line_at: Callable[[Index, Index], Any],
-                  rows: Sequence[Callable[[Index], Any]]) -> None:  # fmt: skip
-        """``acc[i] += rows[i](s) * line(s)`` for all steps s."""
+                  rows: Sequence[Callable[[Index], Any]], width: int | None = None) -> None:  # fmt: skip
+        """``acc[i] += rows[i](s) * line(s)`` for all steps s; a line is ``width`` long, or a group."""
         code = self.code
-        line = code.alloc(self.nr, F32, "side")
+        line = code.alloc(width or self.nr, F32, "side")
 
         def step(s: Index) -> None:
-            for at in self._lanes():
+            for at in self._lanes(0, width):
                 code.store(line, at, line_at(s, at))
             for sums, element in zip(acc, rows, strict=True):
                 x = code.bind(element(s), "x")
-                for at in self._lanes():
+                for at in self._lanes(0, width):
                     code.store(sums, at, code.load(sums, at) + x * code.load(line, at))
 
         whole = code.div(length, self.unroll)
@@ -306,9 +311,7 @@ class FlashKernel:
             code.store(top, at, code.load(self.top, code.simplify(here + at)))
         with code.loop(count, "serial", "n") as n:
             key = code.bind_index(code.simplify(low + n), "key")
-            relative = None
-            if masked:
-                relative = code.bind((i64(self.base) + i64(key) - i64(self.first) - i64(self.offset)).astype("int32"), "relative")
+            relative = self._relative(key) if masked else None
             row = self.extra.row(self.lead, key, self.base, self.first)
             for at in self._lanes():
                 place = code.simplify(key * nr + at)
@@ -326,8 +329,14 @@ class FlashKernel:
         if self.whole:
             fill = tirx.const(self.fill, F32)
             s = code.bind(tirx.Select(s < fill, fill, s))
-        if relative is None:
-            return s
+        return s if relative is None else self._if_seen(s, at, relative)
+
+    def _relative(self, key: Index) -> Any:
+        """How far a key is behind the group's first query's own."""
+        return self.code.bind((i64(self.base) + i64(key) - i64(self.first) - i64(self.offset)).astype("int32"), "relative")
+
+    def _if_seen(self, s: Any, at: Index, relative: Any) -> Any:
+        code = self.code
         lane = i64(at).astype("int32")
         seen = lane >= relative if self.attrs["causal"] else None
         if self.window is not None:
@@ -398,7 +407,7 @@ class FlashKernel:
 
     def _end(self, g: Index) -> None:
         """Sums over the weights' total, as rows, to where they belong."""
-        code, nr, result = self.code, self.nr, self.form.node.result
+        code, nr, result = self.code, self.nr, self.form.out
         first = code.bind_index(code.simplify(self.start + g * nr), "first")
         inverse = code.alloc(nr, F32, "inverse")
         for at in self._lanes():
@@ -408,6 +417,8 @@ class FlashKernel:
                 nothing = tirx.const(0.0, F32)
                 one_over = code.bind(tirx.Select(tirx.EQ(total, nothing), nothing, one_over))
             code.store(inverse, at, one_over)
+        if self.form.keeps_lse:
+            self._logarithms(g)
         self._transposed(self.ot, nr, code.simplify(g * (self.wide * nr)), self.rows_of, self.wide, 0, self.wide, nr,
                          lambda at: self._load(inverse, at))  # fmt: skip
         whole = isinstance(self.m, int) and self.m % nr == 0
@@ -421,3 +432,13 @@ class FlashKernel:
                 code.store(self.args.outputs[0], at, scalar.store(scalar.rounded(value, result.dtype), result.dtype))
 
             vector_loop(code, 0, self.width, self.lanes, element)
+            if self.form.keeps_lse:
+                self.args.store(1, [*self.lead, row], code.load(self.top, code.simplify(g * nr + i)))
+
+    def _logarithms(self, g: Index) -> None:
+        """Of a group's sums of exponentials, to base e, in the place of maxima."""
+        code, nothing, none = self.code, tirx.const(0.0, F32), tirx.const(EMPTY[self.attrs["empty"]], F32)
+        for at in self._lanes(code.simplify(g * self.nr)):
+            total = code.bind(code.load(self.total, at))
+            lse = code.bind(code.load(self.top, at) * tirx.const(1.0 / LOG2E, F32) + vecmath.log(code.bind, total))
+            code.store(self.top, at, code.bind(tirx.Select(tirx.EQ(total, nothing), none, lse)))

@@ -56,7 +56,7 @@ class FlashTilesKernel(FlashKernel):
 
     def __init__(self, graph: Graph, form: Form, block: int, groups: int, parallel: bool) -> None:
         super().__init__(graph, form, LANES, 2, STEP, block, groups, 4, False, parallel)
-        exact = form.node.result.dtype == types.f32
+        exact = form.out.dtype == types.f32
         # pairs of parts that are multiplied, (of K, of Q) and (of V, of P), small products first
         self.orders: tuple[Sequence[tuple[int, int]], ...] = (ORDER, ORDER) if exact else (((0, 1), (0, 0)), ((0, 0),))
         self.parts_of_k, self.parts_of_q, self.parts_of_v, self.parts_of_p = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.autotune.space import Param, Schedule, Workload
+from graphopt.backends.forms.support import ATTENTIONS
 from graphopt.backends.tvm.template import Template, lanes_of, loops_of
 from graphopt.errors import BuildError
 from graphopt.target import Target
@@ -76,9 +77,8 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
         return emit_nest(graph, tuning)
 
 
-def _nest_refuse(w: Workload, t: Target) -> str | None:
-    return f"a region of kind {w.kind}" if w.kind in ("conv", "conv-depthwise", "attention") else None
-
+_OWN = ("conv", "conv-depthwise", *ATTENTIONS)  # kinds of which only their own templates know
 
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=loops_of("row_loops"))
-NEST = Template("nest", _nest_refuse, _nest_params, _write_nest, nest=loops_of("element_loops"))
+NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in _OWN else None, _nest_params, _write_nest,
+                nest=loops_of("element_loops"))  # fmt: skip

@@ -92,7 +92,13 @@ class Builder:
         return [mapping[v] for v in body.outputs]
 
     def expand(self, node: Node) -> Value:
-        """Build the expansion of a composite node here."""
+        """Build the expansion of a composite node with one result here."""
+        (value,) = self.expand_all(node)
+        return value
+
+    def expand_all(self, node: Node) -> tuple[Value, ...]:
+        """Build the expansion of a composite node here: a value for each of its results."""
         if node.op.expand is None:
             raise TypeError(f"{node.op.name} has no expansion")
-        return node.op.expand(self, node)
+        values = node.op.expand(self, node)
+        return values if isinstance(values, tuple) else (values,)

@@ -88,7 +88,7 @@ class EvalContext:
 
 Infer = Callable[[Sequence[TensorType], Attrs], list[TensorType]]
 Evaluate = Callable[[Sequence[torch.Tensor], Attrs, EvalContext], Any]
-Expand = Callable[["Builder", "Node"], "Value"]
+Expand = Callable[["Builder", "Node"], "Value | tuple[Value, ...]"]
 
 
 @dataclass(frozen=True)

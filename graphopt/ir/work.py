@@ -12,10 +12,11 @@ from collections.abc import Iterable
 import sympy
 
 from graphopt.ir import dims
-from graphopt.ir.dims import Dim
+from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.ir.opset.attention import seen_pairs
+from graphopt.ir.opset.attention_training import GIVEN
 
 
 def flops(node: Node) -> Dim:
@@ -30,11 +31,18 @@ def flops(node: Node) -> Dim:
     if node.op.name == "conv":
         w = node.operands[1].shape
         return dims.numel([2, *node.result.shape, *(w[:-1] if node.attrs["channels_last"] else w[1:])])
-    if node.op.name == "attention":
+    if node.op.name in ("attention", "attention_forward"):
         queries, keys, values = (x.shape for x in node.operands[:3])
-        pairs = seen_pairs(node.attrs, queries[-2], keys[-2])
-        return dims.numel([2, *node.result.shape[:-2], pairs, dims.add(queries[-1], values[-1])])
+        return _products_of_pairs(node, queries, keys, dims.add(queries[-1], values[-1]))
+    if node.op.name == "attention_backward":  # scores again, and the gradients of all four factors
+        queries, keys, values = (x.shape for x in node.operands[GIVEN : GIVEN + 3])
+        return _products_of_pairs(node, queries, keys, dims.add(dims.mul(3, queries[-1]), dims.mul(2, values[-1])))
     return 0
+
+
+def _products_of_pairs(node: Node, queries: Shape, keys: Shape, depth: Dim) -> Dim:
+    """Products over pairs of a row and a key, that sum so much a pair in all."""
+    return dims.numel([2, *node.results[0].shape[:-2], seen_pairs(node.attrs, queries[-2], keys[-2]), depth])
 
 
 def bytes_moved(node: Node) -> Dim:

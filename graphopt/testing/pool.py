@@ -132,13 +132,14 @@ class Pool:
         return self.builder.constant(self.pick(numbers), dtype)
 
     def add(self, name: str, operands: Sequence[Value], **attrs: Any) -> Value:
-        """A node; some carry a source line or a name."""
+        """A node; some carry a source line or a name. All of its results may be read later; the first one is returned."""
         self.builder.loc = Loc("model.py", self.chooser.integer(1, 9)) if self.flag(4) else None
-        value: Value = self.builder.create(name, operands, attrs)
+        created = self.builder.create(name, operands, attrs)
+        results: tuple[Value, ...] = created if isinstance(created, tuple) else (created,)
         if self.flag(8):
-            value.hint = "t"
-        self.values.append(value)
-        return value
+            results[0].hint = "t"
+        self.values += results
+        return results[0]
 
 
 def broadcasts(a: Shape, b: Shape) -> bool:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Node
 from graphopt.ir.opset.attention import groups, parts, seen_pairs
+from graphopt.ir.opset.attention_training import GIVEN
 from graphopt.passes.fusion.cost import CLOCK, LAUNCH, CostModel
 from graphopt.rewrite import scalar_of
+from graphopt.target import Target
 
 FEW = 8  # query rows that share keys, up to which a kernel reads the keys once, without filling lanes with queries
 _EXP = 22.0  # vector instructions for a weight: exponential, maximum, sum
@@ -52,6 +54,18 @@ def unfit(node: Node) -> str | None:
     if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
         return "no kernel takes heads of unknown size"
     if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
+        return "it has no elements"
+    return None
+
+
+def untrainable(node: Node, target: Target | None) -> str | None:
+    """Why no kernel takes an attention for training whole; None if one does."""
+    if target is not None and target.is_gpu:
+        return "its kernels are for CPUs"
+    p = parts(node.operands[GIVEN:] if node.name == "attention_backward" else node.operands, node.attrs)
+    if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
+        return "no kernel takes heads of unknown size"
+    if any(d == 0 for v in (*node.operands, *node.results) for d in v.shape):
         return "it has no elements"
     return None
 

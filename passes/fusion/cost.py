@@ -176,7 +176,7 @@ class CostModel:
             return count
         if user.op.has(Trait.VIEW):
             return count
-        return x.type.numel if dims.same(count, user.result.type.numel) else count
+        return x.type.numel if dims.same(count, user.results[0].type.numel) else count
 
     def tiles(self, product: Node, index: int) -> Dim:
         """How often a product's kernel goes through a factor: once for each tile along the other one."""

@@ -17,6 +17,7 @@ region and the region's kind accepts it; else it is the root of a region of its 
   floats there.
 - ``attention``: views, and what is made of a row of queries, keys or values alone, as a rotary embedding or an RMS norm of heads ->
   one attention -> transposes and reshapes, which the kernel writes through.
+  An attention for training, which has a second result, and ``attention_backward`` take views in before them alone.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 
 In the last two, cheap pointwise ops on single numbers (a scale, an epsilon) may stand beside.
@@ -124,6 +125,9 @@ class Plan:
         dead = not any(r.uses for r in node.results)
         if dead or part is Role.OTHER or (staged.node(node) and part not in (Role.VIEW, Role.CREATION)):
             self._alone[node] = None
+            return
+        if len(node.results) > 1:
+            self._open(node, epoch)
             return
         readers = self._readers(node.results[0].users)
         outside = any(u in self._alone for u in node.results[0].users)

@@ -14,7 +14,7 @@ from graphopt.ir.types import TensorType
 
 
 def outline(graph: Graph, nodes: Sequence[Node], kind: str) -> Node:
-    """Put a fusion node in the place of the last of ``nodes``, and let it take over the users of that node's result.
+    """Put a fusion node in the place of the last of ``nodes``, and let it take over the users of that node's results.
 
     Args:
         nodes: in execution order; the last one is the root, and no other one's result may be used outside by anything
@@ -29,11 +29,12 @@ def outline(graph: Graph, nodes: Sequence[Node], kind: str) -> Node:
     outer = list(dict.fromkeys(v for n in nodes for v in n.operands if v.producer is None or v.producer not in inside))
     mapping: dict[Value, Value] = {v: body.add_input(_body_type(v.type), v.hint) for v in outer}
     copy_nodes(nodes, mapping, body)
-    body.set_outputs([mapping[root.results[0]]])
+    body.set_outputs([mapping[r] for r in root.results])
     names = _symbols(body)
     body.symbols = {name: r for name, r in graph.symbols.items() if name in names}
     fusion = graph.create(op("fusion"), outer, {"kind": kind}, before=root, loc=root.loc, body=body)
-    graph.replace(root.results[0], fusion.result)
+    for old, new in zip(root.results, fusion.results, strict=True):
+        graph.replace(old, new)
     return fusion
 
 

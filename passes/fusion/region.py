@@ -24,6 +24,7 @@ from graphopt.passes.fusion.roles import (
     ROW_REDUCTIONS,
     SCANS,
     SCATTERS,
+    TRAINING,
     Role,
     Rows,
     is_scalar,
@@ -88,7 +89,7 @@ class Region:
         if role(root) is Role.ANCHOR:
             region.anchors.append(root)
             region.rows, region.rounding = rows_of(root), region._rounding_of(root)
-            if root.op.name in (*PRODUCTS, "attention"):
+            if root.op.name in (*PRODUCTS, "attention", *TRAINING):
                 region.kind = root.op.name
             elif root.op.name in (*SCANS, *SCATTERS):
                 region.kind = "scan" if root.op.name in SCANS else "scatter"
@@ -205,6 +206,8 @@ class Region:
             return f"a {self.kind} kernel does not read through {node.op.name}"
         if part is Role.VIEW:  # an index map; what lies below it is asked about in its turn
             return None
+        if self.kind in TRAINING:
+            return "the kernel of an attention in training computes nothing of its operands"
         if self.kind in PRODUCTS:
             return self._product_rejects(node, users, before)
         return _row_rejects(node, users, self.rows) if self.kind == "rowwise" and self.rows else None
@@ -287,6 +290,8 @@ class Region:
         if node.op.name == "attention":
             alone = self.kind == "pointwise" and all(n.op.name in ("transpose", "reshape") for n in self.members)
             reason, kind = (None if alone else "an attention's kernel does nothing behind it but writing another layout"), "attention"
+        elif self.kind in TRAINING:
+            reason, kind = "its reader is the kernel of an attention in training", self.kind
         elif node.op.name in PRODUCTS:
             reason = self._product_unfit(node, after, plain)
             kind = node.op.name

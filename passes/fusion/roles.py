@@ -33,7 +33,9 @@ ARG_REDUCTIONS = ("argmax", "argmin")
 SCANS = ("cumsum", "cumprod", "cummax", "cummin", "argcummax", "argcummin", "logcumsumexp")
 SCATTERS = ("put", "scatter")
 
-_ANCHORS = ("attention", *ARG_REDUCTIONS, *SCANS, *SCATTERS)
+TRAINING = ("attention_forward", "attention_backward")  # several results: a region of their own, with views of what they read
+
+_ANCHORS = ("attention", *TRAINING, *ARG_REDUCTIONS, *SCANS, *SCATTERS)
 
 def fusable_dtype(dtype: DType) -> bool:
     """Complex numbers, 8-bit floats (unless they are dequantized) and packed sub-byte types stay outside of regions."""

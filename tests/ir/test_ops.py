@@ -62,7 +62,8 @@ def expand_all(g: Graph) -> Graph:
     out = g.clone()
     for node in list(out.nodes()):
         if node.op.expand is not None:
-            out.replace(node.result, Rewriter(out, node).expand(node))
+            for old, new in zip(node.results, Rewriter(out, node).expand_all(node), strict=True):
+                out.replace(old, new)
             out.erase(node)
     return out
 

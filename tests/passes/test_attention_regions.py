@@ -154,3 +154,34 @@ def test_pages_are_read_by_the_kernel() -> None:
     }"""
     found, _ = fused(of_columns, Fuse())
     assert "take" not in found[-1][1]
+
+
+TRAINING = """graph @g(%x: f32[1, 40, 96], %dout: f32[1, 4, 40, 8]) -> (f32[1, 40, 4, 8], f32[1, 4, 40, 8], f32[1, 4, 40, 8]) {
+  %a: f32[1, 40, 32] = slice(%x) {axis = 2, stop = 32}
+  %b: f32[1, 40, 4, 8] = reshape(%a) {shape = [1, 40, 4, 8]}
+  %q: f32[1, 4, 40, 8] = transpose(%b) {perm = [0, 2, 1, 3]}
+  %k: f32[1, 4, 40, 8] = neg(%q)
+  %o: f32[1, 4, 40, 8], %l: f32[1, 4, 40] = attention_forward(%q, %k, %q) {scale = 0.3, causal = true}
+  %dq: f32[1, 4, 40, 8], %dk: f32[1, 4, 40, 8], %dv: f32[1, 4, 40, 8] =
+    attention_backward(%dout, %o, %l, %q, %k, %q) {scale = 0.3, causal = true}
+  %t: f32[1, 40, 4, 8] = transpose(%o) {perm = [0, 2, 1, 3]}
+  %y: f32[1, 40, 4, 8] = exp(%t)
+  %g: f32[1, 4, 40, 8] = add(%dq, %dk)
+  return %y, %g, %dv
+}"""
+
+
+def test_training_stays_whole_with_views_before_it_alone() -> None:
+    g = parse_graph(TRAINING)
+    run(g, [Expand(), Fuse()], FAST)
+    inside = {n.attrs["kind"]: [m.name for m in n.body.nodes()] for n in g.nodes() if n.name == "fusion" and len(n.results) > 1}
+    views = ["slice", "reshape", "transpose"]
+    assert inside == {name: [*views, name] for name in ("attention_forward", "attention_backward")}
+
+
+def test_training_is_expanded_where_there_is_no_kernel() -> None:
+    g = parse_graph(TRAINING)
+    ctx = run(g, [Expand()], Target("cuda", "sm_90"))
+    assert not [n for n in g.nodes() if n.name.startswith("attention")]
+    said = [r.message for r in ctx.remarks if "attention" in r.message]
+    assert said == [f"attention_{name} is expanded: its kernels are for CPUs" for name in ("forward", "backward")]

@@ -2,6 +2,7 @@
 
 from graphopt.ir.opset import (
     attention,
+    attention_training,
     composite,
     contract,
     creation,
@@ -17,6 +18,6 @@ from graphopt.ir.opset import (
 )
 
 __all__ = [
-    "attention", "composite", "contract", "creation", "normalize", "pointwise", "quantize", "reduce", "scan", "scatter", "shape",
-    "structure", "window",
+    "attention", "attention_training", "composite", "contract", "creation", "normalize", "pointwise", "quantize", "reduce", "scan",
+    "scatter", "shape", "structure", "window",
 ]  # fmt: skip

@@ -89,7 +89,7 @@ def scores_shape(q: Shape, k: Shape, v: Shape) -> Shape:
     return (*broadcast_shapes([q[:-2], _shared(q, k), _shared(q, v)]), q[-2], k[-2])
 
 
-def _infer(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
+def infer(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     p = parts(ts, attrs)
     q, k, v = p.q, p.k, p.v
     floats = [t for t in (q, k, v, p.bias, p.slopes, p.sinks) if t is not None]
@@ -147,9 +147,25 @@ def seen_pairs(attrs: Attrs, rows: Dim, keys: Dim) -> Dim:
 
 def _evaluate(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
     p = parts(xs, attrs, [x.dtype for x in xs])  # type: ignore[misc]
-    q, k, v = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (p.q, p.k, p.v))
-    k, v = (x.repeat_interleave(groups(tuple(q.shape), tuple(x.shape)), -3) if x.dim() > 2 else x for x in (k, v))
-    s = q @ k.transpose(-1, -2) * attrs["scale"]
+    s, v, keys = reference_scores(p, attrs, ctx), shared_by_heads(p, p.v), p.k.shape[-2]
+    if p.sinks is not None:
+        sinks = p.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
+        return (torch.softmax(torch.cat([s, sinks], -1), -1)[..., :-1] @ v).to(xs[0].dtype)
+    w = torch.softmax(s, -1)
+    without = {"zero": 0.0, "nan": float("nan"), "mean": 1.0 / max(keys, 1)}[attrs["empty"]]
+    w = w.masked_fill((s == float("-inf")).all(-1, keepdim=True), without)
+    return (w @ v).to(xs[0].dtype)
+
+
+def shared_by_heads(p: Parts[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Keys or values, each head as often as it is shared; halves in f32."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.repeat_interleave(groups(tuple(p.q.shape), tuple(x.shape)), -3) if x.dim() > 2 else x
+
+
+def reference_scores(p: Parts[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
+    """The scores ``[..., H, M, N]``, -inf where a key is not seen; of halves in f32."""
+    s = shared_by_heads(p, p.q) @ shared_by_heads(p, p.k).transpose(-1, -2) * attrs["scale"]
     if attrs["softcap"] is not None:
         s = attrs["softcap"] * torch.tanh(s / attrs["softcap"])
     if p.bias is not None:
@@ -160,13 +176,7 @@ def _evaluate(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> tor
         s = s + p.slopes[:, None, None] * (j - i)
     for seen in _seen_by(attrs, i, j, p.mask, ctx):
         s = s.masked_fill(~seen, float("-inf"))
-    if p.sinks is not None:
-        sinks = p.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
-        return (torch.softmax(torch.cat([s, sinks], -1), -1)[..., :-1] @ v).to(xs[0].dtype)
-    w = torch.softmax(s, -1)
-    without = {"zero": 0.0, "nan": float("nan"), "mean": 1.0 / max(keys, 1)}[attrs["empty"]]
-    w = w.masked_fill((s == float("-inf")).all(-1, keepdim=True), without)
-    return (w @ v).to(xs[0].dtype)
+    return s
 
 
 def _seen_by(attrs: Attrs, i: torch.Tensor, j: torch.Tensor, mask: torch.Tensor | None, ctx: EvalContext) -> list[torch.Tensor]:
@@ -185,7 +195,7 @@ def _seen_by(attrs: Attrs, i: torch.Tensor, j: torch.Tensor, mask: torch.Tensor 
 # expansion -------------------------------------------------------------------------------------------------------------
 
 
-def _repeated(b: Builder, x: Value, times: int) -> Value:
+def repeated(b: Builder, x: Value, times: int) -> Value:
     """Each head as many times as there are heads of queries that share it."""
     if times == 1:
         return x
@@ -196,17 +206,7 @@ def _repeated(b: Builder, x: Value, times: int) -> Value:
 
 def _expand(b: Builder, node: Node) -> Value:
     p, attrs = parts(node.operands, node.attrs), node.attrs
-    q, k, v = p.q, _repeated(b, p.k, groups(p.q.shape, p.k.shape)), _repeated(b, p.v, groups(p.q.shape, p.v.shape))
-    s = _scores(b, q, k, attrs)
-    if p.bias is not None:
-        s = b.add(s, p.bias)
-    if p.slopes is not None:
-        s = b.add(s, b.mul(b.reshape(p.slopes, shape=(*p.slopes.shape, 1, 1)), _distance(b, s, relative=p.sinks is not None)))
-    seen = _seen(b, attrs, *s.shape[-2:])
-    if p.mask is not None:
-        seen = p.mask if seen is None else b.logical_and(p.mask, seen)
-    if seen is not None:
-        s = b.where(seen, s, b.constant(_removed(s.dtype, attrs), s.dtype))
+    s, v = built_scores(b, p, attrs, relative=p.sinks is not None), repeated(b, p.v, groups(p.q.shape, p.v.shape))
     if p.sinks is not None:
         return b.matmul(_beside_sinks(b, s, p.sinks), v)  # type: ignore[no-any-return]
     weights = b.softmax(s, axis=s.type.rank - 1)
@@ -214,6 +214,19 @@ def _expand(b: Builder, node: Node) -> Value:
     if attrs["empty"] == "zero" and not whole:  # softmax gives NaN there
         weights = b.where(b.isnan(weights), b.constant(0.0, weights.dtype), weights)
     return b.matmul(weights, v)  # type: ignore[no-any-return]
+
+
+def built_scores(b: Builder, p: Parts[Value], attrs: Attrs, relative: bool) -> Value:
+    """Nodes for the scores; what is not seen is the least number of its dtype, or -inf. For ``relative`` see :func:`_distance`."""
+    s = _scores(b, p.q, repeated(b, p.k, groups(p.q.shape, p.k.shape)), attrs)
+    if p.bias is not None:
+        s = b.add(s, p.bias)
+    if p.slopes is not None:
+        s = b.add(s, b.mul(b.reshape(p.slopes, shape=(*p.slopes.shape, 1, 1)), _distance(b, s, relative)))
+    seen = _seen(b, attrs, *s.shape[-2:])
+    if p.mask is not None:
+        seen = p.mask if seen is None else b.logical_and(p.mask, seen)
+    return s if seen is None else b.where(seen, s, b.constant(_removed(s.dtype, attrs), s.dtype))  # type: ignore[no-any-return]
 
 
 def _scores(b: Builder, q: Value, k: Value, attrs: Attrs) -> Value:
@@ -270,7 +283,7 @@ def _beside_sinks(b: Builder, s: Value, sinks: Value) -> Value:
 DEFAULTS: dict[str, Any] = {"causal": False, "offset": 0, "window": None, "softcap": None, "alibi": False, "sinks": False, "empty": "zero"}
 
 define(
-    "attention", (3, 7), attrs={"scale": REQUIRED, **DEFAULTS}, infer=_infer, evaluate=_evaluate, expand=_expand,
+    "attention", (3, 7), attrs={"scale": REQUIRED, **DEFAULTS}, infer=infer, evaluate=_evaluate, expand=_expand,
     doc="softmax(scale * q k^T + bias) v over the keys that are seen; operands q [..., H, M, D], k [..., G, N, D], v [..., G, N, E], G "
     "dividing H [, bias] [, mask] [, slopes [H]] [, sinks [H]]; causal keeps column <= row + offset, window column > row + offset - window",
 )  # fmt: skip

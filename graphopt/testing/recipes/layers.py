@@ -133,6 +133,27 @@ def _attention(pool: Pool, name: str) -> Value:
                     softcap=softcap, empty=pool.pick(["zero", "mean"]), **attrs)  # fmt: skip
 
 
+@recipe("attention_forward", "attention_backward")
+def _attention_training(pool: Pool, name: str) -> Value:
+    q = pool.value(lambda v: False, lambda: TensorType(types.f32, (*pool.shape(0, 2), pool.size(), pool.size())))
+    *batch, rows, width = q.shape
+    few = [*batch[:-1], 1] if batch and isinstance(batch[-1], int) and pool.flag() else batch  # one head of keys for all
+    keys, columns = pool.size(), pool.size()
+    operands = [q, pool.input(q.dtype, (*few, keys, width)), pool.input(q.dtype, (*few, keys, columns))]
+    given = {name: bool(batch) and pool.flag(4) for name in ("alibi", "sinks")}
+    if pool.flag(3):
+        operands.append(pool.input(q.dtype, (rows, keys)))
+    if pool.flag(3):
+        operands.append(pool.input(types.b1, (rows, keys)))
+    operands += [pool.input(q.dtype, (batch[-1],)) for wanted in given.values() if wanted]
+    if name == "attention_backward":
+        result = (*batch, rows, columns)
+        operands = [*(pool.input(q.dtype, shape) for shape in (result, result, result[:-1])), *operands]
+    return pool.add(name, operands, scale=pool.pick([1.0, 0.125]), causal=pool.flag(3), offset=pool.pick([0, 0, 1]),
+                    window=pool.pick([None, None, 1, 3]), softcap=pool.pick([None, None, 2.0]), empty=pool.pick(["zero", "nan"]),
+                    **given)  # fmt: skip
+
+
 @recipe("rope")
 def _rope(pool: Pool, name: str) -> Value:
     x = pool.value(
