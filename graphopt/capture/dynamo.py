@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import clean_name
-from graphopt.compiler import compile_fx
+from graphopt.capture.training import train_attention
+from graphopt.compiler import CompiledGraph, LibraryGraph, compile_fx
 from graphopt.devices import prestart
 from graphopt.errors import UsageError
 from graphopt.options import Options
@@ -36,12 +37,17 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     label = graph_label(gm)
     static = frozen_inputs(gm, example_inputs) if chosen.freeze else {}
     names = input_names(gm)
+    trains = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+    with _disable_current_modes():
+        said = train_attention(gm, chosen) if trains else []
 
     def inference(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         return compile_graph(gm, chosen, label, inner_weights(gm, static), inner_names(gm, names))
 
     def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        return compile_graph(gm, chosen, f"{label} (forward)", {}, inner_names(gm, names))
+        compiled = compile_graph(gm, chosen, f"{label} (forward)", {}, inner_names(gm, names))
+        compiled.report.remarks[:0] = said
+        return compiled
 
     def backward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         return _undisturbed(compile_graph(gm, chosen, f"{label} (backward)", {}), "compiled by graphopt")
@@ -55,7 +61,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
 
 
 def compile_graph(gm: torch.fx.GraphModule, options: Options, label: str, weights: Mapping[int, str],
-                  inputs: Mapping[int, str] | None = None) -> Compiled:  # fmt: skip
+                  inputs: Mapping[int, str] | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
     """Compile outside of the tracer's modes: under its fake tensors, checking a pass by value would compute nothing."""
     with _disable_current_modes():
         return compile_fx(gm, weights, options, inputs=inputs, label=label)

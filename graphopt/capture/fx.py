@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from graphopt.capture import (
     aten_activation,
+    aten_attention,
     aten_create,
     aten_index,
     aten_nn,
@@ -50,7 +51,7 @@ from graphopt.ir.types import DType, TensorType
 
 PAGES = (  # importing fills the table
     aten_pointwise, aten_activation, aten_shape, aten_pad, aten_create, aten_index, aten_scatter, aten_quantize, aten_reduce, aten_scan,
-    aten_nn, aten_window,
+    aten_nn, aten_window, aten_attention,
 )  # fmt: skip
 
 _IGNORED = (  # checks of what tracing has established already
@@ -73,6 +74,23 @@ def capture_fx(gm: torch.fx.GraphModule, *, weights: Mapping[int, str] | None = 
         Uncapturable: the IR cannot hold it; names the op and the user's source line.
     """
     return _Capture(gm, weights or {}, inputs or {}, name).run()
+
+
+def capture_values(gm: torch.fx.GraphModule, name: str) -> tuple[Graph, list[Value | None]]:
+    """The graph of an FX graph, and the value of each of its outputs: None where it is no tensor. The graph has no outputs yet.
+
+    Raises:
+        Uncapturable: as :func:`capture_fx`.
+    """
+    capture = _Capture(gm, {}, {}, name)
+    outputs: list[Value | None] = []
+    for node in gm.graph.nodes:
+        if node.op != "output":
+            capture.step(node)
+            continue
+        found = [capture.env.get(n) for n in node.args[0]]
+        outputs = [v if isinstance(v, Value) else None for v in found]
+    return capture.graph, outputs
 
 
 class _Capture:

@@ -1,0 +1,324 @@
+"""Attention before autograd: what a training graph spells out becomes an operator that has a gradient of its own.
+
+AOTAutograd differentiates op by op, and so would keep the weights ``[M, N]`` of each attention for the backward. So Dynamo's graph is
+looked at first: it is traced to aten without gradients, captured, and goes through the passes up to ``recognise-attention``. Where that
+finds an attention, the node of Dynamo's graph that has its result is replaced by a call of :class:`AttentionRegion`, which computes it
+from other nodes of that graph by views, scales and ``graphopt::attention_forward``. All else stays as it was; what nobody needs any
+more AOTAutograd removes.
+
+A node of Dynamo's graph and a value of the IR belong together by the trace: all nodes' values are its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from graphopt.capture.captured import Uncapturable
+from graphopt.capture.fx import capture_values
+from graphopt.devices import choose_target
+from graphopt.ir import Listener, Trait, dims, types
+from graphopt.ir.dims import Dim
+from graphopt.ir.graph import Graph, Node, Value, copy_nodes
+from graphopt.ir.interpreter import evaluate_node
+from graphopt.ir.ops import EvalContext
+from graphopt.ir.opset.attention import parts, sees_a_key
+from graphopt.options import Options
+from graphopt.pass_manager import PassContext, run_passes
+from graphopt.passes.pipelines import default_pipeline, edit_pipeline
+from graphopt.remarks import Remark
+from graphopt.trained_attention import ATTRS
+
+NAME = "train-attention"
+_LAST = "recognise-attention"
+_THROUGH = ("reshape", "transpose", "broadcast_to", "cast")  # what may lie between an attention and a node that has its result
+_HINTS = ("softmax", "scaled_dot_product_attention", "exp")
+
+
+def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
+    """Put operators with a gradient in the place of the attentions of a Dynamo graph, which is changed.
+
+    Returns:
+        What was found, and why what was not replaced was not.
+    """
+    if options.backend == "eager" or not _worth_a_look(gm):
+        return []
+    try:
+        nodes, graph, values = _capture(gm)
+    except Uncapturable as error:
+        return [Remark("missed", NAME, NAME, f"attention is not looked for: {error}")]
+    ctx = PassContext(target=choose_target(torch.device("cpu"), options))
+    pipeline = edit_pipeline(default_pipeline(), options.pipeline)
+    names = [p.name for p in pipeline]
+    if _LAST not in names:
+        return []
+    places = _Places(graph, values)
+    run_passes(graph, pipeline[: names.index(_LAST) + 1], ctx)
+    said = [r for r in ctx.remarks if r.pass_name == _LAST and r.kind == "missed"]
+    ctx.pass_name = NAME
+    known = [(n, v) for n, v in zip(nodes, places.values, strict=True) if v is not None and (v.producer is None or not v.producer.erased)]
+    for attention in [n for n in graph.nodes() if n.name == "attention"]:
+        found = _replacement(attention, known, _changed_in_place(gm))
+        if isinstance(found, str):
+            ctx.missed(NAME, f"its gradient goes through the weights of all pairs: {found}", attention)
+            continue
+        if found is not None:
+            found.put_into(gm)
+            ctx.passed(NAME, "the backward computes the weights again, in tiles", attention)
+    return said + [r for r in ctx.remarks if r.pass_name == NAME]
+
+
+def _worth_a_look(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph for the CPU has a softmax, or something that may be a part of one."""
+    fakes = [n.meta.get("example_value") for n in gm.graph.nodes]
+    on_cpu = all(x.device.type == "cpu" for x in fakes if isinstance(x, torch.Tensor))
+    named = (str(getattr(n.target, "__name__", n.target)) for n in gm.graph.nodes)
+    return on_cpu and any(hint in name for name in named for hint in _HINTS)
+
+
+# --- from Dynamo's graph to the IR -----------------------------------------------------------------------------------
+
+
+def _capture(gm: torch.fx.GraphModule) -> tuple[list[torch.fx.Node], Graph, list[Value | None]]:
+    """Dynamo's nodes that are tensors, the IR graph whose outputs are those of Dynamo's, and the nodes' values in it."""
+    fakes = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
+    mode = next((x.fake_mode for x in fakes if isinstance(x, FakeTensor)), None)  # Dynamo's own, not the one for AOTAutograd
+    if mode is None or any(x is None for x in fakes):
+        raise Uncapturable("Dynamo's graph has no example values")
+    nodes: list[torch.fx.Node] = []
+
+    def run(*args: Any) -> list[torch.Tensor]:
+        interpreter = torch.fx.Interpreter(gm, garbage_collect_values=False)
+        interpreter.run(*args)
+        env = interpreter.env
+        nodes[:] = [n for n in gm.graph.nodes if n.op != "output" and isinstance(env.get(n), torch.Tensor)]
+        return [env[n] for n in nodes]
+
+    try:
+        with mode, torch.no_grad(), traceback.preserve_node_meta():
+            traced = make_fx(torch.func.functionalize(run, remove="mutations"))(*fakes)
+    except Exception as error:  # whatever a user's operator, a higher-order operator or a guard may raise: training goes on without
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Uncapturable(f"the graph cannot be traced without gradients: {reason}") from error
+    graph, values = capture_values(traced, "before_autograd")
+    of = dict(zip(nodes, values, strict=True))
+    outputs = [of.get(n) for n in gm.graph.output_node().all_input_nodes]
+    graph.set_outputs([v for v in outputs if v is not None])
+    return nodes, graph, values
+
+
+class _Places(Listener):
+    """Values, followed through rewrites."""
+
+    def __init__(self, graph: Graph, values: Sequence[Value | None]) -> None:
+        self.values = list(values)
+        self._of: dict[Value, list[int]] = {}
+        for i, v in enumerate(values):
+            if v is not None:
+                self._of.setdefault(v, []).append(i)
+        graph.listeners.append(self)
+
+    def replaced(self, old: Value, new: Value) -> None:
+        moved = self._of.pop(old, [])
+        for i in moved:
+            self.values[i] = new
+        if moved:
+            self._of.setdefault(new, []).extend(moved)
+
+
+_AUGMENTED = tuple(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor", "mod"))
+
+
+def _changed_in_place(gm: torch.fx.GraphModule) -> set[int]:
+    """The storages that a node of Dynamo's graph writes into."""
+    written: list[Any] = []
+    for n in gm.graph.nodes:
+        name = str(getattr(n.target, "__name__", n.target))
+        writes = name in ("setitem", *_AUGMENTED) or (name.endswith("_") and not name.endswith("__")) or n.kwargs.get("inplace") is True
+        written += [*(n.all_input_nodes[:1] if writes else ()), n.kwargs.get("out")]
+    return {_storage(n) for n in written if isinstance(n, torch.fx.Node)}
+
+
+def _storage(node: torch.fx.Node) -> int:
+    x = node.meta.get("example_value")
+    return x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else 0
+
+
+# --- one attention ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Replacement:
+    """What computes the value of a node: a region, and the nodes that it reads."""
+
+    node: torch.fx.Node
+    region: AttentionRegion
+    reads: list[torch.fx.Node]
+
+    def put_into(self, gm: torch.fx.GraphModule) -> None:
+        name = next(n for i in range(len(gm.graph.nodes)) if not hasattr(gm, n := f"graphopt_attention_{i}"))
+        gm.add_submodule(name, self.region)
+        with gm.graph.inserting_after(self.node):
+            call = gm.graph.call_module(name, tuple(self.reads))
+        call.meta = dict(self.node.meta)
+        self.node.replace_all_uses_with(call)
+        gm.recompile()
+
+
+def _replacement(attention: Node, known: Sequence[tuple[torch.fx.Node, Value]], changed: set[int]) -> _Replacement | str | None:
+    """What takes the place of an attention in Dynamo's graph; why nothing does; None if there is nothing to gain."""
+    usable = [(n, v) for n, v in known if _storage(n) not in changed]
+    has_result = set(_below(attention.result))
+    results = [(n, v) for n, v in usable if v in has_result and n.op != "placeholder"]
+    if not results:
+        return "its result is changed in place, or is no value of the traced code"
+    node, value = results[0]
+    before: dict[Value, torch.fx.Node] = {}
+    for n, v in takewhile(lambda p: p[0] is not node, usable):
+        before.setdefault(v, n)
+    members = _members(value, before)
+    if isinstance(members, str):
+        return members
+    reads = {v: before[v] for n in members for v in n.operands if v in before}
+    if not any(n.meta["example_value"].requires_grad for n in reads.values()):
+        return None
+    if (why := _unfit(attention, members, before)) is not None:
+        return why
+    region = Graph("region", attention.graph.symbols)
+    mapping: dict[Value, Value] = {v: region.add_input(v.type.logical) for v in reads}
+    copy_nodes(members, mapping, region)
+    region.set_outputs([mapping[value]])
+    fake = node.meta["example_value"]
+    order = sorted(range(fake.dim()), key=fake.stride, reverse=True)
+    bare = {d for v in region.inputs for d in v.shape if isinstance(d, sympy.Symbol)}
+    if any(dims.symbol(s) not in bare for s in dims.free_symbols(_sizes(region))):
+        return "a size of it is no size of what it reads"
+    return _Replacement(node, AttentionRegion(region, order), list(reads.values()))
+
+
+def _below(v: Value) -> Iterator[Value]:
+    """A value, and what shows it through views alone."""
+    yield v
+    for user in v.users:
+        if user.name in _THROUGH:
+            yield from _below(user.result)
+
+
+def _members(value: Value, before: dict[Value, torch.fx.Node]) -> list[Node] | str:
+    """The nodes, in order, that make a value of those known before; or why there are none."""
+    found: dict[Node, None] = {}
+    waiting = [value]
+    while waiting:
+        v = waiting.pop()
+        node = v.producer
+        if v in before or (node is not None and node in found):
+            continue
+        if node is None:
+            return "it reads a tensor of the traced code's own"
+        if not (node.name == "attention" or node.op.has(Trait.POINTWISE, Trait.VIEW, Trait.CREATION) or node.name in ("concat", "pad")):
+            return f"{node.name} would have to be computed again"
+        found[node] = None
+        waiting += node.operands
+    if sum(n.name == "attention" for n in found) != 1:
+        return "another attention would have to be computed again"
+    return [n for n in value.producer.graph.nodes() if n in found]  # type: ignore[union-attr]
+
+
+def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, torch.fx.Node]) -> str | None:
+    """Why the operator with a gradient does not compute an attention; None if it does."""
+    p, attrs, symbols = parts(attention.operands, attention.attrs), attention.attrs, attention.graph.symbols
+    if attention.result.dtype != types.f32:
+        return f"it is of {attention.result.dtype}, and the kernels are for f32"
+    if any(d == 0 for v in attention.operands for d in v.shape):
+        return "it has no elements"
+    if not isinstance(p.q.shape[-1], int) or not isinstance(p.v.shape[-1], int):
+        return "heads of unknown size"
+    for name, v in (("bias", p.bias), ("slopes", p.slopes), ("sinks", p.sinks)):
+        if v is not None and any(n.meta["example_value"].requires_grad for n in _sources(v, before)):
+            return f"its {name} needs a gradient, too"
+    if p.q.type.rank != p.k.type.rank or p.k.type.rank != p.v.type.rank or p.q.type.rank < 3:
+        return "queries, keys and values of different ranks"
+    if not _same_heads(p.k, p.v, p.q):
+        return "keys and values of other heads"
+    sees = p.bias is None and p.mask is None and sees_a_key(attrs, p.q.shape[-2], p.k.shape[-2], symbols)
+    return None if sees or attrs["empty"] != "mean" else "a row may see no key, and is the mean of all values then"
+
+
+def _same_heads(k: Value, v: Value, q: Value) -> bool:
+    return dims.same(k.shape[-3], v.shape[-3]) or all(x.shape[-3] == 1 or dims.same(x.shape[-3], q.shape[-3]) for x in (k, v))
+
+
+def _sources(v: Value, before: dict[Value, torch.fx.Node]) -> list[torch.fx.Node]:
+    """The nodes of Dynamo's graph that a value is made of."""
+    if v in before:
+        return [before[v]]
+    return [n for x in v.producer.operands for n in _sources(x, before)] if v.producer is not None else []
+
+
+def _sizes(graph: Graph) -> list[Dim]:
+    """All sizes in a graph."""
+    of_results = [d for n in graph.nodes() for r in n.results for d in r.shape]
+    return [*of_results, *(a for n in graph.nodes() for a in n.attrs.values() if isinstance(a, sympy.Expr))]
+
+
+# --- what is called in its place --------------------------------------------------------------------------------------
+
+
+class AttentionRegion(torch.nn.Module):
+    """Computes a graph of views, scales and one attention, by torch operators that autograd can trace.
+
+    Args:
+        graph: its inputs are the call's arguments; one output.
+        order: the output's axes by their strides, the largest first: what follows may make views that need them.
+    """
+
+    def __init__(self, graph: Graph, order: Sequence[int]) -> None:
+        super().__init__()
+        self.graph, self.order = graph, list(order)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        env = dict(zip(self.graph.inputs, inputs, strict=True))
+        ctx = _TracedSizes(self.graph, inputs)
+        for node in self.graph.nodes():
+            operands = [env[v] for v in node.operands]
+            results = [_call(node, operands, ctx)] if node.name == "attention" else evaluate_node(node, operands, ctx)
+            env.update(zip(node.results, results, strict=True))
+        places = [self.order.index(i) for i in range(len(self.order))]
+        return env[self.graph.outputs[0]].permute(self.order).contiguous().permute(places)
+
+
+class _TracedSizes(EvalContext):
+    """Sizes bound to those of tensors that are traced, which may be symbolic to PyTorch, too."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+        sizes = [(d, n) for v, x in zip(graph.inputs, inputs, strict=True) for d, n in zip(v.shape, x.shape, strict=True)]
+        super().__init__({d.name: n for d, n in sizes if isinstance(d, sympy.Symbol)})
+
+    def dim(self, d: Dim) -> int:
+        if isinstance(d, int):
+            return d
+        names = dims.free_symbols([d])
+        compute: Callable[..., int] = sympy.lambdify(names, d, modules=[{"FloorDiv": lambda a, b: a // b}, "math"])
+        return compute(*(self.bindings[n] for n in names))
+
+
+def _call(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) -> torch.Tensor:
+    """The operator, of queries with all batches and heads, and of keys and values with all batches."""
+    p = parts(operands, node.attrs, [v.dtype for v in node.operands])
+    lead = ctx.shape(node.result.shape[:-2])
+    q = p.q.expand(*lead, *p.q.shape[-2:])
+    own = dims.same(node.operands[1].shape[-3], node.operands[2].shape[-3])
+    k, v = (x.expand(*lead[:-1], x.shape[-3] if own else lead[-1], *x.shape[-2:]) for x in (p.k, p.v))
+    attrs = {n: node.attrs[n] for n in ATTRS}
+    attrs |= {"offset": ctx.dim(attrs["offset"]), "window": None if attrs["window"] is None else ctx.dim(attrs["window"])}
+    attrs["empty"] = "zero" if attrs["empty"] == "mean" else attrs["empty"]  # a mean only where every row is proven to see a key
+    out, _ = torch.ops.graphopt.attention_forward(q, k, v, p.bias, p.mask, p.slopes, p.sinks, *attrs.values())
+    return out

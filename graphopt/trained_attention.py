@@ -1,0 +1,79 @@
+"""Attention as an operator with a gradient: ``graphopt::attention_forward``, whose backward is ``graphopt::attention_backward``.
+
+Put into a graph before autograd looks at it, it keeps queries, keys, values, the result and one number a row for the backward, in the
+place of weights ``[M, N]``. The IR has ops of the same names (:mod:`graphopt.ir.opset.attention_training`); a call in eager is their
+reference evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphopt.ir.ops import OPS, EvalContext
+from graphopt.ir.opset.attention import Parts
+
+Optional = torch.Tensor | None
+
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks"
+_ATTRS = "float scale, bool causal, SymInt offset, SymInt? window, float? softcap, str empty"
+ATTRS = ("scale", "causal", "offset", "window", "softcap", "empty")
+
+_LIBRARY = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(f"attention_forward({_OPERANDS}, {_ATTRS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_LIBRARY.define(f"attention_backward(Tensor dout, Tensor out, Tensor lse, {_OPERANDS}, {_ATTRS}) -> (Tensor, Tensor, Tensor)")  # type: ignore[no-untyped-call]
+
+
+def attributes(p: Parts[Any], values: Sequence[Any]) -> dict[str, Any]:
+    """The attributes of the IR op, of the operator's last arguments."""
+    return {**dict(zip(ATTRS, values, strict=True)), "alibi": p.slopes is not None, "sinks": p.sinks is not None}
+
+
+def given(p: Parts[Any]) -> list[Any]:
+    """The operands that there are."""
+    return [x for x in (p.q, p.k, p.v, p.bias, p.mask, p.slopes, p.sinks) if x is not None]
+
+
+def _evaluate(name: str, before: Sequence[torch.Tensor], args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    p = Parts(*args[:7])
+    evaluate = OPS[name].evaluate
+    assert evaluate is not None
+    results = evaluate([*before, *given(p)], attributes(p, args[7:]), EvalContext({}))
+    return tuple(x.contiguous() for x in results)
+
+
+def attention_forward(*args: Any) -> tuple[torch.Tensor, ...]:
+    return _evaluate("attention_forward", (), args)
+
+
+def attention_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    return _evaluate("attention_backward", (dout, out, lse), args)
+
+
+def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1])
+
+
+def _fake_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                   *_: Any) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.attrs = inputs[7:]
+
+
+def _backward(ctx: Any, dout: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    out, lse, *operands = ctx.saved_tensors
+    found = torch.ops.graphopt.attention_backward(dout, out, lse, *operands, *ctx.attrs)
+    return (*found, *[None] * (len(operands) - 3 + len(ATTRS)))
+
+
+_LIBRARY.impl("attention_forward", attention_forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("attention_backward", attention_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("graphopt::attention_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("graphopt::attention_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("graphopt::attention_forward", _backward, setup_context=_setup, lib=_LIBRARY)

@@ -1,0 +1,194 @@
+"""Attention in training: found before autograd, its gradients against f64 with eager's own error as the yardstick; and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from graphopt import clear_reports, reports
+from graphopt.capture.training import train_attention
+from graphopt.options import Options
+from graphopt.remarks import Remark
+
+Fn = Callable[..., torch.Tensor]
+B, H, M, D = 2, 4, 9, 8
+
+
+def x(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def qkv(m: int = M, n: int = M, shared: int = H) -> list[torch.Tensor]:
+    return [x(B, H, m, D), x(B, shared, n, D, seed=1), x(B, shared, n, D, seed=2)]
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) / D**0.5, -1) @ v
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    return torch.softmax((q @ k.transpose(-1, -2) * 0.3).masked_fill(hidden, float("-inf")), -1) @ v
+
+
+def spelled_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    s = torch.einsum("bhid,bhjd->bhij", q, k)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return torch.einsum("bhij,bhjd->bihd", e / e.sum(-1, keepdim=True), v)
+
+
+def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+    s = torch.where((j <= i) & (j > i - 3), q @ k.transpose(-1, -2), float("-inf"))
+    return F.softmax(s, dim=-1) @ v
+
+
+def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.softmax(2.0 * torch.tanh(q @ k.transpose(-1, -2) / 2.0), dim=-1) @ v
+
+
+def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return causal(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+
+def projected(y: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """A layer: one product for queries, keys and values, heads of it, and a product behind."""
+    q, k, v = (y @ w).view(B, M, 3, H, D).permute(2, 0, 3, 1, 4)
+    return causal(q, k, v).transpose(1, 2).reshape(B, M, H * D) @ out
+
+
+def transposed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The result is ``[D, M]`` in memory, which the view needs."""
+    return (v.transpose(-1, -2) @ torch.softmax(q @ k.transpose(-1, -2), -1).transpose(-1, -2)).view(B, H * D, M)
+
+
+def blind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+CASES: dict[str, tuple[Fn, Sequence[torch.Tensor]]] = {
+    "naive": (naive, qkv()),
+    "cross": (naive, qkv(n=13)),
+    "causal": (causal, qkv()),
+    "spelled out": (spelled_out, qkv()),
+    "window": (window, qkv()),
+    "soft cap": (capped, qkv()),
+    "shared heads": (repeated, qkv(shared=2)),
+    "keys of one batch": (naive, [x(B, H, M, D), x(1, H, M, D), x(1, H, M, D, seed=1)]),
+    "library": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2), qkv()),
+    "library, shared heads": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), qkv(shared=2)),
+    "library, a mask": (blind, [*qkv(), (torch.arange(M) < 6)[None]]),
+    "library, a row that sees nothing": (blind, [*qkv(), (x(M, M) < 0.5) & (torch.arange(M)[:, None] != 4)]),
+    "a bias without a gradient": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + (b != 0) * 0.3, -1) @ v, [*qkv(), x(M, M)]),
+    "a result that lies otherwise": (transposed, qkv()),
+    "a layer": (projected, [x(B, M, 24), x(24, 3 * H * D), x(H * D, 16)]),
+}
+
+
+def compiled(fn: Fn, said: list[Remark], **kwargs: Any) -> Fn:
+    """Dynamo's graph after :func:`train_attention`, run as it is: operators of attention by their reference."""
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        said.extend(train_attention(gm, Options()))
+        return gm.forward
+
+    torch._dynamo.reset()
+    return torch.compile(fn, backend=backend, **kwargs)
+
+
+def gradients(fn: Fn, inputs: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """The result, and gradients by all floats."""
+    given = [t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
+    y = fn(*given)
+    y.backward(x(*y.shape, seed=9).to(dtype))
+    return [y.detach(), *(t.grad for t in given if t.grad is not None)]
+
+
+def judge(got: Sequence[torch.Tensor], fn: Fn, inputs: Sequence[torch.Tensor]) -> None:
+    for mine, own, true in zip(got, gradients(fn, inputs), gradients(fn, inputs, torch.float64), strict=True):
+        limit = 4 * (own - true).abs().max() + 8 * torch.finfo(torch.float32).eps * max(1.0, float(true.abs().max()))
+        assert float((mine - true).abs().max()) <= limit, (mine - true).abs().max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name: str) -> None:
+    fn, inputs = CASES[name]
+    said: list[Remark] = []
+    got = gradients(compiled(fn, said), inputs)
+    assert [r.kind for r in said] == ["passed"], [str(r) for r in said]
+    judge(got, fn, inputs)
+
+
+def test_a_symbolic_length() -> None:
+    said: list[Remark] = []
+    fn = compiled(causal, said)
+    for m in (M, 13, 21):  # the second length makes Dynamo take it for a symbol
+        judge(gradients(fn, qkv(m, m)), causal, qkv(m, m))
+    assert [r.kind for r in said] == ["passed"] * 2, [str(r) for r in said]
+
+
+def test_weights_of_all_pairs_are_not_kept() -> None:
+    said: list[Remark] = []
+    shapes: list[torch.Size] = []
+    fn = compiled(causal, said)
+    q, k, v = (t.requires_grad_() for t in qkv(33, 33))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        y = torch.ops.graphopt.attention_forward(q, k, v, None, None, None, None, 0.3, True, 0, None, None, "zero")[0]
+    assert all(s[-2:] != (33, 33) for s in shapes) and shapes
+    assert torch.allclose(y, fn(q, k, v), atol=1e-5)
+
+
+def in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    y = naive(q, k, v)
+    y += 1.0
+    return y
+
+
+def dropped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.dropout(torch.softmax(q @ k.transpose(-1, -2), -1), 0.2, training=True) @ v
+
+
+def with_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    w = torch.softmax(q @ k.transpose(-1, -2), -1)
+    return torch.cat([w @ v, w], -1)
+
+
+DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
+    "bias": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + b, -1) @ v, [*qkv(), x(M, M)], "its bias needs a gradient"),
+    "half": (lambda *a: causal(*(t.bfloat16() for t in a)), qkv(), "it is of bf16"),
+    "in place": (in_place, qkv(), "changed in place"),
+    "dropout": (dropped, qkv(), "dropout"),
+    "mean": (lambda q, k, v, b: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(b > 0, -1e30), -1) @ v, [*qkv(), x(M, M) > 0],
+             "a row may see no key"),
+    "weights are a result": (with_weights, qkv(), "read elsewhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_declined(name: str) -> None:
+    fn, inputs, reason = DECLINED[name]
+    said: list[Remark] = []
+    compiled(fn, said)(*(t.clone().requires_grad_(t.is_floating_point()) for t in inputs)).sum().backward()
+    assert said and all(r.kind == "missed" for r in said) and any(reason in r.message for r in said), [str(r) for r in said]
+
+
+def test_nothing_is_done_where_nothing_needs_a_gradient() -> None:
+    said: list[Remark] = []
+    fn = compiled(lambda q, k, v, w: naive(q, k, v) * w, said)
+    fn(*qkv(), x(D).requires_grad_()).sum().backward()
+    assert not said
+
+
+def test_kernels_of_a_training_step() -> None:
+    pytest.importorskip("tvm_ffi")
+    torch._dynamo.reset()
+    clear_reports()
+    judge(gradients(torch.compile(repeated, backend="graphopt"), qkv(shared=2)), repeated, qkv(shared=2))
+    forward, backward = reports()
+    assert not forward.fallbacks and not backward.fallbacks
+    assert "attention_forward" in forward.text_after and "attention_backward" in backward.text_after
+    assert any(r.pass_name == "train-attention" and r.kind == "passed" for r in forward.remarks)
