@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from graphopt.gptq import Hessian
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantized_linear import grid_of, in_groups, off_grid, on_grid, pack_rows
+from graphopt.quantized_linear import grid_of, in_groups, off_grid, on_grid, packed_rows
 
 FRACTIONS = tuple(1 - i / 20 for i in range(11))  # of a range
 
@@ -38,7 +38,7 @@ def round_clipped(weight: torch.Tensor, hessian: Hessian, scheme: Scheme,
         least, scales = torch.where(better, lost, least), torch.where(better, tried, scales)
         if zeros is not None and points is not None:
             zeros = torch.where(better, points, zeros)
-    return pack_rows(on_grid(rows, scales, zeros, scheme).flatten(1), scheme.bits, signed=zeros is None), scales, zeros
+    return packed_rows(on_grid(rows, scales, zeros, scheme).flatten(1), scheme, signed=zeros is None), scales, zeros
 
 
 def _blocks(matrix: torch.Tensor, groups: int, size: int) -> torch.Tensor:

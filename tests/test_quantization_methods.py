@@ -325,6 +325,13 @@ def test_rows_to_try_scales_on_are_held_out() -> None:
     assert single.rows.tolist() == [[1.0, 1.0]] and single.rest.tolist() == [1.0, 1.0]
 
 
+def test_floats_are_stored_as_floats_by_any_method() -> None:
+    scheme, w, x = Scheme.parse("fp8-e4m3-weight-g64"), torch.randn(40, 150, generator=torch.Generator().manual_seed(1)), rows(600, 150)
+    nearest = lost(quantize_groups(w, scheme), w, x, 8)
+    for parts in (round_clipped(w, hessian(x), scheme), round_weight(w, hessian(x), scheme)):
+        assert parts[0].dtype == torch.float8_e4m3fn and lost(parts, w, x, 8) < 1.01 * nearest
+
+
 @pytest.mark.parametrize("name", ["int4-weight", "int4-weight-g32-zp", "int2-weight"])
 @pytest.mark.parametrize("k", [160, 301])
 def test_clipping_is_better_than_a_whole_range(name: str, k: int) -> None:

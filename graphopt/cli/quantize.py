@@ -20,7 +20,7 @@ from graphopt.quantization import ledger_of, quantize
 def quantize_command(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="file.py:factory, module:factory, or a built-in model.")],
-    scheme: Annotated[str, typer.Option(help="int8-, int4- or int2-weight, with -g32, -g128, -zp; int8-dynamic, -static.")] = "int8-weight",
+    scheme: Annotated[str, typer.Option(help="int8-, int4-weight, with -g32, -zp; fp8-e4m3-weight; int8-dynamic ...")] = "int8-weight",
     method: Annotated[str, typer.Option(help="rtn (to the nearest), gptq, smoothquant, awq or split.")] = "rtn",
     calibration: Annotated[str | None, typer.Option(help="file.py:factory of calls to look at; the example inputs otherwise.")] = None,
     observer: Annotated[str, typer.Option(help="Ranges of a static scheme: minmax, percentile, mse, entropy.")] = "minmax",
