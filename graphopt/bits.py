@@ -249,7 +249,8 @@ def plot(front: Front, file: Any) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 0.22 * len(front.options) + 4), constrained_layout=True)
+    names = list(dict.fromkeys(o.names for o in front.options))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 0.25 * len(names) + 4), constrained_layout=True)
     scale, unit = (1e6, "us") if front.unit == "seconds" else (1e-6, "MB")
     judged = [p for p in front.points if p.loss is not None]
     left.plot([p.saved * scale for p in judged], [100 * (p.loss or 0.0) for p in judged], "o-", color="#0f75bc", label="judged")
@@ -259,16 +260,16 @@ def plot(front: Front, file: Any) -> None:
     left.plot(taken.saved * scale, 100 * (taken.loss or 0.0), "*", color="#c1272d", markersize=14, label="taken")
     left.axhline(100 * front.budget, color="black", linewidth=0.8)
     left.set(xlabel=f"saved, {unit}", ylabel="metric moved, %", title=f"within {front.budget:.2%} (the line)")
+    left.set_yscale("symlog", linthresh=100 * front.budget or 1.0)
     left.legend()
     left.grid(alpha=0.3)
     schemes = list(dict.fromkeys(o.scheme for o in front.options))
-    names = list(dict.fromkeys(o.names for o in front.options))
     for i, s in enumerate(schemes):
         mine = [o for o in front.options if o.scheme == s]
         right.barh([names.index(o.names) + 0.8 * (i + 0.5) / len(schemes) for o in mine], [100 * o.loss for o in mine],
                    height=0.8 / len(schemes), label=s)  # fmt: skip
     right.set_yticks([i + 0.4 for i in range(len(names))], [", ".join(n) for n in names], fontsize=6)
-    right.invert_yaxis()
+    right.set_ylim(len(names), 0)
     spread = "log" if any(o.loss for o in front.options) else "linear"
     right.set(xlabel="metric moved by this layer alone, %", title="sensitivity", xscale=spread)
     right.legend()

@@ -57,7 +57,7 @@ class Ledger:
     """What a quantization did.
 
     Attributes:
-        scheme: as asked for.
+        scheme: as asked for; of schemes by layer, how many layers each was given to.
         entries: a weight each, in the model's order.
         seconds, float_seconds: of a whole run on the example inputs, in the end and before; None if nothing was measured.
         output_error: of the model's first output.

@@ -6,6 +6,7 @@ and each kernel is timed against the float kernel that it replaces. What became 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from graphopt.errors import GraphoptError, UsageError, nearest
 from graphopt.gptq import Hessian, round_weight
 from graphopt.ledger import Entry, Ledger
 from graphopt.ledger_times import RUNS, measure_times
-from graphopt.linears import left_in_float, linears_of, replaced, schemes_of, smooth_of, weight_of
+from graphopt.linears import FLOAT, left_in_float, linears_of, replaced, schemes_of, smooth_of, weight_of
 from graphopt.model import compile
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantized_linear import QuantizedLinear, quantize_groups
@@ -84,7 +85,8 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     linears = linears_of(model)
     made = _rounded(model, {n: linears[n] for n in schemes}, schemes, method, samples, told)
     _set_steps(model, linears, made, samples, observer, told, left)
-    said = scheme if isinstance(scheme, str) else ", ".join(f"{pattern}: {s}" for pattern, s in scheme.items())
+    counts = Counter(m.scheme for m in made.values())
+    said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
     ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()])
     entries = {e.name: e for e in ledger.entries}
     result = replaced(model, made)
