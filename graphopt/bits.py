@@ -203,13 +203,12 @@ def _floats(out: Any) -> torch.Tensor:
 def _options(ledgers: Mapping[str, Ledger], measure: bool) -> list[Option]:
     """Each set of layers in each scheme, where that saves something; sensitivities are not known yet."""
     entries = {s: {e.name: e for e in ledger.entries if e.quantized} for s, ledger in ledgers.items()}
-    names = dict.fromkeys(n for found in entries.values() for n in found)
     sets = families([e.together if measure and e.together else (e.name,) for found in entries.values() for e in found.values()])
     out = []
     for s, found in entries.items():
         for members in sets:
             these = [found[n] for n in members if n in found]
-            if not these or any(n not in names for n in members):
+            if not these:
                 continue
             pairs = dict.fromkeys((e.together, e.float_seconds or 0.0, e.seconds or 0.0) for e in these)  # a kernel each, once
             saved = sum(a - b for _, a, b in pairs) if measure else float(sum(e.float_bytes - e.bytes for e in these))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def test_layers_of_one_kernel_are_chosen_together() -> None:
 
     ledger = Ledger("s", [entry("a", 2.0, ("a", "b")), entry("b", 2.0, ("a", "b")), entry("c", 6.0, ("c",))])
     assert _options({"s": ledger}, True) == [Option(("a", "b"), "s", 3.0, 0.0)]  # once; c is slower
+    kept = Ledger("s", [replace(ledger.entries[0], verdict="left: as asked"), *ledger.entries[1:]])
+    assert _options({"s": kept}, True) == [Option(("b",), "s", 3.0, 0.0)]
     assert [(o.names, o.saved) for o in _options({"s": ledger}, False)] == [(("a",), 12.0), (("b",), 12.0), (("c",), 12.0)]
 
 
