@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 WHEN_ASKED = ("attention_forward", "attention_backward")  # large, and of training alone
 
 
-def make_graph(chooser: Chooser, ops: Sequence[str] | None, max_nodes: int, symbolic: bool, fusion: bool) -> Graph:
+def make_graph(chooser: Chooser, ops: Sequence[str] | None, max_nodes: int, symbolic: bool, fusion: bool,
+               also: Sequence[Callable[[Pool], None]] = ()) -> Graph:  # fmt: skip
     """A random graph by a chooser's decisions; see :func:`random_graph`."""
     pool = Pool(chooser, symbolic)
     names = [n for n in RECIPES if (n not in WHEN_ASKED if ops is None else n in ops)]
     for _ in range(chooser.integer(1, max_nodes)):
         _step(pool, names, ops is None)
+    for idiom in also:
+        idiom(pool)
     made = [v for v in pool.values if v.producer is not None] or pool.values
     outputs = [made[-1], *(pool.pick(pool.values) for _ in range(chooser.integer(0, 2)))]
     pool.graph.set_outputs(outputs)
@@ -45,7 +48,8 @@ def _step(pool: Pool, names: Sequence[str], idioms: bool) -> None:
         RECIPES[name](pool, name)
 
 
-def random_graph(seed: int, *, ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False) -> Graph:
+def random_graph(seed: int, *, ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False,
+                 also: Sequence[Callable[[Pool], None]] = ()) -> Graph:  # fmt: skip
     """One random well-typed graph.
 
     Args:
@@ -54,8 +58,9 @@ def random_graph(seed: int, *, ops: Sequence[str] | None = None, max_nodes: int 
         max_nodes: draws at most; a draw may make a few nodes (an op and a constant operand).
         symbolic: whether sizes may contain the symbols B and S.
         fusion: put a chain of pointwise nodes into a ``fusion`` node, where there is one.
+        also: idioms that the graph has at its end.
     """
-    return make_graph(Seeded(seed), ops, max_nodes, symbolic, fusion)
+    return make_graph(Seeded(seed), ops, max_nodes, symbolic, fusion, also)
 
 
 def graphs(ops: Sequence[str] | None = None, max_nodes: int = 12, symbolic: bool = True, fusion: bool = False) -> SearchStrategy[Graph]:

@@ -1,5 +1,6 @@
 """Attention, found by what it means."""
 
+from graphopt.passes.attention.linear import LinearAttention
 from graphopt.passes.attention.recognise import RecogniseAttention
 
-__all__ = ["RecogniseAttention"]
+__all__ = ["LinearAttention", "RecogniseAttention"]

@@ -11,6 +11,7 @@ from graphopt.pass_manager import PASSES, PassContext, make_pass, parse_pipeline
 from graphopt.passes.pipelines import default_pipeline
 from graphopt.target import Target, detect
 from graphopt.testing import check_settled, random_graph
+from graphopt.testing.recipes.idioms import linear_attention
 from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
@@ -26,11 +27,12 @@ ON_A_GPU = ("split-reductions",)  # passes that do nothing elsewhere
 OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
     "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
 }  # fmt: skip
+ALSO = {"linear-attention": (linear_attention,)}  # what a pass looks for, where chance alone seldom makes it
 
 
 def check_on(name: str, seed: int) -> bool:
     """Check a pass on one random graph; whether it fired. Graphs that the pass does not take are left out."""
-    g = random_graph(seed, max_nodes=10, symbolic=seed % 3 != 0, fusion=seed % 4 == 3)
+    g = random_graph(seed, max_nodes=10, symbolic=seed % 3 != 0, fusion=seed % 4 == 3, also=ALSO.get(name, ()))
     for earlier in FIRST.get(name, ()):
         make_pass(earlier).run(g, PassContext(target=detect()))
     target = Target.from_name("cuda:sm_90") if name in ON_A_GPU else detect()

@@ -91,6 +91,15 @@ def _tied(pool: Pool) -> None:
     pool.add("matmul", [x, pool.builder.transpose(w, (1, 0))])
 
 
+def linear_attention(pool: Pool) -> None:
+    """Attention without a softmax, as N x N scores, which are divided by their sums."""
+    length, size = pool.pick([pool.size(), 40]), pool.static_size()
+    q, k, v = (pool.input(types.f32, (length, size), keep=False) for _ in range(3))
+    scores = pool.add("matmul", [pool.add("sigmoid", [q]), pool.builder.transpose(pool.add("sigmoid", [k]), (1, 0))])
+    weights = pool.builder.div(scores, pool.builder.sum(scores, axes=(1,), keepdims=True)) if pool.flag() else scores
+    pool.add("matmul", [weights, v])
+
+
 def _resized(pool: Pool) -> None:
     """An axis resized as PyTorch spells it: neighbours, read by clipped indices, mixed by weights."""
     x = pool.operand(FLOATS, least=1, most=3)
