@@ -16,7 +16,7 @@ from graphopt.backends.forms.support import VIEWS, constant_of
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions, broadcast_index, reshape_groups
-from graphopt.backends.tvm.loops import vector_loop
+from graphopt.backends.tvm.loops import vector_loop, vector_steps
 from graphopt.backends.tvm.prologue import unknown, write_row
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir import types
@@ -26,6 +26,7 @@ from graphopt.ir.opset.attention import groups
 LOG2E = math.log2(math.e)
 F32 = "float32"
 LINE = 64  # bytes of a cache line
+NONE, SOME, ALL = range(3)  # of a block's pairs of a query and a key, those that a mask leaves
 
 
 def head_index(code: Code, form: Form, v: Value, lead: Sequence[Index]) -> list[Index]:
@@ -261,6 +262,8 @@ class Extra:
 
     Attributes:
         given: whether anything is added to scores.
+        scans: whether a mask is looked through before a block is: what it hides wholly is left out, and where it hides nothing it is
+            not read again.
     """
 
     def __init__(self, args: Arguments, form: Form, fill: float) -> None:
@@ -270,6 +273,7 @@ class Extra:
         self.of_keys = all(v.type.rank < 2 or v.shape[-2] == 1 for v in self.tables)
         self.slopes, self.sinks = p.slopes, p.sinks
         self.given = bool(self.tables) or p.slopes is not None
+        self.scans = p.mask is not None and not form.reads_all
         self.m, self.n = self.code.size(form.queries), self.code.size(form.keys)
 
     def alloc(self, block: int, nr: int, lanes: int) -> None:
@@ -291,6 +295,35 @@ class Extra:
         if p.mask is not None:
             value = code.bind(tirx.Select(e.at(p.mask, broadcast_index(p.mask, index)), value, tirx.const(self.fill, F32)))
         return value
+
+    def scan(self, lead: Sequence[Index], first: Index, base: Index, count: Index) -> Any:
+        """What a mask leaves of a block, from query ``first`` on: ``NONE``, ``SOME`` or ``ALL`` of its pairs."""
+        code, mask, lanes = self.code, self.form.parts.mask, self.lanes
+        assert mask is not None
+        same = mask.type.rank < 2 or mask.shape[-2] == 1
+        seen, hidden = (code.alloc(lanes, "int32", name) for name in ("seen", "hidden"))
+        one, zero = tirx.const(1, "int32"), tirx.const(0, "int32")
+        for buffer in (seen, hidden):
+            with code.loop(lanes, "vectorized", "v") as v:
+                code.store(buffer, v, zero)
+        with code.loop(1 if same else self.nr, "serial", "i") as i:
+            row = 0 if same else code.bind_index(code.least(first + i, self.m - 1), "row")
+
+            def step(at: Index, width: int) -> None:
+                with code.loop(width, "vectorized", "v") as v:
+                    index = [*lead, row, code.simplify(base + at + v)]
+                    bit = code.bind(tirx.Select(Expressions(self.args, {}).at(mask, broadcast_index(mask, index)), one, zero))
+                    code.store(seen, v, tirx.bitwise_or(code.load(seen, v), bit))
+                    code.store(hidden, v, tirx.bitwise_or(code.load(hidden, v), one - bit))
+
+            vector_steps(code, 0, count, lanes, step)
+
+        def some(buffer: Any) -> Any:
+            if lanes == 1:
+                return code.load(buffer, 0)
+            return tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.or", buffer[tirx.Ramp(i64(0), i64(1), lanes)])
+
+        return code.bind(some(seen) * (tirx.const(ALL, "int32") - code.bind(some(hidden))))
 
     def keys_of(self, lead: Sequence[Index], base: Index, count: Index) -> None:
         """Read what is the same for all queries."""
@@ -321,10 +354,15 @@ class Extra:
                 at = i64(code.simplify((c * lanes + k) * nr + r * lanes))
                 code.emit(tirx.BufferStore(self.buffer, x, [tirx.Ramp(at, i64(1), lanes) if lanes > 1 else at]))
 
-    def row(self, lead: Sequence[Index], key: Index, base: Index, first: Index) -> Callable[[Any, Index], Any]:
-        """How the scores of a key (counted from ``base``) change: of a score and the query's place in its group."""
+    def row(self, lead: Sequence[Index], key: Index, base: Index, first: Index, tables: bool = True) -> Callable[[Any, Index], Any]:
+        """How the scores of a key (counted from ``base``) change: of a score and the query's place in its group.
+
+        Args:
+            tables: false where bias and mask change nothing.
+        """
         code, slopes = self.code, self.form.parts.slopes
-        same = code.bind(code.load(self.buffer, key)) if self.tables and self.of_keys else None
+        tables = tables and bool(self.tables)
+        same = code.bind(code.load(self.buffer, key)) if tables and self.of_keys else None
         slope = distance = None
         if slopes is not None:
             slope = self.slope(lead)
@@ -333,7 +371,7 @@ class Extra:
         def change(s: Any, at: Index) -> Any:
             if same is not None:
                 s = code.bind(s + same)
-            elif self.tables:
+            elif tables:
                 s = code.bind(s + code.load(self.buffer, code.simplify(key * self.nr + at)))
             if slope is not None:
                 s = code.bind(s + slope * (distance - i64(at).astype("int32")).astype(F32))

@@ -7,7 +7,8 @@ copied, whatever their strides; queries are transposed once, the result back onc
 log2(e) is part of the scale.
 
 Keys that no query of a group sees are left out: before a block, whole tiles at its ends, and whole blocks. What a query does not
-see within a tile is set to -inf by position.
+see within a tile is set to -inf by position. A mask is looked through, a block at a time, before anything else is done for the block:
+blocks that it hides cost that look, and where it hides nothing it is not added.
 
 Reference: Dao, "FlashAttention-2", arXiv:2307.08691; Milakov and Gimelshein, "Online normalizer calculation for softmax",
 arXiv:1805.02867.
@@ -16,6 +17,7 @@ arXiv:1805.02867.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,7 @@ from tvm import tirx
 
 from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import scalar, vecmath
-from graphopt.backends.tvm.attended import LOG2E, Extra, Matrix, head_index, place_of
+from graphopt.backends.tvm.attended import LOG2E, NONE, SOME, Extra, Matrix, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
@@ -109,6 +111,8 @@ class FlashKernel:
         self.top, self.total = (code.alloc(self.groups * nr, F32, name) for name in ("top", "total"))
         self.scores = code.alloc(self.block * nr, F32, "scores")
         self.extra.alloc(self.block, nr, self.lanes)
+        if self.extra.scans:
+            self.states = code.alloc(self.groups, "int32", "states")
 
     def _matrices(self) -> tuple[Matrix, Matrix]:
         k, v = (Matrix(self.args, v, head_index(self.code, self.form, v, self.lead)) for v in (self.form.parts.k, self.form.parts.v))
@@ -125,12 +129,31 @@ class FlashKernel:
         with code.loop(code.simplify(code.greatest(end - begin, 0)), "serial", "b") as b:
             base = code.bind_index(code.simplify((begin + b) * block), "base")
             here = block if isinstance(self.n, int) and self.n % block == 0 else code.bind_index(code.least(self.n - base, block), "here")
-            k, v = fill(base, here)
-            self.extra.keys_of(self.lead, base, here)
-            with code.loop(count, "serial", "g") as g:
-                self._block(g, base, here, k, v)
+
+            def visit(base: Index = base, here: Index = here) -> None:
+                k, v = fill(base, here)
+                self.extra.keys_of(self.lead, base, here)
+                with code.loop(count, "serial", "g") as g:
+                    self._block(g, base, here, k, v)
+
+            if self.extra.scans:
+                with code.when(tirx.NE(self._scan(count, base, here), tirx.const(NONE, "int32"))):
+                    visit()
+            else:
+                visit()
         with code.loop(count, "serial", "g") as g:
             self._end(g)
+
+    def _scan(self, count: Index, base: Index, here: Index) -> Any:
+        """What the mask leaves of a block for each group, into ``states``; whether it leaves anything."""
+        code, zero = self.code, tirx.const(0, "int32")
+        found = code.alloc(1, "int32", "found")
+        code.store(found, 0, zero)
+        with code.loop(count, "serial", "g") as g:
+            state = self.extra.scan(self.lead, code.bind_index(code.simplify(self.start + g * self.nr), "first"), base, here)
+            code.store(self.states, g, state)
+            code.store(found, 0, tirx.bitwise_or(code.load(found, 0), state))
+        return code.load(found, 0)
 
     def _begin(self, g: Index) -> None:
         """A group's queries, scaled and transposed; no sums yet."""
@@ -198,29 +221,43 @@ class FlashKernel:
             high = code.bind_index(code.greatest(code.least(here, seen[1] - base), 0), "high")
             if self.window is not None:
                 low = code.bind_index(code.simplify(code.div(code.greatest(seen[0] - base, 0), self.mr) * self.mr), "low")
-        if not self.form.is_local or self.whole:
-            return self._span(g, low, high, k, v)
-        with code.when(i64(low) < i64(high)):
+        conditions = [i64(low) < i64(high)] if self.form.is_local and not self.whole else []
+        if self.extra.scans:
+            conditions.append(tirx.NE(code.load(self.states, g), tirx.const(NONE, "int32")))
+        with ExitStack() as stack:
+            for condition in conditions:
+                stack.enter_context(code.when(condition))
             self._span(g, low, high, k, v)
-        return None
 
     def _span(self, g: Index, low: Index, high: Index, k: Matrix, v: Matrix) -> None:
         code = self.code
         count = high if isinstance(low, int) and low == 0 else code.bind_index(code.simplify(high - low), "count")
         self._products(g, low, count, k)
-        self.extra.block_of(self.lead, self.first, self.base, high)
         top = code.alloc(self.nr, F32, "highest")
-        with_masks = self._partial(low, high)
-        if with_masks is None:
-            self._maximum(g, low, count, top, False)
+        if not self.extra.scans or self.form.parts.bias is not None:
+            self.extra.block_of(self.lead, self.first, self.base, high)
+            self._changes(g, low, high, count, top, True)
         else:
-            with code.when(with_masks):
-                self._maximum(g, low, count, top, True)
-            with code.when(tirx.Not(with_masks)):
-                self._maximum(g, low, count, top, False)
+            state, some = code.load(self.states, g), tirx.const(SOME, "int32")
+            with code.when(tirx.EQ(state, some)):
+                self.extra.block_of(self.lead, self.first, self.base, high)
+                self._changes(g, low, high, count, top, True)
+            with code.when(tirx.NE(state, some)):
+                self._changes(g, low, high, count, top, False)
         again = code.alloc(self.nr, F32, "again")
         self._weights(g, low, count, top, again)
         self._sums(g, low, count, again, v)
+
+    def _changes(self, g: Index, low: Index, high: Index, count: Index, top: Any, tables: bool) -> None:
+        """The maximum of what scores become: where each query sees all keys by position, and where not."""
+        code, with_masks = self.code, self._partial(low, high)
+        if with_masks is None:
+            return self._maximum(g, low, count, top, False, tables)
+        with code.when(with_masks):
+            self._maximum(g, low, count, top, True, tables)
+        with code.when(tirx.Not(with_masks)):
+            self._maximum(g, low, count, top, False, tables)
+        return None
 
     def _partial(self, low: Index, high: Index) -> Any:
         """Whether a query of the group does not see a key of the span; None if each surely sees all."""
@@ -302,17 +339,17 @@ class FlashKernel:
             with code.loop(rest, "serial", "s") as s:
                 step(code.simplify(whole * self.unroll + s))
 
-    def _maximum(self, g: Index, low: Index, count: Index, top: Any, masked: bool) -> None:
-        """What is added to scores or taken from them, and their new maximum, into ``top``."""
+    def _maximum(self, g: Index, low: Index, count: Index, top: Any, masked: bool, tables: bool) -> None:
+        """What is added to scores or taken from them, and their new maximum, into ``top``; ``tables``: bias and mask, too."""
         code, nr = self.code, self.nr
-        changes = masked or self.extra.given or self.cap is not None
+        changes = masked or (self.extra.given and (tables or self.extra.slopes is not None)) or self.cap is not None
         here = code.bind_index(code.simplify(g * nr), "here")
         for at in self._lanes():
             code.store(top, at, code.load(self.top, code.simplify(here + at)))
         with code.loop(count, "serial", "n") as n:
             key = code.bind_index(code.simplify(low + n), "key")
             relative = self._relative(key) if masked else None
-            row = self.extra.row(self.lead, key, self.base, self.first)
+            row = self.extra.row(self.lead, key, self.base, self.first, tables)
             for at in self._lanes():
                 place = code.simplify(key * nr + at)
                 s = code.load(self.scores, place)
