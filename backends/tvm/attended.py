@@ -300,30 +300,41 @@ class Extra:
         """What a mask leaves of a block, from query ``first`` on: ``NONE``, ``SOME`` or ``ALL`` of its pairs."""
         code, mask, lanes = self.code, self.form.parts.mask, self.lanes
         assert mask is not None
-        same = mask.type.rank < 2 or mask.shape[-2] == 1
-        seen, hidden = (code.alloc(lanes, "int32", name) for name in ("seen", "hidden"))
-        one, zero = tirx.const(1, "int32"), tirx.const(0, "int32")
-        for buffer in (seen, hidden):
-            with code.loop(lanes, "vectorized", "v") as v:
-                code.store(buffer, v, zero)
+        same, wide = mask.type.rank < 2 or mask.shape[-2] == 1, 4 * lanes
+        plain = mask
+        while plain.producer is not None and plain.producer.name in VIEWS:
+            plain = plain.producer.operands[0]
+
+        def bit(row: Index, at: Index) -> Any:
+            """An element, as a byte."""
+            e = Expressions(self.args, {}, probe=plain.is_input)
+            value = e.at(mask, broadcast_index(mask, [*lead, row, code.simplify(base + at)]))
+            if plain.is_input:  # truth values lie in memory as 0 and 1
+                return code.load(self.args.inputs[plain], e.reads[0][1])
+            return tirx.Select(value, tirx.const(1, "uint8"), tirx.const(0, "uint8"))
+
+        sizes = dict.fromkeys((wide, 1))
+        seen, every = ({n: code.alloc(n, "uint8", name) for n in sizes} for name in ("seen", "every"))
+        for buffers, start in ((seen, 0), (every, 1)):
+            for n, buffer in buffers.items():
+                with code.loop(n, "vectorized", "v") as v:
+                    code.store(buffer, v, tirx.const(start, "uint8"))
         with code.loop(1 if same else self.nr, "serial", "i") as i:
             row = 0 if same else code.bind_index(code.least(first + i, self.m - 1), "row")
 
             def step(at: Index, width: int) -> None:
                 with code.loop(width, "vectorized", "v") as v:
-                    index = [*lead, row, code.simplify(base + at + v)]
-                    bit = code.bind(tirx.Select(Expressions(self.args, {}).at(mask, broadcast_index(mask, index)), one, zero))
-                    code.store(seen, v, tirx.bitwise_or(code.load(seen, v), bit))
-                    code.store(hidden, v, tirx.bitwise_or(code.load(hidden, v), one - bit))
+                    x = code.bind(bit(row, at + v))
+                    code.store(seen[width], v, tirx.bitwise_or(code.load(seen[width], v), x))
+                    code.store(every[width], v, tirx.bitwise_and(code.load(every[width], v), x))
 
-            vector_steps(code, 0, count, lanes, step)
+            vector_steps(code, 0, count, wide, step)
 
-        def some(buffer: Any) -> Any:
-            if lanes == 1:
-                return code.load(buffer, 0)
-            return tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.or", buffer[tirx.Ramp(i64(0), i64(1), lanes)])
+        def joined(buffers: dict[int, Any], how: str, join: Callable[[Any, Any], Any]) -> Any:
+            many = tirx.call_llvm_pure_intrin("uint8", f"llvm.vector.reduce.{how}", buffers[wide][tirx.Ramp(i64(0), i64(1), wide)])
+            return code.bind(join(code.bind(many), code.load(buffers[1], 0)).astype("int32"))
 
-        return code.bind(some(seen) * (tirx.const(ALL, "int32") - code.bind(some(hidden))))
+        return code.bind(joined(seen, "or", tirx.bitwise_or) + joined(every, "and", tirx.bitwise_and))
 
     def keys_of(self, lead: Sequence[Index], base: Index, count: Index) -> None:
         """Read what is the same for all queries."""
