@@ -62,6 +62,8 @@ def _chain(m: Match) -> Chain | Reject:
     symbols = m.root.graph.symbols
     while (node := v.producer) is not None:
         last = v.type.rank - 1
+        if v is m[c]:
+            return NOT_THIS
         for user in v.users:
             if user.op.name == "sum" and [a % (last + 1) for a in user.attrs["axes"]] == [last]:
                 sums.append((user, len(steps)))

@@ -79,6 +79,8 @@ MASKED = BEFORE.replace("%v: f32[2, 96, 8])", "%v: f32[2, 96, 8], %m: f32[96, 96
     (BEFORE.replace("96", "6"), None),  # more work
     (BEFORE.replace("%w: f32[2, 96, 96] = div(%s, %r)", "%w: f32[2, 96, 96] = softmax(%s) {axis = 2}"), None),
     (AFTER, None),
+    ("graph @g(%q: f32[96, 8], %k: f32[8, 96]) -> f32[96, 96] {\n %0: f32[96, 96] = matmul(%q, %k)\n"
+     " %1: f32[96, 96] = matmul(%0, %0)\n return %1\n}", None),
 ])  # fmt: skip
 def test_must_not_fire(text: str, why: str | None) -> None:
     check_pass(LinearAttention(), text, fires=False, reason=why)
