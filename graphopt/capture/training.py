@@ -26,11 +26,13 @@ from graphopt.capture.captured import Uncapturable
 from graphopt.capture.fx import capture_values
 from graphopt.devices import choose_target
 from graphopt.ir import Listener, Trait, dims, types
+from graphopt.ir.builder import Builder
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value, copy_nodes
 from graphopt.ir.interpreter import evaluate_node
 from graphopt.ir.ops import EvalContext
 from graphopt.ir.opset.attention import parts, sees_a_key
+from graphopt.ir.types import TensorType
 from graphopt.options import Options
 from graphopt.pass_manager import PassContext, run_passes
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
@@ -40,6 +42,7 @@ from graphopt.trained_attention import ATTRS
 NAME = "train-attention"
 _LAST = "recognise-attention"
 _THROUGH = ("reshape", "transpose", "broadcast_to", "cast")  # what may lie between an attention and a node that has its result
+Views = tuple[tuple[str, Any], ...]
 _HINTS = ("softmax", "scaled_dot_product_attention", "exp")
 
 
@@ -60,11 +63,11 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
     names = [p.name for p in pipeline]
     if _LAST not in names:
         return []
-    places = _Places(graph, values)
+    places = _Places(graph, nodes, values)
     run_passes(graph, pipeline[: names.index(_LAST) + 1], ctx)
     said = [r for r in ctx.remarks if r.pass_name == _LAST and r.kind == "missed"]
     ctx.pass_name = NAME
-    known = [(n, v) for n, v in zip(nodes, places.values, strict=True) if v is not None and (v.producer is None or not v.producer.erased)]
+    known = [k for k in places.known if k.value.producer is None or not k.value.producer.erased]
     for attention in [n for n in graph.nodes() if n.name == "attention"]:
         found = _replacement(attention, known, _changed_in_place(gm))
         if isinstance(found, str):
@@ -115,23 +118,61 @@ def _capture(gm: torch.fx.GraphModule) -> tuple[list[torch.fx.Node], Graph, list
     return nodes, graph, values
 
 
-class _Places(Listener):
-    """Values, followed through rewrites."""
+@dataclass
+class _Known:
+    """A value that a node of Dynamo's graph has, or is a view of.
 
-    def __init__(self, graph: Graph, values: Sequence[Value | None]) -> None:
-        self.values = list(values)
-        self._of: dict[Value, list[int]] = {}
-        for i, v in enumerate(values):
-            if v is not None:
-                self._of.setdefault(v, []).append(i)
+    Attributes:
+        type: of the node's own value.
+        up: the views, ``(op, its attribute)``, that make the value of the node's own; none if it is that.
+        down: those that make the node's own of the value.
+    """
+
+    node: torch.fx.Node
+    value: Value
+    type: TensorType
+    up: Views
+    down: Views
+
+
+class _Places(Listener):
+    """The values that Dynamo's nodes have, and those that they are views of, followed through rewrites."""
+
+    def __init__(self, graph: Graph, nodes: Sequence[torch.fx.Node], values: Sequence[Value | None]) -> None:
+        having = [(n, v) for n, v in zip(nodes, values, strict=True) if v is not None]
+        self.known = [_Known(n, w, v.type.logical, up, down) for n, v in having for w, up, down in _above(v)]
+        self._of: dict[Value, list[_Known]] = {}
+        for k in self.known:
+            self._of.setdefault(k.value, []).append(k)
         graph.listeners.append(self)
 
     def replaced(self, old: Value, new: Value) -> None:
         moved = self._of.pop(old, [])
-        for i in moved:
-            self.values[i] = new
+        for k in moved:
+            k.value = new
         if moved:
             self._of.setdefault(new, []).extend(moved)
+
+
+def _above(v: Value) -> Iterator[tuple[Value, Views, Views]]:
+    """A value, and those that it shows all of in another shape or order, each with the views that make it of the value, and back."""
+    up: Views = ()
+    down: Views = ()
+    yield v, up, down
+    while (node := v.defined_by("reshape", "transpose")) is not None:
+        shown, v = v, node.operands[0]
+        if node.name == "reshape":
+            up, down = (*up, ("reshape", v.shape)), (("reshape", shown.shape), *down)
+        else:
+            perm = node.attrs["perm"]
+            up, down = (*up, ("transpose", tuple(perm.index(i) for i in range(len(perm))))), (("transpose", perm), *down)
+        yield v, up, down
+
+
+def _viewed(b: Builder, v: Value, views: Views) -> Value:
+    for name, how in views:
+        v = b.reshape(v, how) if name == "reshape" else b.transpose(v, how)
+    return v
 
 
 _AUGMENTED = tuple(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor", "mod"))
@@ -173,35 +214,40 @@ class _Replacement:
         gm.recompile()
 
 
-def _replacement(attention: Node, known: Sequence[tuple[torch.fx.Node, Value]], changed: set[int]) -> _Replacement | str | None:
+def _replacement(attention: Node, known: Sequence[_Known], changed: set[int]) -> _Replacement | str | None:
     """What takes the place of an attention in Dynamo's graph; why nothing does; None if there is nothing to gain."""
-    usable = [(n, v) for n, v in known if _storage(n) not in changed]
+    usable = [k for k in known if _storage(k.node) not in changed]
     has_result = set(_below(attention.result))
-    results = [(n, v) for n, v in usable if v in has_result and n.op != "placeholder"]
+    results = [k for k in usable if k.value in has_result and k.node.op != "placeholder"]
     if not results:
         return "its result is changed in place, or is no value of the traced code"
-    node, value = results[0]
-    before: dict[Value, torch.fx.Node] = {}
-    for n, v in takewhile(lambda p: p[0] is not node, usable):
-        before.setdefault(v, n)
+    node, value, show = results[0].node, results[0].value, results[0].down
+    before: dict[Value, _Known] = {}
+    for k in takewhile(lambda k: k.node is not node, usable):
+        before.setdefault(k.value, k)
     members = _members(value, before)
     if isinstance(members, str):
         return members
     reads = {v: before[v] for n in members for v in n.operands if v in before}
-    if not any(n.meta["example_value"].requires_grad for n in reads.values()):
+    if not any(k.node.meta["example_value"].requires_grad for k in reads.values()):
         return None
     if (why := _unfit(attention, members, before)) is not None:
         return why
     region = Graph("region", attention.graph.symbols)
-    mapping: dict[Value, Value] = {v: region.add_input(v.type.logical) for v in reads}
+    b, inputs, mapping = Builder(region), dict[torch.fx.Node, Value](), dict[Value, Value]()
+    for k in reads.values():
+        if k.node not in inputs:
+            inputs[k.node] = region.add_input(k.type)
+    for v, k in reads.items():
+        mapping[v] = _viewed(b, inputs[k.node], k.up)
     copy_nodes(members, mapping, region)
-    region.set_outputs([mapping[value]])
+    region.set_outputs([_viewed(b, mapping[value], show)])
     fake = node.meta["example_value"]
     order = sorted(range(fake.dim()), key=fake.stride, reverse=True)
     bare = {d for v in region.inputs for d in v.shape if isinstance(d, sympy.Symbol)}
     if any(dims.symbol(s) not in bare for s in dims.free_symbols(_sizes(region))):
         return "a size of it is no size of what it reads"
-    return _Replacement(node, AttentionRegion(region, order), list(reads.values()))
+    return _Replacement(node, AttentionRegion(region, order), list(inputs))
 
 
 def _below(v: Value) -> Iterator[Value]:
@@ -212,7 +258,7 @@ def _below(v: Value) -> Iterator[Value]:
             yield from _below(user.result)
 
 
-def _members(value: Value, before: dict[Value, torch.fx.Node]) -> list[Node] | str:
+def _members(value: Value, before: dict[Value, _Known]) -> list[Node] | str:
     """The nodes, in order, that make a value of those known before; or why there are none."""
     found: dict[Node, None] = {}
     waiting = [value]
@@ -232,7 +278,7 @@ def _members(value: Value, before: dict[Value, torch.fx.Node]) -> list[Node] | s
     return [n for n in value.producer.graph.nodes() if n in found]  # type: ignore[union-attr]
 
 
-def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, torch.fx.Node]) -> str | None:
+def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, _Known]) -> str | None:
     """Why the operator with a gradient does not compute an attention; None if it does."""
     p, attrs, symbols = parts(attention.operands, attention.attrs), attention.attrs, attention.graph.symbols
     if attention.result.dtype != types.f32:
@@ -256,10 +302,10 @@ def _same_heads(k: Value, v: Value, q: Value) -> bool:
     return dims.same(k.shape[-3], v.shape[-3]) or all(x.shape[-3] == 1 or dims.same(x.shape[-3], q.shape[-3]) for x in (k, v))
 
 
-def _sources(v: Value, before: dict[Value, torch.fx.Node]) -> list[torch.fx.Node]:
+def _sources(v: Value, before: dict[Value, _Known]) -> list[torch.fx.Node]:
     """The nodes of Dynamo's graph that a value is made of."""
     if v in before:
-        return [before[v]]
+        return [before[v].node]
     return [n for x in v.producer.operands for n in _sources(x, before)] if v.producer is not None else []
 
 

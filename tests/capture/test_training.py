@@ -70,6 +70,12 @@ def blind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def linear(y: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Heads of linear layers, whose results are views of products of two axes."""
+    q, k, v = (F.linear(y, w * s, b).view(B, M, H, D).transpose(1, 2) for s in (1.0, 0.5, 2.0))
+    return causal(q, k, v).transpose(1, 2).reshape(B, M, H * D)
+
+
 CASES: dict[str, tuple[Fn, Sequence[torch.Tensor]]] = {
     "naive": (naive, qkv()),
     "cross": (naive, qkv(n=13)),
@@ -85,6 +91,7 @@ CASES: dict[str, tuple[Fn, Sequence[torch.Tensor]]] = {
     "library, a row that sees nothing": (blind, [*qkv(), (x(M, M) < 0.5) & (torch.arange(M)[:, None] != 4)]),
     "a bias without a gradient": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + (b != 0) * 0.3, -1) @ v, [*qkv(), x(M, M)]),
     "a result that lies otherwise": (transposed, qkv()),
+    "linear layers": (linear, [x(B, M, 24), x(H * D, 24) * 0.2, x(H * D)]),
     "a layer": (projected, [x(B, M, 24), x(24, 3 * H * D), x(H * D, 16)]),
 }
 
