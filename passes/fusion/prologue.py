@@ -77,7 +77,9 @@ def _behind(v: Value) -> list[Node]:
         node = stack.pop().producer
         for x in node.operands if node is not None else ():
             p = x.producer
-            if p is not None and p not in found and (p.op.has(Trait.POINTWISE, Trait.VIEW) or _joins_columns(p) or p.op.name == "rms_norm"):
+            if p is None or p in found or p.op.name in CALLS:  # the angles' cosines are a table
+                continue
+            if p.op.has(Trait.POINTWISE, Trait.VIEW) or _joins_columns(p) or p.op.name == "rms_norm":
                 found[p] = None
                 stack.append(x)
     return list(found)
