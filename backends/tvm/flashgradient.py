@@ -63,6 +63,7 @@ class FlashGradientKernel(FlashKernel):
     def _head_of_keys(self) -> None:
         code = self.code
         self._alloc()
+        self.extra.scans = False  # blocks that a mask hides are visited
         self.extra.alloc(self.block, self.nr, self.lanes)
         of_keys = self.shared if self.batch else []
         self.places = {k: self._matrix_of(k, of_keys) for k in (DK, DV)}
