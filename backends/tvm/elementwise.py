@@ -20,6 +20,8 @@ from graphopt.ir.graph import Value
 MOST_PARTS = 8  # stretches of an innermost loop; each is a loop of its own
 HEAVY = {
     "exp": 4,
+    "expm1": 4,
+    "elu": 5,
     "tanh": 8,
     "erf": 8,
     "gelu": 8,

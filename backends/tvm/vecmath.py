@@ -71,10 +71,15 @@ def _scale(let: Let, p: Any, n: Any) -> Any:
     return p * _power_of_two(half) * _power_of_two(n - half)
 
 
+def _expm1_reduced(r: Any) -> Any:
+    """exp - 1 on [-ln2/2, ln2/2]."""
+    p = horner(r, 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+    return fma(p, r * r, r)
+
+
 def _exp_reduced(r: Any) -> Any:
     """exp on [-ln2/2, ln2/2]."""
-    p = horner(r, 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-    return fma(p, r * r, r) + const(1.0)
+    return _expm1_reduced(r) + const(1.0)
 
 
 def _reduce(let: Let, y: Any) -> tuple[Any, Any]:
@@ -89,6 +94,14 @@ def exp(let: Let, x: Any) -> Any:
     y = let(tirx.min(tirx.max(x, const(-104.0)), const(89.0)))
     n, r = _reduce(let, y)
     return tirx.Select(isnan(x), x, _scale(let, let(_exp_reduced(r)), let(n.astype("int32"))))
+
+
+def expm1(let: Let, x: Any) -> Any:
+    """e**x - 1, all inputs: ``2**n (e**r - 1) + (2**n - 1)``, by halves, as 2**128 is no number."""
+    n, r = _reduce(let, let(tirx.min(tirx.max(x, const(-20.0)), const(89.0))))
+    half = let(_power_of_two(n.astype("int32") - _i32(1)))
+    y = let(fma(_expm1_reduced(r), half, half - const(0.5)))
+    return tirx.Select(tirx.Or(isnan(x), fabs(x) < const(1e-8)), x, y + y)
 
 
 def exp_nonpositive(let: Let, x: Any) -> Any:
