@@ -108,6 +108,8 @@ class Ops:
             return f"tl.where({a[0]} > 0, {typed(1, d)}, {typed(0, d)})" if (name, d.kind) == ("sign", "u") else a[0]
         if name == "bitwise_not" and d.kind == "u":
             return f"{a[0]} ^ {typed((1 << d.bits) - 1, d)}"  # the interpreter's ~ has a -1, which newer NumPy takes for no unsigned number
+        if name == "neg" and d.is_float:
+            return f"{a[0]} * -1.0"  # Triton may take -x for 0 - x, which has no -0.0
         if name == "sign":
             return f"tl.where({a[0]} > 0, {typed(1, d)}, tl.where({a[0]} < 0, {typed(-1, d)}, {typed(0, d)}))"
         if name in ("maximum", "minimum") and d.is_float:
