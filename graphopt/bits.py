@@ -28,7 +28,7 @@ from graphopt.errors import UsageError
 from graphopt.ledger import Ledger
 from graphopt.ledger_times import families
 from graphopt.linears import replaced
-from graphopt.quantization import Progress, ledger_of, quantize
+from graphopt.quantization import Progress, ledger_of, quantize, relative_error
 
 SCHEMES = ("int8-weight", "int4-weight")
 METHODS = ("rtn", "gptq", "split")  # that round a layer without changing another
@@ -133,6 +133,8 @@ def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     moved = _judge(model, metric, samples_of(given["calibration"], args, kwargs))
     made = {s: quantize(model, args, kwargs, scheme=s, measure=measure, revert=False, progress=progress, **given) for s in schemes}
     ledgers = {s: ledger_of(m) for s, m in made.items()}
+    if measure and not any(e.seconds for ledger in ledgers.values() for e in ledger.entries):
+        raise UsageError("no kernel of a quantized layer was timed: give measure=False to choose by bytes")
     layers = {s: dict(m.named_modules()) for s, m in made.items()}
     options = _options(ledgers, measure)
     for i, o in enumerate(options):
@@ -182,12 +184,10 @@ def _judge(model: nn.Module, metric: Metric | None, samples: Sequence[tuple[tupl
         return moved
     with torch.no_grad(), inferring(model):
         wanted = [_floats(model(*args, **kwargs)) for args, kwargs in samples]
-    norm = sum(float(y.square().sum()) for y in wanted)
 
     def error(other: nn.Module) -> float:
         with torch.no_grad(), inferring(other):
-            wrong = sum(float((_floats(other(*a, **k)) - y).square().sum()) for (a, k), y in zip(samples, wanted, strict=True))
-        return float((wrong / max(norm, 1e-30)) ** 0.5)
+            return relative_error((_floats(other(*a, **k)), y) for (a, k), y in zip(samples, wanted, strict=True))
 
     return error
 

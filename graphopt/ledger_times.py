@@ -31,10 +31,10 @@ def measure_times(model: nn.Module, result: nn.Module, entries: Mapping[str, Ent
         for c, found in zip(compiled, profiles, strict=True):
             found.append(c.profile(*args, runs=RUNS // _TURNS, **kwargs))
     ledger.float_seconds, ledger.seconds = (min(p.seconds for p in found) for found in profiles)
-    before, after = (_by_weights(c, found) for c, found in zip(compiled, profiles, strict=True))
+    before, after = (_by_weights(c, found, entries) for c, found in zip(compiled, profiles, strict=True))
     for names in families([*before, *after]):
-        old = [c for n, c in before.items() if set(n) <= set(names)]
-        new = [c for n, c in after.items() if set(n) <= set(names)]
+        old = [c for n, calls in before.items() if set(n) <= set(names) for c in calls]
+        new = [c for n, calls in after.items() if set(n) <= set(names) for c in calls]
         members = [entries[n] for n in names if n in entries]
         if not old or not new or not any(e.quantized for e in members):
             continue
@@ -45,27 +45,30 @@ def measure_times(model: nn.Module, result: nn.Module, entries: Mapping[str, Ent
             e.bytes_read = sum(call.bytes for call, _ in new)
 
 
-def _by_weights(compiled: CompiledModel, profiles: Sequence[Profile]) -> dict[tuple[str, ...], tuple[CallCost, float]]:
-    """Names of modules -> a call that multiplies by their weights, and its time: the least of what several profiles say."""
+def _by_weights(compiled: CompiledModel, profiles: Sequence[Profile],
+                entries: Mapping[str, Entry]) -> dict[tuple[str, ...], list[tuple[CallCost, float]]]:  # fmt: skip
+    """Names of modules -> the calls that multiply by their weights, and their times: the least of what several profiles say."""
     graph = compiled._compiled
     if not isinstance(graph, CompiledGraph):
         return {}
     given = compiled._exported.weights
     names = {a.input: given[i] for i, a in enumerate(graph.captured.arguments) if isinstance(a, TensorArgument) and i in given}
-    out: dict[tuple[str, ...], tuple[CallCost, float]] = {}
+    out: dict[tuple[str, ...], list[tuple[CallCost, float]]] = {}
     for i, call in enumerate(profiles[0].calls):
         if call.step is None or call.kind not in ("matmul", "library"):
             continue
         found = dict.fromkeys(names[v.index] for v in _weights_behind(call.step.node.operands) if v.index in names)
-        modules = tuple(dict.fromkeys(_module(n) for n in found if n.rpartition(".")[2] in ("weight", "integers")))
+        modules = tuple(dict.fromkeys(_module(n, entries) for n in found if n.rpartition(".")[2] in ("weight", "integers")))
         if modules:
-            out[modules] = (call, min(p.calls[i].seconds for p in profiles))
+            out.setdefault(modules, []).append((call, min(p.calls[i].seconds for p in profiles)))
     return out
 
 
-def _module(name: str) -> str:
-    """The linear layer that a weight belongs to; of a layer in parts, that layer."""
-    return re.sub(r"\.parts\.\d+$", "", name.rpartition(".")[0])
+def _module(name: str, entries: Mapping[str, Entry]) -> str:
+    """The linear layer that a weight belongs to; of a layer that was split into parts, that layer."""
+    module = name.rpartition(".")[0]
+    whole = re.sub(r"\.parts\.\d+$", "", module)
+    return whole if whole in entries else module
 
 
 def _weights_behind(values: Iterable[Value]) -> list[Value]:

@@ -255,4 +255,15 @@ def _relative(model: nn.Module, result: nn.Module, args: Sequence[Any], kwargs: 
     want, got = floats
     if want is None or got is None:
         return None
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+    return relative_error([(got, want)])
+
+
+def relative_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Of results beside those wanted, relative to the norm of these. Where both are the same infinity, none; inf if one is nan alone."""
+    lost = norm = 0.0
+    for got, want in pairs:
+        same = (got == want) | (got.isnan() & want.isnan())
+        lost += float(torch.where(same, 0.0, got - want).square().sum())
+        norm += float(want[want.isfinite()].square().sum())
+    error = (lost / max(norm, 1e-60)) ** 0.5
+    return error if error == error else float("inf")

@@ -139,6 +139,11 @@ def pack_rows(q: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
     return (parts << shifts).sum(-1).to(torch.uint8)
 
 
+def called(module: nn.Module, inputs: object) -> None:
+    """A hook that does nothing. Where a layer has one, PyTorch's own layers (``nn.TransformerEncoderLayer``) call it; else they take its
+    weight, and multiply by that as if it were all."""
+
+
 class QuantizedLinear(nn.Module):
     """``x @ w.T + bias`` with ``w`` stored as small integers. See :func:`dequantize_groups` for the buffers.
 
@@ -168,6 +173,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("step", step)
         self.register_buffer("smooth", smooth)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        self.register_forward_pre_hook(called)
 
     @staticmethod
     def of(weight: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, name: str = "weight") -> QuantizedLinear:

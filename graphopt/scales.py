@@ -41,7 +41,9 @@ class Inputs:
         self._held, self._first = list[torch.Tensor](), torch.empty(0)
 
     def see(self, x: torch.Tensor) -> None:
-        """Rows ``[R, K]``."""
+        """Rows ``[R, K]``, none of which may be there."""
+        if not len(x):
+            return
         magnitudes = x.abs()
         self.most = torch.maximum(self.most, magnitudes.amax(0))
         self._total += magnitudes.double().sum(0)

@@ -29,6 +29,7 @@ from graphopt.ir.graph import Graph, Node, Value, is_view
 from graphopt.pass_manager import PassContext, make_pass, run_passes
 from graphopt.passes.pipelines import LEVELS
 from graphopt.passes.quantization.scheme import Scheme
+from graphopt.quantized_linear import called
 from graphopt.scales import Inputs, scales
 
 _NORMS = {"layer_norm": 3, "rms_norm": 2}  # operands with a learned scale
@@ -119,7 +120,7 @@ def smoothed(model: nn.Module, groups: Sequence[Group], alone: Sequence[str], sa
     out: dict[str, nn.Module] = {}
     for g in groups:
         first = g.linears[0]
-        if first not in seen:
+        if first not in seen or not len(seen[first].rows):
             continue
         weights = [weight_of(modules[n]).detach().float() for n in g.linears]
         s = scales(method, seen[first], weights, [schemes[n] for n in g.linears])
@@ -143,6 +144,7 @@ class Smoothed(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
         self.register_buffer("smooth", smooth)
+        self.register_forward_pre_hook(called)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(input * self.smooth, self.weight, self.bias)

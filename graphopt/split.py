@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantized_linear import QuantizedLinear
+from graphopt.quantized_linear import QuantizedLinear, called
 
 PARTS = 3
 _ROUNDS = 100  # of k-means at most
@@ -50,10 +50,15 @@ class SplitLinear(nn.Module):
         super().__init__()
         self.scheme, self.in_features, self.out_features = f"{scheme}, in {PARTS} parts", weight.shape[1], weight.shape[0]
         pieces = split(weight)
+        self.register_forward_pre_hook(called)
         self.parts = nn.ModuleList(QuantizedLinear.of(w, None if i else bias, scheme, name) for i, w in enumerate(pieces))
 
     def _layers(self) -> list[QuantizedLinear]:
         return [p for p in self.parts if isinstance(p, QuantizedLinear)]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._layers()[0].bias
 
     @property
     def weight(self) -> torch.Tensor:

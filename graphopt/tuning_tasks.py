@@ -10,7 +10,7 @@ from typing import Any
 from graphopt.autotune.measure import Subject
 from graphopt.autotune.space import Workload
 from graphopt.autotune.tasks import Task
-from graphopt.ir import dims
+from graphopt.ir import Trait, dims, types
 from graphopt.ir.graph import Value
 from graphopt.ir.stage import staged_values
 from graphopt.lower import KernelStep
@@ -38,6 +38,7 @@ class _Use:
     calls: int = 0
     seconds: float = 0.0
     flops: int = 0
+    bytes: int = 0
 
 
 @dataclass
@@ -80,7 +81,7 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
                 continue
             values.update(dict.fromkeys((*call.step.node.operands, *call.step.node.results)))
             use = uses.setdefault(call.step.workload, _use(call.step, staged, sizes))
-            use.name, use.calls, use.flops = call.what, use.calls + 1, call.flops
+            use.name, use.calls, use.flops, use.bytes = call.what, use.calls + 1, call.flops, call.bytes
             use.seconds += call.seconds
         between += sum(_bytes(v, sizes) for v in values)
     total = sum(found.seconds)
@@ -90,14 +91,20 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
             found.left_out.append((use.name, why))
             continue
         one = use.seconds / use.calls
+        limited = use.flops if _by_multiply_adds(use.step) else 0  # the limit is that of f32
         share = use.seconds / total if total else 0.0
-        read = use.weight_bytes if cold else 0
-        floor = least(use.flops, read) if least else 0.0
+        read = min(use.weight_bytes, use.bytes) if cold else 0  # of a table, the rows that are taken
+        floor = least(limited, read) if least else 0.0
         subject = Subject(w, case_maker(w, use.sizes), use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
         eager = library(subject) if library and share >= WORTH else 0.0
         found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, eager, use.flops, read))
         found.share.append(share)
     return found
+
+
+def _by_multiply_adds(step: KernelStep) -> bool:
+    """Whether products are of f32: those of integers and of halves are several times as fast where there are instructions for them."""
+    return all(n.operands[0].dtype == types.f32 for n in step.workload.graph.nodes() if n.op.has(Trait.CONTRACTION))
 
 
 def _use(step: KernelStep, staged: Any, sizes: Mapping[str, int]) -> _Use:

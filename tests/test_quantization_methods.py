@@ -451,3 +451,18 @@ def test_calibration_is_without_dropout_and_names_what_is_no_number() -> None:
     assert model.training and model[0].training
     with pytest.raises(UsageError, match="in the input of 1"):
         graphopt.quantize(model, (x / 0,), scheme="int4-weight", method="gptq", measure=False)
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("int2-weight", "split"), ("int8-dynamic", "smoothquant"), ("int8-dynamic", "rtn")])
+def test_pytorchs_own_encoder_calls_its_layers(scheme: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes their weights instead where it can: then a layer's own arithmetic would be left out."""
+    torch.manual_seed(0)
+    model, x = torch.nn.TransformerEncoderLayer(128, 4, 256, batch_first=True).eval(), torch.randn(2, 16, 128)
+    made = graphopt.quantize(model, (x,), scheme=scheme, method=method, measure=False)
+    seen: list[str] = []
+    kind = type(made.linear1)
+    before = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, input: seen.append("called") or before(self, input))
+    with torch.no_grad():
+        made(x)
+    assert seen and 0 < made.ledger.output_error < 0.5

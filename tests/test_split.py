@@ -46,6 +46,7 @@ def test_the_ledger_knows_whose_kernels_those_are() -> None:
     model, x = nn.Sequential(nn.Linear(256, 256)).eval(), torch.randn(1, 256)
     (entry,) = graphopt.quantize(model, (x,), scheme="int2-weight", method="split", revert=False).ledger.entries
     assert entry.kernel == "quantized" and entry.seconds and entry.float_seconds
+    assert entry.bytes_read >= entry.bytes  # of all parts, several kernels
 
 
 def test_weights_alone() -> None:

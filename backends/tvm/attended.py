@@ -24,6 +24,7 @@ from graphopt.ir.graph import Node, Value
 from graphopt.ir.opset.attention import groups
 
 LOG2E = math.log2(math.e)
+_LEAST = -(2.0**127)  # of what is added to scores: it hides a key beside others, and is a number
 F32 = "float32"
 LINE = 64  # bytes of a cache line
 NONE, SOME, ALL = range(3)  # of a block's pairs of a query and a key, those that a mask leaves
@@ -291,7 +292,10 @@ class Extra:
         value = tirx.const(0.0, F32)
         index = [*lead, q, n]
         if p.bias is not None:
-            value = code.bind(e.at(p.bias, broadcast_index(p.bias, index)) * tirx.const(LOG2E, F32))
+            added = code.bind(e.at(p.bias, broadcast_index(p.bias, index)))
+            # the least number times this would be -inf, and a row of such numbers nan in the place of the mean of all values
+            scaled = tirx.max(added * tirx.const(LOG2E, F32), tirx.const(_LEAST, F32))
+            value = code.bind(tirx.Select(added > tirx.const(float("-inf"), F32), scaled, added))
         if p.mask is not None:
             value = code.bind(tirx.Select(e.at(p.mask, broadcast_index(p.mask, index)), value, tirx.const(self.fill, F32)))
         return value

@@ -11,7 +11,7 @@ A node of Dynamo's graph and a value of the IR belong together by the trace: all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -35,6 +35,7 @@ from graphopt.ir.opset.attention import parts, sees_a_key
 from graphopt.ir.types import TensorType
 from graphopt.options import Options
 from graphopt.pass_manager import PassContext, run_passes
+from graphopt.passes.attention.masks import may_hide
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.remarks import Remark
 from graphopt.trained_attention import ATTRS
@@ -43,6 +44,7 @@ NAME = "train-attention"
 _LAST = "recognise-attention"
 _THROUGH = ("reshape", "transpose", "broadcast_to", "cast")  # what may lie between an attention and a node that has its result
 Views = tuple[tuple[str, Any], ...]
+_STATEFUL = ("_enter_autocast", "autograd_function_apply", "_functorch")  # running them would change more than values
 _HINTS = ("softmax", "scaled_dot_product_attention", "exp")
 
 
@@ -55,35 +57,48 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
     if options.backend == "eager" or not _worth_a_look(gm):
         return []
     try:
-        nodes, graph, values = _capture(gm)
-    except Uncapturable as error:
-        return [Remark("missed", NAME, NAME, f"attention is not looked for: {error}")]
+        found, said = _look(gm, options)
+    except Exception as error:  # nothing was changed yet, and training goes on without
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return [Remark("missed", NAME, NAME, f"attention is not looked for: {reason}")]
+    calls: dict[torch.fx.Node, torch.fx.Node] = {}
+    for replacement in found:
+        calls[replacement.node] = replacement.put_into(gm, calls)
+    return said
+
+
+def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement], list[Remark]]:
+    """What is to be replaced, in order, and what is to be said. Changes nothing."""
+    nodes, graph, values = _capture(gm)
     ctx = PassContext(target=choose_target(torch.device("cpu"), options))
     pipeline = edit_pipeline(default_pipeline(), options.pipeline)
     names = [p.name for p in pipeline]
     if _LAST not in names:
-        return []
+        return [], []
     places = _Places(graph, nodes, values)
     run_passes(graph, pipeline[: names.index(_LAST) + 1], ctx)
     said = [r for r in ctx.remarks if r.pass_name == _LAST and r.kind == "missed"]
     ctx.pass_name = NAME
     known = [k for k in places.known if k.value.producer is None or not k.value.producer.erased]
+    replacements = []
     for attention in [n for n in graph.nodes() if n.name == "attention"]:
         found = _replacement(attention, known, _changed_in_place(gm))
         if isinstance(found, str):
             ctx.missed(NAME, f"its gradient goes through the weights of all pairs: {found}", attention)
             continue
         if found is not None:
-            found.put_into(gm)
+            replacements.append(found)
             ctx.passed(NAME, "the backward computes the weights again, in tiles", attention)
-    return said + [r for r in ctx.remarks if r.pass_name == NAME]
+    return replacements, said + [r for r in ctx.remarks if r.pass_name == NAME]
 
 
 def _worth_a_look(gm: torch.fx.GraphModule) -> bool:
     """Whether a graph for the CPU has a softmax, or something that may be a part of one."""
     fakes = [n.meta.get("example_value") for n in gm.graph.nodes]
     on_cpu = all(x.device.type == "cpu" for x in fakes if isinstance(x, torch.Tensor))
-    named = (str(getattr(n.target, "__name__", n.target)) for n in gm.graph.nodes)
+    named = [str(getattr(n.target, "__name__", n.target)) for n in gm.graph.nodes]
+    if any(part in name for name in named for part in _STATEFUL):
+        return False
     return on_cpu and any(hint in name for name in named for hint in _HINTS)
 
 
@@ -182,9 +197,11 @@ def _changed_in_place(gm: torch.fx.GraphModule) -> set[int]:
     """The storages that a node of Dynamo's graph writes into."""
     written: list[Any] = []
     for n in gm.graph.nodes:
-        name = str(getattr(n.target, "__name__", n.target))
-        writes = name in ("setitem", *_AUGMENTED) or (name.endswith("_") and not name.endswith("__")) or n.kwargs.get("inplace") is True
-        written += [*(n.all_input_nodes[:1] if writes else ()), n.kwargs.get("out")]
+        name = str(getattr(n.target, "__name__", n.target)).partition(".")[0]
+        writes = name in ("setitem", *_AUGMENTED) or (name.endswith("_") and not name.endswith("__"))
+        in_place = n.kwargs.get("inplace") is True or any(a is True for a in n.args)  # by position: as F.elu(x, 1.0, True)
+        several = name.startswith("_foreach")
+        written += [*(n.all_input_nodes[: None if several else 1] if writes or in_place else ()), n.kwargs.get("out")]
     return {_storage(n) for n in written if isinstance(n, torch.fx.Node)}
 
 
@@ -204,14 +221,16 @@ class _Replacement:
     region: AttentionRegion
     reads: list[torch.fx.Node]
 
-    def put_into(self, gm: torch.fx.GraphModule) -> None:
+    def put_into(self, gm: torch.fx.GraphModule, calls: Mapping[torch.fx.Node, torch.fx.Node]) -> torch.fx.Node:
+        """The call that takes the node's place. ``calls``: those that others' places were taken by before."""
         name = next(n for i in range(len(gm.graph.nodes)) if not hasattr(gm, n := f"graphopt_attention_{i}"))
         gm.add_submodule(name, self.region)
         with gm.graph.inserting_after(self.node):
-            call = gm.graph.call_module(name, tuple(self.reads))
+            call = gm.graph.call_module(name, tuple(calls.get(n, n) for n in self.reads))
         call.meta = dict(self.node.meta)
         self.node.replace_all_uses_with(call)
         gm.recompile()
+        return call
 
 
 def _replacement(attention: Node, known: Sequence[_Known], changed: set[int]) -> _Replacement | str | None:
@@ -233,6 +252,8 @@ def _replacement(attention: Node, known: Sequence[_Known], changed: set[int]) ->
         return None
     if (why := _unfit(attention, members, before)) is not None:
         return why
+    if (stop := _gradient_stop(node, {k.node for k in reads.values()})) is not None:
+        return f"its gradient is stopped on the way, by {stop}"
     region = Graph("region", attention.graph.symbols)
     b, inputs, mapping = Builder(region), dict[torch.fx.Node, Value](), dict[Value, Value]()
     for k in reads.values():
@@ -294,8 +315,30 @@ def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, _Known]
         return "queries, keys and values of different ranks"
     if not _same_heads(p.k, p.v, p.q):
         return "keys and values of other heads"
+    if p.bias is not None and p.sinks is None and may_hide(p.bias):
+        return "a number that is added may hide all keys of a row, and the row is the mean of all values then"
     sees = p.bias is None and p.mask is None and sees_a_key(attrs, p.q.shape[-2], p.k.shape[-2], symbols)
     return None if sees or attrs["empty"] != "mean" else "a row may see no key, and is the mean of all values then"
+
+
+def _gradient_stop(node: torch.fx.Node, reads: set[torch.fx.Node]) -> str | None:
+    """What between the nodes that are read and a node keeps gradients from them (``detach``, ``no_grad``): the IR does not know of it."""
+
+    def trains(n: torch.fx.Node) -> bool:
+        x = n.meta.get("example_value")
+        return isinstance(x, torch.Tensor) and x.requires_grad
+
+    stack, seen = [node], set(reads)  # membership only
+    while stack:
+        n = stack.pop()
+        x = n.meta.get("example_value")
+        if n in seen:
+            continue
+        seen.add(n)
+        stack += n.all_input_nodes
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.requires_grad and any(map(trains, n.all_input_nodes)):
+            return str(getattr(n.target, "__name__", n.target))
+    return None
 
 
 def _same_heads(k: Value, v: Value, q: Value) -> bool:

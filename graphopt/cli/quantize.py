@@ -44,6 +44,10 @@ def quantize_command(
     graphopt quantize model.py:make --fastest-within 0.5% --metric data.py:perplexity --out q
     """
     names, budget = schemes.split(","), None if within is None else _share(within)
+    for option in ("schemes", "metric") if budget is None else ("scheme", "revert"):
+        source = ctx.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{option} goes {'only' if budget is None else 'not'} with --fastest-within")
     for name in (scheme, *names):
         Scheme.parse(name)  # before anything is loaded
     module, args, kwargs = load(model)

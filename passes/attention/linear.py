@@ -6,7 +6,7 @@ When: the product in the middle is used here alone, and by sums over its rows, w
 normaliser, r = sum_j A B^T. Between the products there is nothing but factors and divisors of whole rows. Operations are at most two
 thirds of what they were, at the worse end of symbolic sizes. Not in f16, where a sum over all keys may leave the range. What differs
 along a row, as the mask of causal linear attention, has no such form: it stays, and a remark says so.
-Numerics: sums in another order (REASSOCIATES).
+Numerics: sums in another order (REASSOCIATES), and of other things: features of extreme sizes may leave the range where scores did not.
 Reference: Katharopoulos et al., Transformers are RNNs, arXiv:2006.16236; Shen et al., Efficient Attention, arXiv:1812.01243.
 """
 
@@ -163,7 +163,7 @@ class Rebracket(Rule):
             known[old] = total if node.attrs["keepdims"] else here.reshape(total, shape=old.shape)
             rw.graph.replace(old, known[old])
             erase_dead(rw.graph, node)
-        x = m[c]
+        x = known.get(m[c], m[c])
         if any(step.by is None for step in found.steps):
             x = rw.reshape(x, shape=(*found.product.results[0].shape[:-2], *x.shape[-2:]))
         return _through(rw, rw.matmul(a, rw.matmul(b, x)), found.steps, known)

@@ -86,7 +86,7 @@ def _together(r: Reading, hard: list[_Hard], biases: list[Term], slopes: Slopes 
     if least is not None and not hides(least, False):
         return Reject(f"scores are clamped to {least:g} from below, which is a score like others", r.scores.product)
     numbers = [max(h.number, least) if least is not None else h.number for h in hard]
-    rivals = any(_may_hide(t.at.value) for t in biases)
+    rivals = any(may_hide(t.at.value) for t in biases)
     natural = r.empty or ("mean" if least is not None else "nan" if hard or biases else "zero")
     certain = (seen.keeps_a_key or r.sinks is not None) and not rivals
     one = (len(hard) == 1 or all(n == least for n in numbers)) and not rivals
@@ -122,7 +122,12 @@ def _take(seen: Seen, h: _Hard) -> None:
             seen.masks.append((h.constant, True))  # hidden where it is not zero
 
 
-def _may_hide(v: Value) -> bool:
+def _is_truth(v: Value) -> bool:
+    cast = v.defined_by("cast")
+    return cast is not None and cast.operands[0].dtype.is_bool
+
+
+def may_hide(v: Value) -> bool:
     """Whether a bias may hold numbers that hide keys: what comes from outside, a mask that was added, but no product or parameter."""
     seen, stack = set(), [v]  # membership only
     while stack:
@@ -135,6 +140,9 @@ def _may_hide(v: Value) -> bool:
         if node in seen:
             continue
         seen.add(node)
+        factors = [abs(c) for y in node.operands if (c := number(y)) is not None] if node.name == "mul" else []
+        if factors and min(factors) < 1e4 and any(_is_truth(y) for y in node.operands):
+            continue  # a small number where a condition holds
         if node.name in ("reshape", "transpose", "broadcast_to", "cast", "slice", "where", "mul", "add", "sub", "concat"):
             stack += [y for y in node.operands if y.dtype.is_float or node.name == "cast"]
         elif node.name == "constant" and (c := number(x)) is not None and c <= -1e4:

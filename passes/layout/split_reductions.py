@@ -74,7 +74,8 @@ def _axes(node: Node) -> list[int]:
 def _was_split(node: Node) -> bool:
     """Whether an axis was divided in front of it: there is a second reduction behind it, and a third would not pay."""
     view = node.operands[0].defined_by("reshape")
-    return view is not None and view.result.type.rank == view.operands[0].type.rank + 1
+    again = any(user.op.name == node.op.name for user in node.result.users)
+    return again and view is not None and view.result.type.rank == view.operands[0].type.rank + 1
 
 
 def _division(node: Node, wanted: int) -> tuple[int, int]:

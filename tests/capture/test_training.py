@@ -164,6 +164,12 @@ def with_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
     return torch.cat([w @ v, w], -1)
 
 
+def constant_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        w = torch.softmax(q @ k.transpose(-1, -2), -1)
+    return w @ v
+
+
 DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
     "bias": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + b, -1) @ v, [*qkv(), x(M, M)], "its bias needs a gradient"),
     "half": (lambda *a: causal(*(t.bfloat16() for t in a)), qkv(), "it is of bf16"),
@@ -171,6 +177,10 @@ DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
     "dropout": (dropped, qkv(), "dropout"),
     "mean": (lambda q, k, v, b: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(b > 0, -1e30), -1) @ v, [*qkv(), x(M, M) > 0],
              "a row may see no key"),
+    "a bias of large numbers": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + (1.0 - b) * -1e9, -1) @ v,
+                                [*qkv(), torch.arange(M) % 2], "may hide all keys"),
+    "detached keys": (lambda q, k, v: naive(q, k.detach(), v), qkv(), "stopped on the way, by detach"),
+    "weights without a gradient": (constant_weights, qkv(), "stopped on the way"),
     "weights are a result": (with_weights, qkv(), "read elsewhere"),
 }  # fmt: skip
 

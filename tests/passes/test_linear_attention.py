@@ -54,6 +54,18 @@ def test_without_normaliser_and_with_factors() -> None:
     assert not any(r.shape[-2:] == (96, 96) for n in g.nodes() for r in n.results)
 
 
+def test_scores_times_their_own_sums() -> None:
+    g = check_pass(LinearAttention(), """
+      graph @g(%q: f32[512, 64], %k: f32[512, 64]) -> f32[512, 1] {
+        %t: f32[64, 512] = transpose(%k) {perm = [1, 0]}
+        %s: f32[512, 512] = matmul(%q, %t)
+        %r: f32[512, 1] = sum(%s) {axes = [1], keepdims = true}
+        %o: f32[512, 1] = matmul(%s, %r)
+        return %o
+      }""")  # fmt: skip
+    assert not any(r.shape == (512, 512) for n in g.nodes() for r in n.results)
+
+
 def test_symbolic_length_and_shared_keys() -> None:
     """All heads of queries over one head of keys; the length is known to no one."""
     g = check_pass(LinearAttention(), """

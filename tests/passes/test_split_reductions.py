@@ -73,6 +73,12 @@ def test_must_not_fire(target: Target, least: int, change: tuple[str, str]) -> N
     assert not ctx.remarks
 
 
+def test_a_reshape_of_the_models_own_is_no_sign_of_a_split() -> None:
+    found, _ = split("graph @g(%x: f32[64, 64]) -> f32[] {\n %0: f32[64, 8, 8] = reshape(%x) {shape = [64, 8, 8]}\n"
+                     " %1: f32[] = sum(%0) {axes = [0, 1, 2]}\n return %1\n}")  # fmt: skip
+    assert found.count("sum(") == 2
+
+
 def test_an_axis_of_prime_length_is_declined() -> None:
     found, ctx = split("graph @g(%x: f32[4099]) -> f32[] {\n %0: f32[] = sum(%x) {axes = [0]}\n return %0\n}")
     assert found.count("sum(") == 1 and "no axis of f32[4099] falls into 2 to 8 parts" in str(ctx.remarks[-1])
