@@ -265,7 +265,7 @@ def bars(found: list[Case], exponent: float | None, limits: Any) -> list[tuple[s
     def over(system: str, some: Iterable[Case]) -> list[float]:
         return [c.ms[system] / c.ours for c in some if system in c.ms and c.ours]
 
-    square = [c for c in found if c.group in ("prefill", "models")]
+    square = [c for c in found if c.group == "prefill"]
     local = {c.window: c.ours for c in found if c.group == "window" and c.ours}
     one = [c for c in found if c.group == "decode" and "graphopt" in c.ms]
     out = least("eager's time over ours, 2,048 tokens and more", 2.0, over("naive", [c for c in square if c.keys >= 2048]))
