@@ -26,9 +26,8 @@ from graphopt.backends.forms.convform import ConvForm, tiles_a_task
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source, store_computed
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
-from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
 LINE = 64  # bytes of a cache line
@@ -415,13 +414,5 @@ class ConvKernel:
         return self.lanes
 
     def _element(self, acc: Any, at: Index, index: list[Index]) -> None:
-        value = scalar.rounded(self.code.bind(self.code.load(acc, at)), self.form.node.result.dtype)
-
-        def source(asked: Sequence[Index]) -> Any:
-            if not all(self.code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                raise BuildError(f"the convolution is used at {list(asked)}, not at its own place {index}")
-            return value
-
-        sources: dict[Value, Source] = {self.form.node.result: source}
-        for k, v in enumerate(self.graph.outputs):
-            self.args.store(k, index, Expressions(self.args, sources).at(v, index))
+        result = self.form.node.result
+        store_computed(self.args, index, {result: scalar.rounded(self.code.bind(self.code.load(acc, at)), result.dtype)})

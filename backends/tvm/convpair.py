@@ -24,9 +24,8 @@ from tvm import tirx
 from graphopt.backends.forms.convpair import ConvPair
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions, at_place, broadcast_index, store_computed
 from graphopt.backends.tvm.loops import SMALL, vector_loop
-from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
 
@@ -171,8 +170,8 @@ class ConvPairKernel:
         code = self.code
         n, y, x = pixel
         for i, sums in enumerate(acc):
-            index = _at(self.first.node.result, [n, y, code.simplify(x + i), channel])
-            sources = {self.first.node.result: self._summed(sums, u, index)}
+            index = broadcast_index(self.first.node.result, [n, y, code.simplify(x + i), channel])
+            sources = {self.first.node.result: at_place(self.args, index, code.bind(code.load(sums, u)))}
             value = Expressions(self.args, sources).at(self.second.x, index)
             code.store(self.ring, code.simplify(slot + (x - self.edge + i) * self.nr + u), value)
 
@@ -223,7 +222,7 @@ class ConvPairKernel:
                 vector_loop(code, code.simplify(to + first), count, self.lanes, lambda i: code.store(self.source, i, zero))
 
             def pixel(x: Index, to: Index = to, line: Index = line, c: Index = c) -> None:
-                value = Expressions(self.args, {}).at(form.x, _at(form.x, [n, line, x, c]))
+                value = Expressions(self.args, {}).at(form.x, broadcast_index(form.x, [n, line, x, c]))
                 code.store(self.source, code.simplify(to + form.low[1] + x), value)
 
             always = not (form.low[0] or form.high[0])
@@ -271,10 +270,8 @@ class ConvPairKernel:
                     self._put(sums, 0, self._vector(sums, 0) + loaded[shift] * w)
         for i, sums in enumerate(acc):
             with code.loop(self.lanes_out, "vectorized", "v") if self.lanes_out > 1 else code.loop(lanes, "serial", "v") as v:
-                index = _at(form.node.result, [n, o, code.simplify(left + x + i), code.simplify(channel + v)])
-                sources = {form.node.result: self._summed(sums, v, index)}
-                for k, out in enumerate(self.graph.outputs):
-                    self.args.store(k, index, Expressions(self.args, sources).at(out, index))
+                index = broadcast_index(form.node.result, [n, o, code.simplify(left + x + i), code.simplify(channel + v)])
+                store_computed(self.args, index, {form.node.result: code.bind(code.load(sums, v))})
 
     def _filter(self, line: Index, tap: int, channel: Index) -> Any:
         """A vector of the depthwise weight."""
@@ -297,17 +294,6 @@ class ConvPairKernel:
             with code.loop(lanes, "vectorized", "v") as v:
                 body(code.simplify(u + v), code.simplify(channel + v))
 
-    def _summed(self, sums: Any, at: Index, index: Sequence[Index]) -> Source:
-        code = self.code
-        value = code.bind(code.load(sums, at))
-
-        def source(asked: Sequence[Index]) -> Any:
-            if not all(code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                raise BuildError(f"the convolution is used at {list(asked)}, not at its own place {list(index)}")
-            return value
-
-        return source
-
     def _clear(self, start: Index, pixels: int) -> None:
         code, zero = self.code, tirx.const(0.0, "float32")
         vector_loop(code, start, pixels * self.nr, self.lanes, lambda i: code.store(self.ring, i, zero))
@@ -321,8 +307,3 @@ class ConvPairKernel:
     def _put(self, buffer: Any, at: Index, value: Any) -> None:
         where = i64(at) if self.lanes == 1 else tirx.Ramp(i64(at), i64(1), self.lanes)
         self.code.emit(tirx.BufferStore(buffer, value, [where]))
-
-
-def _at(v: Value, index: Sequence[Index]) -> list[Index]:
-    """An index of a value, 0 along axes of size 1: as broadcasts ask for it."""
-    return [0 if d == 1 else i for i, d in zip(index, v.shape, strict=True)]

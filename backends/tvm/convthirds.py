@@ -22,7 +22,7 @@ from graphopt.backends.tvm import amx
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.convthirdform import chunks_of, planes_of
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source, store_computed
 from graphopt.backends.tvm.loops import SMALL
 from graphopt.backends.tvm.thirdform import COLUMNS, STEP, TILE
 from graphopt.backends.tvm.thirds import LANES, ORDER, PARTS, WORDS, is_nan, split_pair, thirds
@@ -358,17 +358,7 @@ class ConvThirdsKernel:
                 self._element(code.simplify(at + c + v), [*index, code.simplify(channel + v)])
 
     def _element(self, at: Index, index: list[Index]) -> None:
-        code = self.code
-        value = code.bind(code.load(self.acc, at))
-
-        def source(asked: Sequence[Index]) -> Any:
-            if not all(code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                raise BuildError(f"the convolution is used at {list(asked)}, not at its own place {index}")
-            return value
-
-        sources: dict[Value, Source] = {self.form.node.result: source}
-        for k, v in enumerate(self.graph.outputs):
-            self.args.store(k, index, Expressions(self.args, sources).at(v, index))
+        store_computed(self.args, index, {self.form.node.result: self.code.bind(self.code.load(self.acc, at))})
 
     def _fetch(self, io: Index, row: Index, panel: Index) -> None:
         """Ask for the memory that the epilogue of a row reads and writes."""

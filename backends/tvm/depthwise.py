@@ -18,10 +18,9 @@ from tvm import tirx
 from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions, store_computed
 from graphopt.backends.tvm.loops import SMALL, product
-from graphopt.errors import BuildError
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph
 
 LINES, TASKS = 8, 32  # where a schedule does not say
 
@@ -200,11 +199,4 @@ class DepthwiseKernel:
                     code.store(acc, p, code.load(acc, p) + loaded[shift] * w)
 
     def _store(self, index: list[Index], value: Any) -> None:
-        def source(asked: Sequence[Index]) -> Any:
-            if not all(self.code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                raise BuildError("the convolution is used at another place than its own")
-            return value
-
-        sources: dict[Value, Source] = {self.form.node.result: source}
-        for k, v in enumerate(self.graph.outputs):
-            self.args.store(k, index, Expressions(self.args, sources).at(v, index))
+        store_computed(self.args, index, {self.form.node.result: value})

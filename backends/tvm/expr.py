@@ -6,7 +6,7 @@ accumulator tile) are read through a *source*. Shared values are bound to a vari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -59,6 +59,30 @@ def _address(code: Code, index: Sequence[Index], strides: Sequence[Index]) -> In
 def broadcast_index(v: Value, index: Sequence[Index]) -> list[Index]:
     """The index of a value that is broadcast, given that of the whole."""
     return [0 if d == 1 else i for i, d in zip(index[len(index) - v.type.rank :], v.shape, strict=True)]
+
+
+def at_place(args: Arguments, place: Sequence[Index], value: Any) -> Source:
+    """How a result that was summed for one place is read: there, and nowhere else."""
+
+    def source(asked: Sequence[Index]) -> Any:
+        if not all(args.code.equal(p, q) for p, q in zip(asked, place, strict=True)):
+            raise BuildError(f"what was summed for {list(place)} is used at {list(asked)}")
+        return value
+
+    return source
+
+
+def store_computed(args: Arguments, place: Sequence[Index], computed: Mapping[Value, Any],
+                   known: Mapping[Value, Source] | None = None) -> None:  # fmt: skip
+    """Compute and store one place of all outputs, given results that were summed for that place alone.
+
+    Args:
+        computed: elements of products or convolutions; an output may use them at no other place.
+        known: how other values are read.
+    """
+    sources = {**(known or {}), **{v: at_place(args, place, value) for v, value in computed.items()}}
+    for k, v in enumerate(args.graph.outputs):
+        args.store(k, place, Expressions(args, dict(sources)).at(v, place))
 
 
 class Expressions:
@@ -154,7 +178,7 @@ class Expressions:
         for old, new in reshape_groups(x.shape, node.result.shape):
             flat = self.code.flatten([index[k] for k in new], [self.code.size(node.result.shape[k]) for k in new])
             out += self.code.unflatten(flat, [self.code.size(x.shape[k]) for k in old])
-        return self.at(x, [0 if d == 1 else i for i, d in zip(out, x.shape, strict=True)])
+        return self.at(x, broadcast_index(x, out))
 
     def _transpose(self, node: Node, index: Sequence[Index]) -> Any:
         out: list[Index] = [0] * len(index)

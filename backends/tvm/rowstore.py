@@ -10,8 +10,7 @@ from tvm import tirx
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
-from graphopt.errors import BuildError
+from graphopt.backends.tvm.expr import Arguments, Source, store_computed
 from graphopt.ir.graph import Graph, Value
 
 
@@ -84,16 +83,7 @@ class RowStore:
     def _element(self, sums: Sequence[Any], at: Index, index: list[Index]) -> None:
         code = self.code
 
-        def summed(buffer: Any, result: Value) -> Source:
-            value = scalar.rounded(code.bind(code.load(buffer, at)), result.dtype)
+        def summed(buffer: Any, result: Value) -> Any:
+            return scalar.rounded(code.bind(code.load(buffer, at)), result.dtype)
 
-            def source(asked: Sequence[Index]) -> Any:
-                if not all(code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                    raise BuildError("the product is used at another place than its own")
-                return value
-
-            return source
-
-        sources = self.known | {r: summed(buffer, r) for r, buffer in zip(self.results, sums, strict=True)}
-        for k, v in enumerate(self.graph.outputs):
-            self.args.store(k, index, Expressions(self.args, sources).at(v, index))
+        store_computed(self.args, index, {r: summed(buffer, r) for r, buffer in zip(self.results, sums, strict=True)}, self.known)

@@ -19,13 +19,12 @@ from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.dots import sum_dots
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions, store_computed
 from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.quantform import quantized
 from graphopt.backends.tvm.tileform import BLOCK
-from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Node, Value
 
 LINE = 64  # bytes of a cache line
@@ -318,16 +317,7 @@ class TileKernel:
         code = self.code
         at = [*lead, code.simplify(row + i), code.simplify(column + j)]
 
-        def summed(acc: Any) -> Source:
-            value = scalar.rounded(code.bind(code.load(acc, code.simplify(base + i * self.nr + j))), self.result.dtype)
+        def summed(acc: Any) -> Any:
+            return scalar.rounded(code.bind(code.load(acc, code.simplify(base + i * self.nr + j))), self.result.dtype)
 
-            def source(index: Sequence[Index]) -> Any:
-                if not all(code.equal(p, q) for p, q in zip(index, at, strict=True)):
-                    raise BuildError("the product is used at another place than its own")
-                return value
-
-            return source
-
-        sources = {p.result: summed(acc) for p, acc in zip(self.products, sums, strict=True)}
-        for k, v in enumerate(self.graph.outputs):
-            self.args.store(k, at, Expressions(self.args, sources).at(v, at))
+        store_computed(self.args, at, {p.result: summed(acc) for p, acc in zip(self.products, sums, strict=True)})

@@ -24,10 +24,9 @@ from tvm import tirx
 from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions, store_computed
 from graphopt.backends.tvm.loops import vector_loop
-from graphopt.errors import BuildError
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph
 
 LINE = 16  # f32 of a cache line
 BLOCK = 64  # products summed before the sum is added to the total, about: each error counts several times in a result
@@ -255,13 +254,4 @@ class WinogradKernel:
         return self.lanes
 
     def _element(self, square: Any, at: Index, index: list[Index]) -> None:
-        value = self.code.bind(self.code.load(square, at))
-
-        def source(asked: Sequence[Index]) -> Any:
-            if not all(self.code.equal(p, q) for p, q in zip(asked, index, strict=True)):
-                raise BuildError(f"the convolution is used at {list(asked)}, not at its own place {index}")
-            return value
-
-        sources: dict[Value, Source] = {self.form.node.result: source}
-        for k, v in enumerate(self.graph.outputs):
-            self.args.store(k, index, Expressions(self.args, sources).at(v, index))
+        store_computed(self.args, index, {self.form.node.result: self.code.bind(self.code.load(square, at))})
