@@ -47,6 +47,7 @@ class ProgramWeights:
         keeps = bool(self.positions or wanted)
         self.staged = StagedValues(self._compute, len(read), self._admit, changed_words) if keeps else None
         self.owned: Values | None = None
+        self._none = Values()
         self._kept: list[torch.Tensor] = []  # weights that are read as they are, once this owns them
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[Values, Sequence[torch.Tensor]]:
@@ -57,7 +58,7 @@ class ProgramWeights:
         if self.owned is not None:
             return self.owned, inputs
         if self.staged is None:
-            return Values(), inputs
+            return self._none, inputs
         staged, misplaced = self.staged.get(self._pick(inputs))
         return staged, self._guard.in_layout(inputs, misplaced) if misplaced else inputs
 
