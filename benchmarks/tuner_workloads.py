@@ -223,7 +223,7 @@ def _metaschedule(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], 
 
     kind, _, number = w.name.partition(".")
     function = create_te_workload(kind, int(number or 0))
-    shape = [int(d) for d in function.buffer_map[function.params[-1]].shape]
+    shape = [int(d) for d in function.params[-1].shape]
     module = tvm.runtime.load_module(str(folder / f"metaschedule-{w.name}" / "best.so"))
     kernel, out = module["main"], torch.full(shape, float("nan"))
     args = [tvm.runtime.from_dlpack(x.detach()) for x in (*w.peer, out)]

@@ -72,9 +72,9 @@ class CompiledGraph:
             args[m.argument].copy_(outputs[m.output])
         return [make_result(r, args, outputs, sizes) for r in self.captured.results]
 
-    def operands(self, args: Sequence[Any]) -> tuple[list[torch.Tensor], dict[str, int]]:
+    def operands(self, args: Sequence[Any]) -> tuple[Sequence[torch.Tensor], dict[str, int]]:
         """What the program takes for the runtime arguments: its inputs, and the values of its symbols."""
-        inputs = [*self._select(args), *self._constants]
+        inputs = [*self._select(args), *self._constants] if self._constants else self._select(args)
         if self._sizes is None:
             return inputs, {}
         return inputs, self.program.read_sizes(inputs, {s: int(args[p]) for s, p in self._sizes.items()})

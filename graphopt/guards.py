@@ -50,7 +50,7 @@ class InputGuard:
         self._specs = [(i, _Spec(v)) for i, v in values.items()]
         self._values = dict(values)
         self._static = bool(values) and all(v.type.is_static for v in values.values())
-        self._pick = itemgetter(*values) if len(values) > 1 else lambda inputs: [inputs[i] for i in values]
+        self._pick = itemgetter(*values) if len(values) > 1 else lambda inputs: (inputs[next(iter(values))],)
         self._known: Callable[..., bool] | None = None  # of inputs that were right
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

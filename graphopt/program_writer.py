@@ -69,8 +69,8 @@ class ProgramWriter:
     def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device) -> None:
         self.lowered, self.kernels, self.library = lowered, kernels, library
         self.namespace: dict[str, Any] = {
-            "empty": torch.empty, "fresh": _fresh(device), "restride": restride, "check_index": check_index, "torch": torch, "device": device,
-            "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes, "IndexOutOfRange": IndexOutOfRange,
+            "empty": torch.empty, "fresh": _fresh(device), "restride": restride, "check_index": check_index, "torch": torch,
+            "device": device, "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes, "IndexOutOfRange": IndexOutOfRange,
         }  # fmt: skip
         self.names: dict[Value, str] = {}
         self.places: dict[Value, Place] = {}

@@ -163,3 +163,27 @@ def test_inputs_are_what_the_program_was_compiled_for() -> None:
     w.data = torch.randn(7)  # the same object with another shape
     with pytest.raises(InputError, match="w is"):
         guard([x, w, t])
+
+
+def test_inputs_like_those_that_were_right_are_taken_and_no_others() -> None:
+    graph = parse_graph("""
+    graph @g(%x: f32[3, 4], %z: c64[2]) -> f32[3, 4] {
+      return %x
+    }""")
+    guard = InputGuard(dict(enumerate(graph.inputs)), CPU)
+    x, z = torch.randn(3, 4), torch.randn(2, dtype=torch.complex64)
+    first = [x, z]
+    assert guard(first) is first and guard([x, z])[0] is x
+    with torch.inference_mode():
+        apart = torch.randn(3, 4)
+    for alike in (torch.randn(3, 4, requires_grad=True), torch.nn.Parameter(x), apart, torch.randn(1, 3, 4)[0]):
+        given = [alike, z]
+        assert guard(given) is given
+    negated, conjugated = torch._neg_view(x), z.conj()
+    for hidden in ([negated, z], [x, conjugated], [torch.randn(6, 4)[::2], z], [torch.randn(4, 3).t(), z]):
+        laid_out = guard(hidden)
+        assert all(torch.equal(a, b) and a.is_contiguous() and not (a.is_neg() or a.is_conj()) for a, b in zip(laid_out, hidden))
+    for wrong in ([x.half(), z], [x[:2], z], [x, z.real], [x, torch.zeros(2)]):
+        with pytest.raises(InputError, match="compiled for"):
+            guard(wrong)
+    assert guard(first) is first

@@ -78,6 +78,7 @@ class ExportedGraph:
     def __post_init__(self) -> None:
         self._template: list[Any] = [None] * (len(self.slots) + len(self._users))
         self._live = [(i, s.table, s.key) for i, s in self.slots.items()]
+        self._only_users = not self.slots and [i for i, _, _ in self._users] == [*range(len(self._users))]
         self._keywords = list(_children(self._in_spec)[1].context)
         positional = _children(_children(self._in_spec)[0])
         tensors = all(isinstance(traced, torch.Tensor) for _, _, traced in self._users)
@@ -108,6 +109,8 @@ class ExportedGraph:
                 _check(name, traced, sizes, given)
             if plain and self._known is None:
                 self._known = alike(args)
+        if self._only_users:
+            return list(leaves)
         out = self._template.copy()
         for i, given in zip(self._places, leaves, strict=True):
             out[i] = given
