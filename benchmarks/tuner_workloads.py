@@ -9,10 +9,11 @@ trials in which its time is over; what its process needs to start is not counted
 has been tuned for as long is not tuned again.
 
 ``measure`` takes all times in one run: a process for each system, all alive at once, in turns, with 20 ms of silence between them.
-Systems: graphopt with tuned and with default schedules, and tuned without the checks that a compiled model makes of its arguments
-(``unchecked``: kernels and memory for their results alone); PyTorch as fast as it goes: the best of its layouts, and with oneDNN's
-packed weights, chosen by a probe; MetaSchedule's best record. Weights are constants to graphopt and PyTorch, as in a model; TVM's
-workloads take them as arguments, in the layout that they define, and nothing is packed for them. Errors are against f64.
+Systems: graphopt with tuned and with default schedules, a compiled model each, which checks its arguments and gives results memory of
+their own; the tuned kernels alone (``kernels``), in memory that is there, as MetaSchedule's are called; PyTorch as fast as it goes:
+the best of its layouts, and with oneDNN's packed weights, chosen by a probe; MetaSchedule's best record. Weights are constants to
+graphopt and PyTorch, as in a model; TVM's workloads take them as arguments, in the layout that they define, and nothing is packed for
+them. Errors are against f64.
 
 A name without a number is the first configuration of the workload.
 """
@@ -43,7 +44,7 @@ from graphopt.bench.stats import geometric_mean, quantile
 SILENCE, SLICE = 0.02, 0.03  # seconds of silence before a turn, and of timed calls in it
 WORSE = 4.0  # times PyTorch's error, and some units of rounding, that a result may be off
 ROUND = 16  # trials that MetaSchedule makes at once
-TITLES = {"tuned": "graphopt tuned", "unchecked": "unchecked", "default": "graphopt default", "pytorch": "PyTorch",
+TITLES = {"tuned": "graphopt tuned", "kernels": "its kernels", "default": "graphopt default", "pytorch": "PyTorch",
           "metaschedule": "MetaSchedule"}  # fmt: skip
 
 
@@ -198,15 +199,26 @@ def _graphopt(w: TeWorkload, folder: Path, tuned: bool) -> tuple[Call, str, Call
     return lambda: compiled(*w.args), f"library: {', '.join(calls)}" if calls else "", lambda: compiled(*w.args)
 
 
-def _unchecked(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], torch.Tensor]]:
-    compiled = _compiled(w, folder, True)
-    inputs, _ = compiled._compiled.operands(compiled._exported.flatten(w.args, {}))
-    program = compiled._compiled.program
-    staged, inputs = program.weights(inputs)
-    arena = program._make_arena().tensors
+def _kernels(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], torch.Tensor]]:
+    """The calls of the tuned program's kernels as one run made them: in the same memory, arguments as the kernels' runtime wants them."""
+    import tvm
+
+    compiled, calls = _compiled(w, folder, True), []
+    inputs, sizes = compiled._compiled.operands(compiled._exported.flatten(w.args, {}))
+
+    def recorded(_: int, kernel: Call) -> Call:
+        def call(*args: Any) -> None:
+            calls.append((kernel, [tvm.runtime.from_dlpack(a.detach()) if isinstance(a, torch.Tensor) else a for a in args]))
+            kernel(*args)
+
+        return call
+
+    out = compiled._compiled.program.wrapped(recorded)(inputs, sizes)[0]
 
     def run() -> torch.Tensor:
-        return program._run(inputs, staged, arena, {})[0]  # type: ignore[no-any-return]
+        for kernel, args in calls:
+            kernel(*args)
+        return out
 
     return run, "", run
 
@@ -237,7 +249,7 @@ def _metaschedule(w: TeWorkload, folder: Path) -> tuple[Call, str, Callable[[], 
 
 SYSTEMS: dict[str, Callable[[TeWorkload, Path], tuple[Call, str, Callable[[], torch.Tensor]]]] = {
     "tuned": lambda w, folder: _graphopt(w, folder, True),
-    "unchecked": _unchecked,
+    "kernels": _kernels,
     "default": lambda w, folder: _graphopt(w, folder, False),
     "pytorch": _pytorch,
     "metaschedule": _metaschedule,
@@ -363,7 +375,7 @@ def _against(rows: dict[str, Any], peer: str, own: str = "tuned") -> float | Non
 
 def show(found: dict[str, Any], tuning: dict[str, Any], console: Console) -> None:
     systems = [s for s in TITLES if any(s in rows for rows in found.values())]
-    peers = [s for s in systems if s not in ("tuned", "unchecked")]
+    peers = [s for s in systems if s not in ("tuned", "kernels")]
     table = Table("", *(f"{TITLES[s]} us" for s in systems), *(f"over {TITLES[p]}" for p in peers), "GFLOP/s", "PyTorch's way", "trials",
                   title="medians, one run, in turns; ± where the quartiles are more than a tenth of the median apart")  # fmt: skip
     for name, rows in found.items():
@@ -376,7 +388,7 @@ def show(found: dict[str, Any], tuning: dict[str, Any], console: Console) -> Non
         )  # fmt: skip
     console.print(table)
     for p in peers:
-        for ours in ("tuned", "unchecked"):
+        for ours in ("tuned", "kernels"):
             ratios = [r for rows in found.values() if (r := _against(rows, p, ours)) is not None]
             if ratios:
                 wins, mean = sum(r >= 1.0 for r in ratios), geometric_mean(ratios)
