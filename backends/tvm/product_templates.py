@@ -37,7 +37,7 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
 
     graph, block = flatten_rows(expand_rows(w.graph)), s["block"] if s.sketch in BLOCKED else BLOCK
     return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"], block,
-                      s.sketch in BLOCKED, s.sketch.endswith("rows-first")).emit()  # fmt: skip
+                      s.sketch in BLOCKED, s.sketch.endswith("rows-first"), int(dict(s.knobs).get("ahead", 0))).emit()  # fmt: skip
 
 
 # --- products of few rows with small integers ---------------------------------------------------------------------------

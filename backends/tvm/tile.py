@@ -55,6 +55,7 @@ class TileKernel:
         unroll: steps of the summed axis that are unrolled.
         group: row tiles that a parallel step takes, with one panel of the second factor (copied once for them, where it must be).
         prefetch: while a packed panel is used, bring the next one into the second-level cache, a part with every row tile.
+        ahead: bytes of a packed panel, and of the next one, that are asked for before they are needed; 0 leaves it to the hardware.
         block: terms that are summed before the sum is added to the total.
         blocked: sum a block of all row tiles of a step before the next block, so that a block of a panel stays in the first-level
             cache; otherwise a row tile is summed to its end.
@@ -62,9 +63,9 @@ class TileKernel:
     """
 
     def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, group: int, prefetch: bool,
-                 parallel: bool, block: int = BLOCK, blocked: bool = False, rows_first: bool = False) -> None:  # fmt: skip
+                 parallel: bool, block: int = BLOCK, blocked: bool = False, rows_first: bool = False, ahead: int = 0) -> None:  # fmt: skip
         self.graph, self.mr, self.nr, self.unroll, self.prefetch, self.parallel = graph, rows, columns, unroll, prefetch, parallel
-        self.block, self.blocked, self.rows_first = block, blocked, rows_first
+        self.block, self.blocked, self.rows_first, self.ahead = block, blocked, rows_first, ahead
         self.lanes, self.vector = min(lanes, columns), lanes
         nodes = [n for n in graph.nodes() if is_materialized(n)]
         self.code = Code(graph.symbols)
@@ -112,7 +113,7 @@ class TileKernel:
                 row = code.simplify(tile_row * self.mr)
                 sums = []
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
-                    ahead = self._next_panel(p.factor, lead, column, tile_row, tiles) if self.prefetch else None
+                    ahead = self._fetch(p.factor, lead, column, tile_row, tiles)
                     sums.append(self._sum(p, lead, row, column, panel, ahead, total))
                 self._store(lead, row, column, sums)
         return code
@@ -133,7 +134,7 @@ class TileKernel:
             tile_row = code.simplify(first + io)
             row, base = code.simplify(tile_row * self.mr), code.simplify(io * size)
             for p, panel, total in zip(self.products, panels, totals, strict=True):
-                ahead = self._next_panel(p.factor, lead, column, tile_row, tiles) if self.prefetch else None
+                ahead = self._fetch(p.factor, lead, column, tile_row, tiles)
                 acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead)
                 self._everywhere(acc, lambda sums, at, _: code.store(sums, at, tirx.const(0, self.held)))
                 span(*self._block(block))
@@ -152,20 +153,29 @@ class TileKernel:
             return i
         return self.code.least(i, size - 1)
 
-    def _next_panel(self, factor: Factor, lead: Sequence[Index], column: Index, tile: Index,
-                    tiles: Index) -> Callable[[Index], None] | None:  # fmt: skip
-        """What to do at a step of the summed axis to bring a row tile's part of the next panel nearer; None if panels are not
-        contiguous.
+    def _fetch(self, factor: Factor, lead: Sequence[Index], column: Index, tile: Index,
+               tiles: Index) -> Callable[[Index], None] | None:  # fmt: skip
+        """What to do at a step of the summed axis to bring nearer what will be read; None if nothing, or if panels are not contiguous.
 
         The hardware follows a panel that it has seen begin, but too late: a panel is read from memory while its first row
-        tile waits for it. Each row tile asks for an equal part of the panel after its own.
+        tile waits for it. Each row tile asks for an equal part of the panel after its own (``prefetch``). Of panels that are used but once,
+        it does not run far enough before the reader, and stops at each page: what lies ``ahead`` is asked for.
         """
         code = self.code
-        here = factor.panel_start(lead, column)
+        here = factor.panel_start(lead, column) if self.prefetch or self.ahead else None
         if here is None:
             return None
         buffer, start = here
-        line = LINE // factor.value.dtype.itemsize
+        size = factor.value.dtype.itemsize
+        line = LINE // size
+        if self.ahead:
+
+            def near(k: Index) -> None:
+                at = code.bind_index(code.simplify(start + k * self.nr + self.ahead // size), "ahead")
+                for q in range(0, self.nr * self.unroll, line):
+                    code.prefetch(buffer, code.simplify(at + q))
+
+            return near
         lines = -(-self.nr * self.unroll // (line * tiles)) if isinstance(tiles, int) else 1
         part = code.simplify(code.ceildiv(self.k, self.unroll) * (lines * line))
         first = code.bind_index(code.simplify(start + self.k * self.nr + tile * part), "ahead")

@@ -20,6 +20,7 @@ BLOCKED = ("blocked", "blocked-rows-first")  # a block of the depth is used by a
 _FEW_ROWS = 8  # rows of the highest tile of a default schedule
 _HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
 _LINE = 64  # bytes of a cache line
+_AHEAD = 2048  # bytes: 1.5 to 3 KiB are equally good, 512 too few to hide memory
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
@@ -57,7 +58,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     if width := quantform.panel_width(flatten_rows(graph)):  # floats of a panel are made once, so it is taken whole where registers allow
         nr = min(width, lanes * (4 if t.vector_registers == 32 else 2))
         mr = -(-rows // -(-rows // 6)) if isinstance(rows, int) else 6
-    several = not isinstance(rows, int) or rows > mr  # what is read once is a stream, which the hardware fetches better itself
+    several = not isinstance(rows, int) or rows > mr  # else panels are read once: a stream, asked for as it is read
     heights = (r for r in _HEIGHTS if not isinstance(rows, int) or r <= rows)
     return (
         Param("lanes", (lanes,)),
@@ -67,6 +68,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("group", tuple(dict.fromkeys((_row_group(node, graph, mr, nr, t), 1, 2, 4, 8, 16, 32, 64))), "tasks"),
         Param("prefetch", (several, not several)),
         Param("parallel", (True, False), "tasks"),
+        *([Param("ahead", (_AHEAD, 0, 1024, 4096))] if packed and not several else []),
     )
 
 
