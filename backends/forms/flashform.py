@@ -105,6 +105,12 @@ def repeats(v: Value) -> int:
     return many[-3] if same and out.shape[-3] == dims.mul(many[-4], many[-3]) else 1
 
 
+def joined_rows(v: Value) -> Node | None:
+    """What joins keys or values ``[..., N, D]`` along their rows: a cache and what is new, say."""
+    node = v.producer
+    return node if node is not None and node.name == "concat" and node.attrs["axis"] % v.type.rank == v.type.rank - 2 else None
+
+
 def seen_span(code: Any, form: Form, first: Any, last: Any) -> tuple[Any, Any]:
     """The keys that query rows ``first .. last`` may see by position: from, and up to but not with; sizes by ``code``."""
     attrs, low, high = form.node.attrs, 0, code.size(form.keys)

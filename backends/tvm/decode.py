@@ -18,9 +18,10 @@ from tvm import tirx
 
 from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import scalar, vecmath
-from graphopt.backends.tvm.attended import F32, LOG2E, Extra, Order, Rows, head_index, in_order, place_of
+from graphopt.backends.tvm.attended import F32, LOG2E, Extra, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments
+from graphopt.backends.tvm.keyrows import Order, Rows, in_order, parts_of
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine, combine_each
 from graphopt.backends.tvm.prologue import write_row
@@ -57,8 +58,8 @@ class DecodeKernel:
         batch = [code.size(d) for d in form.batch]
         self.heads = [*batch[:-1], code.div(batch[-1], self.share)] if batch else []
         self.extra = Extra(self.args, form, form.fill)
-        self.keys_of, self.values_of = (Rows(self.args, x) for x in (form.parts.k, form.parts.v))
-        self.key_order, self.value_order = (x.order(lanes) for x in (self.keys_of, self.values_of))
+        self.keys_of, self.values_of = (parts_of(self.args, x) for x in (form.parts.k, form.parts.v))
+        self.key_order, self.value_order = (x[0][1].order(lanes) for x in (self.keys_of, self.values_of))
         self.table = table and lanes == 16
         self.abreast = int(self.heads[-1]) if abreast and self.heads else 1  # heads of a task
 
@@ -159,29 +160,43 @@ class DecodeKernel:
         for r in range(self.rows):
             with code.loop(lanes, "vectorized", "v") as v:
                 code.store(scores, code.simplify(r * step + code.div(here, lanes) * lanes + v), tirx.const(float("-inf"), F32))
-        whole = code.div(here, self.keys)
-        with code.loop(whole, "serial", "t") as t:
-            self._products(of_keys, queries, start, scores, base, code.bind_index(code.simplify(t * self.keys), "n"), self.keys)
-        with code.loop(code.simplify(here - whole * self.keys), "serial", "n") as n:
-            rest = code.bind_index(code.simplify(whole * self.keys + n), "n")
-            self._products(of_keys, queries, start, scores, base, rest, 1)
-        if self.keys_of.integers is not None:
-            self._scale_rows(scores, self.keys_of, of_keys, base, here)
+        for first, count, part in self._spans(self.keys_of, base, here):
+            whole = code.div(count, self.keys)
+            with code.loop(whole, "serial", "t") as t:
+                n = code.bind_index(code.simplify(first + t * self.keys), "n")
+                self._products(part, of_keys, queries, start, scores, base, n, self.keys)
+            with code.loop(code.simplify(count - whole * self.keys), "serial", "n") as n:
+                rest = code.bind_index(code.simplify(first + whole * self.keys + n), "n")
+                self._products(part, of_keys, queries, start, scores, base, rest, 1)
+        if self.keys_of[0][1].integers is not None:
+            self._scale_rows(scores, self.keys_of[0][1], of_keys, base, here)
         if self.attrs["softcap"] is not None or self.extra.given or self.form.is_local or self.form.reads_all:
             for r in range(self.rows):
                 self._change(self._lead(lead, r), scores, r, base, here)
 
-    def _products(self, of_keys: Sequence[Index], queries: Any, start: Index, scores: Any, base: Index, n: Index, count: int) -> None:
+    def _spans(self, parts: Sequence[tuple[Index, Rows]], base: Index, here: Index) -> Iterator[tuple[Index, Index, Rows]]:
+        """The pieces of a block's ``here`` rows from ``base`` on that lie in one part each: (first row in the block, rows, the part)."""
+        if len(parts) == 1:
+            yield 0, here, parts[0][1]
+            return
+        code, ends = self.code, [*(first for first, _ in parts[1:]), None]
+        for (begin, rows), end in zip(parts, ends, strict=True):
+            first = code.bind_index(code.least(code.greatest(begin - base, 0), here), "first")
+            last = here if end is None else code.bind_index(code.least(code.greatest(end - base, 0), here), "last")
+            yield first, code.bind_index(code.simplify(last - first), "count"), rows
+
+    def _products(self, part: Rows, of_keys: Sequence[Index], queries: Any, start: Index, scores: Any, base: Index, n: Index,
+                  count: int) -> None:  # fmt: skip
         """Scores of ``count`` keys, 1 or as many as are taken together."""
         code, lanes = self.code, self.lanes
         places = [(r, i) for r in range(self.rows) for i in range(count)]
         sums = {place: code.alloc(lanes, F32, "acc") for place in places}
         rows = [code.bind_index(code.simplify(base + n + i), "row") for i in range(count)]
         for row in rows if self.ahead else []:
-            self.keys_of.fetch(lambda i: [*of_keys, i], row, self.ahead)
+            part.fetch(lambda i: [*of_keys, i], row, self.ahead)
         for u in range(0, self.depth, lanes):
             for i, row in enumerate(rows):
-                with self._floats(self.keys_of, [*of_keys, row], u, self.key_order) as (x, v):
+                with self._floats(part, [*of_keys, row], u, self.key_order) as (x, v):
                     for r in range(self.rows):
                         term, acc = x * self._get(queries, start + (r * self.depth + u), v), sums[r, i]
                         self._put(acc, 0, v, term if u == 0 else self._get(acc, 0, v) + term)
@@ -290,8 +305,8 @@ class DecodeKernel:
         """Weights times values, added to the rows' sums: as many rows at once as registers hold."""
         code, lanes, v_of = self.code, self.lanes, self.form.parts.v
         index = head_index(code, self.form, v_of, self._lead(lead, 0))
-        if self.values_of.integers is not None:
-            self._scale_rows(scores, self.values_of, index, base, here)
+        if self.values_of[0][1].integers is not None:
+            self._scale_rows(scores, self.values_of[0][1], index, base, here)
         columns = min(self.width, max(1, self.sums // self.rows) * lanes)
         at_once = max(1, self.sums * lanes // columns)
         for r0 in range(0, self.rows, at_once):
@@ -301,16 +316,18 @@ class DecodeKernel:
                 for u, v in self._each(here_columns):
                     for r in rows:
                         code.store(acc[r], code.simplify(u + v), tirx.const(0.0, F32))
-                with code.loop(here, "serial", "n") as n:
-                    row = code.bind_index(code.simplify(base + n), "row")
-                    if self.ahead and r0 == c0 == 0:
-                        self.values_of.fetch(lambda i: [*index, i], row, self.ahead)
-                    p = {r: code.bind(code.load(scores, code.simplify(r * (self.block + lanes) + n)), "p") for r in rows}
-                    for u in range(0, here_columns, lanes):
-                        with self._floats(self.values_of, [*index, row], c0 + u, self.value_order) as (x, v):
-                            for r in rows:
-                                weight = p[r] if v is not None else tirx.Broadcast(p[r], lanes)
-                                self._put(acc[r], u, v, self._get(acc[r], u, v) + weight * x)
+                for first, count, part_of in self._spans(self.values_of, base, here):
+                    with code.loop(count, "serial", "n") as i:
+                        n = code.simplify(first + i)
+                        row = code.bind_index(code.simplify(base + n), "row")
+                        if self.ahead and r0 == c0 == 0:
+                            part_of.fetch(lambda i: [*index, i], row, self.ahead)
+                        p = {r: code.bind(code.load(scores, code.simplify(r * (self.block + lanes) + n)), "p") for r in rows}
+                        for u in range(0, here_columns, lanes):
+                            with self._floats(part_of, [*index, row], c0 + u, self.value_order) as (x, v):
+                                for r in rows:
+                                    weight = p[r] if v is not None else tirx.Broadcast(p[r], lanes)
+                                    self._put(acc[r], u, v, self._get(acc[r], u, v) + weight * x)
                 for u, v in self._each(here_columns):
                     for r in rows:
                         place = code.simplify(part + r * self.record + c0 + u + v)

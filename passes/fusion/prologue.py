@@ -33,6 +33,14 @@ def row_reject(node: Node, attention: Node, operand: int, users: Sequence[Node],
     name, x, rows = node.op.name, node.results[0], attention.operands[max(operand, 0)]
     if operand not in (0, 1, 2) or not costs.for_cpu:
         return "an attention's kernel computes nothing but rows of queries, of keys or of values"
+    queries, share = attention.result.shape[-2], groups(parts(attention.operands, attention.attrs).q.shape, rows.shape)
+    few = isinstance(queries, int) and queries * share <= FEW
+    if operand > 0 and x is rows and _joins_rows(node):
+        if not x.has_one_use:
+            return "what joins keys or values has other readers, too"
+        return None if few else "an attention's kernel reads joined keys or values part by part only where queries are few"
+    if any(u.results[0] is rows and _joins_rows(u) for u in users):
+        return "keys and values that are joined are read as they are"
     if name in CALLS or x.dtype not in FLOATS:
         return f"an attention's kernel computes no {name} of {x.dtype} on the way"
     if any(u.op.name in ("broadcast_to", "dequantize", "take") for u in users):
@@ -46,8 +54,7 @@ def row_reject(node: Node, attention: Node, operand: int, users: Sequence[Node],
         return f"an attention's kernel does no {name} on the way"
     if operand == 0 or any(u is not attention and not u.op.has(Trait.VIEW) for u in users):
         return None  # nothing is computed again; or it is behind something that was paid for with it
-    queries, share = attention.result.shape[-2], groups(parts(attention.operands, attention.attrs).q.shape, rows.shape)
-    if isinstance(queries, int) and queries * share <= FEW:
+    if few:
         return "where queries are few, keys and values are read as they are"
     price = _price(node, [share * max(1.0, -(-m // _TASK)) for m in costs.amount(queries)], costs)
     return None if price.pays else f"each task of the attention would compute it again: it {price.text}"
@@ -55,6 +62,10 @@ def row_reject(node: Node, attention: Node, operand: int, users: Sequence[Node],
 
 def _joins_columns(node: Node) -> bool:
     return node.op.name == "concat" and node.attrs["axis"] % node.results[0].type.rank == node.results[0].type.rank - 1
+
+
+def _joins_rows(node: Node) -> bool:
+    return node.op.name == "concat" and node.attrs["axis"] % node.results[0].type.rank == node.results[0].type.rank - 2
 
 
 def _price(node: Node, again: Sequence[float], costs: CostModel) -> Price:

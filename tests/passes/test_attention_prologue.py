@@ -72,6 +72,37 @@ def test_few_queries_read_keys_as_they_are() -> None:
     assert any("where queries are few" in reason for reason in missed)
 
 
+def joined(queries: int = 1, result: str = "%0", new: str = "%n", cached: str = "N") -> str:
+    """Attention over cached keys and values with new ones behind them."""
+    total = f"{cached} + 1" if cached == "N" else str(int(cached) + 1)
+    q, k, one = f"f32[1, 8, {queries}, 32]", f"f32[1, 2, {cached}, 32]", "f32[1, 2, 1, 32]"
+    outputs = {"%0": q, "%0, %a": f"({q}, f32[1, 2, {total}, 32])"}[result]
+    return f"""graph @g(%q: {q}, %k: {k}, %v: {k}, %n: {one}) -> {outputs}{" where 1 <= N" if cached == "N" else ""} {{
+      %m: {one} = neg(%n)
+      %a: f32[1, 2, {total}, 32] = concat(%k, {new}) {{axis = 2}}
+      %b: f32[1, 2, {total}, 32] = concat(%v, %n) {{axis = 2}}
+      %0: {q} = attention(%q, %a, %b) {{scale = 0.2}}
+      return {result}
+    }}"""
+
+
+@pytest.mark.parametrize("cached", ["64", "N"])
+def test_few_queries_read_joined_keys_part_by_part(cached: str) -> None:
+    found, _ = fused(joined(cached=cached), Fuse())
+    assert found == [("attention", ["concat", "concat", "attention"])]
+    found, missed = fused(joined(cached=cached, new="%m"), Fuse())
+    assert [kind for kind, _ in found] == ["pointwise", "attention"] and found[1][1] == ["concat", "concat", "attention"]
+    assert "keys and values that are joined are read as they are" in " ".join(missed)
+
+
+def test_joined_keys_are_written_for_many_queries_and_other_readers() -> None:
+    found, missed = fused(joined(queries=64, cached="64"), Fuse())
+    assert found[-1] == ("attention", ["attention"])
+    assert any("part by part only where queries are few" in reason for reason in missed)
+    found, missed = fused(joined(result="%0, %a", cached="64"), Fuse())
+    assert found[-1] == ("attention", ["concat", "attention"])
+
+
 NORMED = """graph @g(%x: f32[1, 64, 4, 32], %k: f32[1, 4, 64, 32], %w: f32[32]) -> f32[1, 4, 64, 32] {{
   %0: f32[1, 64, 4, 32] = rms_norm(%x, %w) {{{norm}}}
   %1: f32[1, 4, 64, 32] = {view}

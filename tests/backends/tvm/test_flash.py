@@ -151,6 +151,21 @@ FEW = {
       %0: f32[2, 4, 1, 32] = attention(%q, %a, %b) {scale = 0.3}
       return %0
     }"""),
+    "joined": parse_graph("""graph @g(%q: f32[2, 4, 2, 32], %k: f32[2, 2, 140, 32], %n: f32[2, 2, 3, 32], %v: f32[2, 2, 70, 32],
+        %w: f32[2, 71, 2, 32], %o: f32[2, 2, 2, 32]) -> f32[2, 4, 2, 32] {
+      %a: f32[2, 2, 143, 32] = concat(%k, %n) {axis = 2}
+      %t: f32[2, 2, 71, 32] = transpose(%w) {perm = [0, 2, 1, 3]}
+      %b: f32[2, 2, 143, 32] = concat(%v, %t, %o) {axis = 2}
+      %0: f32[2, 4, 2, 32] = attention(%q, %a, %b) {scale = 0.3, causal = true, offset = 141}
+      return %0
+    }"""),
+    "joined by symbol": parse_graph("""graph @g(%q: f32[3, 1, 32], %k: f32[3, N, 32], %n: f32[3, 1, 32],
+        %v: f32[3, N, 32]) -> f32[3, 1, 32] where 1 <= N {
+      %a: f32[3, N + 1, 32] = concat(%k, %n) {axis = 1}
+      %b: f32[3, N + 1, 32] = concat(%n, %v) {axis = 1}
+      %0: f32[3, 1, 32] = attention(%q, %a, %b) {scale = 0.3}
+      return %0
+    }"""),
     "cached integers": parse_graph("""graph @g(%q: f32[1, 8, 1, 64], %k: i8[1, 2, 131, 64], %a: f32[1, 2, 131, 1], %v: i8[1, 131, 2, 64],
         %b: f32[1, 131, 2, 1]) -> f32[1, 8, 1, 64] {
       %0: f32[1, 2, 131, 64] = dequantize(%k, %a)
@@ -250,7 +265,7 @@ def test_packed_caches_without_a_table(compile_all) -> None:
         check(FEW[name], run, inputs(FEW[name], **sizes), sizes or None, factor=4.0)
 
 
-@pytest.mark.parametrize("name", ["odd", "shared heads", "split", "pages"])
+@pytest.mark.parametrize("name", ["odd", "shared heads", "split", "pages", "joined"])
 def test_schedules_of_few_queries(builder: KernelBuilder, kernels_dir: Any, name: str) -> None:
     """Other numbers of keys at a time, blocks and parts, asking for rows ahead or not, compute the same."""
     graph, target = FEW[name], detect()
