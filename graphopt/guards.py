@@ -18,7 +18,7 @@ from graphopt.ir.graph import Value
 try:
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # a PyTorch without them: every call is checked attribute by attribute
-    TensorGuards = None
+    TensorGuards = None  # type: ignore[assignment, misc]
 
 
 class InputError(GraphoptError, ValueError):
@@ -34,7 +34,8 @@ def alike(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     if TensorGuards is None:
         return None
     sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
-    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
+    check: Callable[..., bool] = guards.check
     return check
 
 

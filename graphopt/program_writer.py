@@ -23,7 +23,7 @@ from graphopt.memory import Lifetime, Plan, plan
 from graphopt.tape import Joined, KernelFunction, Launch
 
 try:
-    from torch._C._dynamo.guards import _empty_strided_cpu as empty_strided_cpu  # what Inductor's programs call
+    from torch._C._dynamo.guards import _empty_strided_cpu as empty_strided_cpu  # type: ignore[attr-defined]  # as Inductor's programs
 except ImportError:
     empty_strided_cpu = None
 

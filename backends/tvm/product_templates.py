@@ -36,8 +36,9 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.tileform import BLOCK, BLOCKED
 
     graph, block = flatten_rows(expand_rows(w.graph)), s["block"] if s.sketch in BLOCKED else BLOCK
+    ahead = s["ahead"] if "ahead" in dict(s.knobs) else 0
     return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"], block,
-                      s.sketch in BLOCKED, s.sketch.endswith("rows-first"), int(dict(s.knobs).get("ahead", 0))).emit()  # fmt: skip
+                      s.sketch in BLOCKED, s.sketch.endswith("rows-first"), ahead).emit()  # fmt: skip
 
 
 # --- products of few rows with small integers ---------------------------------------------------------------------------
