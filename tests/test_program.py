@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from graphopt.backends.eager import LibraryCall
-from graphopt.guards import InputError, InputGuard
+from graphopt.guards import InputError, InputGuard, alike
 from graphopt.ir import Graph, evaluate, parse_graph
 from graphopt.lower import lower
 from graphopt.memory import Lifetime, plan
@@ -165,6 +166,15 @@ def test_inputs_are_what_the_program_was_compiled_for() -> None:
         guard([x, w, t])
 
 
+def test_the_tensors_of_the_first_call_are_not_kept() -> None:
+    x = torch.randn(3)
+    check, gone = alike([x]), weakref.ref(x)
+    assert check is not None and check(torch.randn(3)) and not check(torch.randn(4)) and not check(3)
+    del x
+    assert gone() is None
+    assert alike([]) is None
+
+
 def test_inputs_like_those_that_were_right_are_taken_and_no_others() -> None:
     graph = parse_graph("""
     graph @g(%x: f32[3, 4], %z: c64[2]) -> f32[3, 4] {
@@ -176,8 +186,8 @@ def test_inputs_like_those_that_were_right_are_taken_and_no_others() -> None:
     assert guard(first) is first and guard([x, z])[0] is x
     with torch.inference_mode():
         apart = torch.randn(3, 4)
-    for alike in (torch.randn(3, 4, requires_grad=True), torch.nn.Parameter(x), apart, torch.randn(1, 3, 4)[0]):
-        given = [alike, z]
+    for given_like in (torch.randn(3, 4, requires_grad=True), torch.nn.Parameter(x), apart, torch.randn(1, 3, 4)[0]):
+        given = [given_like, z]
         assert guard(given) is given
     negated, conjugated = torch._neg_view(x), z.conj()
     for hidden in ([negated, z], [x, conjugated], [torch.randn(6, 4)[::2], z], [torch.randn(4, 3).t(), z]):

@@ -29,6 +29,19 @@ def test_named_in_the_example_and_given_by_position() -> None:
     assert exported.flatten((A, B), {})[1] is B
 
 
+def test_arguments_are_looked_at_after_a_call_that_was_right() -> None:
+    """The second call is compared with the first by native code; what differs is looked at by itself."""
+    exported = exported_graph(Two(), (A, B))
+    for _ in range(2):
+        assert exported.flatten((A, B), {})[0] is A
+    turned = torch.randn(3, 2).t()
+    assert exported.flatten((turned, B), {})[0] is turned  # another layout is no other argument
+    for wrong, error in (((A.double(), B), ValueError), ((A[:1], B), ValueError), ((A, 3), TypeError), ((A,), TypeError)):
+        with pytest.raises(error):
+            exported.flatten(wrong, {})
+    assert exported.flatten((A, B), {})[1] is B
+
+
 def test_one_tensor_is_an_example() -> None:
     assert exported_graph(Two(), A).flatten((A,), {})[0] is A
 
