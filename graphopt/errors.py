@@ -110,6 +110,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def counted(n: int, noun: str) -> str:
     """``1 operation``, ``2 operations``."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

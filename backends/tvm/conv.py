@@ -27,13 +27,14 @@ from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source, store_computed
+from graphopt.backends.tvm.lanes import Lanes
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.ir.graph import Graph, Value
 
 LINE = 64  # bytes of a cache line
 
 
-class ConvKernel:
+class ConvKernel(Lanes):
     """Emits a region with one channels-last convolution and a pointwise epilogue of its shape.
 
     Args:
@@ -87,12 +88,12 @@ class ConvKernel:
                     if self.fetch:
                         self._fetch_ends(j, row)
                     acc = self._sum(weight, image, j, row, 0, prod(self.taps), 0, self.run, (tile, per_task))
-                    self._each(acc, 0, lambda sums, at, q: self._set(total, q, self._vector(sums, at)))
+                    self._each(acc, 0, lambda sums, at, q: self._put(total, q, self._vector(sums, at)))
                     self._store(total, 0, j, row)
                 return code
             total = code.alloc(per_task * self.mr * self.nr, self.held, "total")
             with code.loop(per_task * self.mr * self.nr // self.lanes, "serial", "q") as q:
-                self._set(total, code.simplify(q * self.lanes), self._zero())
+                self._put(total, code.simplify(q * self.lanes), self._zero())
             with code.loop(blocks, "serial", "block") as block, code.loop(here, "serial", "tile") as tile:
                 row = code.simplify((first + tile) * self.mr)
                 if chunks > 1:
@@ -104,7 +105,7 @@ class ConvKernel:
                     taps = length if all_taps % length == 0 else code.bind_index(code.least(all_taps - tap, length))
                     acc = self._sum(weight, image, j, row, tap, taps, 0, self.run, (tile, per_task))
                 base = code.simplify(tile * (self.mr * self.nr))
-                self._each(acc, base, lambda sums, at, q: self._set(total, q, self._vector(total, q) + self._vector(sums, at)))
+                self._each(acc, base, lambda sums, at, q: self._put(total, q, self._vector(total, q) + self._vector(sums, at)))
             with code.loop(here, "serial", "tile") as tile:
                 self._store(total, code.simplify(tile * (self.mr * self.nr)), j, code.simplify((first + tile) * self.mr))
         return code
@@ -142,18 +143,6 @@ class ConvKernel:
 
     def _zero(self) -> Any:
         return self._wide(tirx.const(0, self.held))
-
-    def _wide(self, value: Any) -> Any:
-        return value if self.lanes == 1 else tirx.Broadcast(value, self.lanes)
-
-    def _place(self, at: Index) -> Any:
-        return i64(at) if self.lanes == 1 else tirx.Ramp(i64(at), i64(1), self.lanes)
-
-    def _vector(self, buffer: Any, at: Index) -> Any:
-        return buffer[self._place(at)]
-
-    def _set(self, buffer: Any, at: Index, value: Any) -> None:
-        self.code.emit(tirx.BufferStore(buffer, value, [self._place(at)]))
 
     def _each(self, acc: Sequence[Any], base: Index, body: Callable[[Any, int, Index], None]) -> None:
         """``body(a pixel's sums, a vector's place in them, its place in a buffer of tiles)`` for all vectors of a tile."""
@@ -306,7 +295,7 @@ class ConvKernel:
             rows.append(code.bind_index(self._start(r if exact else code.bind_index(code.least(r, self.pixels - 1), "r"), group), "x"))
         # a pixel's accumulators a buffer: small enough to become registers, whatever else the loop does with memory
         acc = [code.alloc(self.nr, self.held, "acc") for _ in rows]
-        self._each(acc, 0, lambda sums, at, _: self._set(sums, at, self._zero()))
+        self._each(acc, 0, lambda sums, at, _: self._put(sums, at, self._zero()))
         channels = form.groups * form.inner
         dilation = form.dilation
         with code.loop(taps, "serial", "tap") as t:
@@ -322,7 +311,7 @@ class ConvKernel:
                 for sums, r in zip(acc, rows, strict=True):
                     x = self._wide(code.bind(code.load(image, code.simplify(r + offset + k)), "a"))
                     for u, w in enumerate(ws):
-                        self._set(sums, u * lanes, self._vector(sums, u * lanes) + x * w)
+                        self._put(sums, u * lanes, self._vector(sums, u * lanes) + x * w)
 
             whole, rest = code.div(length, self.unroll), code.mod(length, self.unroll)
             ahead = self._next_block(weight, code.simplify(base - t * length * self.nr), taps, length, t, part) if self.ahead else None

@@ -25,11 +25,12 @@ from graphopt.backends.forms.convpair import ConvPair
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, at_place, broadcast_index, store_computed
+from graphopt.backends.tvm.lanes import Lanes
 from graphopt.backends.tvm.loops import SMALL, vector_loop
 from graphopt.ir.graph import Graph, Value
 
 
-class ConvPairKernel:
+class ConvPairKernel(Lanes):
     """Emits a region with a convolution, a depthwise one, and pointwise work behind each.
 
     Args:
@@ -297,13 +298,3 @@ class ConvPairKernel:
     def _clear(self, start: Index, pixels: int) -> None:
         code, zero = self.code, tirx.const(0.0, "float32")
         vector_loop(code, start, pixels * self.nr, self.lanes, lambda i: code.store(self.ring, i, zero))
-
-    def _wide(self, value: Any) -> Any:
-        return value if self.lanes == 1 else tirx.Broadcast(value, self.lanes)
-
-    def _vector(self, buffer: Any, at: Index) -> Any:
-        return buffer[i64(at) if self.lanes == 1 else tirx.Ramp(i64(at), i64(1), self.lanes)]
-
-    def _put(self, buffer: Any, at: Index, value: Any) -> None:
-        where = i64(at) if self.lanes == 1 else tirx.Ramp(i64(at), i64(1), self.lanes)
-        self.code.emit(tirx.BufferStore(buffer, value, [where]))

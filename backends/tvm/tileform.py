@@ -20,7 +20,7 @@ BLOCKED = ("blocked", "blocked-rows-first")  # a block of the depth is used by a
 _FEW_ROWS = 8  # rows of the highest tile of a default schedule
 _HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
 _LINE = 64  # bytes of a cache line
-_AHEAD = 2048  # bytes: 1.5 to 3 KiB are equally good, 512 too few to hide memory
+_AHEAD = 2048  # bytes: 1 to 3 KiB are about equally good
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:

@@ -25,6 +25,7 @@ from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, store_computed
+from graphopt.backends.tvm.lanes import Lanes
 from graphopt.backends.tvm.loops import vector_loop
 from graphopt.ir.graph import Graph
 
@@ -42,7 +43,7 @@ def _together(m: Sequence[Any]) -> list[Any]:
     return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
-class WinogradKernel:
+class WinogradKernel(Lanes):
     """Emits a region with one 3x3 convolution, its weight transformed, and a pointwise epilogue of its shape.
 
     Args:
@@ -203,16 +204,6 @@ class WinogradKernel:
         for i, sums in enumerate(acc):
             for u in range(0, self.nr, self.lanes):
                 body(sums, u, self.code.simplify(start + (i * self.nr + u)))
-
-    def _wide(self, value: Any) -> Any:
-        return value if self.lanes == 1 else tirx.Broadcast(value, self.lanes)
-
-    def _vector(self, buffer: Any, at: Index) -> Any:
-        return buffer[i64(at) if self.lanes == 1 else tirx.Ramp(i64(at), i64(1), self.lanes)]
-
-    def _put(self, buffer: Any, at: Index, value: Any) -> None:
-        where = i64(at) if self.lanes == 1 else tirx.Ramp(i64(at), i64(1), self.lanes)
-        self.code.emit(tirx.BufferStore(buffer, value, [where]))
 
     # --- the results ----------------------------------------------------------------------------------------------------
 

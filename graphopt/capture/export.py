@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import short_path
-from graphopt.errors import CaptureError, UsageError, counted
+from graphopt.errors import CaptureError, UsageError, counted, first_line
 from graphopt.guards import alike
 
 
@@ -238,7 +238,7 @@ def _explain(error: BaseException) -> str:
     quoted = [(f, int(n)) for f, n in re.findall(r'File "([^"]+)", line (\d+)', str(error))]
     here = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), str(Path(inspect.__file__).parent) + "/", "<"
     own = [f for f in [*frames, *quoted] if not f[0].startswith(here)]
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_line(error)
     inside = [f for f in own if f in quoted] or own
     where = f" ({short_path(inside[-1][0])}:{inside[-1][1]})" if inside else ""
     return f"{type(error).__name__}: {first}{where}"

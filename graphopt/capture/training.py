@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphopt.capture.captured import Uncapturable
 from graphopt.capture.fx import capture_values
 from graphopt.devices import choose_target
+from graphopt.errors import first_line
 from graphopt.ir import Listener, Trait, dims, types
 from graphopt.ir.builder import Builder
 from graphopt.ir.dims import Dim
@@ -59,7 +60,7 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
     try:
         found, said = _look(gm, options)
     except Exception as error:  # nothing was changed yet, and training goes on without
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return [Remark("missed", NAME, NAME, f"attention is not looked for: {reason}")]
     calls: dict[torch.fx.Node, torch.fx.Node] = {}
     for replacement in found:
@@ -124,7 +125,7 @@ def _capture(gm: torch.fx.GraphModule) -> tuple[list[torch.fx.Node], Graph, list
         with mode, torch.no_grad(), traceback.preserve_node_meta():
             traced = make_fx(torch.func.functionalize(run, remove="mutations"))(*fakes)
     except Exception as error:  # whatever a user's operator, a higher-order operator or a guard may raise: training goes on without
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise Uncapturable(f"the graph cannot be traced without gradients: {reason}") from error
     graph, values = capture_values(traced, "before_autograd")
     of = dict(zip(nodes, values, strict=True))

@@ -58,7 +58,7 @@ CALLS: Mapping[str, int] = dict.fromkeys((
     "log2", "log10", "fmod", "remainder", "softplus", "mish",
 ), 40)  # fmt: skip
 
-_ANY = Target("cpu", "any", cores=2)  # where a pass runs without a target
+ANY = Target("cpu", "any", cores=2)  # where a pass runs without a target
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class CostModel:
 
     def __init__(self, target: Target | None, symbols: Mapping[str, Range]) -> None:
         self.for_cpu = target is None or target.kind == "cpu"
-        self.target = target if target is not None and self.for_cpu else _ANY
+        self.target = target if target is not None and self.for_cpu else ANY
         self._ends = [{n: r.lo for n, r in symbols.items()}, {n: _largest(r) for n, r in symbols.items()}]
         self._known: dict[Dim, tuple[float, float]] = {}
 

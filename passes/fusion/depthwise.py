@@ -26,10 +26,10 @@ from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
+from graphopt.passes.fusion.cost import ANY
 from graphopt.rewrite import PassContext, erase_dead
 from graphopt.target import Target
 
-_ANY = Target("cpu", "any", cores=2)  # where the pass runs without a target
 _COPIED = 4  # channels of an image that the kernel copies line by line
 _LONG = 64  # products of a sum that AMX tiles take faster by more than the traffic costs
 
@@ -57,7 +57,7 @@ class FuseDepthwise(Pass):
                 continue
             first, place = pair
             reason = "a call that mutates stands between" if epochs.get(first) != epoch else None
-            reason = reason or _unfit(first, second, staged) or (None if self.always else _declined(first, ctx.target or _ANY))
+            reason = reason or _unfit(first, second, staged) or (None if self.always else _declined(first, ctx.target or ANY))
             if reason is not None:
                 ctx.missed(self.name, f"the depthwise convolution stays apart from the one before it: {reason}", second)
                 continue

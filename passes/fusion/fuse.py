@@ -16,7 +16,8 @@ region and the region's kind accepts it; else it is the root of a region of its 
   neither product. Of a product of integers the left operand is rounded there, each row by a scale made of it, and the sums become
   floats there.
 - ``attention``: views, and what is made of a row of queries, keys or values alone, as a rotary embedding or an RMS norm of heads ->
-  one attention -> transposes and reshapes, which the kernel writes through.
+  one attention -> transposes and reshapes, which the kernel writes through. Where queries are few, joins of keys and of values, read part
+  by part.
   An attention for training, which has a second result, and ``attention_backward`` take views in before them alone.
 - ``conv``: the same with one convolution whose channels come last; what it reads may be padded.
 
