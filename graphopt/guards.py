@@ -7,7 +7,8 @@ Dynamo guards the sizes and layouts of what a user passes, but not those of para
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
+from typing import Any
 
 import torch
 
@@ -26,18 +27,43 @@ class InputError(GraphoptError, ValueError):
 
 
 def alike(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
-    """A check whether other tensors are exactly like these: class, dtype, device, sizes, strides, views that conjugate or negate.
+    """A check whether others are exactly like these tensors, in whatever a kernel could trust: class, dtype, device, sizes, strides, views
+    that conjugate or negate; and in more: requires_grad, the thread's modes, that none is given twice.
 
-    It is one call of native code, a tenth of a microsecond a tensor, and answers False for anything that is no tensor. None where it
-    is not to be had, for no tensors, and for tensors of other classes than PyTorch's two. It is Dynamo's own, so that what it is right
-    about is what every ``torch.compile`` relies on. The tensors are not kept.
+    It is native code, a few tenths of a microsecond, and says False to anything that is no tensor. None where it is not to be had, for no
+    tensors, and for those that are not strided or of other classes than PyTorch's two. The tensors are not kept.
     """
     if TensorGuards is None or not tensors or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors):
         return None
+    if any(x.is_nested or x.layout is not torch.strided for x in tensors):
+        return None
     sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
-    check: Callable[..., bool] = guards.check
+    native = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type]
+
+    def check(*given: Any) -> bool:
+        try:  # the native code ends the process when it asks a nested tensor for its strides
+            return not any(map(_is_nested, given)) and native(*given)
+        except AttributeError:
+            return False
+
     return check
+
+
+_is_nested = attrgetter("is_nested")
+
+
+class Known:
+    """Tensors that were right are the measure of the next ones; those that are unlike, and right, of the ones after that, a few times."""
+
+    def __init__(self) -> None:
+        self.check: Callable[..., bool] = lambda *given: False
+        self._left = 4  # a model whose sizes change with every call must not learn with every call
+
+    def learn(self, tensors: Sequence[torch.Tensor]) -> None:
+        """These were right."""
+        if self._left and (check := alike(tensors)) is not None:
+            self.check = check
+            self._left -= 1
 
 
 class InputGuard:
@@ -53,16 +79,15 @@ class InputGuard:
         self._values = dict(values)
         self._static = bool(values) and all(v.type.is_static for v in values.values())
         self._pick = itemgetter(*values) if len(values) > 1 else lambda inputs: (inputs[next(iter(values))],)
-        self._known: Callable[..., bool] | None = None  # of inputs that were right
+        self._known = Known()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The inputs, those of an unexpected layout copied. Raises InputError for a wrong dtype, size or device."""
-        known = self._known
-        if known is not None and known(*self._pick(inputs)):
+        if self._known.check(*self._pick(inputs)):
             return inputs
         misplaced = self.check(inputs)
-        if known is None and self._static and not misplaced:
-            self._known = alike(self._pick(inputs))
+        if self._static and not misplaced:
+            self._known.learn(self._pick(inputs))
         return self.in_layout(inputs, misplaced)
 
     def check(self, inputs: Sequence[torch.Tensor]) -> Misplaced:

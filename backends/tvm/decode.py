@@ -207,8 +207,8 @@ class DecodeKernel:
         found = combine_each(code, [acc[self._ramp(0, lanes)] for acc in sums.values()], lanes, _SUM)
         for r in range(self.rows):
             vector, first = divmod(r * count, lanes)
-            part = found[vector] if count == lanes else tirx.Shuffle([found[vector]], list(range(first, first + count)))
-            code.emit(tirx.BufferStore(scores, part, [self._ramp(code.simplify(r * (self.block + lanes) + n), count)]))
+            sum_of = found[vector] if count == lanes else tirx.Shuffle([found[vector]], list(range(first, first + count)))
+            code.emit(tirx.BufferStore(scores, sum_of, [self._ramp(code.simplify(r * (self.block + lanes) + n), count)]))
 
     @contextmanager
     def _floats(self, rows: Rows, index: Sequence[Index], u: int, order: Order) -> Iterator[tuple[Any, Any]]:

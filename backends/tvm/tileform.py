@@ -66,7 +66,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("nr", tuple(dict.fromkeys((nr, *(v * lanes for v in (1, 2, 3, 4))))), "tile"),
         Param("unroll", tuple(dict.fromkeys((_unroll(t), 4, 1, 2, 8)))),
         Param("group", tuple(dict.fromkeys((_row_group(node, graph, mr, nr, t), 1, 2, 4, 8, 16, 32, 64))), "tasks"),
-        Param("prefetch", (several, not several)),
+        Param("prefetch", (False,) if packed and not several else (several, not several)),
         Param("parallel", (True, False), "tasks"),
         *([Param("ahead", (_AHEAD, 0, 1024, 4096))] if packed and not several else []),
     )

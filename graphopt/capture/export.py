@@ -6,7 +6,7 @@ import inspect
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import short_path
 from graphopt.errors import CaptureError, UsageError, counted, first_line
-from graphopt.guards import alike
+from graphopt.guards import Known
 
 
 class _Exporting:
@@ -85,7 +85,7 @@ class ExportedGraph:
         self._simple = not self._keywords and tensors and len(positional) == len(self._users) and all(p.is_leaf() for p in positional)
         self._positional = len(positional)
         self._places = [i for i, _, _ in self._users]
-        self._known: Callable[..., bool] | None = None  # of arguments that were right
+        self._known = Known()
         self._single = self._out_spec.is_leaf()
         shapes = [t.shape if isinstance(t, torch.Tensor) else () for _, _, t in self._users]
         self._sizes = [[n if isinstance(n, int) else None for n in shape] for shape in shapes]
@@ -99,16 +99,15 @@ class ExportedGraph:
         """
         leaves = args
         plain = self._simple and not kwargs and len(args) == len(self._users)
-        known = self._known if plain else None
-        if known is None or not known(*args):
+        if not plain or not self._known.check(*args):
             if not plain or not all(map(isinstance, args, repeat(torch.Tensor))):
                 leaves, spec = pytree.tree_flatten(self._as_in_the_example(args, kwargs))
                 if spec != self._in_spec:
                     raise TypeError(f"the model was compiled for {self._form(self._in_spec)}, and was given {self._form(spec)}")
             for (_, name, traced), sizes, given in zip(self._users, self._sizes, leaves, strict=True):
                 _check(name, traced, sizes, given)
-            if plain and self._known is None:
-                self._known = alike(args)
+            if plain:
+                self._known.learn(args)
         if self._only_users:
             return list(leaves)
         out = self._template.copy()

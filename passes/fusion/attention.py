@@ -145,7 +145,7 @@ def reads_rows(node: Node) -> bool:
     while users:
         user = users.pop()
         for reader, place in user.results[0].uses:
-            if reader.op.name == "attention" and place not in (1, 2):
+            if (reader.op.name == "attention" and place not in (1, 2)) or reader.op.name == "concat":  # joined rows are read as they are
                 return False
             users += [reader] if reader.op.name in ("reshape", "transpose", "broadcast_to", "slice", "dequantize", "unpack_bits") else []
     if node.op.name in ("take", "unpack_bits"):

@@ -20,6 +20,7 @@ from graphopt.passes.fusion.cost import CALLS, LAUNCH, CostModel, Price
 
 _TASK = 256  # query rows, about, for which a task reads keys and values once
 _COPY = 4.0  # instructions to write a row that was computed to scratch, and to read it again
+_QUARTER = 4  # elements that a vector of the kernel of few queries has at least
 _WHOLE = 16  # elements of which a row that is normalized is a multiple: vectors are filled
 
 
@@ -33,12 +34,17 @@ def row_reject(node: Node, attention: Node, operand: int, users: Sequence[Node],
     name, x, rows = node.op.name, node.results[0], attention.operands[max(operand, 0)]
     if operand not in (0, 1, 2) or not costs.for_cpu:
         return "an attention's kernel computes nothing but rows of queries, of keys or of values"
-    queries, share = attention.result.shape[-2], groups(parts(attention.operands, attention.attrs).q.shape, rows.shape)
+    q, queries = parts(attention.operands, attention.attrs).q, attention.result.shape[-2]
+    share = groups(q.shape, rows.shape)
     few = isinstance(queries, int) and queries * share <= FEW
     if operand > 0 and x is rows and _joins_rows(node):
         if not x.has_one_use:
             return "what joins keys or values has other readers, too"
-        return None if few else "an attention's kernel reads joined keys or values part by part only where queries are few"
+        heads = q.shape[-3] if q.type.rank > 2 and rows.type.rank > 2 and rows.shape[-3] == 1 else share  # all share one by broadcasting
+        size = rows.shape[-1]
+        if few and isinstance(heads, int) and queries * heads <= FEW and isinstance(size, int) and size % _QUARTER == 0:
+            return None
+        return "an attention's kernel reads joined keys or values part by part only where queries are few and heads fill vectors"
     if any(u.results[0] is rows and _joins_rows(u) for u in users):
         return "keys and values that are joined are read as they are"
     if name in CALLS or x.dtype not in FLOATS:

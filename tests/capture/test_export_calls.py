@@ -34,6 +34,8 @@ def test_arguments_are_looked_at_after_a_call_that_was_right() -> None:
     exported = exported_graph(Two(), (A, B))
     for _ in range(2):
         assert exported.flatten((A, B), {})[0] is A
+    with pytest.raises(RuntimeError):
+        exported.flatten((torch.nested.nested_tensor([B, B]), B), {})
     turned = torch.randn(3, 2).t()
     assert exported.flatten((turned, B), {})[0] is turned  # another layout is no other argument
     for wrong, error in (((A.double(), B), ValueError), ((A[:1], B), ValueError), ((A, 3), TypeError), ((A,), TypeError)):

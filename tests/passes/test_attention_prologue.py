@@ -95,6 +95,33 @@ def test_few_queries_read_joined_keys_part_by_part(cached: str) -> None:
     assert "keys and values that are joined are read as they are" in " ".join(missed)
 
 
+def test_what_joined_keys_are_made_of_is_written() -> None:
+    """Pages, whose table must not be read behind its end, and integers, whose rows have scales."""
+    paged = """graph @g(%q: f32[1, 4, 1, 32], %p: f32[9, 2, 16, 32], %t: i64[1, 6], %n: f32[1, 2, 1, 32]) -> f32[1, 4, 1, 32] {
+      %0: f32[1, 6, 2, 16, 32] = take(%p, %t) {axis = 0}
+      %1: f32[1, 2, 6, 16, 32] = transpose(%0) {perm = [0, 2, 1, 3, 4]}
+      %2: f32[1, 2, 96, 32] = reshape(%1) {shape = [1, 2, 96, 32]}
+      %3: f32[1, 2, 97, 32] = concat(%2, %n) {axis = 2}
+      %4: f32[1, 4, 1, 32] = attention(%q, %3, %3) {scale = 0.2}
+      return %4
+    }"""
+    small = """graph @g(%q: f32[1, 4, 1, 32], %i: i8[1, 2, 96, 32], %s: f32[1, 2, 96, 1], %n: f32[1, 2, 1, 32]) -> f32[1, 4, 1, 32] {
+      %2: f32[1, 2, 96, 32] = dequantize(%i, %s)
+      %3: f32[1, 2, 97, 32] = concat(%2, %n) {axis = 2}
+      %4: f32[1, 4, 1, 32] = attention(%q, %3, %3) {scale = 0.2}
+      return %4
+    }"""
+    for text, name in ((paged, "take"), (small, "dequantize")):
+        found, _ = fused(text, Fuse())
+        assert found[-1][0] == "attention" and name not in found[-1][1]
+
+
+def test_one_head_of_joined_keys_for_many_is_written() -> None:
+    found, missed = fused(joined(cached="64").replace("f32[1, 2, ", "f32[1, 1, ").replace("f32[1, 8, 1, 32]", "f32[1, 32, 1, 32]"), Fuse())
+    assert found[-1] == ("attention", ["attention"])
+    assert any("part by part only where queries are few" in reason for reason in missed)
+
+
 def test_joined_keys_are_written_for_many_queries_and_other_readers() -> None:
     found, missed = fused(joined(queries=64, cached="64"), Fuse())
     assert found[-1] == ("attention", ["attention"])
