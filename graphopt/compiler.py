@@ -18,7 +18,7 @@ from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Unc
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
 from graphopt.devices import KernelProvider, choose_backend, choose_target, kernel_provider
-from graphopt.errors import BuildError, FallbackError, UsageError, counted
+from graphopt.errors import BuildError, FallbackError, UsageError, counted, first_line
 from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
@@ -307,7 +307,7 @@ def build_kernels(units: Sequence[_Unit], keys: Iterable[str], target: Target, p
             if isinstance(s, KernelStep):
                 artifact = artifacts[s.workload, s.schedule]
                 if isinstance(artifact, BuildError):
-                    unit.lowered.steps[i] = LibraryStep(s.node, f"its kernel could not be built: {str(artifact).splitlines()[0]}")
+                    unit.lowered.steps[i] = LibraryStep(s.node, f"its kernel could not be built: {first_line(artifact)}")
                 else:
                     unit.kernels.append(artifact.kernel)
 

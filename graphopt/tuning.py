@@ -26,7 +26,7 @@ from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.autotune.tasks import Scheduler, Task
 from graphopt.autotune.tuner import Budget, Listener, Outcome, Standing, Tuner
-from graphopt.errors import BuildError, DatabaseError, DeviceError, DiskFullError, UsageError, counted
+from graphopt.errors import BuildError, DatabaseError, DeviceError, DiskFullError, UsageError, counted, first_line
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
 
@@ -67,7 +67,7 @@ class CandidateBuilder:
         if any(isinstance(r, BuildError) and os.strerror(errno.ENOSPC) in str(r) for r in done):
             raise DiskFullError(f"there is no room for candidates: the disk of {self._folder} is full; TMPDIR chooses another one")
         return [
-            Built(s, failure=str(r).splitlines()[0]) if isinstance(r, BuildError) else Built(s, str(r[0]), entry_name(w, s), r[1])
+            Built(s, failure=first_line(r)) if isinstance(r, BuildError) else Built(s, str(r[0]), entry_name(w, s), r[1])
             for s, r in zip(schedules, done, strict=True)
         ]
 

@@ -24,7 +24,6 @@ from graphopt.ir.opset.attention import groups
 LOG2E = math.log2(math.e)
 _LEAST = -(2.0**127)  # of what is added to scores: it hides a key beside others, and is a number
 F32 = "float32"
-LINE = 64  # bytes of a cache line
 NONE, SOME, ALL = range(3)  # of a block's pairs of a query and a key, those that a mask leaves
 
 
