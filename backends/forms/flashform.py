@@ -356,8 +356,8 @@ def decode_params(form: Form, t: Target) -> tuple[Param, ...]:
         Param("lanes", (lanes,)),
         Param("sums", (16, 8, 4) if t.vector_registers >= 32 else (8, 4)),
         Param("keys", tuple(dict.fromkeys((1 << (keys.bit_length() - 1), *(n for n in (8, 4, 2, 1, 16) if n <= lanes)))), "tile"),
-        Param("block", (32, 64, 128, 256) if abreast else (64, 128, 32, 256), "tile"),  # abreast, of all heads
-        Param("ahead", (4096, 0, 1024, 2048, 8192)),
+        Param("block", (32, 64, 128, 256) if abreast else (256, 128, 64, 32), "tile"),  # abreast, of all heads
+        Param("ahead", (3072, 0, 1024, 2048, 4096, 8192)),
         Param("splits", tuple(dict.fromkeys((splits, 1, 2, 4, 8, 16))), "tasks"),
         Param("parallel", (True, False), "tasks"),
         *([Param("abreast", (True, False), "tasks")] if abreast else []),

@@ -192,10 +192,10 @@ class DecodeKernel:
         places = [(r, i) for r in range(self.rows) for i in range(count)]
         sums = {place: code.alloc(lanes, F32, "acc") for place in places}
         rows = [code.bind_index(code.simplify(base + n + i), "row") for i in range(count)]
-        for row in rows if self.ahead else []:
-            part.fetch(lambda i: [*of_keys, i], row, self.ahead)
         for u in range(0, self.depth, lanes):
             for i, row in enumerate(rows):
+                if self.ahead:
+                    part.fetch(lambda i: [*of_keys, i], row, self.ahead, range(u, u + lanes))
                 with self._floats(part, [*of_keys, row], u, self.key_order) as (x, v):
                     for r in range(self.rows):
                         term, acc = x * self._get(queries, start + (r * self.depth + u), v), sums[r, i]
@@ -320,10 +320,10 @@ class DecodeKernel:
                     with code.loop(count, "serial", "n") as i:
                         n = code.simplify(first + i)
                         row = code.bind_index(code.simplify(base + n), "row")
-                        if self.ahead and r0 == c0 == 0:
-                            part_of.fetch(lambda i: [*index, i], row, self.ahead)
                         p = {r: code.bind(code.load(scores, code.simplify(r * (self.block + lanes) + n)), "p") for r in rows}
                         for u in range(0, here_columns, lanes):
+                            if self.ahead and r0 == 0:
+                                part_of.fetch(lambda i: [*index, i], row, self.ahead, range(c0 + u, c0 + u + lanes))
                             with self._floats(part_of, [*index, row], c0 + u, self.value_order) as (x, v):
                                 for r in rows:
                                     weight = p[r] if v is not None else tirx.Broadcast(p[r], lanes)

@@ -129,8 +129,8 @@ class Rows:
         e.sources = {node.result: lambda at: self._scale(node, at, e)}
         return e.at(self.value, index)
 
-    def fetch(self, index: Callable[[Index], list[Index]], row: Index, ahead: int) -> None:
-        """Ask for the row, so many bytes behind this one, that will be wanted later."""
+    def fetch(self, index: Callable[[Index], list[Index]], row: Index, ahead: int, columns: range) -> None:
+        """Ask for some of the row, so many bytes behind this one, that will be wanted later."""
         code, size = self.args.code, int(self.value.shape[-1])
 
         def later(width: int) -> Index:
@@ -138,7 +138,7 @@ class Rows:
             there = code.simplify(row + max(1, ahead * self.per_word // (size * width)))
             return code.bind_index(code.least(there, code.size(self.value.shape[-2]) - 1), "later") if self.paged else there
 
-        for column in range(0, size, LINE // 4):
+        for column in (c for c in columns if c % (LINE // 4) == 0):
             probe = Expressions(self.args, {}, probe=True)
             self.at([*index(row), column], probe)
             for source, _ in probe.reads:

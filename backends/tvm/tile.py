@@ -27,6 +27,7 @@ from graphopt.backends.tvm.quantform import quantized
 from graphopt.backends.tvm.tileform import BLOCK
 from graphopt.ir.graph import Graph, Node, Value
 
+_Ask = Callable[[Index, int, int], None]  # before a vector of a panel is read: the first of some steps, which of them, its first column
 LINE = 64  # bytes of a cache line
 
 
@@ -154,8 +155,11 @@ class TileKernel:
         return self.code.least(i, size - 1)
 
     def _fetch(self, factor: Factor, lead: Sequence[Index], column: Index, tile: Index,
-               tiles: Index) -> Callable[[Index], None] | None:  # fmt: skip
-        """What to do at a step of the summed axis to bring nearer what will be read; None if nothing, or if panels are not contiguous.
+               tiles: Index) -> _Ask | None:  # fmt: skip
+        """What to do before a vector is read to bring nearer what will be; None if nothing, or if panels are not contiguous.
+
+        It is given the first of ``unroll`` steps of the summed axis, which of them it is, and the first column of the vector: what is asked
+        for evenly comes sooner than what is asked for in bursts.
 
         The hardware follows a panel that it has seen begin, but too late: a panel is read from memory while its first row
         tile waits for it. Each row tile asks for an equal part of the panel after its own (``prefetch``). Of panels that are used but once,
@@ -170,25 +174,24 @@ class TileKernel:
         line = LINE // size
         if self.ahead:
 
-            def near(k: Index) -> None:
-                at = code.bind_index(code.simplify(start + k * self.nr + self.ahead // size), "ahead")
-                for q in range(0, self.nr * self.unroll, line):
-                    code.prefetch(buffer, code.simplify(at + q))
+            def near(k: Index, q: int, u: int) -> None:
+                if u % line == 0:
+                    code.prefetch(buffer, code.simplify(start + (k + q) * self.nr + (u + self.ahead // size)))
 
             return near
         lines = -(-self.nr * self.unroll // (line * tiles)) if isinstance(tiles, int) else 1
         part = code.simplify(code.ceildiv(self.k, self.unroll) * (lines * line))
         first = code.bind_index(code.simplify(start + self.k * self.nr + tile * part), "ahead")
 
-        def step(k: Index) -> None:
-            for q in range(lines):
-                code.prefetch(buffer, code.simplify(first + (code.div(k, self.unroll) * lines + q) * line))
+        def later(k: Index, q: int, u: int) -> None:
+            for i in range(lines if q == u == 0 else 0):
+                code.prefetch(buffer, code.simplify(first + (code.div(k, self.unroll) * lines + i) * line))
 
-        return step
+        return later
 
-    def _sum(self, p: Product, lead: Sequence[Index], row: Index, column: Index, panel: Any, ahead: Callable[[Index], None] | None,
+    def _sum(self, p: Product, lead: Sequence[Index], row: Index, column: Index, panel: Any, ahead: _Ask | None,
              total: Any) -> Any:  # fmt: skip
-        """Sum a product's tile, into ``total``; returns the buffer that holds it. ``ahead`` is called once every ``unroll`` steps.
+        """Sum a product's tile, into ``total``; returns the buffer that holds it. ``ahead`` is called before each vector.
 
         A long sum is taken in blocks, so that its rounding error stays that of a library's.
         """
@@ -236,17 +239,20 @@ class TileKernel:
                     body(sums, code.simplify(u + v), code.simplify(i * self.nr + u + v))
 
     def _tile_sum(self, p: Product, lead: Sequence[Index], rows: Sequence[Index], column: Index, panel: Any,
-                  ahead: Callable[[Index], None] | None) -> tuple[list[Any], Callable[[Index, Index], None]]:  # fmt: skip
+                  ahead: _Ask | None) -> tuple[list[Any], Callable[[Index, Index], None]]:  # fmt: skip
         """A tile's accumulators, and ``span(first, length)``, which adds so many terms to them."""
         code, a, nr = self.code, self.left, self.nr
         # a row of accumulators a buffer: small enough to become registers, whatever else the loop does with memory
         acc = [code.alloc(nr, self.held, "acc") for _ in rows]
         line = code.alloc(nr, self.held, "line")
 
-        def step(k: Index) -> None:
+        def step(base: Index, q: int, asks: bool) -> None:
+            k = code.simplify(base + q)
             # the factor's vectors are read first; then a row's element is needed once, by neighbouring instructions, so that
             # accumulators, vectors and one broadcast element fit into the registers
             for u in range(0, nr, self.lanes):
+                if asks and ahead is not None:
+                    ahead(base, q, u)
                 with code.loop(self.lanes, "vectorized", "v") as v:
                     at = code.simplify(u + v)
                     inside = code.load(panel, code.simplify(k * nr + at)) if panel is not None else None
@@ -262,14 +268,12 @@ class TileKernel:
             whole = code.div(length, self.unroll)
             if not (isinstance(whole, int) and whole == 0):
                 with code.loop(whole, "serial", "k") as k:
-                    if ahead is not None:
-                        ahead(code.simplify(first + k * self.unroll))
                     for q in range(self.unroll):
-                        step(code.simplify(first + k * self.unroll + q))
+                        step(code.simplify(first + k * self.unroll), q, True)
             rest = code.mod(length, self.unroll)
             if not (isinstance(rest, int) and rest == 0):
                 with code.loop(rest, "serial", "k") as k:
-                    step(code.simplify(first + whole * self.unroll + k))
+                    step(code.simplify(first + whole * self.unroll + k), 0, False)
 
         return acc, span
 

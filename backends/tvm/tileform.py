@@ -20,7 +20,7 @@ BLOCKED = ("blocked", "blocked-rows-first")  # a block of the depth is used by a
 _FEW_ROWS = 8  # rows of the highest tile of a default schedule
 _HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
 _LINE = 64  # bytes of a cache line
-_AHEAD = 2048  # bytes: 1 to 3 KiB are about equally good
+_AHEAD = 3072  # bytes: 1 and 3 KiB are equally good, 4 KiB are not: lines that far apart compete for a place in the first-level cache
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
@@ -68,7 +68,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("group", tuple(dict.fromkeys((_row_group(node, graph, mr, nr, t), 1, 2, 4, 8, 16, 32, 64))), "tasks"),
         Param("prefetch", (False,) if packed and not several else (several, not several)),
         Param("parallel", (True, False), "tasks"),
-        *([Param("ahead", (_AHEAD, 0, 1024, 4096))] if packed and not several else []),
+        *([Param("ahead", (_AHEAD, 0, 1024, 2048))] if packed and not several else []),
     )
 
 
