@@ -5,7 +5,7 @@ become 4 N D E operations and D E numbers. What is already bracketed so is left 
 When: the product in the middle is used here alone, and by sums over its rows, which become products with the sums of B: the
 normaliser, r = sum_j A B^T. Between the products there is nothing but factors and divisors of whole rows. Operations are at most two
 thirds of what they were, at the worse end of symbolic sizes. Not in f16, where a sum over all keys may leave the range. What differs
-along a row, as the mask of causal linear attention, has no such form: it stays, and a remark says so.
+along a row, as the mask of causal linear attention, has no such form: see causal-linear-attention.
 Numerics: sums in another order (REASSOCIATES), and of other things: features of extreme sizes may leave the range where scores did not.
 Reference: Katharopoulos et al., Transformers are RNNs, arXiv:2006.16236; Shen et al., Efficient Attention, arXiv:1812.01243.
 """
@@ -59,6 +59,7 @@ class Chain:
 def _chain(m: Match) -> Chain | Reject:
     """Go up from the root to a product."""
     v, reader, steps, sums = m[w], m.root, list[Step](), list[tuple[Node, int]]()
+    problem: Reject | None = None  # told only where there is a product at the end
     symbols = m.root.graph.symbols
     while (node := v.producer) is not None:
         last = v.type.rank - 1
@@ -67,11 +68,11 @@ def _chain(m: Match) -> Chain | Reject:
         for user in v.users:
             if user.op.name == "sum" and [a % (last + 1) for a in user.attrs["axes"]] == [last]:
                 sums.append((user, len(steps)))
-            elif user is not reader and (steps or node.op.name == "matmul"):
-                return Reject(f"its scores are also used by {user.op.name}: they are formed in any case", user)
             elif user is not reader:
-                return NOT_THIS
+                problem = problem or Reject(f"its scores are also used by {user.op.name}: they are formed in any case", user)
         if node.op.name == "matmul":
+            if problem is not None:
+                return problem
             ranks = [x.type.rank for x in (*node.operands, m[c])]
             return Chain(node, tuple(steps), tuple(sums)) if min(ranks) > 1 else NOT_THIS
         if node.op.name not in ("mul", "div", "reshape"):
@@ -80,7 +81,7 @@ def _chain(m: Match) -> Chain | Reject:
         if node.op.name == "mul" and _is_of_rows(x, v) and not _is_of_rows(others[0], v):
             x, others = others[0], [x]
         if others and not _is_of_rows(others[0], v):
-            return _masked(x, others[0])
+            return NOT_THIS
         kept = -2 if node.op.name == "reshape" else 0
         if x.type.rank < 2 or not dims.same_shape(x.shape[kept:], v.shape[kept:], symbols):
             return NOT_THIS
@@ -92,14 +93,6 @@ def _chain(m: Match) -> Chain | Reject:
 def _is_of_rows(factor: Value, scores: Value) -> bool:
     """Whether a factor is one number a row."""
     return factor.type.rank <= scores.type.rank and (factor.type.rank == 0 or (factor.shape[-1] == 1 and scores.shape[-1] != 1))
-
-
-def _masked(x: Value, y: Value) -> Reject:
-    """What is multiplied element by element: not a factor of rows."""
-    for v, other in ((x, y), (y, x)):
-        if v.defined_by("matmul") is not None:
-            return Reject("its scores are multiplied by what differs along a row, as by a mask: there is no other order", other)
-    return NOT_THIS
 
 
 def _through(rw: Rewriter, x: Value, steps: Sequence[Step], known: dict[Value, Value]) -> Value:

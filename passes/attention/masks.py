@@ -193,11 +193,11 @@ def _chosen(p: Placed) -> tuple[tuple[Placed, bool], float] | None:
     if node.name != "mul" or (c := number(node.operands[1])) is None:
         return None
     x = node.operands[0]
-    truth = _truth(Placed(x, aligned(x.shape, p.axes)))
-    return ((truth[0], not truth[1]), c) if truth is not None else None
+    found = truth(Placed(x, aligned(x.shape, p.axes)))
+    return ((found[0], not found[1]), c) if found is not None else None
 
 
-def _truth(p: Placed) -> tuple[Placed, bool] | None:
+def truth(p: Placed) -> tuple[Placed, bool] | None:
     """(mask, negated) of a number that is 1 where a truth value holds and 0 elsewhere."""
     v, axes, negated = p.value, p.axes, False
     for _ in range(16):
@@ -258,4 +258,4 @@ def apart_but(axes: Axes, rows: Group, keys: Group) -> bool:
     return all(flat(g) in (flat(rows), flat(keys)) or (apart(g, rows) and apart(g, keys)) for g in axes)
 
 
-__all__ = ["Fill", "Slopes", "Sorted", "sort"]
+__all__ = ["Fill", "Slopes", "Sorted", "sort", "truth"]

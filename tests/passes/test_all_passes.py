@@ -11,7 +11,7 @@ from graphopt.pass_manager import PASSES, PassContext, make_pass, parse_pipeline
 from graphopt.passes.pipelines import default_pipeline
 from graphopt.target import Target, detect
 from graphopt.testing import check_settled, random_graph
-from graphopt.testing.recipes.idioms import linear_attention
+from graphopt.testing.recipes.idioms import causal_linear_attention, linear_attention
 from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
@@ -27,7 +27,9 @@ ON_A_GPU = ("split-reductions",)  # passes that do nothing elsewhere
 OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
     "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
 }  # fmt: skip
-ALSO = {"linear-attention": (linear_attention,)}  # what a pass looks for, where chance alone seldom makes it
+ALSO = {  # what a pass looks for, where chance alone seldom makes it
+    "linear-attention": (linear_attention,), "causal-linear-attention": (causal_linear_attention,),
+}  # fmt: skip
 
 
 def check_on(name: str, seed: int) -> bool:

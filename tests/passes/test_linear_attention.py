@@ -83,7 +83,7 @@ MASKED = BEFORE.replace("%v: f32[2, 96, 8])", "%v: f32[2, 96, 8], %m: f32[96, 96
 
 
 @pytest.mark.parametrize(("text", "why"), [
-    (MASKED, "its scores are multiplied by what differs along a row, as by a mask"),
+    (MASKED, None),  # causal-linear-attention
     (BEFORE.replace("div(%s, %r)", "div(%s, %r)\n  %l: f32[2, 96] = max(%s) {axes = [2]}").replace("return %o", "return %o, %l")
      .replace("-> f32[2, 96, 8]", "-> (f32[2, 96, 8], f32[2, 96])"), "its scores are also used by max"),
     (BEFORE.replace("f32", "f16"), "a sum over all keys may leave the range of f16"),

@@ -100,6 +100,19 @@ def linear_attention(pool: Pool) -> None:
     pool.add("matmul", [weights, v])
 
 
+def causal_linear_attention(pool: Pool) -> None:
+    """The same under a triangular mask, of a length that is worth chunks or is not."""
+    length, size = pool.pick([530, pool.size(), 320]), pool.pick([4, 1, 3])
+    q, k, v = (pool.input(types.f32, (length, size), keep=False) for _ in range(3))
+    b = pool.builder
+    scores = pool.add("matmul", [pool.add("sigmoid", [q]), b.transpose(pool.add("sigmoid", [k]), (1, 0))])
+    at = b.iota(size=length)
+    seen = b.le(at, b.reshape(at, shape=(length, 1)))
+    scores = b.where(seen, scores, 0.0) if pool.flag() else b.mul(scores, b.cast(seen, types.f32))
+    weights = b.div(scores, b.sum(scores, axes=(1,), keepdims=True)) if pool.flag() else scores
+    pool.add("matmul", [weights, v])
+
+
 def _resized(pool: Pool) -> None:
     """An axis resized as PyTorch spells it: neighbours, read by clipped indices, mixed by weights."""
     x = pool.operand(FLOATS, least=1, most=3)
