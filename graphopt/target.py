@@ -9,10 +9,11 @@ import ctypes
 import hashlib
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +22,7 @@ from graphopt.errors import DeviceError, nearest
 from graphopt.processors import PROCESSORS
 
 MATRIX_UNITS = ("mma", "wgmma", "tcgen05", "mfma")
+MOST_CACHES = 8  # that Linux may list of a processor
 _VECTOR_BITS = (("avx512f", 512), ("avx2", 256), ("avx", 256))  # all others: 128, or as wide as SVE is
 
 
@@ -203,15 +205,60 @@ class Target:
         return f"its SVE registers have {other.sve_bits} bits, not {self.sve_bits}" if other.sve_bits not in (0, 128, self.sve_bits) else ""
 
 
+class Machine(Protocol):
+    """A machine that can be asked what it is: this one, or another."""
+
+    arch: str
+    model: str  # where Linux does not tell
+
+    def read(self, path: str) -> str:
+        """The text of a file; empty if it cannot be read."""
+
+    def processors(self) -> Collection[int]:
+        """Numbers of the logical processors that may be used."""
+
+    def request_amx(self) -> bool:
+        """Ask for the AMX tile registers; whether they may be used."""
+
+    def sve_bits(self) -> int:
+        """Width of the SVE registers; 0 if it is not known."""
+
+
+class _Here:
+    """This machine."""
+
+    arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    model = platform.processor()
+
+    def read(self, path: str) -> str:
+        try:
+            return Path(path).read_text()
+        except (OSError, ValueError):
+            return ""
+
+    def processors(self) -> Collection[int]:
+        return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+    def request_amx(self) -> bool:
+        return request_amx()
+
+    def sve_bits(self) -> int:
+        return _sve_bits()
+
+
 @lru_cache(maxsize=1)
 def detect() -> Target:
     """This machine's CPU. What cannot be read takes a modest default."""
-    arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    model, features, cores = _cpuinfo()
-    if "amx_tile" in features and not request_amx():
+    return describe(_Here())
+
+
+def describe(machine: Machine) -> Target:
+    """The CPU of a machine. What cannot be read takes a modest default."""
+    model, features, cores = _cpuinfo(machine)
+    if "amx_tile" in features and not machine.request_amx():
         features = tuple(f for f in features if not f.startswith("amx_"))
-    sve = _sve_bits() if "sve" in features else 0
-    return Target("cpu", arch, model or platform.processor() or arch, features, cores, _caches(), sve)
+    sve = machine.sve_bits() if "sve" in features else 0
+    return Target("cpu", machine.arch, model or machine.model or machine.arch, features, cores, _caches(machine), sve)
 
 
 @cache
@@ -231,6 +278,10 @@ def gpu_of(properties: Any, hip: bool) -> Target:
     return Target("hip" if hip else "cuda", arch, properties.name, tuple(sorted(features)), properties.multi_processor_count, cache)
 
 
+AMX_REQUEST = (158, 0x1023, 18)  # the system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+SVE_GET_LENGTH, SVE_LENGTH_MASK = 51, 0xFFFF  # of prctl; the length is in bytes
+
+
 def request_amx() -> bool:
     """Ask Linux for the AMX tile registers of this process, and say whether it may use them.
 
@@ -238,29 +289,23 @@ def request_amx() -> bool:
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     try:
-        return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+        return ctypes.CDLL(None).syscall(*AMX_REQUEST) == 0
     except (OSError, AttributeError):
         return False
 
 
 def _sve_bits() -> int:
     """Width of this process's SVE registers, 0 if Linux does not tell."""
-    get_vector_length, length_mask = 51, 0xFFFF
     try:
-        got = ctypes.CDLL(None).prctl(get_vector_length, 0, 0, 0, 0)
+        got = ctypes.CDLL(None).prctl(SVE_GET_LENGTH, 0, 0, 0, 0)
     except (OSError, AttributeError):
         return 0
-    return 8 * (got & length_mask) if got > 0 else 0
+    return 8 * (got & SVE_LENGTH_MASK) if got > 0 else 0
 
 
-def _cpuinfo() -> tuple[str, tuple[str, ...], int]:
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "", (), len(usable)
+def _cpuinfo(machine: Machine) -> tuple[str, tuple[str, ...], int]:
+    usable, text = machine.processors(), machine.read("/proc/cpuinfo")
     model, features, cores = "", set(), set()
     for block in text.split("\n\n"):
         pairs = dict(line.split(":", 1) for line in block.splitlines() if ":" in line)
@@ -272,13 +317,11 @@ def _cpuinfo() -> tuple[str, tuple[str, ...], int]:
     return model, tuple(sorted(features)), len(cores) or len(usable)
 
 
-def _caches() -> tuple[int, int, int]:
+def _caches(machine: Machine) -> tuple[int, int, int]:
     sizes = {1: 32 << 10, 2: 512 << 10, 3: 8 << 20}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind = int((index / "level").read_text()), (index / "type").read_text().strip()
-            if kind != "Instruction" and level in sizes:
-                sizes[level] = int((index / "size").read_text().strip().rstrip("K")) << 10
-        except (OSError, ValueError):
-            continue
+    for index in range(MOST_CACHES):
+        folder = f"/sys/devices/system/cpu/cpu0/cache/index{index}"
+        level, kind, size = (machine.read(f"{folder}/{name}").strip() for name in ("level", "type", "size"))
+        if kind != "Instruction" and level.isdigit() and int(level) in sizes and size.rstrip("K").isdigit():
+            sizes[int(level)] = int(size.rstrip("K")) << 10
     return sizes[1], sizes[2], sizes[3]
