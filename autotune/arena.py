@@ -127,8 +127,8 @@ def _aligned(n: int) -> int:
     return math.ceil(n / ALIGNMENT) * ALIGNMENT
 
 
-def map_shared(description: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The runner's end: the inputs, read-only, and the outputs."""
+def map_memory(description: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The runner's end: all of the memory, as bytes; read-only, and writable."""
     file = os.open(description["file"], os.O_RDWR)
     try:
         readable = mmap.mmap(file, description["size"], prot=mmap.PROT_READ)
@@ -138,7 +138,12 @@ def map_shared(description: dict[str, Any]) -> tuple[list[torch.Tensor], list[to
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a tensor over read-only memory must not be written
         inputs = torch.frombuffer(readable, dtype=torch.uint8)
-    outputs = torch.frombuffer(writable, dtype=torch.uint8)
+    return inputs, torch.frombuffer(writable, dtype=torch.uint8)
+
+
+def map_shared(description: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The same: the inputs, read-only, and the outputs."""
+    inputs, outputs = map_memory(description)
     return (
         [Place.from_json(p).tensor(inputs) for p in description["inputs"]],
         [Place.from_json(p).tensor(outputs) for p in description["outputs"]],

@@ -29,6 +29,7 @@ class Status(str, Enum):
     WRONG = "wrong"
     LEAKED = "leaked"
     INCREDIBLE = "incredible"
+    LOST = "lost"  # the machine that it ran on, with or without its doing
 
     def __str__(self) -> str:
         return self.value

@@ -41,12 +41,21 @@ class Failed(Exception):
         self.status, self.reason = status, reason
 
 
-class RunnerProcess:
-    """The supervisor and its child. ``ask`` sends one request at a time."""
+class Gone(Failed):
+    """The process that was asked gave no answer: it died, or was killed as it took too long."""
 
-    def __init__(self, loader: str) -> None:
+
+class RunnerProcess:
+    """The supervisor and its child. ``ask`` sends one request at a time.
+
+    Args:
+        loader: handed to the ``main`` of ``module``: what loads a kernel.
+        module: of the program that it runs.
+    """
+
+    def __init__(self, loader: str, module: str = "graphopt.autotune.runner_process") -> None:
         path = json.dumps([p for p in sys.path if p])
-        program = f"import sys; sys.path[:] = {path}; from graphopt.autotune.runner_process import main; main({loader!r})"
+        program = f"import sys; sys.path[:] = {path}; from {module} import main; main({loader!r})"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._errors, start_new_session=True)  # fmt: skip
@@ -68,7 +77,8 @@ class RunnerProcess:
         """The answer to a request.
 
         Raises:
-            Failed: the child died, or was killed as it gave no answer in time.
+            Gone: the child died, or was killed as it gave no answer in time.
+            Failed: the child says that it could not be done.
         """
         self.ready()
         assert self._process.stdin is not None
@@ -82,12 +92,14 @@ class RunnerProcess:
             answer = self._line(end)  # a child that died between two requests left the first to its successor
         if answer is None:
             self._kill_child()
-            raise Failed(Status.TIMED_OUT, f"no answer for {seconds:.2g} s")
+            raise Gone(Status.TIMED_OUT, f"no answer for {seconds:.2g} s")
         if "died" in answer:
             self._child = 0
-            raise Failed(Status.CRASHED, died_of(answer["died"]))
+            raise Gone(Status.CRASHED, died_of(answer["died"]))
+        if "lost" in answer:
+            raise Gone(Status.LOST, answer["lost"])
         if "failed" in answer:
-            raise Failed(Status.CRASHED, answer["failed"])
+            raise Failed(Status(answer.get("status", Status.CRASHED)), answer["failed"])
         return answer
 
     def _kill_child(self) -> None:
@@ -194,7 +206,10 @@ class ProcessRunner:
     def start(self) -> None:
         """Start the process; it gets ready while others work."""
         if self._process is None:
-            self._process = RunnerProcess(self.loader)
+            self._process = self._new_process()
+
+    def _new_process(self) -> RunnerProcess:
+        return RunnerProcess(self.loader)
 
     def ready(self) -> None:
         """Wait until it can take candidates. Raises WorkerError if it cannot be started."""
@@ -267,8 +282,8 @@ class ProcessRunner:
             if not self._process.started:
                 raise  # through no fault of a candidate's
             self._process.close()
-            self._process = RunnerProcess(self.loader)
-            raise Failed(Status.CRASHED, "it took the process that watches over it down, too") from None
+            self._process = self._new_process()
+            raise Gone(Status.CRASHED, "it took the process that watches over it down, too") from None
 
     def _load_case(self, session: _Session, n: int) -> Arena:
         """Case n of the subject, in shared memory and known to the child."""

@@ -3,7 +3,7 @@
 It is two: a supervisor that has imported what is needed and never runs a kernel, and a child forked from it that does. When a kernel
 kills the child, the supervisor says so and forks another one in milliseconds; nothing is imported again.
 
-Requests to the child:
+Requests to the child, which a :class:`Bench` answers:
 
 - ``case``: the shared memory, which inputs are weights, and how many threads.
 - ``check``: load a kernel, and call it once on the shared memory. Answer: seconds of the call.
@@ -28,12 +28,12 @@ from typing import Any
 import torch
 
 from graphopt.autotune.arena import map_shared
+from graphopt.autotune.turns import calls_of_a_slice, take_turns
+from graphopt.errors import RemoteError
 
 Kernel = Callable[..., Any]
 Load = Callable[[Path, str], Kernel]
 MAX_COPIES = 4096
-LEAST_PAIRS = 5
-PROBED_PAIRS = 3  # after so many pairs a hopeless candidate is given up
 _SIGKILL, _PDEATHSIG = 9, 1
 _INPUT_ENDED = 96  # exit status of a child that was not killed by a kernel
 
@@ -41,9 +41,12 @@ _INPUT_ENDED = 96  # exit status of a child that was not killed by a kernel
 class Bench:
     """One case, and memory of its own to time kernels on."""
 
-    def __init__(self, load: Load, request: dict[str, Any]) -> None:
-        torch.set_num_threads(request["threads"])
+    def __init__(self, load: Load) -> None:
         self.load = load
+
+    def case(self, **request: Any) -> dict[str, Any]:
+        """Take what :attr:`Arena.description` gives, and ``threads``, ``weights``, ``between``."""
+        torch.set_num_threads(request["threads"])
         self.inputs, self.outputs = map_shared(request)
         self.sizes: list[int] = request["sizes"]
         self.in_place: int | None = request["in_place"]
@@ -52,6 +55,7 @@ class Bench:
         self._between: int = request["between"]
         self._calls: Iterator[list[Any]] | None = None
         self._own: list[torch.Tensor] = []
+        return {}
 
     def kernel(self, which: Sequence[str]) -> Kernel:
         """A kernel by file and name, loaded once."""
@@ -99,23 +103,15 @@ class Bench:
             self._calls = self.arguments()
         new, old = self.kernel(candidate), self.kernel(incumbent) if incumbent else None
         calls = self._slice_length(new, old, slice)
-        before, done = _resident(), 0
-        times: tuple[list[float], list[float]] = ([], [])
-        total, pairs = 0.0, 0
-        while pairs < PROBED_PAIRS or (pairs < LEAST_PAIRS and total < 10 * floor) or total < floor:
-            turns = [(0, new)] if old is None else [(0, new), (1, old)] if pairs % 2 else [(1, old), (0, new)]
-            for which, kernel in turns:
-                seconds = self._timed(kernel, calls)
-                times[which].append(seconds / calls)
-                total += seconds
-            pairs, done = pairs + 1, done + calls
-            if old is not None and pairs >= PROBED_PAIRS and min(times[0]) > hopeless * sorted(times[1])[pairs // 2]:
-                break
-            if old is not None and min(times[0]) > 4 * hopeless * max(times[1]):
-                break
-        answer: dict[str, Any] = {"candidate": times[0], "incumbent": times[1], "calls": calls}
+        before = _resident()
+
+        def timed(turns: Sequence[int]) -> list[float]:
+            return [self._timed((new, old)[which], calls) / calls for which in turns]  # type: ignore[arg-type]
+
+        candidate_times, incumbent_times = take_turns(timed, calls, floor, hopeless, alone=old is None)
+        answer: dict[str, Any] = {"candidate": candidate_times, "incumbent": incumbent_times, "calls": calls}
         if _resident() - before > leak:
-            answer["leaked"] = self._growth(new, max(done, 16), leak)
+            answer["leaked"] = self._growth(new, max(len(candidate_times) * calls, 16), leak)
         if self.in_place is None:
             self._timed(new, 1)
             for x, own in zip(self.outputs, self._own, strict=True):
@@ -124,9 +120,7 @@ class Bench:
 
     def _slice_length(self, new: Kernel, old: Kernel | None, seconds: float) -> int:
         """Calls between two readings of the clock: few of a pair of which one takes long. Each kernel is warm afterwards."""
-        times = [min(self._timed(kernel, n) / n for n in (1, 2)) for kernel in (new, old) if kernel is not None]
-        wanted, most = seconds / max(min(times), 1e-9), 10 * seconds / max(*times, 1e-9)
-        return max(1, min(1024, round(min(wanted, most))))
+        return calls_of_a_slice([min(self._timed(k, n) / n for n in (1, 2)) for k in (new, old) if k is not None], seconds)
 
     def _timed(self, kernel: Kernel, calls: int) -> float:
         assert self._calls is not None
@@ -169,34 +163,39 @@ def _resident() -> int:
 # --- the processes -----------------------------------------------------------------------------------------------------
 
 
-def serve(load: Load, requests: Iterator[dict[str, Any]], reply: Callable[[dict[str, Any]], None]) -> None:
-    """Answer requests until there are none."""
-    bench: Bench | None = None
+def serve(bench: Any, requests: Iterator[dict[str, Any]], reply: Callable[[dict[str, Any]], None]) -> None:
+    """Answer requests until there are none: each by the method of the bench that it names."""
     for request in requests:
         what, number = request.pop("do"), request.pop("id")
         try:
-            if what == "case":
-                bench = Bench(load, request)
-                answer: dict[str, Any] = {}
-            else:
-                assert bench is not None, "a case comes first"
-                answer = getattr(bench, what)(**request)
+            answer: dict[str, Any] = getattr(bench, what)(**request)
+        except RemoteError as error:
+            answer = {"lost": str(error)}
         except Exception as error:  # what a kernel raises is an answer, too
             answer = {"failed": f"{type(error).__name__}: {error}"}
         reply({"id": number, **answer})
 
 
 def main(loader: str) -> None:
-    """Be the supervisor.
+    """Be the supervisor of kernels that run here.
 
     Args:
         loader: ``module:function`` of what loads a kernel: (file, name) -> kernel.
     """
+    module, _, name = loader.partition(":")
+    supervise(lambda: Bench(getattr(importlib.import_module(module), name)))
+
+
+def supervise(get_ready: Callable[[], Any]) -> None:
+    """Be the supervisor.
+
+    Args:
+        get_ready: imports what is needed, and makes the bench, of which every child has its own copy.
+    """
     _die_with_parent()
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a kernel prints must not mix with the answers
-    module, _, name = loader.partition(":")
-    load: Load = getattr(importlib.import_module(module), name)
+    bench = get_ready()
 
     def reply(answer: dict[str, Any]) -> None:
         os.write(replies, json.dumps(answer).encode() + b"\n")
@@ -207,7 +206,7 @@ def main(loader: str) -> None:
             _die_with_parent()
             gc.disable()  # collecting takes longer than many a trial
             reply({"ready": os.getpid()})
-            serve(load, _lines(), reply)
+            serve(bench, _lines(), reply)
             os._exit(_INPUT_ENDED)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)

@@ -104,6 +104,12 @@ class WorkerError(GraphoptError):
     exit_status = 12
 
 
+class RemoteError(GraphoptError):
+    """A device of another machine is out of reach: its tracker, its server, or what they lent."""
+
+    exit_status = 13
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint `` (did you mean 'x'?)`` for a misspelt word, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -1,0 +1,50 @@
+"""Taking turns: order, an early end for the hopeless, and as many pairs as the floor asks for, however many are timed together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from graphopt.autotune.turns import CANDIDATE, INCUMBENT, LEAST_PAIRS, PROBED_PAIRS, calls_of_a_slice, take_turns
+
+
+class Clock:
+    """Kernels that always take as long; what was asked for."""
+
+    def __init__(self, candidate: float, incumbent: float) -> None:
+        self.seconds = {CANDIDATE: candidate, INCUMBENT: incumbent}
+        self.asked: list[list[int]] = []
+
+    def __call__(self, turns: Sequence[int]) -> list[float]:
+        self.asked.append(list(turns))
+        return [self.seconds[which] for which in turns]
+
+
+@pytest.mark.parametrize("together", [1, 64])
+def test_pairs_alternate_until_the_floor_is_reached(together: int) -> None:
+    clock = Clock(1e-4, 1e-4)
+    candidate, incumbent = take_turns(clock, 10, 0.02, 1.15, alone=False, together=together)
+    assert len(candidate) == len(incumbent) == 10  # of 2 ms each
+    turns = [which for asked in clock.asked for which in asked]
+    assert turns == [INCUMBENT, CANDIDATE, CANDIDATE, INCUMBENT] * 5
+    assert len(clock.asked) == (10 if together == 1 else 2)
+
+
+@pytest.mark.parametrize("together", [1, 64])
+def test_a_hopeless_one_is_given_up(together: int) -> None:
+    assert len(take_turns(Clock(2e-4, 1e-4), 10, 1.0, 1.15, alone=False, together=together)[0]) == PROBED_PAIRS
+    assert len(take_turns(Clock(9e-4, 1e-4), 10, 1.0, 1.15, alone=False)[0]) == 1
+
+
+def test_a_long_one_is_timed_a_few_times_and_one_alone_has_no_pairs() -> None:
+    assert len(take_turns(Clock(0.03, 0.03), 1, 0.02, 1.15, alone=False, together=64)[0]) == LEAST_PAIRS - 1
+    candidate, incumbent = take_turns(Clock(1e-3, 0.0), 1, 0.02, 1.15, alone=True)
+    assert (len(candidate), incumbent) == (20, [])
+
+
+def test_calls_of_a_slice() -> None:
+    assert calls_of_a_slice([1e-5, 2e-5], 3e-4) == 30
+    assert calls_of_a_slice([1e-5, 1e-3], 3e-4) == 3  # of the slow one no more than ten times as long
+    assert calls_of_a_slice([1.0], 3e-4) == 1
+    assert calls_of_a_slice([0.0], 3e-4) == 1024
