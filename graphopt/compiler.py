@@ -145,30 +145,13 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     target = choose_target(device, options)
     backend, why_none = choose_backend(target, options)
     provider = kernel_provider(backend, device) if backend is not None else None
-    cache_dir = options.kernels_dir
-    name = options.name or label
-    report = Report(name, str(target))
-    domains: list[Domain] = []
-    if backend is not None:
-        domains, notes = plan_domains(captured, options.hot_sizes)
-        report.notes += notes
-    narrowed = [narrow(captured.graph, dict(d.ranges)) for d in domains]  # of the graph as captured: passes work in place
-    units = [_Unit(captured.graph, report)]
-    captured_key = report.key = compilation_key(captured.graph, target, options, domains)
+    units, domains = _units(captured, target, backend, options, label)
+    report = units[0].report
+    captured_key = report.key
     if provider is not None:
-        provider.prestart(cache_dir, options.workers, report.key)
-    for domain, graph in zip(domains, narrowed, strict=True):
-        sub = Report(name, str(target), condition=str(domain), reason=domain.reason, key=report.key)
-        report.variants.append(sub)
-        units.append(_Unit(graph, sub))
+        provider.prestart(options.kernels_dir, options.workers, report.key)
     for unit in units:
-        optimize(unit.graph, target, options, unit.report)
-        lowering = time.perf_counter()
-        unit.lowered = lower(unit.graph, target, backend, why_none, asked=options.backend == "eager")
-        update_in_place(unit.lowered, _mutated_inputs(captured))
-        unit.report.text_after = str(unit.graph)
-        report_fallbacks(unit.report, unit.lowered, options)  # before time is spent on building
-        unit.report.seconds["lower"] = time.perf_counter() - lowering
+        _lower(unit, captured, target, backend, why_none, options)
     if options.tune_seconds and backend is not None:
         tune_kernels(units, target, backend, options, progress)
     if backend is not None and provider is not None:
@@ -192,6 +175,44 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     report.seconds["total"] = time.perf_counter() - start
     record(report)
     return CompiledGraph(captured, program, report)
+
+
+def lowered_programs(captured: Captured, target: Target, options: Options, *, label: str = "model") -> list[tuple[Graph, Lowered]]:
+    """The programs of a captured graph for a target whose kernels need not run here: the general one first. Nothing is built."""
+    backend, why_none = choose_backend(target, options)
+    units, _ = _units(captured, target, backend, options, label)
+    for unit in units:
+        _lower(unit, captured, target, backend, why_none, options)
+    return [(u.graph, u.lowered) for u in units]
+
+
+def _units(captured: Captured, target: Target, backend: Backend | None, options: Options, label: str) -> tuple[list[_Unit], list[Domain]]:
+    """The general program and those for some sizes, before any pass; and those sizes."""
+    name = options.name or label
+    report = Report(name, str(target))
+    domains: list[Domain] = []
+    if backend is not None:
+        domains, notes = plan_domains(captured, options.hot_sizes)
+        report.notes += notes
+    narrowed = [narrow(captured.graph, dict(d.ranges)) for d in domains]  # of the graph as captured: passes work in place
+    units = [_Unit(captured.graph, report)]
+    report.key = compilation_key(captured.graph, target, options, domains)
+    for domain, graph in zip(domains, narrowed, strict=True):
+        sub = Report(name, str(target), condition=str(domain), reason=domain.reason, key=report.key)
+        report.variants.append(sub)
+        units.append(_Unit(graph, sub))
+    return units, domains
+
+
+def _lower(unit: _Unit, captured: Captured, target: Target, backend: Backend | None, why_none: str, options: Options) -> None:
+    """Run the passes, and make steps of what they leave."""
+    optimize(unit.graph, target, options, unit.report)
+    lowering = time.perf_counter()
+    unit.lowered = lower(unit.graph, target, backend, why_none, asked=options.backend == "eager")
+    update_in_place(unit.lowered, _mutated_inputs(captured))
+    unit.report.text_after = str(unit.graph)
+    report_fallbacks(unit.report, unit.lowered, options)  # before time is spent on building
+    unit.report.seconds["lower"] = time.perf_counter() - lowering
 
 
 def tune_kernels(units: Sequence[_Unit], target: Target, backend: Backend, options: Options, progress: Progress | None) -> None:

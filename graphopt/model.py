@@ -9,14 +9,34 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from graphopt.capture.captured import Uncapturable
 from graphopt.capture.export import ExportedGraph, exported_graph
-from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx
+from graphopt.capture.fx import capture_fx
+from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, lowered_programs
 from graphopt.devices import prestart
-from graphopt.errors import UsageError
+from graphopt.errors import CaptureError, UsageError
+from graphopt.ir.graph import Graph
+from graphopt.lower import Lowered
 from graphopt.options import Options
 from graphopt.ownership import GivenUp, OwnershipError, give_back_memory, refuse_loading, replace_everywhere
 from graphopt.profile import Profile
 from graphopt.report import Report
+from graphopt.target import Target
+
+
+def lowered(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Tensor, kwargs: Mapping[str, Any] | None, target: Target,
+            options: Options) -> list[tuple[Graph, Lowered]]:  # fmt: skip
+    """The programs of a model for a target, which need not be a machine like this one: nothing is built or run.
+
+    Raises:
+        CaptureError: the model cannot be exported, or its graph not be held.
+    """
+    exported = exported_graph(model, args, kwargs, dynamic_shapes=None)
+    try:
+        captured = capture_fx(exported.gm, weights=exported.weights)
+    except Uncapturable as error:
+        raise CaptureError(f"the model runs through library kernels as a whole: {error.reason}") from error
+    return lowered_programs(captured, target, options)
 
 
 class CompiledModel:

@@ -25,12 +25,12 @@ DEFAULT = "default schedule"
 _PATIENCE = 2.0  # seconds that a compilation waits for a process that writes the database
 
 
-def device_key(target: Target) -> str:
-    """Fingerprint of what was timed where: kernels for a target, on this machine. ``TuningRecord.target``."""
-    here = detect()
-    if target == here or target.kind != here.kind:
+def device_key(target: Target, machine: Target | None = None) -> str:
+    """Fingerprint of what was timed where: kernels for a target, on a machine, this one unless given. ``TuningRecord.target``."""
+    machine = machine or detect()
+    if target == machine or target.kind != machine.kind:
         return target.fingerprint
-    return hashlib.sha256(f"{target.fingerprint} on {here.fingerprint}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{target.fingerprint} on {machine.fingerprint}".encode()).hexdigest()[:16]
 
 
 def use_records(units: Sequence[tuple[Lowered, Report]], target: Target, backend: Backend, path: Path, threads: int,

@@ -98,6 +98,7 @@ class Run:
     Attributes:
         threads: that kernels may use.
         run: its id; that of an earlier run to go on with it.
+        machine: where candidates run; None for this one.
     """
 
     target: Target
@@ -108,15 +109,25 @@ class Run:
     workers: int = 0
     batch: int = 16
     timing: Timing = field(default_factory=Timing)
+    machine: Target | None = None
+
+    @property
+    def device(self) -> str:
+        """``TuningRecord.target`` of its trials."""
+        return device_key(self.target, self.machine)
 
 
 def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Scheduler | None = None,
-         listener: Listener | None = None) -> Outcome:  # fmt: skip
-    """Tune tasks until the budget ends. What was found is in the database, also if this is interrupted."""
+         listener: Listener | None = None, runner: ProcessRunner | None = None) -> Outcome:  # fmt: skip
+    """Tune tasks until the budget ends. What was found is in the database, also if this is interrupted.
+
+    Args:
+        runner: of ``run.machine``, where that is another one. It is closed at the end.
+    """
     done = run_records(run, tasks) if run.run else []
     name = run.run or new_run()
     builder = CandidateBuilder(run.target, run.workers)
-    runner = ProcessRunner(LOADER, run.threads, run.timing, run.seed)
+    runner = runner or ProcessRunner(LOADER, run.threads, run.timing, run.seed)
     runner.start()
     model = _cost_model(run)
     try:
@@ -162,9 +173,9 @@ def withdraw(database: Database, workloads: Iterable[str], target: Target, threa
     return len({r.workload.key for r in won})
 
 
-def last_run(database: Database, tasks: Sequence[Task], target: Target, threads: int) -> str | None:
+def last_run(database: Database, tasks: Sequence[Task], target: Target, threads: int, machine: Target | None = None) -> str | None:
     """The latest run that tuned any of these tasks under the same conditions."""
-    found = [r for t in tasks for r in database.records(t.workload, device_key(target), threads, versions())]
+    found = [r for t in tasks for r in database.records(t.workload, device_key(target, machine), threads, versions())]
     return max(found, key=lambda r: (r.when, r.trial)).run if found else None
 
 
@@ -174,7 +185,7 @@ def versions() -> tuple[tuple[str, str], ...]:
 
 
 def _model_name(run: Run) -> str:
-    return f"{device_key(run.target)} {counted(run.threads, 'thread')}"
+    return f"{run.device} {counted(run.threads, 'thread')}"
 
 
 def _cost_model(run: Run) -> CostModel:
@@ -188,8 +199,8 @@ def _cost_model(run: Run) -> CostModel:
 
 def _search(run: Run, model: CostModel, done: Sequence[TuningRecord], task: Task) -> Search:
     known = [(r.schedule, r.measured) for r in done if r.workload.key == task.workload.key]
-    best = run.database.best(task.workload, device_key(run.target), run.threads, versions())
-    seeds = run.database.seeds(task.workload, device_key(run.target), run.threads, versions())
+    best = run.database.best(task.workload, run.device, run.threads, versions())
+    seeds = run.database.seeds(task.workload, run.device, run.threads, versions())
     if best is not None:
         seeds = [best.schedule, *seeds]
     return Search(task.workload, run.target, spaces_of(task.workload, run.target), seed=run.seed, model=model, known=known, seeds=seeds)
@@ -216,7 +227,7 @@ def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -
 
 
 def _record(run: Run, name: str, task: Task, trial: Trial, number: int) -> None:
-    run.database.add([TuningRecord(task.workload, device_key(run.target), str(run.target), run.threads, trial.schedule, trial.measured,
+    run.database.add([TuningRecord(task.workload, run.device, str(run.target), run.threads, trial.schedule, trial.measured,
                                    versions(), name, number, moment())])  # fmt: skip
 
 
@@ -225,11 +236,11 @@ def moment() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def check_device(name: str) -> Target:
-    """The device to tune for. Raises DeviceError for one whose kernels do not run here."""
-    target = Target.from_name(name)
+def check_device(name: str, machine: Target | None = None) -> Target:
+    """The device to tune for, on a machine, this one unless given. Raises DeviceError for one whose kernels do not run there."""
+    target = machine if machine and name == "cpu" else Target.from_name(name)
     if target.kind != "cpu":
         raise DeviceError(f"{name!r}: only processors are tuned so far")
-    if why := detect().lacks(target):
-        raise DeviceError(f"kernels for {name!r} cannot be timed here: {why}")
+    if why := (machine or detect()).lacks(target):
+        raise DeviceError(f"kernels for {name!r} cannot be timed {'on the other machine' if machine else 'here'}: {why}")
     return target

@@ -50,12 +50,14 @@ class Tasks:
         share: of the models' time, by task.
         seconds: of a run of each model, with default schedules.
         left_out: (what, why) of calls that are not tuned.
+        estimated: nothing was measured: times are what :func:`graphopt.max_autotune.estimate` makes of the work that there is.
     """
 
     tasks: list[Task] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    estimated: bool = False
 
 
 def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | None = None,

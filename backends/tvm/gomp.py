@@ -21,7 +21,7 @@ from typing import Any
 from graphopt.backends.tvm.link import link
 from graphopt.backends.tvm.llvm_target import target_description
 from graphopt.errors import BuildError
-from graphopt.target import detect
+from graphopt.target import Target, detect
 
 _IR = """target triple = "TRIPLE"
 %call = type { ptr, ptr }
@@ -143,29 +143,32 @@ done:
 """
 
 
-def launcher_file(directory: Path) -> Path:
-    """Where the built glue lies in a kernel cache."""
-    digest = hashlib.sha256((_IR + detect().arch).encode()).hexdigest()[:12]
+def launcher_file(directory: Path, target: Target | None = None) -> Path:
+    """Where the built glue for an architecture, this machine's unless given, lies in a kernel cache."""
+    digest = hashlib.sha256((_IR + (target or detect()).arch).encode()).hexdigest()[:12]
     return directory / f"launch-{digest}.so"
 
 
-def build_launcher(directory: Path) -> Path | None:
+def build_launcher(directory: Path, target: Target | None = None) -> Path | None:
     """Build the glue if it is not there (imports tvm). None if there is no linker."""
-    target, output = detect(), launcher_file(directory)
-    if output.exists():
-        return output
+    output = launcher_file(directory, target)
+    return output if output.exists() or build_ir(_IR, output, target or detect()) else None
+
+
+def build_ir(text: str, output: Path, target: Target) -> bool:
+    """Build a shared object from LLVM IR, in which ``TRIPLE`` stands for the target's (imports tvm). False if there is no linker."""
     import tvm
 
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        source = Path(scratch) / "launch.ll"
-        source.write_text(_IR.replace("TRIPLE", target_description(target).get("mtriple", "")))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        source = Path(scratch) / "glue.ll"
+        source.write_text(text.replace("TRIPLE", target_description(target).get("mtriple", "")))
         module = tvm.runtime.load_module(str(source))
         module.write_to_file(str(source.with_suffix(".o")))
         if link(source.with_suffix(".o"), source.with_suffix(".so"), target) is None:
-            return None
+            return False
         os.replace(source.with_suffix(".so"), output)
-    return output
+    return True
 
 
 def launcher(directory: Path) -> tuple[Any, int] | None:

@@ -29,10 +29,12 @@ from graphopt.cli.tune_plot import check_plot, plot
 from graphopt.cli.tune_view import View, show_model, show_plan, show_result
 from graphopt.errors import GraphoptError, UsageError, counted
 from graphopt.library_time import library_seconds
-from graphopt.model import CompiledModel
-from graphopt.options import default_cache_dir
+from graphopt.max_autotune import estimate
+from graphopt.model import CompiledModel, lowered
+from graphopt.options import Options, default_cache_dir
 from graphopt.profile import Profile
-from graphopt.target import Target
+from graphopt.remote import Address, RemoteRunner
+from graphopt.target import Target, detect
 from graphopt.tuning import Run, check_device, last_run, moment, run_records, tune, withdraw
 from graphopt.tuning_tasks import Tasks, tasks_of
 
@@ -66,7 +68,9 @@ def tune_command(
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be tuned, and what may be gained; try nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run of these models.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is random: the same seed proposes the same candidates.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that kernels use; what PyTorch uses if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that kernels use; what PyTorch uses, or --rpc has.")] = None,
+    rpc: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Measure on a machine that this tracker of TVM's RPC lends.")] = None,
+    key: Annotated[str | None, typer.Option(help="The key of the server to ask that tracker for.")] = None,
     db: Annotated[Path | None, typer.Option(help="The tuning database; tuning.db in the cache folder unless given.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw best-so-far curves and a roofline: out.png.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where kernels are kept; ~/.cache/graphopt unless given.")] = None,
@@ -85,22 +89,38 @@ def tune_command(
     graphopt tune mlp --plot mlp.png                 curves of the best so far, and a roofline
 
     \b
+    For another machine, with Linux and TVM: candidates are built here, sent there, checked and timed there. Start a tracker somewhere, and
+    on the machine a server; its processor is asked for, and records are of that machine:
+    python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port 9190
+    python -m tvm.exec.rpc_server --tracker HOST:9190 --key rack7
+    graphopt tune mlp --rpc HOST:9190 --key rack7 --budget 10m
+
+    \b
     Exit status: 130 if it was interrupted; what was found is kept. 9 the database is damaged (it is kept aside) or out of reach,
-    10 no such device here, 11 the disk is full, 12 no process to build or run candidates in. How it works: docs/tuning.md.
+    10 no such device here, 11 the disk is full, 12 no process to build or run candidates in, 13 the tracker or the server of --rpc is
+    out of reach, or was lost several times. How it works: docs/tuning.md.
     """
     seconds = duration(budget)
-    target = check_device(device)
+    address = Address.parse(rpc, key) if rpc else None
+    if key and not rpc:
+        raise UsageError(f"--key {key} is that of a server; --rpc HOST:PORT says which tracker lends it")
     if not models:
         raise UsageError(f"which model? One of {', '.join(MODELS)}, or file.py:factory; graphopt tune --help shows examples")
     if plot_file:
         check_plot(plot_file)
-    if threads:
-        torch.set_num_threads(threads)
-    threads = torch.get_num_threads()
     folder = cache_dir or default_cache_dir()
     database = Database(db or folder / DEFAULT_NAME)
-    again = _again(models, device, budget, trials, seed, threads, db, cache_dir)
-    session = _Session(list(dict.fromkeys(models)), target, database, {"target": device, "cache_dir": folder, "tuning_db": None}, threads)
+    names = list(dict.fromkeys(models))
+    session: _Session
+    if address is None:
+        target = check_device(device)
+        if threads:
+            torch.set_num_threads(threads)
+        threads = torch.get_num_threads()
+        session = _Session(names, target, database, {"target": device, "cache_dir": folder, "tuning_db": None}, threads)
+    else:
+        session = _RemoteSession(names, device, address, database, threads, seed)
+    again = _again(models, device, budget, trials, seed, threads, db, cache_dir, address)
     try:
         database.models()  # a file that is no database is told now
         session.prepare()
@@ -111,7 +131,7 @@ def tune_command(
             session.tune(Budget(seconds, trials), seed, resume)
         finally:
             if plot_file and session.outcome:
-                plot(session.outcome, session.found, session.limits, " ".join(m.name for m in session.models), plot_file)
+                plot(session.outcome, session.found, session.limits, " ".join(map(label, session.names)), plot_file)
         session.finish()
     except KeyboardInterrupt:
         typer.echo(session.interrupted(again), err=True)
@@ -122,10 +142,15 @@ def tune_command(
         if session.trials:
             error.add_note(f"{counted(session.trials, 'trial')} of this run are kept in {database.path}. To go on:\n  {again}")
         raise
+    finally:
+        session.close()
 
 
 class _Session:
     """One call of the command, and how far it has come."""
+
+    runner: RemoteRunner | None = None
+    machine: Target | None = None
 
     def __init__(self, names: list[str], target: Target, database: Database, options: dict[str, Any], threads: int) -> None:
         self.names, self.target, self.database, self.options, self.threads = names, target, database, options, threads
@@ -160,7 +185,7 @@ class _Session:
 
     def tune(self, budget: Budget, seed: int, resume: bool) -> None:
         """Make trials. Raises KeyboardInterrupt if it was interrupted."""
-        if (load := watch(LOOK)) and load.others > MOST_LOAD:
+        if self.machine is None and (load := watch(LOOK)) and load.others > MOST_LOAD:
             self.say(f"other processes keep {load.others:.1f} processors busy: what wins now may be slower on a quiet machine")
         run = self._run(seed, resume)
         done = len(run_records(run, self.found.tasks)) if run.run else 0
@@ -168,7 +193,7 @@ class _Session:
             self.say(f"going on with run {run.run}, which has made {counted(done, 'trial')}")
         self.view = View(self.found, budget, self.errors)
         with self.view:
-            self.outcome = tune(self.found.tasks, run, budget, listener=self._listen)
+            self.outcome = tune(self.found.tasks, run, budget, listener=self._listen, runner=self.runner)
         for complaint in self._complaints():
             self.say(f"{complaint}: times, and what won by little, are the less sure")
         if self.outcome.why == "interrupted":
@@ -183,16 +208,16 @@ class _Session:
 
     def _complaints(self) -> list[str]:
         """What else the machine did between the first round and the last one. Builds are ours, and switch as they like."""
-        if len(self._seen) < 2:
+        if len(self._seen) < 2 or self.machine is not None:
             return []
         load = between(*self._seen)
         return replace(load, switches=0.0).complaints("meanwhile")
 
     def _run(self, seed: int, resume: bool) -> Run:
-        last = last_run(self.database, self.found.tasks, self.target, self.threads) if resume else None
+        last = last_run(self.database, self.found.tasks, self.target, self.threads, self.machine) if resume else None
         if resume and last is None:
             self.say(f"{self.database.path} has no run of these models on this device to go on with; a new one begins")
-        return Run(self.target, self.database, self.threads, seed, last or "")
+        return Run(self.target, self.database, self.threads, seed, last or "", machine=self.machine)
 
     def finish(self) -> None:
         """Measure the models before and after. What is slower in them than its default schedule is withdrawn."""
@@ -206,6 +231,9 @@ class _Session:
                 text = f"{counted(lost, 'kernel')} slower in the model than with default schedules: withdrawn, the default ones stay"
                 self.console.print(text, highlight=False)
 
+    def close(self) -> None:
+        """Give back what another machine lent."""
+
     def interrupted(self, again: str) -> str:
         """What to say after Ctrl-C."""
         kept = f"{counted(self.trials, 'trial')} made, and kept in {self.database.path}"
@@ -215,6 +243,46 @@ class _Session:
             return "interrupted before the first trial; nothing was tuned"
         show_result(self.outcome, self.found, self.console)
         return f"interrupted; {kept}. To go on:\n  {again}"
+
+
+class _RemoteSession(_Session):
+    """The same for another machine. The models are not run, neither here nor there: only their kernels are."""
+
+    runner: RemoteRunner
+
+    def __init__(self, names: list[str], device: str, address: Address, database: Database, threads: int | None, seed: int) -> None:
+        super().__init__(names, detect(), database, {}, threads or 0)
+        self.device, self.address = device, address
+        self.runner = RemoteRunner(address, threads, seed=seed)
+
+    def prepare(self) -> None:
+        """Ask the machine what it is, and find out what there is to tune for it."""
+        self.say(f"asking for {self.address}")
+        remote = self.runner.connect()
+        self.machine, self.threads = remote.target, remote.threads
+        self.target = check_device(self.device, remote.target)
+        pool = "in an OpenMP pool" if remote.pool == "libgomp" else "in TVM's own pool, as it has no libgomp.so.1"
+        self.say(f"it is {remote.target}; kernels run with {counted(remote.threads, 'thread')}, {pool}")
+        profiles = []
+        for name in self.names:
+            self.say(f"compiling {label(name)} for {self.target}, without running it")
+            programs = lowered(*_loaded(name), self.target, Options())
+            profiles += [estimate(graph, program, self.target) for graph, program in programs[1:] or programs]
+        self.found = tasks_of(profiles, self.target)
+        self.found.estimated = True
+
+    def finish(self) -> None:
+        """Say where the records are good for something."""
+        faster = sum((p.gain or 1.0) > 1.0 for p in self.outcome.progress) if self.outcome else 0
+        here = self.machine == detect()
+        use = "they count from the next compilation on" if here else (
+            f"to use them there: graphopt db export --best --db {self.database.path} best.jsonl, and there graphopt db import best.jsonl"
+        )  # fmt: skip
+        self.console.print(f"{counted(faster, 'kernel')} faster, each measured alone on {self.machine}; the models were not run. "
+                           f"{counted(self.trials, 'record')} in {self.database.path}: {use}", highlight=False, soft_wrap=True)  # fmt: skip
+
+    def close(self) -> None:
+        self.runner.close()
 
 
 def duration(text: str) -> float:
@@ -230,10 +298,16 @@ def duration(text: str) -> float:
 
 def _load(name: str, options: dict[str, Any]) -> _Model:
     """The model, compiled with default schedules."""
+    module, args, kwargs = _loaded(name)
+    return _Model(label(name), module, args, kwargs, graphopt.compile(module, args, kwargs, name=label(name), **options))
+
+
+def _loaded(name: str) -> tuple[Any, Any, Any]:
+    """The model as it is for inference, and its arguments."""
     module, args, kwargs = load(name)
     if isinstance(module, torch.nn.Module):
         module.eval()
-    return _Model(label(name), module, args, kwargs, graphopt.compile(module, args, kwargs, name=label(name), **options))
+    return module, args, kwargs
 
 
 def _limits(threads: int) -> Limits | None:
@@ -243,10 +317,12 @@ def _limits(threads: int) -> Limits | None:
         return None
 
 
-def _again(models: Sequence[str], device: str, budget: str, trials: int | None, seed: int, threads: int, db: Path | None,
-           cache_dir: Path | None) -> str:  # fmt: skip
+def _again(models: Sequence[str], device: str, budget: str, trials: int | None, seed: int, threads: int | None, db: Path | None,
+           cache_dir: Path | None, address: Address | None) -> str:  # fmt: skip
     """The command that goes on."""
-    words = ["graphopt", "tune", *models, "--device", device, "--budget", budget, "--seed", str(seed), "--threads", str(threads)]
+    words = ["graphopt", "tune", *models, "--device", device, "--budget", budget, "--seed", str(seed)]
+    words += ["--threads", str(threads)] if threads else []
+    words += ["--rpc", f"{address.host}:{address.port}", "--key", address.key] if address else []
     words += ["--trials", str(trials)] if trials else []
     words += ["--db", str(db)] if db else []
     words += ["--cache-dir", str(cache_dir)] if cache_dir else []

@@ -45,8 +45,10 @@ def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Conso
     console.print(table)
     for what, why in dict.fromkeys(found.left_out):
         console.print(f"not tuned: {what}: {why}", style="dim", highlight=False)
+    if found.estimated and found.tasks:
+        console.print("times are estimates, as nothing has run there yet")
     if limits is None:
-        console.print("roofline: the machine's limits could not be measured")
+        console.print(f"roofline: the machine's limits {'are not' if found.estimated else 'could not be'} measured")
     else:
         measured = f"{limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s"
         console.print(f"roofline: {measured}, measured with {counted(limits.threads, 'thread')}", highlight=False)
@@ -129,9 +131,10 @@ class View:
     def line(self) -> str:
         before = sum(self.found.seconds)
         task = self.found.tasks[self.now]
+        whole = "" if self.found.estimated else f"; {before * 1e3:.2f} -> {self.estimate * 1e3:.2f} ms (estimate)"
         return (
-            f"{time.monotonic() - self._start:5.0f} s, {counted(sum(self.trials), 'trial')}, {self.failed} failed; {before * 1e3:.2f} -> "
-            f"{self.estimate * 1e3:.2f} ms (estimate){self._left()}; now {task.name}"
+            f"{time.monotonic() - self._start:5.0f} s, {counted(sum(self.trials), 'trial')}, {self.failed} failed{whole}{self._left()}; "
+            f"now {task.name}"
         )
 
     def _left(self) -> str:
