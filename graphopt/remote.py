@@ -86,7 +86,7 @@ class RemoteRunner(ProcessRunner):
         try:
             answer = self._process.ask({"do": "connect"}, START)
         except Failed as failure:
-            raise RemoteError(failure.reason) from failure
+            raise RemoteError(failure.reason if failure.status is Status.LOST else f"{self.address}: {failure.reason}") from failure
         data = answer["target"]
         target = Target(**{**data, "features": tuple(data["features"]), "cache": tuple(data["cache"])})
         self.threads, self._machine = answer["threads"], target.fingerprint

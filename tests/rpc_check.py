@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HOST = "127.0.0.1"
-START = 60.0  # seconds for a process to take connections
+START = 120.0  # seconds for a process to take connections
 ONE_PROCESSOR = """
 import os, runpy, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -32,10 +32,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(*args: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A program of TVM with all that it starts: one process group, of which nothing is left."""
+def process(*args: str, log: Path, pinned: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """A program of TVM with all that it starts: one process group, of which nothing is left; on one processor if ``pinned``."""
     with log.open("wb") as out:
-        program = [sys.executable, "-c", ONE_PROCESSOR, *args]
+        program = [sys.executable, *(["-c", ONE_PROCESSOR] if pinned else ["-m"]), *args]
         started = subprocess.Popen(program, stdout=out, stderr=out, start_new_session=True)
     try:
         yield started
@@ -61,7 +61,7 @@ def server(folder: Path, tracker: int, key: str) -> Iterator[None]:
     """A server of a tracker, on one processor."""
     port, log = free_port(), folder / f"{key}.log"
     with process("tvm.exec.rpc_server", "--host", HOST, "--port", str(port), "--port-end", str(port + 1), "--tracker", f"{HOST}:{tracker}",
-                 "--key", key, log=log) as started:  # fmt: skip
+                 "--key", key, log=log, pinned=True) as started:  # fmt: skip
         end = time.monotonic() + START
         while time.monotonic() < end and started.poll() is None and not registered(tracker, key):
             time.sleep(0.05)

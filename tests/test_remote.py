@@ -226,6 +226,14 @@ def test_a_model_is_tuned_for_the_other_machine(server: int, small_machine: Targ
     assert "the models were not run" in done.stdout and "graphopt db import" in done.stdout
 
 
+def test_what_cannot_be_loaded_there_is_told_and_the_server_goes_on(server: int, tmp_path: Path) -> None:
+    for arch in ("x86_64", "aarch64"):
+        (tmp_path / f"agent-{arch}.so").write_text("built for another machine")
+    for _ in range(2):
+        with pytest.raises(RemoteError, match=r"nothing that is built here can be loaded there; .*: .*; .*: "):
+            RemoteBench(rpc_check.HOST, server, KEY, str(tmp_path), 1, patience=5.0).connect()
+
+
 # --- the runner --------------------------------------------------------------------------------------------------------
 
 

@@ -261,6 +261,8 @@ class Session:
         words[:, :5] = [(s.kernel, s.rows, s.count, s.first, s.calls) for s in slices]
         self.write(self._slices, words)
         status = int(self._over("the session ended", self._run, self._slices, len(slices), width, max(1, math.ceil(seconds))))
+        if status == -1:
+            raise RemoteError(f"{self.address}: no process could be started there")
         words = self.read(self._slices, words.nbytes).view(np.int64).reshape(words.shape)
         if status == 0 and words[:, DONE].all():
             return [Timed(float(w[SECONDS : SECONDS + 1].view(np.float64)[0]), int(w[KILOBYTES]) << 10) for w in words]
