@@ -16,6 +16,7 @@ from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Incumbent, Timing, Trial
 from graphopt.autotune.records import Status
 from graphopt.cli.main import app
+from graphopt.cli.tune import _again
 from graphopt.errors import DeviceError, RemoteError, UsageError
 from graphopt.remote import MOST_LOST, Address, RemoteRunner
 from graphopt.remote_bench import RemoteBench
@@ -315,6 +316,8 @@ def test_addresses_that_are_none(tracker: str, key: str | None, words: str) -> N
 
 
 def test_addresses() -> None:
+    again = _again(["m"], "cpu", "10m", None, 0, None, None, None, Address("rack", 9190, "k"))
+    assert "--rpc rack:9190 --key k" in again and "--threads" not in again
     assert Address.parse("rack:9190", "k") == Address("rack", 9190, "k")
     assert Address.parse("[::1]:9190", "k") == Address("::1", 9190, "k")
 
