@@ -11,6 +11,7 @@ have been its doing. The next one is tried in a new session. After several that 
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from graphopt.autotune.records import Status
 from graphopt.autotune.runner import START, Failed, Gone, ProcessRunner, RunnerProcess
 from graphopt.errors import RemoteError, UsageError
 from graphopt.target import Target
+from graphopt.tuning import PREFIX
 
 MOST_LOST = 3  # sessions one after the other
 GRACE = 120.0  # seconds for what is sent, beyond those that a candidate has
@@ -70,7 +72,7 @@ class RemoteRunner(ProcessRunner):
     def __init__(self, address: Address, threads: int | None = None, timing: Timing | None = None, seed: int = 0,
                  patience: float = PATIENCE) -> None:  # fmt: skip
         self.address = address
-        self._folder = tempfile.TemporaryDirectory(prefix="graphopt-rpc-")
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
         super().__init__(json.dumps({"host": address.host, "port": address.port, "key": address.key, "folder": self._folder.name,
                                      "threads": threads or 0, "patience": patience}), threads or 0, timing, seed)  # fmt: skip
         self._lost = 0

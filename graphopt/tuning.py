@@ -55,7 +55,7 @@ class CandidateBuilder:
 
         _sweep()
         self.target, self.workers, self.together = target, workers, together
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self._builder = KernelBuilder(BUILD_SECONDS)
         self._builder.prestart(workers or detect().cores)
 
@@ -77,13 +77,13 @@ class CandidateBuilder:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-_PREFIX = "graphopt-tune-"
+PREFIX = "graphopt-tune-"  # of folders; then the process, by which those of killed tuners are known
 
 
 def _sweep() -> None:
     """Remove what tuners left that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(folder, ignore_errors=True)
 
