@@ -49,6 +49,12 @@ class Sizes:
         flops = dims.mul(2, dims.mul(pairs, dims.add(self.inner, self.out)))
         return _cycles(costs, flops, [dims.mul(pairs, 2 * self.itemsize)], 2)
 
+    def all_states(self, costs: CostModel) -> tuple[float, float]:
+        """Cycles of forming a running sum of D x E numbers for each row."""
+        states = dims.numel((*self.shared, self.rows, self.inner, self.out))
+        flops = dims.mul(2, dims.add(states, dims.numel((*self.lead, self.rows, self.inner, self.out))))
+        return _cycles(costs, flops, [dims.mul(states, 2 * self.itemsize)], 2)
+
     def chunked(self, costs: CostModel, size: int) -> tuple[float, float]:
         """Cycles of the same in chunks."""
         n = _ceildiv(self.rows, size)

@@ -237,13 +237,14 @@ class _Module(nn.Module):
         return self.fn(q, k, v)
 
 
-def _inputs(dtype: torch.dtype, tokens: int = N) -> list[Tensor]:
-    return [torch.randn(1, 2, tokens, 16, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3)]
+def inputs(dtype: torch.dtype, tokens: int = N, size: int = 16) -> list[Tensor]:
+    return [torch.randn(1, 2, tokens, size, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3)]
 
 
-def _optimised(fn: Spelling, dtype: torch.dtype = torch.float32) -> tuple[Graph, list[Remark]]:
+def optimised(fn: Spelling, args: list[Tensor]) -> tuple[Graph, list[Remark]]:
+    """The graph behind the pass, and what was said of products without a softmax."""
     with torch.no_grad():
-        exported = exported_graph(_Module(fn), tuple(_inputs(dtype)))
+        exported = exported_graph(_Module(fn), tuple(args))
     new, ctx = capture_fx(exported.gm, weights=exported.weights).graph, PassContext()
     run_passes(new, [make_pass(name) for name in PASSES], ctx)
     return new, [r for r in ctx.remarks if r.pass_name in ("linear-attention", "causal-linear-attention")]
@@ -252,9 +253,9 @@ def _optimised(fn: Spelling, dtype: torch.dtype = torch.float32) -> tuple[Graph,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fn", SPELLINGS, ids=lambda f: f.__name__)
 def test_a_spelling_is_found(fn: Spelling, dtype: torch.dtype) -> None:
-    new, remarks = _optimised(fn, dtype)
+    x = inputs(dtype)
+    new, remarks = optimised(fn, x)
     assert any(r.kind == "passed" for r in remarks) and not _holds_pairs(new, N), f"{remarks}\n{new}"
-    x = _inputs(dtype)
     exact = fn(*(t.double() for t in x))
     if dtype == torch.float32:
         torch.testing.assert_close(evaluate(new, x, wide=True)[0], exact, rtol=1e-9, atol=1e-9)
@@ -263,13 +264,13 @@ def test_a_spelling_is_found(fn: Spelling, dtype: torch.dtype) -> None:
 
 
 def test_a_decay_is_declined() -> None:
-    new, remarks = _optimised(decayed)
+    new, remarks = optimised(decayed, inputs(torch.float32))
     assert _holds_pairs(new, N)
     assert [r.message for r in remarks if "as decay is not" in r.message], remarks
 
 
 def test_no_word_of_what_is_no_attention() -> None:
-    _, remarks = _optimised(gated)
+    _, remarks = optimised(gated, inputs(torch.float32))
     assert not [r for r in remarks if r.pass_name == "causal-linear-attention"]
 
 
@@ -278,7 +279,7 @@ def test_a_model_and_its_memory() -> None:
     import graphopt
 
     tokens = 2000
-    x = _inputs(torch.float32, tokens)
+    x = inputs(torch.float32, tokens)
     compiled = graphopt.compile(_Module(tril), tuple(x))
     g, planned = parse_graph(compiled.report.text_after), compiled.report.memory["planned"]
     assert not any(_holds_pairs(b, tokens) for b in (g, *(n.body for n in g.nodes() if n.body is not None)))
