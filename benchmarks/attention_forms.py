@@ -5,7 +5,8 @@
 ``sparse`` is scaled_dot_product_attention with a mask that is a buffer of the model: each block of 64 queries sees the first two blocks
 of keys, itself and its neighbours, and three by chance (Zaheer et al., Big Bird, arXiv:2007.14062). ``dense`` is the same without a
 mask. ``linear`` is ``phi(q) phi(k)^T v``, divided by the rows' sums, in this order (phi is elu + 1); ``bracketed`` is the same as
-``phi(q) (phi(k)^T v)`` in eager PyTorch. Medians in ms on ``--threads`` threads, f32, heads of 64; results are compared first.
+``phi(q) (phi(k)^T v)`` in eager PyTorch; ``causal`` is ``linear`` with ``torch.tril`` of the scores. Medians in ms on ``--threads``
+threads, f32, heads of 64; results are compared first.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ class Masked(nn.Module):
 
 
 class Linear(nn.Module):
-    """Attention without a softmax, in either order."""
+    """Attention without a softmax, in either order, or causal."""
 
-    def __init__(self, bracketed: bool) -> None:
+    def __init__(self, bracketed: bool = False, causal: bool = False) -> None:
         super().__init__()
-        self.bracketed = bracketed
+        self.bracketed, self.causal = bracketed, causal
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k = F.elu(q) + 1, F.elu(k) + 1
         if self.bracketed:
             return (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(-2, keepdim=True).transpose(-1, -2))
-        scores = q @ k.transpose(-1, -2)
+        scores = torch.tril(q @ k.transpose(-1, -2)) if self.causal else q @ k.transpose(-1, -2)
         return (scores / scores.sum(-1, keepdim=True)) @ v
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     x = tuple(torch.randn(1, given.heads, given.tokens, SIZE, generator=generator) for _ in range(3))
     mask = pattern(given.tokens)
-    models = {"sparse": Masked(mask), "dense": Masked(None), "linear": Linear(False)}
+    models = {"sparse": Masked(mask), "dense": Masked(None), "linear": Linear(), "causal": Linear(causal=True)}
     with torch.no_grad():
         compiled = {name: graphopt.compile(model, x) for name, model in models.items()}
         if given.prepare:

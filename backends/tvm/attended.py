@@ -19,7 +19,7 @@ from graphopt.backends.tvm.loops import vector_loop, vector_steps
 from graphopt.backends.tvm.prologue import unknown, write_row
 from graphopt.backends.tvm.squares import transpose_square
 from graphopt.ir.graph import Value
-from graphopt.ir.opset.attention import groups
+from graphopt.ir.opset.attention import BLOCK, groups
 
 LOG2E = math.log2(math.e)
 _LEAST = -(2.0**127)  # of what is added to scores: it hides a key beside others, and is a number
@@ -136,8 +136,8 @@ class Extra:
 
     Attributes:
         given: whether anything is added to scores.
-        scans: whether a mask is looked through before a block is: what it hides wholly is left out, and where it hides nothing it is
-            not read again.
+        scans: whether a mask, or its table, is looked through before a block is: what it hides wholly is left out, and where it hides
+            nothing it is not read again.
     """
 
     def __init__(self, args: Arguments, form: Form, fill: float) -> None:
@@ -175,6 +175,8 @@ class Extra:
 
     def scan(self, lead: Sequence[Index], first: Index, base: Index, count: Index) -> Any:
         """What a mask leaves of a block, from query ``first`` on: ``NONE``, ``SOME`` or ``ALL`` of its pairs."""
+        if self.form.parts.table is not None:
+            return self._look_up(self.form.parts.table, lead, first, base, count)
         code, mask, lanes = self.code, self.form.parts.mask, self.lanes
         assert mask is not None
         same, wide = mask.type.rank < 2 or mask.shape[-2] == 1, 4 * lanes
@@ -212,6 +214,23 @@ class Extra:
             return code.bind(join(code.bind(many), code.load(buffers[1], 0)).astype("int32"))
 
         return code.bind(joined(seen, "or", tirx.bitwise_or) + joined(every, "and", tirx.bitwise_and))
+
+    def _look_up(self, table: Value, lead: Sequence[Index], first: Index, base: Index, count: Index) -> Any:
+        """The same of all elements of a mask's table that the block touches: ``SOME`` where that is not known to be more or less."""
+        code, one, (rows, keys) = self.code, tirx.const(1, "uint8"), BLOCK
+        seen, every = (code.alloc(1, "uint8", name) for name in ("seen", "every"))
+        code.store(seen, 0, tirx.const(0, "uint8"))
+        code.store(every, 0, one)
+        top, left = code.bind_index(code.div(first, rows), "top"), code.bind_index(code.div(base, keys), "left")
+        high = self.nr // rows if self.nr % rows == 0 else (self.nr + rows - 2) // rows + 1  # as groups start at multiples of nr
+        last = code.size(table.shape[-2]) - 1
+        wide = code.bind_index(code.simplify(code.div(base + count - 1, keys) - left + 1), "wide")
+        with code.loop(high, "serial", "i") as i, code.loop(wide, "serial", "j") as j:
+            index = [*lead, code.least(top + i, last), code.simplify(left + j)]
+            x = code.bind(Expressions(self.args, {}).at(table, broadcast_index(table, index)))
+            code.store(seen, 0, tirx.bitwise_or(code.load(seen, 0), tirx.bitwise_and(x, one)))
+            code.store(every, 0, tirx.bitwise_and(code.load(every, 0), x >> one))
+        return code.bind(code.load(seen, 0).astype("int32") + code.load(every, 0).astype("int32"))
 
     def keys_of(self, lead: Sequence[Index], base: Index, count: Index) -> None:
         """Read what is the same for all queries."""

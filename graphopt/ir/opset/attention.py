@@ -21,12 +21,13 @@ from graphopt.errors import TypeInferenceError
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, broadcast_shapes, define
-from graphopt.ir.types import DType, TensorType, b1, i64
+from graphopt.ir.types import DType, TensorType, b1, i64, u8
 
 if TYPE_CHECKING:
     from graphopt.ir.builder import Builder
     from graphopt.ir.graph import Node, Value
 
+BLOCK = (16, 32)  # queries and keys of an element of a mask's table
 EMPTY = ("zero", "nan", "mean")  # what a row gives that sees no key: 0, NaN, or the mean of all values
 
 T = TypeVar("T")
@@ -41,12 +42,13 @@ class Parts(Generic[T]):
     v: T
     bias: T | None = None
     mask: T | None = None
+    table: T | None = None
     slopes: T | None = None
     sinks: T | None = None
 
 
 def parts(operands: Sequence[T], attrs: Attrs, dtypes: Sequence[DType] | None = None) -> Parts[T]:
-    """Tell the operands apart: ``q, k, v [, bias] [, mask] [, slopes] [, sinks]``.
+    """Tell the operands apart: ``q, k, v [, bias] [, mask [, table]] [, slopes] [, sinks]``.
 
     Args:
         operands: values, types or tensors of an ``attention``.
@@ -60,11 +62,14 @@ def parts(operands: Sequence[T], attrs: Attrs, dtypes: Sequence[DType] | None = 
     rest = list(zip(operands[3:], kinds[3:], strict=True))
     sinks = rest.pop()[0] if attrs["sinks"] and rest else None
     slopes = rest.pop()[0] if attrs["alibi"] and rest else None
+    table = rest.pop()[0] if rest and rest[-1][1] in (u8, torch.uint8) else None
     mask = rest.pop()[0] if rest and rest[-1][1] in (b1, torch.bool) else None
     bias = rest.pop()[0] if rest else None
     if rest or bool(attrs["sinks"]) != (sinks is not None) or bool(attrs["alibi"]) != (slopes is not None):
         raise TypeInferenceError(f"attention: {len(operands)} operands do not fit alibi = {attrs['alibi']}, sinks = {attrs['sinks']}")
-    return Parts(operands[0], operands[1], operands[2], bias, mask, slopes, sinks)
+    if table is not None and mask is None:
+        raise TypeInferenceError("attention: a table of no mask")
+    return Parts(operands[0], operands[1], operands[2], bias, mask, table, slopes, sinks)
 
 
 def groups(q: Shape, k: Shape) -> int:
@@ -89,6 +94,12 @@ def scores_shape(q: Shape, k: Shape, v: Shape) -> Shape:
     return (*broadcast_shapes([q[:-2], _shared(q, k), _shared(q, v)]), q[-2], k[-2])
 
 
+def table_shape(mask: Shape) -> Shape:
+    """Of a table ``u8[..., ceil(M / 16), ceil(N / 32)]`` of a mask ``[..., M, N]``: for each block, 1 if it leaves a pair, and 2 more if it
+    leaves all. It says nothing that the mask does not: it is there for kernels, which then need not look through the mask."""
+    return (*mask[:-2], *(dims.floordiv(dims.add(d, b - 1), b) for d, b in zip(mask[-2:], BLOCK, strict=True)))
+
+
 def infer(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     p = parts(ts, attrs)
     q, k, v = p.q, p.k, p.v
@@ -101,6 +112,8 @@ def infer(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     for name, t in (("bias", p.bias), ("mask", p.mask)):
         if t is not None and not dims.same_shape(broadcast_shapes([t.shape, scores]), scores):
             raise TypeInferenceError(f"attention: the {name} {t} does not broadcast to scores of shape {scores}")
+    if p.table is not None and p.mask is not None and p.table.shape != table_shape(p.mask.shape):
+        raise TypeInferenceError(f"attention: {p.table} is no table of {p.mask}")
     heads = scores[-3] if len(scores) > 2 else 1
     for name, t in (("slopes", p.slopes), ("sinks", p.sinks)):
         if t is not None and not dims.same_shape(t.shape, (heads,)):
@@ -283,7 +296,8 @@ def _beside_sinks(b: Builder, s: Value, sinks: Value) -> Value:
 DEFAULTS: dict[str, Any] = {"causal": False, "offset": 0, "window": None, "softcap": None, "alibi": False, "sinks": False, "empty": "zero"}
 
 define(
-    "attention", (3, 7), attrs={"scale": REQUIRED, **DEFAULTS}, infer=infer, evaluate=_evaluate, expand=_expand,
+    "attention", (3, 8), attrs={"scale": REQUIRED, **DEFAULTS}, infer=infer, evaluate=_evaluate, expand=_expand,
     doc="softmax(scale * q k^T + bias) v over the keys that are seen; operands q [..., H, M, D], k [..., G, N, D], v [..., G, N, E], G "
-    "dividing H [, bias] [, mask] [, slopes [H]] [, sinks [H]]; causal keeps column <= row + offset, window column > row + offset - window",
+    "dividing H [, bias] [, mask [, table: which blocks of 16 x 32 it leaves]] [, slopes [H]] [, sinks [H]]; causal keeps column <= row + "
+    "offset, window column > row + offset - window",
 )  # fmt: skip

@@ -7,7 +7,9 @@ import torch
 from attention_graphs import attention
 from tvm_check import check
 
+from graphopt.ir import types
 from graphopt.ir.graph import Graph
+from graphopt.target import Target, detect
 
 
 def pattern(queries: int, keys: int, block: int) -> torch.Tensor:
@@ -23,13 +25,23 @@ def pattern(queries: int, keys: int, block: int) -> torch.Tensor:
 def inputs(graph: Graph, mask: torch.Tensor, **bindings: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = [[d if isinstance(d, int) else bindings[str(d)] for d in v.shape] for v in graph.inputs]
-    return [mask.expand(shape).contiguous() if v.dtype.is_bool else torch.randn(shape, generator=generator).to(v.dtype.torch)
+    given = {types.b1: lambda shape: mask.expand(shape).contiguous(), types.u8: lambda shape: table(mask).expand(shape).contiguous()}
+    return [given[v.dtype](shape) if v.dtype in given else torch.randn(shape, generator=generator).to(v.dtype.torch)
             for v, shape in zip(graph.inputs, shapes, strict=True)]  # fmt: skip
 
 
-def masked(m: int | str, n: int | str, d: int = 64, shape: str = "", attrs: str = "", bias: bool = False, **more: str) -> Graph:
-    extra = (f", %b: f32[{m}, {n}]" if bias else "") + f", %m: b1[{shape or f'{m}, {n}'}]"
-    return attention(m, n, d, extra=extra, names=", %b, %m" if bias else ", %m", attrs=attrs, **more)  # type: ignore[arg-type]
+def table(mask: torch.Tensor) -> torch.Tensor:
+    """Of 16 queries and 32 keys, 1 if the mask leaves a pair, and 2 more if it leaves all."""
+    blocks = [list(rows.split(32, -1)) for rows in mask.split(16, -2)]
+    return torch.tensor([[int(b.any()) + 2 * int(b.all()) for b in row] for row in blocks], dtype=torch.uint8)
+
+
+def masked(m: int | str, n: int | str, d: int = 64, shape: str = "", attrs: str = "", bias: bool = False, blocks: str = "",
+           **more: str) -> Graph:  # fmt: skip
+    """Attention under a mask ``[m, n]``, or of another shape; ``blocks`` is the shape of its table."""
+    extra = (f", %b: f32[{m}, {n}]" if bias else "") + f", %m: b1[{shape or f'{m}, {n}'}]" + (f", %t: u8[{blocks}]" if blocks else "")
+    names = (", %b" if bias else "") + ", %m" + (", %t" if blocks else "")
+    return attention(m, n, d, extra=extra, names=names, attrs=attrs, **more)  # type: ignore[arg-type]
 
 
 GRAPHS = {
@@ -41,6 +53,8 @@ GRAPHS = {
     "rows that see nothing are nan": (masked(200, 300, attrs=', empty = "nan"'), pattern(200, 300, 64)),
     "rows that see nothing are the mean": (masked(200, 300, attrs=', empty = "mean"'), pattern(200, 300, 64)),
     "soft cap": (masked(256, 256, attrs=", softcap = 2.0"), pattern(256, 256, 64)),
+    "table": (masked(301, 517, blocks="19, 17", attrs=', causal = true, offset = 216, empty = "nan"'), pattern(301, 517, 50)),
+    "table of heads": (masked(200, 300, shape="1, 2, 200, 300", blocks="1, 2, 13, 10", bias=True), pattern(200, 300, 24)),
     "symbolic": (masked("M", "N", where=" where 48 <= M, 1 <= N"), pattern(150, 333, 64)),
 }  # fmt: skip
 
@@ -51,6 +65,15 @@ def test_against_f64(compile_all, template: int) -> None:
     for (graph, mask), run in zip(GRAPHS.values(), runs, strict=True):
         sizes = {"M": mask.shape[0], "N": mask.shape[1]}
         check(graph, run, inputs(graph, mask, **sizes), sizes if graph.symbols else None, factor=4.0)
+
+
+def test_tables_where_groups_are_smaller_than_their_rows(compile_all) -> None:
+    """Vectors of four: a group has 8 queries, an element of a table 16."""
+    (graph, mask), target = GRAPHS["table"], Target.from_name("cpu:x86-64-v2:2")
+    if why := detect().lacks(target):
+        pytest.skip(why)
+    (run,) = compile_all([(graph, "attention")], target=target)
+    check(graph, run, inputs(graph, mask), factor=4.0)
 
 
 @pytest.mark.parametrize("template", [0, 1])
@@ -67,3 +90,16 @@ def test_hidden_blocks_are_not_visited(compile_all, template: int) -> None:
     (out,) = run([q, k, v, m], None)
     (want,) = run([q, k.nan_to_num(), v.nan_to_num(), m], None)
     assert torch.isfinite(out).all() and torch.equal(out, want)
+
+
+@pytest.mark.parametrize("template", [0, 1])
+def test_a_table_is_believed(compile_all, template: int) -> None:
+    """The mask itself is read nowhere but where its table says that it leaves some pairs of a block."""
+    graph, plain = masked(256, 1024, blocks="16, 32"), masked(256, 1024)
+    run, other = compile_all([(graph, "attention"), (plain, "attention")], template=template)
+    q, k, v, m, t = inputs(graph, torch.rand(256, 1024, generator=torch.Generator().manual_seed(2)) < 0.5)
+    (all_seen,) = run([q, k, v, m, torch.full_like(t, 3)], None)
+    (want,) = other([q, k, v, torch.ones_like(m)], None)
+    assert torch.equal(all_seen, want)
+    (none_seen,) = run([q, k, v, m, torch.zeros_like(t)], None)
+    assert not none_seen.any()
