@@ -23,8 +23,8 @@ DOCS = Path(__file__).resolve().parent
 FAMILIES = {
     "pointwise": "Pointwise", "composite": "Pointwise composites", "reduce": "Reductions", "contract": "Contractions",
     "quantize": "Quantization", "normalize": "Rows: softmax, normalization", "attention": "Attention",
-    "attention_training": "Attention in training", "scan": "Scans", "shape": "Moving elements", "scatter": "Updates by index",
-    "creation": "Creation", "structure": "Structure",
+    "attention_training": "Attention in training", "dropout": "Dropout", "scan": "Scans", "shape": "Moving elements",
+    "scatter": "Updates by index", "creation": "Creation", "structure": "Structure",
 }  # fmt: skip
 LABELS = re.compile(r"^(Why|When|Numerics|Reference|Legality|Order)(:|,)", re.MULTILINE)
 

@@ -8,6 +8,7 @@ reference evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from graphopt.ir.opset.attention import Parts
 
 Optional = torch.Tensor | None
 
-_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks"
-_ATTRS = "float scale, bool causal, SymInt offset, SymInt? window, float? softcap, str empty"
-ATTRS = ("scale", "causal", "offset", "window", "softcap", "empty")
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? seed"
+_ATTRS = "float scale, bool causal, SymInt offset, SymInt? window, float? softcap, str empty, float dropout"
+ATTRS = ("scale", "causal", "offset", "window", "softcap", "empty", "dropout")
+OPERANDS = len(fields(Parts))
 
 _LIBRARY = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"attention_forward({_OPERANDS}, {_ATTRS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
@@ -33,14 +35,14 @@ def attributes(p: Parts[Any], values: Sequence[Any]) -> dict[str, Any]:
 
 def given(p: Parts[Any]) -> list[Any]:
     """The operands that there are."""
-    return [x for x in (p.q, p.k, p.v, p.bias, p.mask, p.slopes, p.sinks) if x is not None]
+    return [x for x in (p.q, p.k, p.v, p.bias, p.mask, p.slopes, p.sinks, p.seed) if x is not None]
 
 
 def _evaluate(name: str, before: Sequence[torch.Tensor], args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    p = Parts(*args[:7])
+    p = Parts(*args[:OPERANDS])
     evaluate = OPS[name].evaluate
     assert evaluate is not None
-    results = evaluate([*before, *given(p)], attributes(p, args[7:]), EvalContext({}))
+    results = evaluate([*before, *given(p)], attributes(p, args[OPERANDS:]), EvalContext({}))
     return tuple(x.contiguous() for x in results)
 
 
@@ -62,8 +64,8 @@ def _fake_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, q: 
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(*output, *inputs[:7])
-    ctx.attrs = inputs[7:]
+    ctx.save_for_backward(*output, *inputs[:OPERANDS])
+    ctx.attrs = inputs[OPERANDS:]
 
 
 def _backward(ctx: Any, dout: torch.Tensor, _: Any) -> tuple[Any, ...]:

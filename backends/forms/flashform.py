@@ -158,6 +158,8 @@ def form_of(graph: Graph) -> Form | str:
     out = node.results[0]
     if out.dtype not in DTYPES:
         return f"an attention of {out.dtype}"
+    if node.name == "attention" and node.attrs["dropout"]:
+        return "dropout of an attention that is not for training"
     p = parts(node.operands, node.attrs)
     if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
         return "heads of unknown size"

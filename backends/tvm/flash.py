@@ -27,6 +27,7 @@ from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.attended import LOG2E, NONE, SOME, Extra, Matrix, head_index, place_of
 from graphopt.backends.tvm.code import Code, Index, i64
+from graphopt.backends.tvm.dropped import Dropped
 from graphopt.backends.tvm.expr import Arguments
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.prologue import write_row
@@ -65,6 +66,7 @@ class FlashKernel:
         self.cap = self.attrs["softcap"]
         self.whole, self.fill = form.reads_all, form.fill
         self.extra = Extra(self.args, form, self.fill)
+        self.dropped = Dropped(self.args, form)
         self.held = groups  # groups whose transposed queries are kept
 
     def emit(self) -> Code:
@@ -111,6 +113,7 @@ class FlashKernel:
         self.top, self.total = (code.alloc(self.groups * nr, F32, name) for name in ("top", "total"))
         self.scores = code.alloc(self.block * nr, F32, "scores")
         self.extra.alloc(self.block, nr, self.lanes)
+        self.dropped.alloc(self.block, self.groups * nr, self.lanes)
         if self.extra.scans:
             self.states = code.alloc(self.groups, "int32", "states")
 
@@ -133,6 +136,7 @@ class FlashKernel:
             def visit(base: Index = base, here: Index = here) -> None:
                 k, v = fill(base, here)
                 self.extra.keys_of(self.lead, base, here)
+                self.dropped.keys_of(base, here)
                 with code.loop(count, "serial", "g") as g:
                     self._block(g, base, here, k, v)
 
@@ -171,6 +175,7 @@ class FlashKernel:
             write_row(self.args, q, lambda d: [*lead, row, d], self.lanes, element)
         place = code.simplify(g * (self.deep * nr)) if self.held > 1 else 0
         self._transposed(self.rows_of, self.deep, 0, self.qt, nr, place, nr, self.deep)
+        self.dropped.rows_of(self.lead, first, code.simplify(g * nr), nr)
         top, total = self.extra.sink(self.lead)
         for at in self._lanes(code.simplify(g * nr)):
             code.store(self.top, at, top)
@@ -397,22 +402,23 @@ class FlashKernel:
             code.store(top, at, shift)
             code.store(again, at, vecmath.exp2_shifted(code.bind, code.bind(old - shift)))
             code.store(total, at, tirx.const(0.0, F32))
-        self._exponentials(low, count, top, total)
+        self._exponentials(here, low, count, top, total)
         for at in self._lanes():
             place = code.simplify(here + at)
             code.store(self.total, place, code.load(self.total, place) * code.load(again, at) + code.load(total, at))
 
-    def _exponentials(self, low: Index, count: Index, top: Any, total: Any) -> None:
-        """Exponentials of scores less ``top``, in their place; they are added to ``total``."""
+    def _exponentials(self, row: Index, low: Index, count: Index, top: Any, total: Any) -> None:
+        """Exponentials of scores less ``top``, in their place, but those that dropout drops; all are added to ``total``."""
         code, nr = self.code, self.nr
         with code.loop(count, "serial", "n") as n:
             start = code.bind_index(code.simplify((low + n) * nr), "start")
+            column = self.dropped.column(code.simplify(low + n))
             for at in self._lanes():
                 place = code.simplify(start + at)
                 x = code.bind(code.load(self.scores, place) - code.load(top, at))
                 e = code.bind(vecmath.exp2_shifted(code.bind, x))
-                code.store(self.scores, place, e)
                 code.store(total, at, code.load(total, at) + e)
+                code.store(self.scores, place, self.dropped.kept(code.simplify(row + at), column)(e))
 
     def _sums(self, g: Index, low: Index, count: Index, again: Any, v: Matrix) -> None:
         """Weights times values, added to what was summed before."""
@@ -449,7 +455,7 @@ class FlashKernel:
         inverse = code.alloc(nr, F32, "inverse")
         for at in self._lanes():
             total = code.bind(code.load(self.total, code.simplify(g * nr + at)))
-            one_over = code.bind(tirx.const(1.0, F32) / total)
+            one_over = code.bind(tirx.const(self.dropped.scale, F32) / total)
             if self.attrs["empty"] == "zero" or self.attrs["sinks"]:
                 nothing = tirx.const(0.0, F32)
                 one_over = code.bind(tirx.Select(tirx.EQ(total, nothing), nothing, one_over))

@@ -4,8 +4,8 @@ A task takes the queries of all heads that share one head of keys, a group after
 sees. As in :mod:`flash`, queries lie along the lanes. Of a block and a group
 
     scores, dweights [keys, queries]  =  K (scale Q)^T,  V dO^T
-    P = exp(scores - lse),  dS = P * (dweights - delta)          delta = rowsum(dO * O), lse: numbers of a query
-    dV [keys, columns] += P dO,   dK [keys, depth] += dS (scale Q),   dQ^T [depth, queries] += K^T dS
+    P = exp(scores - lse),  dS = P * (drop(dweights) - delta)    delta = rowsum(dO * O), lse: numbers of a query
+    dV [keys, columns] += drop(P) dO,   dK [keys, depth] += dS (scale Q),   dQ^T [depth, queries] += K^T dS
 
 dQ stays in scratch while a group goes through the keys; dK and dV are added to where they belong, which no other task writes. So
 nothing is as long as a row of weights, and there are as many tasks as heads of keys.
@@ -65,6 +65,7 @@ class FlashGradientKernel(FlashKernel):
         self._alloc()
         self.extra.scans = False  # blocks that a mask hides are visited
         self.extra.alloc(self.block, self.nr, self.lanes)
+        self.dropped.alloc(self.block, self.nr, self.lanes)
         of_keys = self.shared if self.batch else []
         self.places = {k: self._matrix_of(k, of_keys) for k in (DK, DV)}
         for k, columns in ((DK, self.depth), (DV, self.width)):
@@ -116,6 +117,7 @@ class FlashGradientKernel(FlashKernel):
             whole = isinstance(self.n, int) and self.n % self.block == 0
             here = self.block if whole else code.bind_index(code.least(self.n - base, self.block), "here")
             self.extra.keys_of(self.lead, base, here)
+            self.dropped.keys_of(base, here)
             k, v = (copy.fill(m, base, here) if copy is not None else m.moved(base) for m, copy in self.sides)
             self._block(0, base, here, k, v)
         self._store_dq()
@@ -124,6 +126,8 @@ class FlashGradientKernel(FlashKernel):
         """Queries and the result's gradient of a group, as rows and transposed; and what each query has one number of."""
         code, nr, q, zero = self.code, self.nr, self.form.parts.q, tirx.const(0.0, F32)
         scale = tirx.const(self.attrs["scale"], F32)
+        kept = tirx.const(self.dropped.scale, F32) if self.dropped.given else None
+        self.dropped.rows_of(self.lead, self.start, 0, nr)
         with code.loop(nr, "serial", "i") as i:
             row = code.bind_index(self._clamped(code.simplify(self.start + i), self.m, nr), "row")
             inside = None if self.whole_groups else i64(code.simplify(self.start + i)) < i64(self.m)
@@ -137,7 +141,7 @@ class FlashGradientKernel(FlashKernel):
 
             def gradient(e: Index) -> None:
                 x = code.bind(held(self._element(self.dout, row, e)))
-                code.store(self.do_rows, code.simplify(i * self.wide + e), x)
+                code.store(self.do_rows, code.simplify(i * self.wide + e), x if kept is None else x * kept)
                 code.store(self.products, code.simplify(i * self.wide + e), x * self._element(self.result, row, e))
 
             vector_loop(code, 0, self.depth, self.lanes, query)
@@ -203,6 +207,7 @@ class FlashGradientKernel(FlashKernel):
             key = code.bind_index(code.simplify(low + n), "key")
             relative = self._relative(key) if masked else None
             row = self.extra.row(self.lead, key, self.base, self.first)
+            column = self.dropped.column(key)
             for at in self._lanes():
                 place = code.simplify(key * nr + at)
                 s, slope = code.load(self.scores, place), None
@@ -212,8 +217,9 @@ class FlashGradientKernel(FlashKernel):
                 s = row(s * tirx.const(LOG2E, F32), at)
                 s = s if relative is None else self._if_seen(code.bind(s), at, relative)
                 w = code.bind(vecmath.exp2_shifted(code.bind, code.bind(s - code.load(self.shift, at))))
-                ds = code.bind(w * (code.load(self.dscores, place) - code.load(self.delta, at)))
-                code.store(self.scores, place, w)
+                kept = self.dropped.kept(at, column)
+                ds = code.bind(w * (kept(code.load(self.dscores, place)) - code.load(self.delta, at)))
+                code.store(self.scores, place, kept(w))
                 code.store(self.dscores, place, ds if slope is None else ds * slope)
 
     def _no_more(self, low: Index, count: Index, tiles: Index) -> None:

@@ -221,7 +221,7 @@ class FlashTilesKernel(FlashKernel):
 
             self._sum_tiles(self.scores, code.simplify(row * self.nr), body)
 
-    def _exponentials(self, low: Index, count: Index, top: Any, total: Any) -> None:
+    def _exponentials(self, row: Index, low: Index, count: Index, top: Any, total: Any) -> None:
         """Also splits them into ``weights``: pairs of keys, zeros behind the last one."""
         code, nr = self.code, self.nr
         tiles = self._tiles(count)
@@ -232,6 +232,7 @@ class FlashTilesKernel(FlashKernel):
                     code.store(self.scores, code.simplify((low + count + n) * nr + at), tirx.const(float("-inf"), F32))
         with code.loop(code.simplify(tiles * (STEP // 2)), "serial", "p") as p:
             start = code.bind_index(code.simplify((low + p * 2) * nr), "start")
+            columns = [self.dropped.column(code.simplify(low + p * 2 + i)) for i in range(2)]
             for tile in range(2):
                 place = code.bind_index(self._pair_place(p, tile, self.parts_of_p), "to")
                 with self._lane() as v:
@@ -239,6 +240,7 @@ class FlashTilesKernel(FlashKernel):
                     differ = [code.load(self.scores, code.simplify(start + i * nr + at)) - code.load(top, at) for i in range(2)]
                     even, odd = (code.bind(vecmath.exp2_shifted(code.bind, code.bind(x))) for x in differ)
                     code.store(total, at, code.load(total, at) + (even + odd))
+                    even, odd = (self.dropped.kept(code.simplify(row + at), c)(x) for c, x in zip(columns, (even, odd), strict=True))
                     self._store_pair(even, odd, self.weights, code.simplify(place + v), self.parts_of_p)
 
     def _sums(self, g: Index, low: Index, count: Index, again: Any, v: Matrix) -> None:

@@ -11,8 +11,8 @@ A node of Dynamo's graph and a value of the IR belong together by the trace: all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -21,8 +21,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
+from graphopt.capture.attention_region import AttentionRegion
 from graphopt.capture.captured import Uncapturable
+from graphopt.capture.decompositions import spelled_attention, spelled_dropout
 from graphopt.capture.fx import capture_values
 from graphopt.devices import choose_target
 from graphopt.errors import first_line
@@ -30,19 +33,18 @@ from graphopt.ir import Listener, Trait, dims, types
 from graphopt.ir.builder import Builder
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value, copy_nodes
-from graphopt.ir.interpreter import evaluate_node
-from graphopt.ir.ops import EvalContext
 from graphopt.ir.opset.attention import parts, sees_a_key
 from graphopt.ir.types import TensorType
 from graphopt.options import Options
 from graphopt.pass_manager import PassContext, run_passes
+from graphopt.passes.attention.dropout import draws_seed
 from graphopt.passes.attention.masks import may_hide
+from graphopt.passes.attention.recognise import RecogniseAttention
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.remarks import Remark
-from graphopt.trained_attention import ATTRS
 
 NAME = "train-attention"
-_LAST = "recognise-attention"
+_LAST = RecogniseAttention.name
 _THROUGH = ("reshape", "transpose", "broadcast_to", "cast")  # what may lie between an attention and a node that has its result
 Views = tuple[tuple[str, Any], ...]
 _STATEFUL = ("_enter_autocast", "autograd_function_apply", "_functorch")  # running them would change more than values
@@ -65,6 +67,9 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
     calls: dict[torch.fx.Node, torch.fx.Node] = {}
     for replacement in found:
         calls[replacement.node] = replacement.put_into(gm, calls)
+    for replacement in found:  # now that no other region reads what is erased
+        _erase_unread(replacement.node, gm)
+    gm.recompile()
     return said
 
 
@@ -72,7 +77,9 @@ def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement
     """What is to be replaced, in order, and what is to be said. Changes nothing."""
     nodes, graph, values = _capture(gm)
     ctx = PassContext(target=choose_target(torch.device("cpu"), options))
-    pipeline = edit_pipeline(default_pipeline(), options.pipeline)
+    pipeline = [
+        replace(p, dropout=True) if isinstance(p, RecogniseAttention) else p for p in edit_pipeline(default_pipeline(), options.pipeline)
+    ]
     names = [p.name for p in pipeline]
     if _LAST not in names:
         return [], []
@@ -89,7 +96,9 @@ def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement
             continue
         if found is not None:
             replacements.append(found)
-            ctx.passed(NAME, "the backward computes the weights again, in tiles", attention)
+            rate = attention.attrs["dropout"]
+            drawn = f"; weights are dropped at a rate of {rate:g}, by other random numbers than eager's" if rate else ""
+            ctx.passed(NAME, f"the backward computes the weights again, in tiles{drawn}", attention)
     return replacements, said + [r for r in ctx.remarks if r.pass_name == NAME]
 
 
@@ -115,7 +124,7 @@ def _capture(gm: torch.fx.GraphModule) -> tuple[list[torch.fx.Node], Graph, list
     nodes: list[torch.fx.Node] = []
 
     def run(*args: Any) -> list[torch.Tensor]:
-        interpreter = torch.fx.Interpreter(gm, garbage_collect_values=False)
+        interpreter = _Spelled(gm, garbage_collect_values=False)
         interpreter.run(*args)
         env = interpreter.env
         nodes[:] = [n for n in gm.graph.nodes if n.op != "output" and isinstance(env.get(n), torch.Tensor)]
@@ -132,6 +141,17 @@ def _capture(gm: torch.fx.GraphModule) -> tuple[list[torch.fx.Node], Graph, list
     outputs = [of.get(n) for n in gm.graph.output_node().all_input_nodes]
     graph.set_outputs([v for v in outputs if v is not None])
     return nodes, graph, values
+
+
+class _Spelled(torch.fx.Interpreter):
+    """Runs a graph, and dropout by its definition: tracing PyTorch's own asks for numbers of symbolic sizes, or draws in place."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is dropout:
+            target = spelled_dropout
+        elif target is scaled_dot_product_attention and (kwargs.get("dropout_p") or any(args[4:5])):
+            target = spelled_attention
+        return super().call_function(target, args, kwargs)
 
 
 @dataclass
@@ -191,19 +211,33 @@ def _viewed(b: Builder, v: Value, views: Views) -> Value:
     return v
 
 
+def _erase_unread(node: torch.fx.Node, gm: torch.fx.GraphModule) -> None:
+    """Erase a node that nothing reads, and then those that it alone read: a draw of random numbers would be made all the same."""
+    if node.users or node.op not in ("call_function", "call_method") or _written(node):
+        return
+    read = node.all_input_nodes
+    gm.graph.erase_node(node)
+    for n in read:
+        _erase_unread(n, gm)
+
+
 _AUGMENTED = tuple(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor", "mod"))
 
 
 def _changed_in_place(gm: torch.fx.GraphModule) -> set[int]:
     """The storages that a node of Dynamo's graph writes into."""
-    written: list[Any] = []
-    for n in gm.graph.nodes:
-        name = str(getattr(n.target, "__name__", n.target)).partition(".")[0]
-        writes = name in ("setitem", *_AUGMENTED) or (name.endswith("_") and not name.endswith("__"))
-        in_place = n.kwargs.get("inplace") is True or any(a is True for a in n.args)  # by position: as F.elu(x, 1.0, True)
-        several = name.startswith("_foreach")
-        written += [*(n.all_input_nodes[: None if several else 1] if writes or in_place else ()), n.kwargs.get("out")]
-    return {_storage(n) for n in written if isinstance(n, torch.fx.Node)}
+    return {_storage(x) for n in gm.graph.nodes for x in _written(n)}
+
+
+def _written(n: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes whose tensors a node may write into."""
+    name = str(getattr(n.target, "__name__", n.target)).partition(".")[0]
+    writes = name in ("setitem", *_AUGMENTED) or (name.endswith("_") and not name.endswith("__"))
+    given = n.args[3:] if "dropout" in name else n.args  # by position: F.elu(x, 1.0, True), F.dropout(x, 0.1, training, True)
+    in_place = n.kwargs.get("inplace") is True or any(a is True for a in given)
+    several = name.startswith("_foreach")
+    written = [*(n.all_input_nodes[: None if several else 1] if writes or in_place else ()), n.kwargs.get("out")]
+    return [x for x in written if isinstance(x, torch.fx.Node)]
 
 
 def _storage(node: torch.fx.Node) -> int:
@@ -230,7 +264,6 @@ class _Replacement:
             call = gm.graph.call_module(name, tuple(calls.get(n, n) for n in self.reads))
         call.meta = dict(self.node.meta)
         self.node.replace_all_uses_with(call)
-        gm.recompile()
         return call
 
 
@@ -291,7 +324,8 @@ def _members(value: Value, before: dict[Value, _Known]) -> list[Node] | str:
             continue
         if node is None:
             return "it reads a tensor of the traced code's own"
-        if not (node.name == "attention" or node.op.has(Trait.POINTWISE, Trait.VIEW, Trait.CREATION) or node.name in ("concat", "pad")):
+        known = node.name in ("attention", "concat", "pad") or node.op.has(Trait.POINTWISE, Trait.VIEW, Trait.CREATION)
+        if not known and not draws_seed(node):
             return f"{node.name} would have to be computed again"
         found[node] = None
         waiting += node.operands
@@ -357,58 +391,3 @@ def _sizes(graph: Graph) -> list[Dim]:
     """All sizes in a graph."""
     of_results = [d for n in graph.nodes() for r in n.results for d in r.shape]
     return [*of_results, *(a for n in graph.nodes() for a in n.attrs.values() if isinstance(a, sympy.Expr))]
-
-
-# --- what is called in its place --------------------------------------------------------------------------------------
-
-
-class AttentionRegion(torch.nn.Module):
-    """Computes a graph of views, scales and one attention, by torch operators that autograd can trace.
-
-    Args:
-        graph: its inputs are the call's arguments; one output.
-        order: the output's axes by their strides, the largest first: what follows may make views that need them.
-    """
-
-    def __init__(self, graph: Graph, order: Sequence[int]) -> None:
-        super().__init__()
-        self.graph, self.order = graph, list(order)
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        env = dict(zip(self.graph.inputs, inputs, strict=True))
-        ctx = _TracedSizes(self.graph, inputs)
-        for node in self.graph.nodes():
-            operands = [env[v] for v in node.operands]
-            results = [_call(node, operands, ctx)] if node.name == "attention" else evaluate_node(node, operands, ctx)
-            env.update(zip(node.results, results, strict=True))
-        places = [self.order.index(i) for i in range(len(self.order))]
-        return env[self.graph.outputs[0]].permute(self.order).contiguous().permute(places)
-
-
-class _TracedSizes(EvalContext):
-    """Sizes bound to those of tensors that are traced, which may be symbolic to PyTorch, too."""
-
-    def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
-        sizes = [(d, n) for v, x in zip(graph.inputs, inputs, strict=True) for d, n in zip(v.shape, x.shape, strict=True)]
-        super().__init__({d.name: n for d, n in sizes if isinstance(d, sympy.Symbol)})
-
-    def dim(self, d: Dim) -> int:
-        if isinstance(d, int):
-            return d
-        names = dims.free_symbols([d])
-        compute: Callable[..., int] = sympy.lambdify(names, d, modules=[{"FloorDiv": lambda a, b: a // b}, "math"])
-        return compute(*(self.bindings[n] for n in names))
-
-
-def _call(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) -> torch.Tensor:
-    """The operator, of queries with all batches and heads, and of keys and values with all batches."""
-    p = parts(operands, node.attrs, [v.dtype for v in node.operands])
-    lead = ctx.shape(node.result.shape[:-2])
-    q = p.q.expand(*lead, *p.q.shape[-2:])
-    own = dims.same(node.operands[1].shape[-3], node.operands[2].shape[-3])
-    k, v = (x.expand(*lead[:-1], x.shape[-3] if own else lead[-1], *x.shape[-2:]) for x in (p.k, p.v))
-    attrs = {n: node.attrs[n] for n in ATTRS}
-    attrs |= {"offset": ctx.dim(attrs["offset"]), "window": None if attrs["window"] is None else ctx.dim(attrs["window"])}
-    attrs["empty"] = "zero" if attrs["empty"] == "mean" else attrs["empty"]  # a mean only where every row is proven to see a key
-    out, _ = torch.ops.graphopt.attention_forward(q, k, v, p.bias, p.mask, p.slopes, p.sinks, *attrs.values())
-    return out

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 
-WHEN_ASKED = ("attention_forward", "attention_backward")  # large, and of training alone
+WHEN_ASKED = ("attention_forward", "attention_backward", "dropout")  # large, or of training alone
 
 
 def make_graph(chooser: Chooser, ops: Sequence[str] | None, max_nodes: int, symbolic: bool, fusion: bool,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from graphopt.ir import DType, Value
 from graphopt.ir.types import b1
 from graphopt.passes.attention.axes import Axes, Group, Placed, arrange, flat, size
+from graphopt.passes.attention.dropout import drawn_seed
 from graphopt.passes.attention.masks import Sorted
 from graphopt.passes.attention.reading import Reading
 from graphopt.passes.attention.scores import Term
@@ -97,7 +98,9 @@ def build(rw: Rewriter, r: Reading, s: Sorted, attrs: dict[str, object], dtype: 
         operands.append(slopes if s.slopes.factor == 1 else rw.mul(slopes, s.slopes.factor))
     if r.sinks is not None:
         operands.append(_by_head(rw, r.sinks, heads, dtype))
-    result = rw.attention(*operands, **attrs, alibi=s.slopes is not None, sinks=r.sinks is not None, empty=s.empty)
+    if r.dropout:
+        operands.append(drawn_seed(rw))
+    result = rw.attention(*operands, **attrs, dropout=r.dropout, alibi=s.slopes is not None, sinks=r.sinks is not None, empty=s.empty)
     return arrange(rw, Placed(result, at.of(r.rows, r.out)), r.result)
 
 

@@ -31,7 +31,8 @@ class GivenAttention(Rule):
     def find(m: Match) -> tuple[Reading, Sorted] | Reject:
         node, symbols = m.root, m.root.graph.symbols
         p, attrs = parts(node.operands, node.attrs), node.attrs
-        if p.mask is not None or p.slopes is not None or p.sinks is not None or any(x.type.rank < 3 for x in (p.q, p.k, p.v)):
+        others = (p.mask, p.slopes, p.sinks, p.seed)
+        if any(x is not None for x in others) or any(x.type.rank < 3 for x in (p.q, p.k, p.v)):
             return NOT_THIS
         if groups(p.q.shape, p.k.shape) > 1 or groups(p.q.shape, p.v.shape) > 1 or any(d == 0 for x in node.operands for d in x.shape):
             return NOT_THIS

@@ -7,6 +7,7 @@ from itertools import chain
 
 from graphopt.ir import Node, Value
 from graphopt.passes.attention.axes import Axes, Group, Placed, aligned, apart, flat, fresh, same, up, within
+from graphopt.passes.attention.dropout import read_dropout
 from graphopt.passes.attention.scores import Scores, read
 from graphopt.passes.recompose.spelling import number, reduction
 from graphopt.passes.shared import NOT_THIS
@@ -22,6 +23,7 @@ class Reading:
         lead: batch and head axes, the heads last; rows, keys, out: the other axes of the space. ``result``: axes of the root.
         sinks: one score more for each row, whose value is zero.
         empty: what a row gives whose scores are all -inf, where the spelling says it.
+        dropout: the rate at which weights are dropped.
     """
 
     scores: Scores
@@ -33,6 +35,7 @@ class Reading:
     result: Axes
     sinks: Placed | None
     empty: str | None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,20 @@ class _Weights:
     axes: Axes  # of softmax's result; where there are sinks, the keys do not count theirs
     sinks: bool
     empty: str | None
+    dropout: float
     through: tuple[Value, ...]
 
 
-def attention_of(root: Node) -> Reading | Reject:
-    """Read a matmul as an attention; a Reject without reason if it is no product with a softmax."""
+def attention_of(root: Node, dropout: bool = False) -> Reading | Reject:
+    """Read a matmul as an attention; a Reject without reason if it is no product with a softmax.
+
+    Args:
+        dropout: read that of weights, too.
+    """
     refused = NOT_THIS
     for side in (0, 1):
         if _leads_to_softmax(root.operands[side]):
-            found = _read_side(root, side)
+            found = _read_side(root, side, dropout)
             if isinstance(found, Reading) or found.reason:
                 return found
             refused = found
@@ -70,7 +78,7 @@ def _leads_to_softmax(v: Value, depth: int = 0) -> bool:
     return any(_leads_to_softmax(x, depth + 1) for x in node.operands)
 
 
-def _read_side(root: Node, side: int) -> Reading | Reject:
+def _read_side(root: Node, side: int, dropout: bool) -> Reading | Reject:
     w, other = root.operands[side], root.operands[1 - side]
     if w.type.rank < 2 or other.type.rank < 2 or any(d == 0 for d in (*w.shape, *other.shape)):
         return NOT_THIS
@@ -79,7 +87,7 @@ def _read_side(root: Node, side: int) -> Reading | Reject:
     (inner,) = fresh((w.shape[-1] if side == 0 else w.shape[-2],))
     lines = ((first, inner), (inner, second))
     places = [Placed(x, (*aligned(x.shape[:-2], batch), *ends)) for x, ends in zip(root.operands, lines, strict=True)]
-    weights = _weights(places[side], inner)
+    weights = _weights(places[side], inner, dropout)
     if isinstance(weights, Reject):
         return weights
     out = second if side == 0 else first
@@ -89,10 +97,10 @@ def _read_side(root: Node, side: int) -> Reading | Reject:
 # --- the weights -------------------------------------------------------------------------------------------------------
 
 
-def _weights(p: Placed, keys: Group) -> _Weights | Reject:
+def _weights(p: Placed, keys: Group, dropout: bool) -> _Weights | Reject:
     """Walk up from the product with the values to the softmax."""
     v, axes, through = p.value, p.axes, [p.value]
-    sinks, empty = False, None
+    sinks, empty, rate = False, None, 0.0
     while (node := v.producer) is not None and node.name != "softmax":
         if (step := up(v, axes)) is not None:
             v, axes = step
@@ -103,6 +111,9 @@ def _weights(p: Placed, keys: Group) -> _Weights | Reject:
             through += inner[1:]
         elif node.name == "slice" and not sinks and _drops_one(node, axes, keys):
             v, sinks = node.operands[0], True
+        elif dropout and not rate and (drop := read_dropout(v)) is not None:
+            v, rate = drop.source, drop.rate
+            through += drop.through
         else:
             return _after_softmax(node)
         through.append(v)
@@ -111,7 +122,7 @@ def _weights(p: Placed, keys: Group) -> _Weights | Reject:
     axis = node.attrs["axis"] % len(axes)
     if not same(axes[axis], keys) or (not flat(keys) and v.shape[axis] != 1):
         return Reject("softmax is not over the axis that the product with the values sums", node)
-    return _Weights(node, axes, sinks, empty, tuple(through))
+    return _Weights(node, axes, sinks, empty, rate, tuple(through))
 
 
 def _after_softmax(node: Node) -> Reject:
@@ -167,7 +178,7 @@ def _put_together(root: Node, weights: _Weights, values: Placed, keys: Group, ou
     if outside is not None:
         return outside
     scores = replace(scores, q=scores.q.above(), k=scores.k.above())
-    return _in_space(Reading(scores, values, (), (), keys, out, result, sinks, weights.empty), axes, weights.softmax)
+    return _in_space(Reading(scores, values, (), (), keys, out, result, sinks, weights.empty, weights.dropout), axes, weights.softmax)
 
 
 def _in_space(r: Reading, axes: Axes, softmax: Node) -> Reading | Reject:

@@ -7,6 +7,7 @@ a product of q and k that is used for nothing else. A mask that hides keys is re
 constant that is computed at compile time, are proven to be a band of j - i; other masks of truth values stay masks. A number hides a
 key from -1e9 on (in f16, -6e4): less is a bias like any other. What a row gives that sees no key is kept (NaN, zero, or the mean);
 where that cannot be, the mask stays a bias. A constant along a row falls out of a softmax: so ALiBi's slopes are found.
+Dropout of weights is read in front of autograd alone, where it is by a number drawn for each weight, scaled by what is kept.
 Numerics: the same function; sums in another order, and in halves fewer roundings.
 Reference: Dao et al., FlashAttention, arXiv:2205.14135; Press et al., ALiBi, arXiv:2108.12409; Ainslie et al., GQA, arXiv:2305.13245.
 """
@@ -35,9 +36,11 @@ class Attention(Rule):
     pattern = pat.matmul(w, v)
     numerics = Numerics.REASSOCIATES
 
-    @staticmethod
-    def find(m: Match) -> tuple[Reading, Sorted] | Reject:
-        found = attention_of(m.root)
+    def __init__(self, dropout: bool = False) -> None:
+        self.dropout = dropout
+
+    def find(self, m: Match) -> tuple[Reading, Sorted] | Reject:
+        found = attention_of(m.root, self.dropout)
         if isinstance(found, Reject):
             return found
         dtype = _dtype(found)
@@ -84,9 +87,14 @@ def _check_heads(r: Reading, masks: Sorted) -> Reject | None:
 
 
 class RecogniseAttention(RewritePass):
-    """Find attention in its primitive spellings. See the module's header."""
+    """Find attention in its primitive spellings. See the module's header.
+
+    Args:
+        dropout: that of weights, too, in the place of which other numbers are drawn: where gradients are wanted.
+    """
 
     name = "recognise-attention"
+    dropout: bool = False
 
     def rules(self) -> Sequence[Rule]:
-        return [Attention(), GivenAttention(), PackedCache(), CachedIntegers()]
+        return [Attention(self.dropout), GivenAttention(), PackedCache(), CachedIntegers()]

@@ -50,6 +50,8 @@ def unfit(node: Node) -> str | None:
     """Why no kernel takes an attention whole, whatever it costs; None if one does."""
     if node.result.dtype not in FLOATS:
         return f"no kernel takes an attention of {node.result.dtype}"
+    if node.attrs["dropout"]:
+        return "dropout is in the kernels for training alone"
     p = parts(node.operands, node.attrs)
     if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
         return "no kernel takes heads of unknown size"

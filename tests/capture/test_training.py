@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch.nn import functional as F
+from training_checks import B, D, Fn, H, M, compiled, gradients, judge, qkv, x
 
 from graphopt import clear_reports, reports
-from graphopt.capture.training import train_attention
-from graphopt.options import Options
 from graphopt.remarks import Remark
-
-Fn = Callable[..., torch.Tensor]
-B, H, M, D = 2, 4, 9, 8
-
-
-def x(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-def qkv(m: int = M, n: int = M, shared: int = H) -> list[torch.Tensor]:
-    return [x(B, H, m, D), x(B, shared, n, D, seed=1), x(B, shared, n, D, seed=2)]
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -96,31 +83,6 @@ CASES: dict[str, tuple[Fn, Sequence[torch.Tensor]]] = {
 }
 
 
-def compiled(fn: Fn, said: list[Remark], **kwargs: Any) -> Fn:
-    """Dynamo's graph after :func:`train_attention`, run as it is: operators of attention by their reference."""
-
-    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
-        said.extend(train_attention(gm, Options()))
-        return gm.forward
-
-    torch._dynamo.reset()
-    return torch.compile(fn, backend=backend, **kwargs)
-
-
-def gradients(fn: Fn, inputs: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """The result, and gradients by all floats."""
-    given = [t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
-    y = fn(*given)
-    y.backward(x(*y.shape, seed=9).to(dtype))
-    return [y.detach(), *(t.grad for t in given if t.grad is not None)]
-
-
-def judge(got: Sequence[torch.Tensor], fn: Fn, inputs: Sequence[torch.Tensor]) -> None:
-    for mine, own, true in zip(got, gradients(fn, inputs), gradients(fn, inputs, torch.float64), strict=True):
-        limit = 4 * (own - true).abs().max() + 8 * torch.finfo(torch.float32).eps * max(1.0, float(true.abs().max()))
-        assert float((mine - true).abs().max()) <= limit, (mine - true).abs().max()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str) -> None:
     fn, inputs = CASES[name]
@@ -144,7 +106,7 @@ def test_weights_of_all_pairs_are_not_kept() -> None:
     fn = compiled(causal, said)
     q, k, v = (t.requires_grad_() for t in qkv(33, 33))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
-        y = torch.ops.graphopt.attention_forward(q, k, v, None, None, None, None, 0.3, True, 0, None, None, "zero")[0]
+        y = torch.ops.graphopt.attention_forward(q, k, v, None, None, None, None, None, 0.3, True, 0, None, None, "zero", 0.0)[0]
     assert all(s[-2:] != (33, 33) for s in shapes) and shapes
     assert torch.allclose(y, fn(q, k, v), atol=1e-5)
 
@@ -153,10 +115,6 @@ def in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     y = naive(q, k, v)
     y += 1.0
     return y
-
-
-def dropped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.dropout(torch.softmax(q @ k.transpose(-1, -2), -1), 0.2, training=True) @ v
 
 
 def with_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -174,7 +132,6 @@ DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
     "bias": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + b, -1) @ v, [*qkv(), x(M, M)], "its bias needs a gradient"),
     "half": (lambda *a: causal(*(t.bfloat16() for t in a)), qkv(), "it is of bf16"),
     "in place": (in_place, qkv(), "changed in place"),
-    "dropout": (dropped, qkv(), "dropout"),
     "mean": (lambda q, k, v, b: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(b > 0, -1e30), -1) @ v, [*qkv(), x(M, M) > 0],
              "a row may see no key"),
     "a bias of large numbers": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + (1.0 - b) * -1e9, -1) @ v,

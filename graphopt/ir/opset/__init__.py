@@ -6,6 +6,7 @@ from graphopt.ir.opset import (
     composite,
     contract,
     creation,
+    dropout,
     normalize,
     pointwise,
     quantize,
@@ -18,6 +19,6 @@ from graphopt.ir.opset import (
 )
 
 __all__ = [
-    "attention", "attention_training", "composite", "contract", "creation", "normalize", "pointwise", "quantize", "reduce", "scan",
-    "scatter", "shape", "structure", "window",
+    "attention", "attention_training", "composite", "contract", "creation", "dropout", "normalize", "pointwise", "quantize", "reduce",
+    "scan", "scatter", "shape", "structure", "window",
 ]  # fmt: skip

@@ -3,6 +3,9 @@
     s = scale * q_i . k_j;   s = softcap * tanh(s / softcap);   s = s + bias[i, j] + slopes[h] * (j - i);   s = -inf where not seen
     out_i = sum_j exp(s - m) v_j / (sum_j exp(s - m) [+ exp(sinks[h] - m)]),   m = max_j s
 
+In training, weights are dropped behind the softmax at the rate ``dropout``, as :mod:`graphopt.ir.opset.dropout` says; a row of it is a
+row of one head.
+
 A key j is *seen* by row i if mask[i, j] holds; j <= i + offset, if ``causal``; and i + offset - window < j, if there is a
 ``window``, which without ``causal`` reaches as far to the other side. Vaswani et al., arXiv:1706.03762; soft cap: Gemma 2,
 arXiv:2408.00118; slopes: Press et al., ALiBi, arXiv:2108.12409; sinks: Xiao et al., arXiv:2309.17453; heads that share keys:
@@ -21,6 +24,7 @@ from graphopt.errors import TypeInferenceError
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, broadcast_shapes, define
+from graphopt.ir.opset.dropout import check_rate, check_seed, dropped
 from graphopt.ir.types import DType, TensorType, b1, i64, u8
 
 if TYPE_CHECKING:
@@ -45,14 +49,15 @@ class Parts(Generic[T]):
     table: T | None = None
     slopes: T | None = None
     sinks: T | None = None
+    seed: T | None = None
 
 
 def parts(operands: Sequence[T], attrs: Attrs, dtypes: Sequence[DType] | None = None) -> Parts[T]:
-    """Tell the operands apart: ``q, k, v [, bias] [, mask [, table]] [, slopes] [, sinks]``.
+    """Tell the operands apart: ``q, k, v [, bias] [, mask [, table]] [, slopes] [, sinks] [, seed]``.
 
     Args:
         operands: values, types or tensors of an ``attention``.
-        attrs: its attributes; ``alibi`` says that there are slopes, ``sinks`` that there are sinks.
+        attrs: its attributes; ``alibi`` says that there are slopes, ``sinks`` that there are sinks, ``dropout`` that there is a seed.
         dtypes: of the operands, where those have no ``dtype`` of the IR.
 
     Raises:
@@ -60,16 +65,18 @@ def parts(operands: Sequence[T], attrs: Attrs, dtypes: Sequence[DType] | None = 
     """
     kinds = list(dtypes) if dtypes is not None else [x.dtype for x in operands]  # type: ignore[attr-defined]
     rest = list(zip(operands[3:], kinds[3:], strict=True))
+    seed = rest.pop()[0] if attrs["dropout"] and rest else None
     sinks = rest.pop()[0] if attrs["sinks"] and rest else None
     slopes = rest.pop()[0] if attrs["alibi"] and rest else None
     table = rest.pop()[0] if rest and rest[-1][1] in (u8, torch.uint8) else None
     mask = rest.pop()[0] if rest and rest[-1][1] in (b1, torch.bool) else None
     bias = rest.pop()[0] if rest else None
-    if rest or bool(attrs["sinks"]) != (sinks is not None) or bool(attrs["alibi"]) != (slopes is not None):
-        raise TypeInferenceError(f"attention: {len(operands)} operands do not fit alibi = {attrs['alibi']}, sinks = {attrs['sinks']}")
     if table is not None and mask is None:
         raise TypeInferenceError("attention: a table of no mask")
-    return Parts(operands[0], operands[1], operands[2], bias, mask, table, slopes, sinks)
+    told = {"alibi": slopes, "sinks": sinks, "dropout": seed}
+    if rest or any(bool(attrs[name]) != (x is not None) for name, x in told.items()):
+        raise TypeInferenceError(f"attention: {len(operands)} operands do not fit {', '.join(f'{n} = {attrs[n]}' for n in told)}")
+    return Parts(operands[0], operands[1], operands[2], bias, mask, table, slopes, sinks, seed)
 
 
 def groups(q: Shape, k: Shape) -> int:
@@ -119,6 +126,8 @@ def infer(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
         if t is not None and not dims.same_shape(t.shape, (heads,)):
             raise TypeInferenceError(f"attention: {name} of type {t} for {dims.format_dim(heads)} heads")
     _check_attrs(attrs)
+    if p.seed is not None:
+        check_seed("attention", p.seed)
     return [TensorType(q.dtype, (*scores[:-1], v.shape[-1]))]
 
 
@@ -129,6 +138,7 @@ def _check_attrs(attrs: Attrs) -> None:
         raise TypeInferenceError(f"attention: a window of {attrs['window']} keys")
     if attrs["softcap"] is not None and not attrs["softcap"] > 0:
         raise TypeInferenceError(f"attention: a soft cap of {attrs['softcap']}")
+    check_rate("attention", attrs["dropout"])
 
 
 def sees_a_key(attrs: Attrs, rows: Dim, keys: Dim, symbols: dims.Symbols | None = None) -> bool:
@@ -163,11 +173,12 @@ def _evaluate(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> tor
     s, v, keys = reference_scores(p, attrs, ctx), shared_by_heads(p, p.v), p.k.shape[-2]
     if p.sinks is not None:
         sinks = p.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
-        return (torch.softmax(torch.cat([s, sinks], -1), -1)[..., :-1] @ v).to(xs[0].dtype)
+        w = torch.softmax(torch.cat([s, sinks], -1), -1)[..., :-1]
+        return (dropped(w, p.seed, attrs["dropout"]) @ v).to(xs[0].dtype)
     w = torch.softmax(s, -1)
     without = {"zero": 0.0, "nan": float("nan"), "mean": 1.0 / max(keys, 1)}[attrs["empty"]]
     w = w.masked_fill((s == float("-inf")).all(-1, keepdim=True), without)
-    return (w @ v).to(xs[0].dtype)
+    return (dropped(w, p.seed, attrs["dropout"]) @ v).to(xs[0].dtype)
 
 
 def shared_by_heads(p: Parts[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -221,12 +232,17 @@ def _expand(b: Builder, node: Node) -> Value:
     p, attrs = parts(node.operands, node.attrs), node.attrs
     s, v = built_scores(b, p, attrs, relative=p.sinks is not None), repeated(b, p.v, groups(p.q.shape, p.v.shape))
     if p.sinks is not None:
-        return b.matmul(_beside_sinks(b, s, p.sinks), v)  # type: ignore[no-any-return]
+        return b.matmul(built_dropout(b, _beside_sinks(b, s, p.sinks), p, attrs), v)  # type: ignore[no-any-return]
     weights = b.softmax(s, axis=s.type.rank - 1)
     whole = p.bias is None and p.mask is None and sees_a_key(attrs, s.shape[-2], s.shape[-1], node.graph.symbols)
     if attrs["empty"] == "zero" and not whole:  # softmax gives NaN there
         weights = b.where(b.isnan(weights), b.constant(0.0, weights.dtype), weights)
-    return b.matmul(weights, v)  # type: ignore[no-any-return]
+    return b.matmul(built_dropout(b, weights, p, attrs), v)  # type: ignore[no-any-return]
+
+
+def built_dropout(b: Builder, w: Value, p: Parts[Value], attrs: Attrs) -> Value:
+    """Dropout of what has the scores' shape, if there is any."""
+    return w if p.seed is None else b.dropout(w, p.seed, rate=attrs["dropout"])  # type: ignore[no-any-return]
 
 
 def built_scores(b: Builder, p: Parts[Value], attrs: Attrs, relative: bool) -> Value:
@@ -293,11 +309,13 @@ def _beside_sinks(b: Builder, s: Value, sinks: Value) -> Value:
     return b.slice(weights, axis=last, start=0, stop=keys)  # type: ignore[no-any-return]
 
 
-DEFAULTS: dict[str, Any] = {"causal": False, "offset": 0, "window": None, "softcap": None, "alibi": False, "sinks": False, "empty": "zero"}
+DEFAULTS: dict[str, Any] = {
+    "causal": False, "offset": 0, "window": None, "softcap": None, "alibi": False, "sinks": False, "empty": "zero", "dropout": 0.0,
+}  # fmt: skip
 
 define(
-    "attention", (3, 8), attrs={"scale": REQUIRED, **DEFAULTS}, infer=infer, evaluate=_evaluate, expand=_expand,
+    "attention", (3, 9), attrs={"scale": REQUIRED, **DEFAULTS}, infer=infer, evaluate=_evaluate, expand=_expand,
     doc="softmax(scale * q k^T + bias) v over the keys that are seen; operands q [..., H, M, D], k [..., G, N, D], v [..., G, N, E], G "
-    "dividing H [, bias] [, mask [, table: which blocks of 16 x 32 it leaves]] [, slopes [H]] [, sinks [H]]; causal keeps column <= row + "
-    "offset, window column > row + offset - window",
+    "dividing H [, bias] [, mask [, table: which blocks of 16 x 32 it leaves]] [, slopes [H]] [, sinks [H]] [, seed]; causal keeps column "
+    "<= row + offset, window column > row + offset - window; dropout is the rate at which weights are dropped",
 )  # fmt: skip

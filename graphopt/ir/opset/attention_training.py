@@ -1,12 +1,13 @@
 """Attention and its gradient, for training. Neither keeps the weights ``[M, N]``: the forward hands over one number a row, and the
 backward computes them again.
 
-    forward:   w = exp(s - lse),  lse_i = log sum_j exp(s_ij) [+ exp(sinks[h])],  out = w v
-    backward:  dv = w^T dout,  ds = w * (dout v^T - rowsum(dout * out)),  dq = scale ds k,  dk = scale ds^T q
+    forward:   w = exp(s - lse),  lse_i = log sum_j exp(s_ij) [+ exp(sinks[h])],  out = drop(w) v
+    backward:  dv = drop(w)^T dout,  ds = w * (drop(dout v^T) - rowsum(dout * out)),  dq = scale ds k,  dk = scale ds^T q
 
 with the scores s of :mod:`~graphopt.ir.opset.attention`, -inf where a key is not seen; under a soft cap ds is also times
 ``1 - (s / softcap)^2``, with s before anything is added. A row that sees no key has an lse of +inf, so that its weights are zero; or NaN,
 if ``empty`` says so.
+``drop`` is dropout, which the backward makes again from the seed; it comes behind the softmax, whose sums are of all weights.
 Heads that share keys add up their gradients. Bias, slopes and sinks have no gradient here.
 
 Dao, "FlashAttention-2", arXiv:2307.08691, section 3.1.
@@ -23,7 +24,8 @@ from graphopt.errors import TypeInferenceError
 from graphopt.ir import dims
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, define
 from graphopt.ir.opset import attention
-from graphopt.ir.opset.attention import Parts, built_scores, parts, reference_scores, repeated, shared_by_heads
+from graphopt.ir.opset.attention import Parts, built_dropout, built_scores, parts, reference_scores, repeated, shared_by_heads
+from graphopt.ir.opset.dropout import dropped
 from graphopt.ir.types import TensorType, f32
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def _evaluate_forward(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext
     every = s if p.sinks is None else torch.cat([s, p.sinks[:, None, None].expand(*s.shape[:-1], 1)], -1)
     lse = torch.logsumexp(every, -1)
     lse = torch.where(lse == -_INF, EMPTY[attrs["empty"]], lse)
-    return torch.exp(s - lse[..., None]) @ shared_by_heads(p, p.v), lse
+    return dropped(torch.exp(s - lse[..., None]), p.seed, attrs["dropout"]) @ shared_by_heads(p, p.v), lse
 
 
 def _evaluate_backward(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> tuple[torch.Tensor, ...]:
@@ -76,11 +78,12 @@ def _evaluate_backward(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContex
     p = parts(rest, attrs, [x.dtype for x in rest])  # type: ignore[misc]
     k, v = (shared_by_heads(p, x) for x in (p.k, p.v))
     w = torch.exp(reference_scores(p, attrs, ctx) - lse[..., None])
-    ds = w * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True))
+    rate = attrs["dropout"]
+    ds = w * (dropped(dout @ v.transpose(-1, -2), p.seed, rate) - (dout * out).sum(-1, keepdim=True))
     if (cap := attrs["softcap"]) is not None:
         ds = ds * (1 - torch.tanh(p.q @ k.transpose(-1, -2) * attrs["scale"] / cap) ** 2)
     ds = ds * attrs["scale"]
-    dk, dv = ds.transpose(-1, -2) @ p.q, w.transpose(-1, -2) @ dout
+    dk, dv = ds.transpose(-1, -2) @ p.q, dropped(w, p.seed, rate).transpose(-1, -2) @ dout
     return ds @ k, _summed(dk, p.k), _summed(dv, p.v)
 
 
@@ -105,7 +108,7 @@ def _expand_forward(b: Builder, node: Node) -> tuple[Value, ...]:
     total = b.sum(b.exp(b.sub(s, top)), axes=(s.type.rank - 1,), keepdims=True)
     total = total if sinks is None else b.add(total, b.exp(b.sub(sinks, top)))
     lse = b.where(b.eq(total, 0.0), b.constant(EMPTY[attrs["empty"]], s.dtype), b.add(top, b.log(total)))
-    out = b.matmul(b.exp(b.sub(s, lse)), repeated(b, p.v, _share(p)))
+    out = b.matmul(built_dropout(b, b.exp(b.sub(s, lse)), p, attrs), repeated(b, p.v, _share(p)))
     return out, b.reshape(lse, shape=node.results[1].shape)
 
 
@@ -117,12 +120,12 @@ def _expand_backward(b: Builder, node: Node) -> tuple[Value, ...]:
     column = (*lse.shape, 1)
     w = b.exp(b.sub(s, b.reshape(lse, shape=column)))
     delta = b.sum(b.mul(dout, out), axes=(out.type.rank - 1,), keepdims=True)
-    ds = b.mul(w, b.sub(b.matmul(dout, _swapped(b, v)), delta))
+    ds = b.mul(w, b.sub(built_dropout(b, b.matmul(dout, _swapped(b, v)), p, attrs), delta))
     if (cap := attrs["softcap"]) is not None:
         t = b.tanh(b.mul(b.matmul(p.q, _swapped(b, k)), attrs["scale"] / cap))
         ds = b.mul(ds, b.sub(1.0, b.mul(t, t)))
     ds = b.mul(ds, attrs["scale"])
-    dk, dv = b.matmul(_swapped(b, ds), p.q), b.matmul(_swapped(b, w), dout)
+    dk, dv = b.matmul(_swapped(b, ds), p.q), b.matmul(_swapped(b, built_dropout(b, w, p, attrs)), dout)
     return b.matmul(ds, k), _added(b, dk, p.k, _share(p)), _added(b, dv, p.v, _share(p))
 
 
@@ -152,11 +155,11 @@ def _added(b: Builder, x: Value, like: Value, share: int) -> Value:
 _ATTRS = {"scale": REQUIRED, **attention.DEFAULTS}
 
 define(
-    "attention_forward", (3, 7), attrs=_ATTRS, infer=_infer_forward, evaluate=_evaluate_forward, expand=_expand_forward,
+    "attention_forward", (3, 8), attrs=_ATTRS, infer=_infer_forward, evaluate=_evaluate_forward, expand=_expand_forward,
     doc="attention, and the logarithm of each row's sum of exponentials, +inf or NaN where it sees no key; in f32, keys and values of "
     "one batch with the queries",
 )  # fmt: skip
 define(
-    "attention_backward", (6, 10), attrs=_ATTRS, infer=_infer_backward, evaluate=_evaluate_backward, expand=_expand_backward,
+    "attention_backward", (6, 11), attrs=_ATTRS, infer=_infer_backward, evaluate=_evaluate_backward, expand=_expand_backward,
     doc="gradients of an attention by q, k and v; operands: the gradient of its result, its result and lse, and its own operands",
 )  # fmt: skip

@@ -146,12 +146,23 @@ def _attention_training(pool: Pool, name: str) -> Value:
     if pool.flag(3):
         operands.append(pool.input(types.b1, (rows, keys)))
     operands += [pool.input(q.dtype, (batch[-1],)) for wanted in given.values() if wanted]
+    rate = pool.pick([0.0, 0.0, 0.3])
+    operands += [_seed(pool)] if rate else []
     if name == "attention_backward":
         result = (*batch, rows, columns)
         operands = [*(pool.input(q.dtype, shape) for shape in (result, result, result[:-1])), *operands]
     return pool.add(name, operands, scale=pool.pick([1.0, 0.125]), causal=pool.flag(3), offset=pool.pick([0, 0, 1]),
                     window=pool.pick([None, None, 1, 3]), softcap=pool.pick([None, None, 2.0]), empty=pool.pick(["zero", "nan"]),
-                    **given)  # fmt: skip
+                    dropout=rate, **given)  # fmt: skip
+
+
+@recipe("dropout")
+def _dropout(pool: Pool, name: str) -> Value:
+    return pool.add(name, [pool.operand(FLOATS, least=1), _seed(pool)], rate=pool.pick([0.0, 0.1, 0.5]))
+
+
+def _seed(pool: Pool) -> Value:
+    return pool.input(types.i64, (), keep=False)
 
 
 @recipe("rope")
