@@ -124,14 +124,15 @@ def kernel_of(case: Case, bits: int = 32) -> Any:
     return load_kernel(path, w, schedule)  # type: ignore[arg-type]
 
 
-def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rate: float = 0.0) -> torch.Tensor:
     share = q.shape[1] // k.shape[1]
     if share > 1:
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
     s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))
-    return torch.softmax(s, -1) @ v
+    w = torch.softmax(s, -1)
+    return (F.dropout(w, rate) if rate else w) @ v
 
 
 def seen(case: Case) -> torch.Tensor:

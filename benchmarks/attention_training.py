@@ -1,9 +1,11 @@
 """A forward and a backward of attention: naive PyTorch, scaled_dot_product_attention, and naive code compiled by graphopt, in turns.
 
-    python benchmarks/attention_training.py [--lengths 512,2048] [--systems naive,sdpa,graphopt] [--runs 5] [--memory] [--json FILE]
+    python benchmarks/attention_training.py [--lengths 512,2048] [--systems naive,sdpa,graphopt] [--runs 5] [--dropout 0.1] [--memory]
+                                            [--json FILE]
 
 Times are medians in ms of f32 on ``--threads`` threads, a batch of 1. ``--prepare`` only builds the kernels, so that a later run is
-short. ``--memory`` measures what a step takes at most beside its inputs, and how that grows with ``--lengths``: two causal heads of 64.
+short. ``--dropout`` is a rate at which weights are dropped, each system by choices of its own. ``--memory`` measures what a step takes at
+most beside its inputs, and how that grows with ``--lengths``: two causal heads of 64.
 """
 
 from __future__ import annotations
@@ -28,30 +30,31 @@ Step = Callable[[], list[torch.Tensor]]
 PRODUCTS = 3.5  # of a forward and a backward, beside the forward's two: two, and five more
 
 
-def spelled(case: Case) -> Callable[..., torch.Tensor]:
+def spelled(case: Case, rate: float) -> Callable[..., torch.Tensor]:
     """Naive code, its mask made in it."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return naive(q, k, v, torch.ones(case.queries, case.keys, dtype=torch.bool).tril() if case.causal else None)
+        mask = torch.ones(case.queries, case.keys, dtype=torch.bool).tril() if case.causal else None
+        return naive(q, k, v, mask, rate)
 
     return attention
 
 
-def library(case: Case) -> Callable[..., torch.Tensor]:
+def library(case: Case, rate: float) -> Callable[..., torch.Tensor]:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.shared)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, dropout_p=rate, enable_gqa=case.heads != case.shared)
 
     return attention
 
 
-def steps(case: Case, systems: list[str]) -> dict[str, Step]:
+def steps(case: Case, systems: list[str], rate: float = 0.0) -> dict[str, Step]:
     """A forward and its backward of each system, which gives the gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, h, n, case.size) for h, n in ((case.heads, case.queries), *[(case.shared, case.keys)] * 2, (case.heads, case.queries))]
     *inputs, dout = (torch.randn(s, generator=generator) for s in shapes)
     torch._dynamo.reset()
-    compiled = torch.compile(spelled(case), backend="graphopt", dynamic=False)
-    of = {"naive": spelled(case), "sdpa": library(case), "graphopt": compiled}
+    compiled = torch.compile(spelled(case, rate), backend="graphopt", dynamic=False)
+    of = {"naive": spelled(case, rate), "sdpa": library(case, rate), "graphopt": compiled}
 
     def step(system: str) -> list[torch.Tensor]:
         xs = [x.detach().requires_grad_() for x in inputs]
@@ -70,10 +73,12 @@ def compare(case: Case, ready: dict[str, Step]) -> None:
                 raise SystemExit(f"{case.name}: the gradients of {system} differ from SDPA's by {error}")
 
 
-def measure(case: Case, systems: list[str], runs: int) -> None:
+def measure(case: Case, systems: list[str], runs: int, rate: float) -> None:
     """Medians of runs in turns."""
-    ready = steps(case, systems)
-    compare(case, ready)
+    ready = steps(case, systems, rate)
+    compare(case, ready if not rate else {})
+    for step in ready.values():
+        step()  # whatever is built once is there
     times: dict[str, list[float]] = {s: [] for s in ready}
     for _ in range(runs):
         for system, step in ready.items():
@@ -83,7 +88,7 @@ def measure(case: Case, systems: list[str], runs: int) -> None:
     case.ms = {s: 1e3 * statistics.median(t) for s, t in times.items()}
 
 
-def memory(lengths: list[int], systems: list[str]) -> Table:
+def memory(lengths: list[int], systems: list[str], rate: float) -> Table:
     """Most memory that a step takes at once beside its inputs, and the exponent of its growth."""
     from graphopt.bench.memory import peak, reset_peak, settle
 
@@ -91,7 +96,7 @@ def memory(lengths: list[int], systems: list[str]) -> Table:
     found: dict[str, list[float]] = {s: [] for s in systems}
     for n in lengths:
         for system in systems:
-            step = steps(Case("memory", 2, 2, n, n, 64, True), [system])[system]
+            step = steps(Case("memory", 2, 2, n, n, 64, True), [system], rate)[system]
             step()  # whatever is built or loaded once is there
             before = settle()
             reset_peak()
@@ -109,6 +114,7 @@ def main() -> None:
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -116,19 +122,19 @@ def main() -> None:
     systems, lengths = given.systems.split(","), [int(n) for n in given.lengths.split(",")]
     torch.set_num_threads(given.threads)
     if given.memory and not given.prepare:
-        Console(width=160).print(memory(lengths, systems))
+        Console(width=160).print(memory(lengths, systems, given.dropout))
         return
     found = [Case("memory", 2, 2, n, n, 64, True) for n in lengths] if given.memory else cases(["prefill"], lengths)
     if given.prepare:
         for case in found:
-            steps(case, ["graphopt"])["graphopt"]()
+            steps(case, ["graphopt"], given.dropout)["graphopt"]()
         return
     from graphopt.bench.limits import LimitMeter
 
     meter = LimitMeter(given.threads)
     limits = meter.measure()
     for case in found:
-        measure(case, systems, given.runs)
+        measure(case, systems, given.runs, given.dropout)
     limits = limits.best(meter.measure())
     table = Table("case", *systems, "of SDPA", "of the limit", title="attention, forward and backward, f32, ms")
     for c in found:

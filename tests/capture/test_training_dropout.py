@@ -193,6 +193,44 @@ def test_declined(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_bert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default dropout of weights: what is kept for the backward is linear in the length; gradients of all parameters."""
+    transformers = pytest.importorskip("transformers")
+    m, layers = 40, 2
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=24, hidden_dropout_prob=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.BertModel(config, add_pooling_layer=False).train()
+    assert config.attention_probs_dropout_prob == 0.1
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(x(*p.shape) * (0.1 if p.dim() == 1 else p.shape[-1] ** -0.5))
+    ids, inputs = torch.arange(2 * m).reshape(2, m) % 50, dict(model.named_parameters())
+
+    def run(names: Sequence[str], *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (ids,)).last_hidden_state
+
+    said: list[Remark] = []
+    shapes: list[torch.Size] = []
+    fn = compiled(lambda *a: run(list(inputs), *a), said)
+    torch.manual_seed(11)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        got = gradients(fn, list(inputs.values()))
+    assert [r.kind for r in said] == ["passed"] * layers and "a rate of 0.1" in said[0].message, [str(r) for r in said]
+    assert shapes and all(s[-2:] != (m, m) for s in shapes)
+
+    def again(*values: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(11)
+        seeds = iter([torch.randint(2**63 - 1, ()) for _ in range(layers)])
+        monkeypatch.setattr(F, "dropout", lambda w, p, *_, **__: dropped(w, next(seeds), p) if p else w)
+        out = run(list(inputs), *values)
+        monkeypatch.undo()
+        return out
+
+    judge(got, again, list(inputs.values()))
+
+
 def test_kernels_of_a_training_step() -> None:
     pytest.importorskip("tvm_ffi")
     torch._dynamo.reset()
