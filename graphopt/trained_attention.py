@@ -25,12 +25,13 @@ OPERANDS = len(fields(Parts))
 
 _LIBRARY = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"attention_forward({_OPERANDS}, {_ATTRS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"attention_backward(Tensor dout, Tensor out, Tensor lse, {_OPERANDS}, {_ATTRS}) -> (Tensor, Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_LIBRARY.define(f"attention_backward(Tensor dout, Tensor out, Tensor lse, {_OPERANDS}, {_ATTRS}, bool bias_gradient) -> Tensor[]")  # type: ignore[no-untyped-call]
 
 
 def attributes(p: Parts[Any], values: Sequence[Any]) -> dict[str, Any]:
-    """The attributes of the IR op, of the operator's last arguments."""
-    return {**dict(zip(ATTRS, values, strict=True)), "alibi": p.slopes is not None, "sinks": p.sinks is not None}
+    """The attributes of the IR op, of the operator's last arguments; there is one more of a backward."""
+    names = (*ATTRS, "bias_gradient")
+    return {**dict(zip(names, values, strict=False)), "alibi": p.slopes is not None, "sinks": p.sinks is not None}
 
 
 def given(p: Parts[Any]) -> list[Any]:
@@ -50,17 +51,17 @@ def attention_forward(*args: Any) -> tuple[torch.Tensor, ...]:
     return _evaluate("attention_forward", (), args)
 
 
-def attention_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-    return _evaluate("attention_backward", (dout, out, lse), args)
+def attention_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+    return list(_evaluate("attention_backward", (dout, out, lse), args))
 
 
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1])
 
 
-def _fake_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                   *_: Any) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _fake_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+    p, bias_gradient = Parts(*args[:OPERANDS]), args[-1]
+    return [x.new_empty(x.shape) for x in (p.q, p.k, p.v, *([p.bias] if bias_gradient else []))]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -70,8 +71,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 def _backward(ctx: Any, dout: torch.Tensor, _: Any) -> tuple[Any, ...]:
     out, lse, *operands = ctx.saved_tensors
-    found = torch.ops.graphopt.attention_backward(dout, out, lse, *operands, *ctx.attrs)
-    return (*found, *[None] * (len(operands) - 3 + len(ATTRS)))
+    p, needs = Parts(*operands), Parts(*ctx.needs_input_grad[:OPERANDS])
+    dq, dk, dv, *dbias = torch.ops.graphopt.attention_backward(dout, out, lse, *operands, *ctx.attrs, needs.bias)
+    dsinks = _of_sinks(p.sinks, dout, out, lse) if needs.sinks and p.sinks is not None else None
+    found = Parts(dq, dk, dv, dbias[0] if dbias else None, sinks=dsinks)
+    return (*(getattr(found, f.name) for f in fields(Parts)), *[None] * len(ATTRS))
+
+
+def _of_sinks(sinks: torch.Tensor, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """A sink is a key whose value is zero: ``ds = w * (0 - rowsum(dout * out))``, added up over rows and batch."""
+    ds = -torch.exp(sinks[:, None] - lse) * (dout * out).sum(-1)
+    return ds.sum(-1).sum_to_size(sinks.shape)
 
 
 _LIBRARY.impl("attention_forward", attention_forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

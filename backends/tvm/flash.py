@@ -189,11 +189,11 @@ class FlashKernel:
             with self.code.loop(self.lanes, "vectorized", "v") as v:
                 yield self.code.simplify(base + u + v)
 
-    def _transposed(self, source: Any, step: int, start: Index, to: Any, to_step: int, to_start: Index, rows: int, columns: int,
+    def _transposed(self, source: Any, step: int, start: Index, to: Any, to_step: int, to_start: Index, rows: Index, columns: int,
                     scale: Callable[[Index], Any] | None = None) -> None:  # fmt: skip
         """``to[column, row] = source[row, column]``, squares of lanes at a time; both sizes are multiples of lanes."""
         code, lanes = self.code, self.lanes
-        with code.loop(rows // lanes, "serial", "sr") as r, code.loop(columns // lanes, "serial", "sc") as c:
+        with code.loop(code.div(rows, lanes), "serial", "sr") as r, code.loop(columns // lanes, "serial", "sc") as c:
             vectors = []
             for i in range(lanes):
                 at = code.simplify(start + (r * lanes + i) * step + c * lanes)

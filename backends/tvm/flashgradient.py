@@ -10,6 +10,9 @@ sees. As in :mod:`flash`, queries lie along the lanes. Of a block and a group
 dQ stays in scratch while a group goes through the keys; dK and dV are added to where they belong, which no other task writes. So
 nothing is as long as a row of weights, and there are as many tasks as heads of keys.
 
+The gradient of a bias is dS, which is transposed and added to where it belongs. A task then takes all heads (of all batches) that the
+bias is the same for, one after the other, so that no other task writes there.
+
 Reference: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.1.2.
 """
 
@@ -25,13 +28,13 @@ from graphopt.backends.forms.flashform import Form, seen_span
 from graphopt.backends.tvm import vecmath
 from graphopt.backends.tvm.attended import LOG2E, Matrix, head_index
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.expr import Expressions
+from graphopt.backends.tvm.expr import Expressions, broadcast_index
 from graphopt.backends.tvm.flash import F32, FlashKernel
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.opset.attention_training import GIVEN, heads_that_share
 
-DQ, DK, DV = range(3)  # the outputs
+DQ, DK, DV, DBIAS = range(4)  # the outputs
 
 
 class FlashGradientKernel(FlashKernel):
@@ -44,28 +47,46 @@ class FlashGradientKernel(FlashKernel):
         super().__init__(graph, form, lanes, vectors, rows, block, 1, unroll, False, parallel)
         self.dout, self.result, self.lse = form.node.operands[:GIVEN]
         self.share = heads_that_share(form.parts.q.type, form.parts.k.type)
+        self.bias = form.parts.bias if self.attrs["bias_gradient"] else None
 
     def emit(self) -> Code:
         code = self.code
         self.whole_groups = isinstance(self.m, int) and self.m % self.nr == 0
         *outer, heads = self.batch or [1]
         sizes = [*outer, code.div(heads, self.share)]
-        steps = product(code, sizes)
-        work = product(code, [steps, self.share, self.m, self.n, self.depth + self.width])
+        inner = self._same_bias()  # axes that a task takes all of
+        of_tasks, of_task = ([1 if (k in inner) == out else n for k, n in enumerate(sizes)] for out in (True, False))
+        steps, several = product(code, of_tasks), product(code, of_task)
+        work = product(code, [*sizes, self.share, self.m, self.n, self.depth + self.width])
         serial = not self.parallel or (isinstance(work, int) and work < SMALL) or (isinstance(steps, int) and steps == 1)
         with code.loop(steps, "serial" if serial else "parallel", "task") as task:
-            self.shared = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, sizes), sizes, strict=True)]
-            self._head_of_keys()
+            own = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, of_tasks), of_tasks, strict=True)]
+            self._scratch()
+            self._no_bias(own)
+            with code.loop(several, "serial", "same") as same:
+                rest = [code.bind_index(i, "u", n) for i, n in zip(code.unflatten(same, of_task), of_task, strict=True)]
+                self.shared = [rest[k] if k in inner else i for k, i in enumerate(own)]
+                self._head_of_keys()
         return code
+
+    def _same_bias(self) -> list[int]:
+        """The axes of batch and heads along which the bias, of which the gradient is wanted, is broadcast."""
+        if self.bias is None or not self.batch:
+            return []
+        lead = self.bias.shape[:-2]
+        missing = len(self.batch) - len(lead)
+        return [k for k in range(len(self.batch)) if k < missing or lead[k - missing] == 1]
+
+    def _scratch(self) -> None:
+        self._alloc()
+        self.extra.scans = False  # blocks that a mask hides are visited
+        self.extra.alloc(self.block, self.nr, self.lanes)
+        self.dropped.alloc(self.block, self.nr, self.lanes)
 
     # --- one task -----------------------------------------------------------------------------------------------------------
 
     def _head_of_keys(self) -> None:
         code = self.code
-        self._alloc()
-        self.extra.scans = False  # blocks that a mask hides are visited
-        self.extra.alloc(self.block, self.nr, self.lanes)
-        self.dropped.alloc(self.block, self.nr, self.lanes)
         of_keys = self.shared if self.batch else []
         self.places = {k: self._matrix_of(k, of_keys) for k in (DK, DV)}
         for k, columns in ((DK, self.depth), (DV, self.width)):
@@ -86,7 +107,12 @@ class FlashGradientKernel(FlashKernel):
         self.q_rows, self.qt, self.dqt = (code.alloc(nr * deep, F32, name) for name in ("q_rows", "queries", "dq"))
         self.do_rows, self.dot, self.products = (code.alloc(nr * wide, F32, name) for name in ("do_rows", "dout", "products"))
         self.rows_of = code.alloc(nr * deep, F32, "line")
-        self.scores, self.dscores = (code.alloc(self.block * nr, F32, name) for name in ("scores", "dscores"))
+        rows = self.block if self.bias is None else self.block + self.lanes  # squares of lanes are transposed
+        self.scores, self.dscores = (code.alloc(rows * nr, F32, name) for name in ("scores", "dscores"))
+        if self.bias is not None:
+            self.step = -(-self.block // self.lanes) * self.lanes + self.lanes
+            self.of_bias = code.alloc(nr * self.step, F32, "dbias")
+            self.slopes = code.alloc(self.block * nr, F32, "slopes") if self.cap is not None else None
         self.shift, self.delta = (code.alloc(nr, F32, name) for name in ("shift", "delta"))
 
     def _matrix_of(self, k: int, lead: Sequence[Index]) -> tuple[Index, Index, Index]:
@@ -193,6 +219,8 @@ class FlashGradientKernel(FlashKernel):
                 self._gradients(low, count, True)
             with code.when(tirx.Not(with_masks)):
                 self._gradients(low, count, False)
+        if self.bias is not None:
+            self._add_bias(low, count)
         tiles = code.ceildiv_plain(count, self.mr)
         tiles = tiles if isinstance(tiles, int) else code.bind_index(tiles, "tiles")
         self._no_more(low, count, tiles)
@@ -220,7 +248,45 @@ class FlashGradientKernel(FlashKernel):
                 kept = self.dropped.kept(at, column)
                 ds = code.bind(w * (kept(code.load(self.dscores, place)) - code.load(self.delta, at)))
                 code.store(self.scores, place, kept(w))
+                if slope is not None and self.bias is not None:
+                    code.store(self.slopes, place, slope)
+                    slope = None
                 code.store(self.dscores, place, ds if slope is None else ds * slope)
+
+    def _bias_place(self, lead: Sequence[Index], row: Index, column: Index) -> Index:
+        assert self.bias is not None
+        return self.args.place(DBIAS, broadcast_index(self.bias, [*lead, row, column]))
+
+    def _no_bias(self, own: Sequence[Index]) -> None:
+        """Zeros for the gradient of a task's bias."""
+        if self.bias is None:
+            return
+        code, zero, heads = self.code, tirx.const(0.0, F32), bool(self.batch) and len(self.batch) - 1 not in self._same_bias()
+        rows = 1 if self.bias.type.rank < 2 else code.size(self.bias.shape[-2])
+        with code.loop(self.share if heads else 1, "serial", "h") as h, code.loop(rows, "serial", "z") as row:
+            lead = [*own[:-1], code.simplify(own[-1] * self.share + h)] if self.batch else []
+            vector_loop(code, 0, self.n, self.lanes, lambda n: code.store(self.args.outputs[DBIAS], self._bias_place(lead, row, n), zero))
+
+    def _add_bias(self, low: Index, count: Index) -> None:
+        """Add the gradient of a span's scores to that of the bias; then it is that of the products, in front of a soft cap."""
+        code, nr, to = self.code, self.nr, self.args.outputs[DBIAS]
+        squares = code.bind_index(code.ceildiv_plain(count, self.lanes), "squares")
+        start = code.bind_index(code.simplify(low * nr), "start")
+        self._transposed(self.dscores, nr, start, self.of_bias, self.step, 0, code.simplify(squares * self.lanes), nr)
+        rows = nr if self.whole_groups else code.bind_index(code.least(self.m - self.start, nr), "left")
+        first = code.bind_index(code.simplify(self.base + low), "first")
+        with code.loop(rows, "serial", "i") as i:
+            row = code.bind_index(code.simplify(self.start + i), "row")
+
+            def element(n: Index) -> None:
+                place = self._bias_place(self.lead, row, code.simplify(first + n))
+                code.store(to, place, code.load(to, place) + code.load(self.of_bias, code.simplify(i * self.step + n)))
+
+            vector_loop(code, 0, count, self.lanes, element, overlap=False)
+        if self.slopes is not None:
+            with code.loop(count, "serial", "n") as n:
+                for at in self._lanes(code.simplify((low + n) * nr)):
+                    code.store(self.dscores, at, code.load(self.dscores, at) * code.load(self.slopes, at))
 
     def _no_more(self, low: Index, count: Index, tiles: Index) -> None:
         """Zeros for the keys behind the last one of a span, up to a whole tile."""

@@ -343,14 +343,14 @@ def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, _Known]
         return "it has no elements"
     if not isinstance(p.q.shape[-1], int) or not isinstance(p.v.shape[-1], int):
         return "heads of unknown size"
-    for name, v in (("bias", p.bias), ("slopes", p.slopes), ("sinks", p.sinks)):
-        if v is not None and any(n.meta["example_value"].requires_grad for n in _sources(v, before)):
-            return f"its {name} needs a gradient, too"
+    if p.slopes is not None and _trains(p.slopes, before):
+        return "its slopes need a gradient, too"
     if p.q.type.rank != p.k.type.rank or p.k.type.rank != p.v.type.rank or p.q.type.rank < 3:
         return "queries, keys and values of different ranks"
     if not _same_heads(p.k, p.v, p.q):
         return "keys and values of other heads"
-    if p.bias is not None and p.sinks is None and may_hide(p.bias):
+    learned = {v for v, k in before.items() if k.node.meta["example_value"].requires_grad}  # membership only
+    if p.bias is not None and p.sinks is None and may_hide(p.bias, lambda v: v.weight or v in learned):
         return "a number that is added may hide all keys of a row, and the row is the mean of all values then"
     sees = p.bias is None and p.mask is None and sees_a_key(attrs, p.q.shape[-2], p.k.shape[-2], symbols)
     return None if sees or attrs["empty"] != "mean" else "a row may see no key, and is the mean of all values then"
@@ -378,6 +378,11 @@ def _gradient_stop(node: torch.fx.Node, reads: set[torch.fx.Node]) -> str | None
 
 def _same_heads(k: Value, v: Value, q: Value) -> bool:
     return dims.same(k.shape[-3], v.shape[-3]) or all(x.shape[-3] == 1 or dims.same(x.shape[-3], q.shape[-3]) for x in (k, v))
+
+
+def _trains(v: Value, before: dict[Value, _Known]) -> bool:
+    """Whether a gradient by a value is wanted."""
+    return any(n.meta["example_value"].requires_grad for n in _sources(v, before))
 
 
 def _sources(v: Value, before: dict[Value, _Known]) -> list[torch.fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -127,14 +128,18 @@ def _is_truth(v: Value) -> bool:
     return cast is not None and cast.operands[0].dtype.is_bool
 
 
-def may_hide(v: Value) -> bool:
-    """Whether a bias may hold numbers that hide keys: what comes from outside, a mask that was added, but no product or parameter."""
+def may_hide(v: Value, learned: Callable[[Value], bool] = lambda v: v.weight) -> bool:
+    """Whether a bias may hold numbers that hide keys: what comes from outside, a mask that was added, but no product or parameter.
+
+    Args:
+        learned: whether an input is a parameter.
+    """
     seen, stack = set(), [v]  # membership only
     while stack:
         x = stack.pop()
         node = x.producer
         if node is None:
-            if not x.weight:
+            if not learned(x):
                 return True
             continue
         if node in seen:

@@ -63,6 +63,27 @@ def linear(y: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return causal(q, k, v).transpose(1, 2).reshape(B, M, H * D)
 
 
+def learned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) + b, -1) @ v
+
+
+def of_distance(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """A bias for each head and distance, causal: as T5 has."""
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+    s = q @ k.transpose(-1, -2) + F.embedding(i - j + k.shape[-2], table).permute(2, 0, 1)[None]
+    return torch.softmax(s.masked_fill(j > i, float("-inf")), -1) @ v
+
+
+def capped_and_biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(2.0 * torch.tanh(q @ k.transpose(-1, -2) / 2.0) + b * 0.5, -1) @ v
+
+
+def sinks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    scores = q @ k.transpose(-1, -2)
+    column = s.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ v
+
+
 CASES: dict[str, tuple[Fn, Sequence[torch.Tensor]]] = {
     "naive": (naive, qkv()),
     "cross": (naive, qkv(n=13)),
@@ -77,6 +98,14 @@ CASES: dict[str, tuple[Fn, Sequence[torch.Tensor]]] = {
     "library, a mask": (blind, [*qkv(), (torch.arange(M) < 6)[None]]),
     "library, a row that sees nothing": (blind, [*qkv(), (x(M, M) < 0.5) & (torch.arange(M)[:, None] != 4)]),
     "a bias without a gradient": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + (b != 0) * 0.3, -1) @ v, [*qkv(), x(M, M)]),
+    "a learned bias": (learned, [*qkv(), x(1, H, M, M)]),
+    "a learned bias of batches": (learned, [*qkv(n=13), x(B, 1, M, 13)]),
+    "a learned bias of pairs": (learned, [*qkv(), x(M, M)]),
+    "a learned bias of keys": (learned, [*qkv(), x(M)]),
+    "a learned bias of distances": (of_distance, [*qkv(), x(2 * M, H)]),
+    "a learned bias behind a soft cap": (capped_and_biased, [*qkv(), x(H, M, M)]),
+    "a learned bias of the library": (blind, [*qkv(), x(H, M, M)]),
+    "learned sinks": (sinks, [*qkv(), x(H)]),
     "a result that lies otherwise": (transposed, qkv()),
     "linear layers": (linear, [x(B, M, 24), x(H * D, 24) * 0.2, x(H * D)]),
     "a layer": (projected, [x(B, M, 24), x(24, 3 * H * D), x(H * D, 16)]),
@@ -97,6 +126,15 @@ def test_a_symbolic_length() -> None:
     fn = compiled(causal, said)
     for m in (M, 13, 21):  # the second length makes Dynamo take it for a symbol
         judge(gradients(fn, qkv(m, m)), causal, qkv(m, m))
+    assert [r.kind for r in said] == ["passed"] * 2, [str(r) for r in said]
+
+
+def test_a_bias_of_symbolic_length() -> None:
+    said: list[Remark] = []
+    fn = compiled(of_distance, said)
+    for m in (M, 13, 21):
+        inputs = [*qkv(m, m), x(2 * m, H)]
+        judge(gradients(fn, inputs), of_distance, inputs)
     assert [r.kind for r in said] == ["passed"] * 2, [str(r) for r in said]
 
 
@@ -129,7 +167,9 @@ def constant_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
-    "bias": (lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2) + b, -1) @ v, [*qkv(), x(M, M)], "its bias needs a gradient"),
+    "slopes": (lambda q, k, v, s: learned(q, k, v, s[:, None, None] * torch.arange(M)), [*qkv(), x(H)], "its slopes need a gradient"),
+    "a learned bias and a mask of numbers": (lambda q, k, v, b, m: learned(q, k, v, b + (1.0 - m) * -1e9),
+                                             [*qkv(), x(M, M), torch.arange(M) % 2], "may hide all keys"),
     "half": (lambda *a: causal(*(t.bfloat16() for t in a)), qkv(), "it is of bf16"),
     "in place": (in_place, qkv(), "changed in place"),
     "mean": (lambda q, k, v, b: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(b > 0, -1e30), -1) @ v, [*qkv(), x(M, M) > 0],
@@ -157,11 +197,13 @@ def test_nothing_is_done_where_nothing_needs_a_gradient() -> None:
     assert not said
 
 
-def test_kernels_of_a_training_step() -> None:
+@pytest.mark.parametrize("name", ["shared heads", "a learned bias of distances"])
+def test_kernels_of_a_training_step(name: str) -> None:
     pytest.importorskip("tvm_ffi")
     torch._dynamo.reset()
     clear_reports()
-    judge(gradients(torch.compile(repeated, backend="graphopt"), qkv(shared=2)), repeated, qkv(shared=2))
+    fn, inputs = CASES[name]
+    judge(gradients(torch.compile(fn, backend="graphopt"), inputs), fn, inputs)
     forward, backward = reports()
     assert not forward.fallbacks and not backward.fallbacks
     assert "attention_forward" in forward.text_after and "attention_backward" in backward.text_after

@@ -8,7 +8,8 @@ with the scores s of :mod:`~graphopt.ir.opset.attention`, -inf where a key is no
 ``1 - (s / softcap)^2``, with s before anything is added. A row that sees no key has an lse of +inf, so that its weights are zero; or NaN,
 if ``empty`` says so.
 ``drop`` is dropout, which the backward makes again from the seed; it comes behind the softmax, whose sums are of all weights.
-Heads that share keys add up their gradients. Bias, slopes and sinks have no gradient here.
+Heads that share keys add up their gradients. With ``bias_gradient`` there is that of the bias, too: ds, of the scores behind a soft cap,
+added up along the axes that the bias is broadcast along. Slopes and sinks have no gradient here.
 
 Dao, "FlashAttention-2", arXiv:2307.08691, section 3.1.
 """
@@ -58,7 +59,13 @@ def _infer_backward(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     for t, wanted in zip(given, (result, result, lse), strict=True):
         if t.dtype != wanted.dtype or not dims.same_shape(t.shape, wanted.shape):
             raise TypeInferenceError(f"attention_backward: {t} where the forward has {wanted}")
-    return [t.logical for t in rest[:3]]
+    by = [*rest[:3]]
+    if attrs["bias_gradient"]:
+        bias = parts(rest, attrs).bias
+        if bias is None:
+            raise TypeInferenceError("attention_backward: the gradient of a bias that there is not")
+        by.append(bias)
+    return [t.logical for t in by]
 
 
 # reference -------------------------------------------------------------------------------------------------------------
@@ -80,11 +87,12 @@ def _evaluate_backward(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContex
     w = torch.exp(reference_scores(p, attrs, ctx) - lse[..., None])
     rate = attrs["dropout"]
     ds = w * (dropped(dout @ v.transpose(-1, -2), p.seed, rate) - (dout * out).sum(-1, keepdim=True))
+    of_bias = [ds.sum_to_size(p.bias.shape)] if attrs["bias_gradient"] and p.bias is not None else []
     if (cap := attrs["softcap"]) is not None:
         ds = ds * (1 - torch.tanh(p.q @ k.transpose(-1, -2) * attrs["scale"] / cap) ** 2)
     ds = ds * attrs["scale"]
     dk, dv = ds.transpose(-1, -2) @ p.q, dropped(w, p.seed, rate).transpose(-1, -2) @ dout
-    return ds @ k, _summed(dk, p.k), _summed(dv, p.v)
+    return ds @ k, _summed(dk, p.k), _summed(dv, p.v), *of_bias
 
 
 def _summed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -121,12 +129,20 @@ def _expand_backward(b: Builder, node: Node) -> tuple[Value, ...]:
     w = b.exp(b.sub(s, b.reshape(lse, shape=column)))
     delta = b.sum(b.mul(dout, out), axes=(out.type.rank - 1,), keepdims=True)
     ds = b.mul(w, b.sub(built_dropout(b, b.matmul(dout, _swapped(b, v)), p, attrs), delta))
+    of_bias = [_summed_as(b, ds, p.bias)] if attrs["bias_gradient"] and p.bias is not None else []
     if (cap := attrs["softcap"]) is not None:
         t = b.tanh(b.mul(b.matmul(p.q, _swapped(b, k)), attrs["scale"] / cap))
         ds = b.mul(ds, b.sub(1.0, b.mul(t, t)))
     ds = b.mul(ds, attrs["scale"])
     dk, dv = b.matmul(_swapped(b, ds), p.q), b.matmul(_swapped(b, built_dropout(b, w, p, attrs)), dout)
-    return b.matmul(ds, k), _added(b, dk, p.k, _share(p)), _added(b, dv, p.v, _share(p))
+    return b.matmul(ds, k), _added(b, dk, p.k, _share(p)), _added(b, dv, p.v, _share(p)), *of_bias
+
+
+def _summed_as(b: Builder, x: Value, like: Value) -> Value:
+    """The sum along the axes that a value is broadcast along."""
+    sizes = (*[1] * (x.type.rank - like.type.rank), *like.shape)
+    axes = tuple(i for i, (d, n) in enumerate(zip(sizes, x.shape, strict=True)) if d == 1 and n != 1)
+    return b.reshape(b.sum(x, axes=axes, keepdims=True) if axes else x, shape=like.shape)  # type: ignore[no-any-return]
 
 
 def _share(p: Parts[Value]) -> int:
@@ -160,6 +176,8 @@ define(
     "one batch with the queries",
 )  # fmt: skip
 define(
-    "attention_backward", (6, 11), attrs=_ATTRS, infer=_infer_backward, evaluate=_evaluate_backward, expand=_expand_backward,
-    doc="gradients of an attention by q, k and v; operands: the gradient of its result, its result and lse, and its own operands",
+    "attention_backward", (6, 11), attrs={**_ATTRS, "bias_gradient": False}, infer=_infer_backward, evaluate=_evaluate_backward,
+    expand=_expand_backward,
+    doc="gradients of an attention by q, k, v and, if asked for, the bias; operands: the gradient of its result, its result and lse, and "
+    "its own operands",
 )  # fmt: skip

@@ -141,7 +141,8 @@ def _attention_training(pool: Pool, name: str) -> Value:
     keys, columns = pool.size(), pool.size()
     operands = [q, pool.input(q.dtype, (*few, keys, width)), pool.input(q.dtype, (*few, keys, columns))]
     given = {name: bool(batch) and pool.flag(4) for name in ("alibi", "sinks")}
-    if pool.flag(3):
+    bias = pool.flag(3)
+    if bias:
         operands.append(pool.input(q.dtype, (rows, keys)))
     if pool.flag(3):
         operands.append(pool.input(types.b1, (rows, keys)))
@@ -149,6 +150,7 @@ def _attention_training(pool: Pool, name: str) -> Value:
     rate = pool.pick([0.0, 0.0, 0.3])
     operands += [_seed(pool)] if rate else []
     if name == "attention_backward":
+        given["bias_gradient"] = bias and pool.flag()
         result = (*batch, rows, columns)
         operands = [*(pool.input(q.dtype, shape) for shape in (result, result, result[:-1])), *operands]
     return pool.add(name, operands, scale=pool.pick([1.0, 0.125]), causal=pool.flag(3), offset=pool.pick([0, 0, 1]),

@@ -30,13 +30,13 @@ def forward(m: int | str, n: int | str, d: int = 40, e: int | None = None, heads
     }}""")
 
 
-def backward(g: Graph) -> Graph:
-    """The gradient of a forward's attention, for the same inputs behind the result's gradient, the result and the lse."""
+def backward(g: Graph, bias: bool = False) -> Graph:
+    """The gradient of a forward's attention, for the same inputs behind the result's gradient, the result and the lse; by its bias, too."""
     (node,) = g.nodes()
     out = Graph("g", g.symbols)
     given = [out.add_input(r.type) for r in (node.results[0], *node.results)]
     own = [out.add_input(v.type, v.hint) for v in g.inputs]
-    gradient = out.create(op("attention_backward"), [*given, *(own[v.index] for v in node.operands)], node.attrs)
+    gradient = out.create(op("attention_backward"), [*given, *(own[v.index] for v in node.operands)], {**node.attrs, "bias_gradient": bias})
     out.set_outputs(gradient.results)
     return out
 
@@ -96,6 +96,39 @@ def test_gradient_against_f64(compile_all) -> None:
     graphs = {g: backward(g) for g in CASES.values()}
     for (g, graph), run in zip(graphs.items(), compile_all([(g, "attention_backward") for g in graphs.values()]), strict=True):
         for sizes in [dict(zip("MN", s, strict=True)) for s in SIZES] if graph.symbols else [{}]:
+            check(graph, run, gradient_inputs(g, **sizes), sizes or None, factor=4.0, slack=8.0)
+
+
+def batched(bias: str, shared: int = 4, attrs: str = "", where: str = "", m: int | str = 50, n: int | str = 70) -> Graph:
+    """Two batches of four heads, with a bias."""
+    out, lse = f"f32[2, 4, {m}, 16]", f"f32[2, 4, {m}]"
+    seed = ", %s" if "dropout" in attrs else ""
+    return parse_graph(f"""graph @g(%q: f32[2, 4, {m}, 24], %k: f32[2, {shared}, {n}, 24], %v: f32[2, {shared}, {n}, 16], %b: f32[{bias}]
+      {", %s: i64[]" if seed else ""}) -> ({out}, {lse}){where} {{
+        %0: {out}, %1: {lse} = attention_forward(%q, %k, %v, %b{seed}) {{scale = 0.3{attrs}}}
+        return %0, %1
+    }}""")
+
+
+BIASES = {
+    "of each pair": batched("2, 4, 50, 70"),
+    "of heads": batched("1, 4, 50, 70", attrs=", causal = true, offset = 20"),
+    "of heads, without a batch": batched("4, 50, 70", attrs=", dropout = 0.2"),
+    "of heads that share": batched("4, 50, 70", shared=2, attrs=", softcap = 2.0, window = 30"),
+    "of batches": batched("2, 1, 50, 70", shared=1),
+    "of positions": batched("50, 70"),
+    "of keys": batched("70", attrs=", causal = true"),
+    "of keys and heads": batched("4, 1, 70"),
+    "one row": batched("1, 4, 1, 70", m=1),
+    "symbolic": batched("1, 4, M, N", m="M", n="N", attrs=", causal = true", where=" where 1 <= M, 2 <= N"),
+}
+
+
+def test_gradient_of_a_bias_against_f64(compile_all) -> None:
+    graphs = {g: backward(g, bias=True) for g in BIASES.values()}
+    for (g, graph), run in zip(graphs.items(), compile_all([(g, "attention_backward") for g in graphs.values()]), strict=True):
+        assert len(graph.outputs) == 4
+        for sizes in [dict(zip("MN", s, strict=True)) for s in ((1, 2), (5, 9), (70, 20), (64, 96))] if graph.symbols else [{}]:
             check(graph, run, gradient_inputs(g, **sizes), sizes or None, factor=4.0, slack=8.0)
 
 
