@@ -56,7 +56,7 @@ def attention_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
 
 
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1])
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _fake_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any) -> list[torch.Tensor]:
@@ -80,8 +80,8 @@ def _backward(ctx: Any, dout: torch.Tensor, _: Any) -> tuple[Any, ...]:
 
 def _of_sinks(sinks: torch.Tensor, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """A sink is a key whose value is zero: ``ds = w * (0 - rowsum(dout * out))``, added up over rows and batch."""
-    ds = -torch.exp(sinks[:, None] - lse) * (dout * out).sum(-1)
-    return ds.sum(-1).sum_to_size(sinks.shape)
+    ds = -torch.exp(sinks[:, None].to(lse.dtype) - lse) * (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return ds.sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)
 
 
 _LIBRARY.impl("attention_forward", attention_forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

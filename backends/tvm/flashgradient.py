@@ -7,7 +7,8 @@ sees. As in :mod:`flash`, queries lie along the lanes. Of a block and a group
     P = exp(scores - lse),  dS = P * (drop(dweights) - delta)    delta = rowsum(dO * O), lse: numbers of a query
     dV [keys, columns] += drop(P) dO,   dK [keys, depth] += dS (scale Q),   dQ^T [depth, queries] += K^T dS
 
-dQ stays in scratch while a group goes through the keys; dK and dV are added to where they belong, which no other task writes. So
+dQ stays in scratch while a group goes through the keys; dK and dV are added to where they belong, which no other task writes, or, of
+halves, to f32 of a task's own, which are rounded at the end. So
 nothing is as long as a row of weights, and there are as many tasks as heads of keys.
 
 The gradient of a bias is dS, which is transposed and added to where it belongs. A task then takes all heads (of all batches) that the
@@ -18,19 +19,20 @@ Reference: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.1.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from tvm import tirx
 
 from graphopt.backends.forms.flashform import Form, seen_span
-from graphopt.backends.tvm import vecmath
+from graphopt.backends.tvm import scalar, vecmath
 from graphopt.backends.tvm.attended import LOG2E, Matrix, head_index
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Expressions, broadcast_index
 from graphopt.backends.tvm.flash import F32, FlashKernel
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.ir import types
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.opset.attention_training import GIVEN, heads_that_share
 
@@ -89,7 +91,10 @@ class FlashGradientKernel(FlashKernel):
         code = self.code
         of_keys = self.shared if self.batch else []
         self.places = {k: self._matrix_of(k, of_keys) for k in (DK, DV)}
-        for k, columns in ((DK, self.depth), (DV, self.width)):
+        of_outputs = dict(self.places)
+        if self.sums:
+            self.places = {k: (0, columns, 1) for k, columns in self.columns.items()}
+        for k, columns in self.columns.items():
             with code.loop(self.n, "serial", "z") as row:
                 vector_loop(code, 0, columns, self.lanes, partial(self._zero, k, row))
         with code.loop(self.share, "serial", "h") as h:
@@ -99,6 +104,7 @@ class FlashGradientKernel(FlashKernel):
             with code.loop(code.ceildiv(self.m, self.nr), "serial", "g") as g:
                 self.start = code.bind_index(code.simplify(g * self.nr), "start")
                 self._group()
+        self._rounded_sums(of_outputs)
 
     def _alloc(self) -> None:
         code, nr = self.code, self.nr
@@ -113,6 +119,9 @@ class FlashGradientKernel(FlashKernel):
             self.step = -(-self.block // self.lanes) * self.lanes + self.lanes
             self.of_bias = code.alloc(nr * self.step, F32, "dbias")
             self.slopes = code.alloc(self.block * nr, F32, "slopes") if self.cap is not None else None
+        self.columns = {DK: self.depth, DV: self.width}
+        halves = self.graph.outputs[DK].dtype != types.f32
+        self.sums = {k: code.alloc(code.simplify(self.n * n), F32, "sums") for k, n in self.columns.items()} if halves else {}
         self.shift, self.delta = (code.alloc(nr, F32, name) for name in ("shift", "delta"))
 
     def _matrix_of(self, k: int, lead: Sequence[Index]) -> tuple[Index, Index, Index]:
@@ -125,7 +134,29 @@ class FlashGradientKernel(FlashKernel):
         return self.code.simplify(start + row * rows + column * columns)
 
     def _zero(self, k: int, row: Index, column: Index) -> None:
-        self.code.store(self.args.outputs[k], self._place(k, row, column), tirx.const(0.0, F32))
+        self.code.store(self._target(k), self._place(k, row, column), tirx.const(0.0, F32))
+
+    def _target(self, k: int) -> Any:
+        """What the gradients of a head's keys or values are added up in."""
+        return self.sums.get(k, self.args.outputs[k])
+
+    def _rounded_sums(self, places: Mapping[int, tuple[Index, Index, Index]]) -> None:
+        """Sums in scratch to where they belong."""
+        code = self.code
+        for k, buffer in self.sums.items():
+            start, rows, columns = places[k]
+            with code.loop(self.n, "serial", "o") as row:
+
+                def element(c: Index, k: int = k, row: Index = row) -> None:
+                    value = code.bind(code.load(buffer, self._place(k, row, c)))  # noqa: B023
+                    at = code.simplify(start + row * rows + c * columns)  # noqa: B023
+                    code.store(self.args.outputs[k], at, self._half(k, value))
+
+                vector_loop(code, 0, self.columns[k], self.lanes, element)
+
+    def _half(self, k: int, value: Any) -> Any:
+        dtype = self.graph.outputs[k].dtype
+        return scalar.store(scalar.rounded(value, dtype), dtype)
 
     # --- a group of queries -------------------------------------------------------------------------------------------------
 
@@ -199,7 +230,7 @@ class FlashGradientKernel(FlashKernel):
 
             def element(d: Index) -> None:
                 value = code.load(self.rows_of, code.simplify(i * self.deep + d)) * scale
-                code.store(self.args.outputs[DQ], self.args.place(DQ, [*self.lead, row, d]), value)
+                code.store(self.args.outputs[DQ], self.args.place(DQ, [*self.lead, row, d]), self._half(DQ, code.bind(value)))
 
             vector_loop(code, 0, self.depth, self.lanes, element)
 
@@ -321,7 +352,7 @@ class FlashGradientKernel(FlashKernel):
 
     def _add_row(self, k: int, row: Index, first: int, columns: int, sums: Any) -> None:
         """Add to a row of an output, unless it is behind the last."""
-        code, to = self.code, self.args.outputs[k]
+        code, to = self.code, self._target(k)
 
         def element(c: Index) -> None:
             at = self._place(k, row, code.simplify(first + c))

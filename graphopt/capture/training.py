@@ -337,8 +337,10 @@ def _members(value: Value, before: dict[Value, _Known]) -> list[Node] | str:
 def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, _Known]) -> str | None:
     """Why the operator with a gradient does not compute an attention; None if it does."""
     p, attrs, symbols = parts(attention.operands, attention.attrs), attention.attrs, attention.graph.symbols
-    if attention.result.dtype != types.f32:
-        return f"it is of {attention.result.dtype}, and the kernels are for f32"
+    if (dtype := attention.result.dtype) not in (types.f32, types.bf16):
+        return f"it is of {dtype}, and the kernels are for f32 and bf16"
+    if p.bias is not None and dtype != types.f32 and _trains(p.bias, before):
+        return f"its bias needs a gradient, which would be summed in {dtype}"
     if any(d == 0 for v in attention.operands for d in v.shape):
         return "it has no elements"
     if not isinstance(p.q.shape[-1], int) or not isinstance(p.v.shape[-1], int):

@@ -69,8 +69,8 @@ def untrainable(node: Node, target: Target | None) -> str | None:
         return "no kernel takes heads of unknown size"
     if any(d == 0 for v in (*node.operands, *node.results) for d in v.shape):
         return "it has no elements"
-    if node.attrs.get("bias_gradient") and p.bias is not None and p.bias.shape[-1] == 1:
-        return "no kernel gives the gradient of a bias that is the same for all keys"
+    if node.attrs.get("bias_gradient") and p.bias is not None and (p.bias.shape[-1] == 1 or p.bias.dtype != types.f32):
+        return "no kernel gives the gradient of a bias that is of halves, or the same for all keys"
     return None
 
 

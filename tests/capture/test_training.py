@@ -121,6 +121,15 @@ def test_gradients(name: str) -> None:
     judge(got, fn, inputs)
 
 
+@pytest.mark.parametrize("name", ["naive", "causal", "spelled out", "window", "soft cap", "shared heads", "library, a mask", "a layer"])
+def test_gradients_in_bf16(name: str) -> None:
+    fn, inputs = CASES[name]
+    said: list[Remark] = []
+    got = gradients(compiled(fn, said), inputs, torch.bfloat16)
+    assert [r.kind for r in said] == ["passed"], [str(r) for r in said]
+    judge(got, fn, inputs, torch.bfloat16)
+
+
 def test_a_symbolic_length() -> None:
     said: list[Remark] = []
     fn = compiled(causal, said)
@@ -170,7 +179,8 @@ DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
     "slopes": (lambda q, k, v, s: learned(q, k, v, s[:, None, None] * torch.arange(M)), [*qkv(), x(H)], "its slopes need a gradient"),
     "a learned bias and a mask of numbers": (lambda q, k, v, b, m: learned(q, k, v, b + (1.0 - m) * -1e9),
                                              [*qkv(), x(M, M), torch.arange(M) % 2], "may hide all keys"),
-    "half": (lambda *a: causal(*(t.bfloat16() for t in a)), qkv(), "it is of bf16"),
+    "half": (lambda *a: causal(*(t.half() for t in a)), qkv(), "it is of f16"),
+    "a learned bias of halves": (lambda *a: learned(*(t.bfloat16() for t in a)), [*qkv(), x(M, M)], "would be summed in bf16"),
     "in place": (in_place, qkv(), "changed in place"),
     "mean": (lambda q, k, v, b: torch.softmax((q @ k.transpose(-1, -2)).masked_fill(b > 0, -1e30), -1) @ v, [*qkv(), x(M, M) > 0],
              "a row may see no key"),
@@ -197,13 +207,16 @@ def test_nothing_is_done_where_nothing_needs_a_gradient() -> None:
     assert not said
 
 
-@pytest.mark.parametrize("name", ["shared heads", "a learned bias of distances"])
-def test_kernels_of_a_training_step(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("shared heads", torch.float32), ("shared heads", torch.bfloat16), ("a learned bias of distances", torch.float32)],
+)
+def test_kernels_of_a_training_step(name: str, dtype: torch.dtype) -> None:
     pytest.importorskip("tvm_ffi")
     torch._dynamo.reset()
     clear_reports()
     fn, inputs = CASES[name]
-    judge(gradients(torch.compile(fn, backend="graphopt"), inputs), fn, inputs)
+    judge(gradients(torch.compile(fn, backend="graphopt"), inputs, dtype), fn, inputs, dtype)
     forward, backward = reports()
     assert not forward.fallbacks and not backward.fallbacks
     assert "attention_forward" in forward.text_after and "attention_backward" in backward.text_after

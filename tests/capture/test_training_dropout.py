@@ -97,6 +97,15 @@ def test_gradients(name: str) -> None:
     judge(got, lambda *a: reference(drop, *a), inputs)
 
 
+def test_bf16() -> None:
+    said: list[Remark] = []
+    fn = compiled(lambda *a: naive(by_function, *a), said)
+    torch.manual_seed(6)
+    got, drop = gradients(fn, qkv(), torch.bfloat16), again(6)
+    assert [r.kind for r in said] == ["passed"] and "a rate of 0.25" in said[0].message
+    judge(got, lambda *a: naive(drop, *a), qkv(), torch.bfloat16)
+
+
 def test_a_symbolic_length() -> None:
     said: list[Remark] = []
     fn = compiled(lambda *a: causal(by_function, *a), said)

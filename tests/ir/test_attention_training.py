@@ -70,6 +70,12 @@ def test_gradients_are_those_of_the_definition(form: str) -> None:
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.parametrize("form", ["plain", "dropout"])
+def test_halves(form: str) -> None:
+    text = backward(form).replace("f32", "bf16").replace(LSE.replace("f32", "bf16"), LSE)
+    check_pass(Expand(keep=()), text)
+
+
 def test_a_gradient_of_no_bias() -> None:
     with pytest.raises(ParseError, match="a bias that there is not"):
         parse_graph(backward("plain").replace("scale = 0.7", "scale = 0.7, bias_gradient = true"))

@@ -197,7 +197,7 @@ def reference_scores(p: Parts[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> 
     rows, keys = s.shape[-2:]
     i, j = torch.arange(rows, device=s.device)[:, None], torch.arange(keys, device=s.device)
     if p.slopes is not None:
-        s = s + p.slopes[:, None, None] * (j - i)
+        s = s + p.slopes.to(s.dtype)[:, None, None] * (j - i)
     for seen in _seen_by(attrs, i, j, p.mask, ctx):
         s = s.masked_fill(~seen, float("-inf"))
     return s

@@ -10,6 +10,7 @@ if ``empty`` says so.
 ``drop`` is dropout, which the backward makes again from the seed; it comes behind the softmax, whose sums are of all weights.
 Heads that share keys add up their gradients. With ``bias_gradient`` there is that of the bias, too: ds, of the scores behind a soft cap,
 added up along the axes that the bias is broadcast along. Slopes and sinks have no gradient here.
+Of bf16, all but the operands and results is f32.
 
 Dao, "FlashAttention-2", arXiv:2307.08691, section 3.1.
 """
@@ -27,7 +28,7 @@ from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, define
 from graphopt.ir.opset import attention
 from graphopt.ir.opset.attention import Parts, built_dropout, built_scores, parts, reference_scores, repeated, shared_by_heads
 from graphopt.ir.opset.dropout import dropped
-from graphopt.ir.types import TensorType, f32
+from graphopt.ir.types import TensorType, bf16, f32
 
 if TYPE_CHECKING:
     from graphopt.ir.builder import Builder
@@ -43,14 +44,14 @@ def _infer_forward(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     if attrs["empty"] not in EMPTY:
         raise TypeInferenceError(f"attention_forward: empty is {attrs['empty']!r}, not one of {', '.join(EMPTY)}")
     p = parts(ts, attrs)
-    if out.dtype != f32 or not p.q.rank == p.k.rank == p.v.rank:
-        raise TypeInferenceError(f"attention_forward: needs f32 and operands of one rank, got {p.q}, {p.k}, {p.v}")
+    if out.dtype not in (f32, bf16) or not p.q.rank == p.k.rank == p.v.rank:
+        raise TypeInferenceError(f"attention_forward: needs f32 or bf16 and operands of one rank, got {p.q}, {p.k}, {p.v}")
     q, k, v = (t.shape[:-2] for t in (p.q, p.k, p.v))
     many, few = (q[-1], k[-1]) if q else (1, 1)
     shared = dims.same(many, few) or (isinstance(many, int) and isinstance(few, int) and few > 0 and many % few == 0)
     if not (shared and dims.same_shape(k, v) and dims.same_shape(q[:-1], k[:-1]) and dims.same_shape(out.shape[:-2], q)):
         raise TypeInferenceError(f"attention_forward: {p.q}, {p.k}, {p.v} have other batches, or keys of other heads than values")
-    return [out, TensorType(out.dtype, out.shape[:-1])]
+    return [out, TensorType(f32, out.shape[:-1])]
 
 
 def _infer_backward(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
@@ -74,25 +75,26 @@ def _infer_backward(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
 def _evaluate_forward(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> tuple[torch.Tensor, torch.Tensor]:
     p = parts(xs, attrs, [x.dtype for x in xs])  # type: ignore[misc]
     s = reference_scores(p, attrs, ctx)
-    every = s if p.sinks is None else torch.cat([s, p.sinks[:, None, None].expand(*s.shape[:-1], 1)], -1)
+    every = s if p.sinks is None else torch.cat([s, p.sinks[:, None, None].to(s.dtype).expand(*s.shape[:-1], 1)], -1)
     lse = torch.logsumexp(every, -1)
     lse = torch.where(lse == -_INF, EMPTY[attrs["empty"]], lse)
-    return dropped(torch.exp(s - lse[..., None]), p.seed, attrs["dropout"]) @ shared_by_heads(p, p.v), lse
+    return (dropped(torch.exp(s - lse[..., None]), p.seed, attrs["dropout"]) @ shared_by_heads(p, p.v)).to(p.q.dtype), lse
 
 
 def _evaluate_backward(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> tuple[torch.Tensor, ...]:
     (dout, out, lse), rest = xs[:GIVEN], xs[GIVEN:]
     p = parts(rest, attrs, [x.dtype for x in rest])  # type: ignore[misc]
     k, v = (shared_by_heads(p, x) for x in (p.k, p.v))
+    q, dout, out = (x.to(k.dtype) for x in (p.q, dout, out))
     w = torch.exp(reference_scores(p, attrs, ctx) - lse[..., None])
     rate = attrs["dropout"]
     ds = w * (dropped(dout @ v.transpose(-1, -2), p.seed, rate) - (dout * out).sum(-1, keepdim=True))
     of_bias = [ds.sum_to_size(p.bias.shape)] if attrs["bias_gradient"] and p.bias is not None else []
     if (cap := attrs["softcap"]) is not None:
-        ds = ds * (1 - torch.tanh(p.q @ k.transpose(-1, -2) * attrs["scale"] / cap) ** 2)
+        ds = ds * (1 - torch.tanh(q @ k.transpose(-1, -2) * attrs["scale"] / cap) ** 2)
     ds = ds * attrs["scale"]
-    dk, dv = ds.transpose(-1, -2) @ p.q, dropped(w, p.seed, rate).transpose(-1, -2) @ dout
-    return ds @ k, _summed(dk, p.k), _summed(dv, p.v), *of_bias
+    dk, dv = ds.transpose(-1, -2) @ q, dropped(w, p.seed, rate).transpose(-1, -2) @ dout
+    return tuple(x.to(p.q.dtype) for x in (ds @ k, _summed(dk, p.k), _summed(dv, p.v), *of_bias))
 
 
 def _summed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -107,7 +109,7 @@ def _summed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _expand_forward(b: Builder, node: Node) -> tuple[Value, ...]:
-    p, attrs = parts(node.operands, node.attrs), node.attrs
+    p, attrs = parts([_wide(b, v) for v in node.operands], node.attrs), node.attrs
     s = built_scores(b, p, attrs, relative=True)
     top = b.max(s, axes=(s.type.rank - 1,), keepdims=True)
     sinks = None if p.sinks is None else b.reshape(p.sinks, shape=(*p.sinks.shape, 1, 1))
@@ -117,11 +119,12 @@ def _expand_forward(b: Builder, node: Node) -> tuple[Value, ...]:
     total = total if sinks is None else b.add(total, b.exp(b.sub(sinks, top)))
     lse = b.where(b.eq(total, 0.0), b.constant(EMPTY[attrs["empty"]], s.dtype), b.add(top, b.log(total)))
     out = b.matmul(built_dropout(b, b.exp(b.sub(s, lse)), p, attrs), repeated(b, p.v, _share(p)))
-    return out, b.reshape(lse, shape=node.results[1].shape)
+    return b.cast(out, node.results[0].dtype), b.reshape(lse, shape=node.results[1].shape)
 
 
 def _expand_backward(b: Builder, node: Node) -> tuple[Value, ...]:
-    (dout, out, lse), rest = node.operands[:GIVEN], node.operands[GIVEN:]
+    operands = [_wide(b, v) for v in node.operands]
+    (dout, out, lse), rest = operands[:GIVEN], operands[GIVEN:]
     p, attrs = parts(rest, node.attrs), node.attrs
     k, v = (repeated(b, x, _share(p)) for x in (p.k, p.v))
     s = built_scores(b, p, attrs, relative=True)
@@ -135,7 +138,12 @@ def _expand_backward(b: Builder, node: Node) -> tuple[Value, ...]:
         ds = b.mul(ds, b.sub(1.0, b.mul(t, t)))
     ds = b.mul(ds, attrs["scale"])
     dk, dv = b.matmul(_swapped(b, ds), p.q), b.matmul(_swapped(b, built_dropout(b, w, p, attrs)), dout)
-    return b.matmul(ds, k), _added(b, dk, p.k, _share(p)), _added(b, dv, p.v, _share(p)), *of_bias
+    found = (b.matmul(ds, k), _added(b, dk, p.k, _share(p)), _added(b, dv, p.v, _share(p)), *of_bias)
+    return tuple(b.cast(x, r.dtype) for x, r in zip(found, node.results, strict=True))
+
+
+def _wide(b: Builder, v: Value) -> Value:
+    return b.cast(v, f32) if v.dtype == bf16 else v  # type: ignore[no-any-return]
 
 
 def _summed_as(b: Builder, x: Value, like: Value) -> Value:
@@ -172,8 +180,8 @@ _ATTRS = {"scale": REQUIRED, **attention.DEFAULTS}
 
 define(
     "attention_forward", (3, 8), attrs=_ATTRS, infer=_infer_forward, evaluate=_evaluate_forward, expand=_expand_forward,
-    doc="attention, and the logarithm of each row's sum of exponentials, +inf or NaN where it sees no key; in f32, keys and values of "
-    "one batch with the queries",
+    doc="attention, and the logarithm of each row's sum of exponentials, +inf or NaN where it sees no key; of f32 or bf16, the logarithm "
+    "in f32; keys and values of one batch with the queries",
 )  # fmt: skip
 define(
     "attention_backward", (6, 11), attrs={**_ATTRS, "bias_gradient": False}, infer=_infer_backward, evaluate=_evaluate_backward,
