@@ -29,7 +29,7 @@ from graphopt.target import Target
 
 _KINDS = ("pointwise", "reduction", "rowwise", "matmul", "conv", "scan", "scatter", "update")
 _TRAITS = (Trait.POINTWISE, Trait.FLOAT_ONLY, Trait.VIEW, Trait.REDUCTION, Trait.CONTRACTION, Trait.COMPOSITE)
-_TEMPLATES, _SKETCHES, _KNOBS = 8, 8, 16  # places for a template, a sketch (by a hash of the name) and the knobs' values
+_TEMPLATES, _SKETCHES, _KNOBS = 8, 32, 32  # places for a template, a sketch and the knobs' values, by hashes of the names
 _OPERANDS, _OUTER, _INNER, _CURVE = 4, 2, 4, 10
 _SYMBOL = 16  # what an unknown size is taken for
 _NOMINAL = (64.0, 32.0, 10.0)  # bytes a cycle and core from the first-level cache, from the second, from beyond
@@ -103,12 +103,15 @@ def _of_target(t: Target) -> tuple[float, ...]:
 
 def _of_schedule(s: Schedule) -> list[float]:
     template, sketch = _place(s.template, _TEMPLATES), _place(f"{s.template}/{s.sketch}", _SKETCHES)
-    values: list[float] = []
-    for _, value in s.knobs:
-        for x in value if isinstance(value, tuple) else (value,):
-            values.append(zlib.crc32(x.encode()) % 97 if isinstance(x, str) else float(x) if isinstance(x, bool) else _log(x))
-    values = [*values, *[0.0] * _KNOBS][:_KNOBS]
-    return [*(float(i == template) for i in range(_TEMPLATES)), *(float(i == sketch) for i in range(_SKETCHES)), *values]
+    knobs: dict[int, float] = {}  # a knob has the same place in every sketch, whatever others there are; the next one where that is taken
+    for name, value in s.knobs:
+        for i, x in enumerate(value if isinstance(value, tuple) else (value,)):
+            at = _place(f"{name}{i or ''}", _KNOBS)
+            while at in knobs and len(knobs) < _KNOBS:
+                at = (at + 1) % _KNOBS
+            knobs[at] = zlib.crc32(x.encode()) % 97 if isinstance(x, str) else float(x) if isinstance(x, bool) else _log(x)
+    return [*(float(i == template) for i in range(_TEMPLATES)), *(float(i == sketch) for i in range(_SKETCHES)),
+            *(knobs.get(i, -1.0) for i in range(_KNOBS))]  # fmt: skip
 
 
 def _place(name: str, places: int) -> int:
