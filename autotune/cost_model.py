@@ -1,10 +1,14 @@
-"""A learned cost model: gradient-boosted trees over program features, trained on what the tuner measures.
+"""A learned cost model: gradient-boosted trees and a Gaussian process over program features, trained on what the tuner measures.
 
-    label = the workload's best time / a candidate's time, 0 for one that failed        (normalised throughput)
+    label = log(the workload's best time / a candidate's time)       one that failed: e times as slow as the slowest that did not
+    score = exp(trees / 4 + process * 3 / 4)                         the share of the best one's speed that is expected
 
-The trees are fitted anew from all measurements whenever enough are new (some hundred rows take a fraction of a second), so that
-labels follow a workload's best time, and what was learned of one workload serves the next. What is kept between runs is the
-measurements as features, not the trees: any version of the library can learn from them again.
+The trees learn from all workloads, and what was learned of one serves the next; the process (:mod:`gaussian`) learns from the
+measurements of the workload in question alone, and knows where they say little. A search measures what is fast, so what it has not
+seen is mostly slower than all that it has: there trees repeat their outermost leaf, and a process goes on as its neighbours do.
+
+Both are fitted anew when enough is new (some hundred rows take a fraction of a second), so that labels follow a workload's best time.
+What is kept between runs is the measurements as features: any version of the library can learn from them again.
 
 Needs xgboost (``pip install graphopt[tune]``); without it nothing is predicted, and ``why_not`` says so.
 
@@ -23,6 +27,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from graphopt.autotune.features import NAMES, Vector, features
+from graphopt.autotune.gaussian import Array, Points, Process, strided
 from graphopt.autotune.records import Measured
 from graphopt.autotune.space import LoopNest, Schedule, SearchSpace, Workload
 from graphopt.errors import UsageError
@@ -31,9 +36,14 @@ from graphopt.target import Target
 LEAST = 16  # measurements before anything is predicted
 MOST = 20_000  # measurements that are kept, the newest
 _FRESH = 0.05  # share of new measurements after which the trees are fitted again
-_PARAMS = {"max_depth": 6, "eta": 0.2, "min_child_weight": 0.5, "subsample": 1.0, "colsample_bytree": 0.7, "lambda": 1.0,
-           "tree_method": "hist", "max_bin": 64, "nthread": 1, "verbosity": 0}  # fmt: skip
-_ROUNDS = 80
+_PARAMS = {"max_depth": 3, "eta": 0.1, "min_child_weight": 0.5, "subsample": 0.7, "colsample_bytree": 0.5, "lambda": 1.0,
+           "tree_method": "hist", "max_bin": 64, "nthread": 1, "verbosity": 0, "objective": "reg:squarederror"}  # fmt: skip
+_ROUNDS = 150
+_SHARE = 0.75  # of the process in what is expected
+_OWN = 1000  # measurements of a workload that its process learns from: it costs their number cubed
+_PICKED_FROM = 256  # candidates of the greatest scores that a batch is picked from
+_CURIOSITY = 1.0  # deviations by which a batch is picked that much higher
+_NAMED = np.array([n.split()[0] in ("template", "sketch", "knob") for n in NAMES])
 
 
 class CostModel:
@@ -54,6 +64,7 @@ class CostModel:
         self._groups: list[str] = []  # the workload of each row
         self._trees: Any = None
         self._fitted = 0  # rows that the trees have seen
+        self._process: tuple[str, Process] | None = None  # of the workload that was asked for last
         self._cache: dict[tuple[str, str, Schedule], Vector] = {}
 
     def __len__(self) -> int:
@@ -68,6 +79,7 @@ class CostModel:
             self._rows.append(self._features(w, target, s, _nests(spaces)))
             self._seconds.append(m.seconds if m.ok and m.seconds is not None else math.inf)
             self._groups.append(w.key)
+        self._process = None
         if len(self._rows) > MOST:
             del self._rows[:-MOST], self._seconds[:-MOST], self._groups[:-MOST]
             self._fitted = 0
@@ -76,11 +88,19 @@ class CostModel:
         """A score for each schedule; None while too little is known."""
         if self.why_not or not schedules or not self._ready():
             return None
-        import xgboost
+        return [float(x) for x in np.exp(self._expected(w, self._rows_of(w, target, schedules, spaces)))]
 
-        nests = _nests(spaces)
-        rows = np.stack([self._features(w, target, s, nests) for s in schedules])
-        return [float(x) for x in self._trees.predict(xgboost.DMatrix(rows, nthread=1))]
+    def pick(self, w: Workload, target: Target, schedules: Sequence[Schedule], spaces: Sequence[SearchSpace],
+             n: int) -> list[Schedule] | None:  # fmt: skip
+        """The n schedules to measure next, together: what may be fast, and says much of others; None while too little is known."""
+        if self.why_not or not schedules or not self._ready():
+            return None
+        rows = self._rows_of(w, target, schedules, spaces)
+        expected = self._expected(w, rows)
+        first = np.argsort(-expected, kind="stable")[: max(n, _PICKED_FROM)]
+        process = self._process_of(w)
+        chosen = first[:n] if process is None else first[process.pick(_points(rows[first]), expected[first], n, _CURIOSITY)]
+        return [schedules[i] for i in chosen]
 
     # --- keeping it --------------------------------------------------------------------------------------------------------
 
@@ -112,6 +132,10 @@ class CostModel:
 
     # --- learning ----------------------------------------------------------------------------------------------------------
 
+    def _rows_of(self, w: Workload, target: Target, schedules: Sequence[Schedule], spaces: Sequence[SearchSpace]) -> Vector:
+        nests = _nests(spaces)
+        return np.stack([self._features(w, target, s, nests) for s in schedules])
+
     def _features(self, w: Workload, target: Target, s: Schedule, nests: dict[str, Callable[[Schedule], LoopNest] | None]) -> Vector:
         key = (w.key, target.fingerprint, s)
         found = self._cache.get(key)
@@ -133,18 +157,44 @@ class CostModel:
     def _fit(self) -> None:
         import xgboost
 
-        labels = self._labels()
-        data = xgboost.DMatrix(np.stack(self._rows), label=labels, weight=np.maximum(labels, 0.05), nthread=1)
-        self._trees = xgboost.train({**_PARAMS, "seed": self.seed, "objective": "reg:squarederror"}, data, _ROUNDS)
+        data = xgboost.DMatrix(np.stack(self._rows), label=self._labels(range(len(self._rows))), nthread=1)
+        self._trees = xgboost.train({**_PARAMS, "seed": self.seed}, data, _ROUNDS)
         self._fitted = len(self._rows)
 
-    def _labels(self) -> Vector:
-        """Normalised throughput, 0 .. 1."""
-        best: dict[str, float] = {}
-        for group, seconds in zip(self._groups, self._seconds, strict=True):
-            best[group] = min(best.get(group, math.inf), seconds)
-        labels = [best[g] / t if t < math.inf else 0.0 for g, t in zip(self._groups, self._seconds, strict=True)]
-        return np.asarray(labels, dtype=np.float32)
+    def _process_of(self, w: Workload) -> Process | None:
+        """What the measurements of a workload say; None if they are few."""
+        if self._process is None or self._process[0] != w.key:
+            own = [i for i, g in enumerate(self._groups) if g == w.key]
+            if len(own) < LEAST:
+                return None
+            some = [own[i] for i in strided(len(own), _OWN)]
+            self._process = w.key, Process(_points(np.stack([self._rows[i] for i in some])), self._labels(some))
+        return self._process[1]
+
+    def _expected(self, w: Workload, rows: Vector) -> Array:
+        """The label that each row of features may have."""
+        import xgboost
+
+        expected: Array = self._trees.predict(xgboost.DMatrix(rows, nthread=1)).astype(np.float64)
+        process = self._process_of(w)
+        return expected if process is None else (1.0 - _SHARE) * expected + _SHARE * process.mean(_points(rows))
+
+    def _labels(self, rows: Sequence[int]) -> Array:
+        """For each of the rows, the logarithm of its speed as a share of the best of its workload's among them."""
+        ran: dict[str, list[float]] = {}
+        for i in rows:
+            if self._seconds[i] < math.inf:
+                ran.setdefault(self._groups[i], []).append(self._seconds[i])
+        ends = {group: (min(seconds), max(seconds) * math.e) for group, seconds in ran.items()}
+        best, failed = zip(*(ends.get(self._groups[i], (1.0, 1.0)) for i in rows), strict=True)
+        out: Array = np.log(np.array(best) / np.minimum([self._seconds[i] for i in rows], failed))
+        return out
+
+
+def _points(rows: Vector) -> Points:
+    """Features as a process compares them: all by how far apart they are, those of the schedule also by whether they are the same."""
+    wide = rows.astype(np.float64)
+    return Points(wide, wide[:, _NAMED])
 
 
 def pairwise_accuracy(scores: Sequence[float], seconds: Sequence[float], apart: float = 0.0) -> float:

@@ -2,7 +2,7 @@
 
 The first candidates are every sketch's default, the seeds (what was best for this workload elsewhere, or for a similar one) and
 random points. Later ones descend from the best that was measured, by the moves of :mod:`sketch`; a cost model, once it has learned
-enough, ranks a population over several generations, and only its favourites are measured. A share of every batch is random
+enough, ranks a population over several generations, and only those that it picks are measured. A share of every batch is random
 whatever the model thinks (epsilon-greedy). Nothing is proposed twice, and nothing that a constraint rejects; the reasons are
 counted. A space that is small enough is enumerated, so that its end is known. Same seed and same results, same candidates.
 
@@ -35,6 +35,10 @@ class Model(Protocol):
     def predict(self, w: Workload, target: Target, schedules: Sequence[Schedule], spaces: Sequence[SearchSpace]) -> list[float] | None:
         """A score for each, the greater the faster; None while too little is known."""
 
+    def pick(self, w: Workload, target: Target, schedules: Sequence[Schedule], spaces: Sequence[SearchSpace],
+             n: int) -> list[Schedule] | None:  # fmt: skip
+        """The n of them to measure next, together; None while too little is known."""
+
 
 @dataclass(frozen=True)
 class Evolution:
@@ -42,6 +46,7 @@ class Evolution:
 
     Attributes:
         epsilon: share of a batch that is random.
+        around: share of random points that are a few moves from a sketch's default: often good, and if not, a waste of the first trials.
         population: points of a generation, where a model ranks them.
         generations: of a model's ranking between two batches.
         parents: how many of the best measured points have children.
@@ -51,6 +56,7 @@ class Evolution:
     """
 
     epsilon: float = 0.15
+    around: float = 0.25
     population: int = 128
     generations: int = 4
     parents: int = 32
@@ -198,9 +204,9 @@ class Search:
         self._ended = failures >= TRIES
 
     def _random(self) -> Schedule:
-        """A random point: every sketch alike likely, half of them anywhere, half around its default."""
-        sketch = self._rng.choice(self.sketches)
-        if self._rng.random() < 0.5:
+        """A random point, anywhere in its sketch or not far from its default; of a sketch the likelier the more points it has."""
+        (sketch,) = self._rng.choices(self.sketches, [math.sqrt(k.size) for k in self.sketches])
+        if self._rng.random() >= self.options.around:
             return sketch.random(self._rng)
         s = sketch.default()
         for _ in range(self._rng.randint(1, 3)):
@@ -221,15 +227,18 @@ class Search:
             return []
         listed = None if self._listed is None else [s for s in self._unseen() if s not in batch]
         if listed:
-            scores = self._scores(listed)
-            if scores is not None:
-                return _by_score(listed, scores)[:n]
+            picked = self._picked(listed, n)
+            if picked is not None:
+                return picked
         elif self._scores(best) is not None:
             return self._evolved(n, best, batch)
         return self._offspring(best, n, batch)
 
     def _scores(self, points: Sequence[Schedule]) -> list[float] | None:
         return None if self.model is None else self.model.predict(self.workload, self.target, points, self.spaces)
+
+    def _picked(self, points: Sequence[Schedule], n: int) -> list[Schedule] | None:
+        return None if self.model is None else self.model.pick(self.workload, self.target, points, self.spaces, n)
 
     def _offspring(self, best: Sequence[Schedule], n: int, batch: dict[Schedule, None]) -> list[Schedule]:
         """New points from the best ones, whatever a model would say of them."""
@@ -269,12 +278,12 @@ class Search:
             s = self._random()
             if self._accepts(s):
                 people[s] = None
-        found: dict[Schedule, float] = {}
+        found: dict[Schedule, None] = {}
         for generation in range(self.options.generations + 1):
             points = list(people)
             scores = self._scores(points)
             assert scores is not None
-            found.update((s, x) for s, x in zip(points, scores, strict=True) if s not in self._seen and s not in batch)
+            found.update(dict.fromkeys(s for s in points if s not in self._seen and s not in batch))
             if generation == self.options.generations:
                 break
             ranked = _by_score(points, scores)
@@ -285,7 +294,7 @@ class Search:
                 s = self._child(ranked[: size // 2])
                 if self._accepts(s):
                     people[s] = None
-        return _by_score(list(found), list(found.values()))[:n]
+        return self._picked(list(found), n) or []
 
     # --- how good the model is ---------------------------------------------------------------------------------------------
 

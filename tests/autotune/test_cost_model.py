@@ -53,6 +53,63 @@ def test_what_it_learned_of_one_workload_serves_another() -> None:
     assert accuracy(learned(200), other) > 0.8
 
 
+def test_what_a_search_leaves_out_is_ordered_better_with_the_process() -> None:
+    """Mostly fast ones were measured, mostly slow ones are asked for."""
+    pytest.importorskip("xgboost")
+    rng, model = Random(0), CostModel()
+    fast_first = sorted((s for s in points(500, seed=3) if measured(s).ok), key=lambda s: seconds(s) * math.exp(rng.gauss(0, 0.6)))
+    model.observe(WORKLOAD, TARGET, [(s, measured(s)) for s in fast_first[:150]], [SPACE])
+    left = fast_first[150:]
+
+    def order(share: float) -> float:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cost_model, "_SHARE", share)
+            scores = model.predict(WORKLOAD, TARGET, left, [SPACE])
+        assert scores is not None
+        return pairwise_accuracy(scores, [seconds(s) for s in left])
+
+    together, trees = order(cost_model._SHARE), order(0.0)
+    assert together > 0.93 and together > trees + 0.02
+
+
+def test_same_seed_same_scores_and_picks() -> None:
+    a, b, c = (learned(120, seed=0), learned(120, seed=0), CostModel(seed=1))
+    c.observe(WORKLOAD, TARGET, [(s, measured(s)) for s in points(120, 0)], [SPACE])
+    asked = points(40, 7)
+    first, second, other = (m.predict(WORKLOAD, TARGET, asked, [SPACE]) for m in (a, b, c))
+    assert first == second != other
+    assert a.pick(WORKLOAD, TARGET, asked, [SPACE], 8) == b.pick(WORKLOAD, TARGET, asked, [SPACE], 8)
+
+
+def test_what_is_picked_is_fast() -> None:
+    asked = [s for s in points(300, 7) if measured(s).ok]
+    picked = learned(200).pick(WORKLOAD, TARGET, asked, [SPACE], 16)
+    assert picked is not None and len(set(picked)) == 16 and set(picked) <= set(asked)
+    assert sum(map(seconds, picked)) / 16 < 0.7 * sum(map(seconds, asked)) / len(asked)
+
+
+def test_of_another_workload_the_greatest_scores_are_picked() -> None:
+    """There is no process that could say where little is known."""
+    other, model, asked = Workload("pointwise", WORKLOAD.text.replace("64", "96")), learned(200), points(40, 7)
+    scores = model.predict(other, TARGET, asked, [SPACE])
+    assert scores is not None
+    order = sorted(range(40), key=lambda i: -scores[i])
+    assert model.pick(other, TARGET, asked, [SPACE], 5) == [asked[i] for i in order[:5]]
+
+
+def test_new_measurements_count_at_once() -> None:
+    """However many rows of other workloads there are, the process of this one is fitted to what was just measured."""
+    model = learned(400)
+    other = Workload("pointwise", WORKLOAD.text.replace("64", "96"))
+    backwards = [(s, Measured(Status.OK, seconds=1.0 / seconds(s))) for s in points(18, 5)]  # fewer than refit the trees
+    before = model.predict(other, TARGET, points(60, 6), [SPACE])
+    model.observe(other, TARGET, backwards, [SPACE])
+    after = model.predict(other, TARGET, points(60, 6), [SPACE])
+    assert before is not None and after is not None
+    truth = [1.0 / seconds(s) for s in points(60, 6)]
+    assert pairwise_accuracy(after, truth) > pairwise_accuracy(before, truth) + 0.2
+
+
 def test_failures_rank_last() -> None:
     scores = learned(300).predict(WORKLOAD, TARGET, points(200, seed=5), [SPACE])
     assert scores is not None
@@ -65,6 +122,7 @@ def test_little_is_not_enough() -> None:
     assert learned(LEAST - 1).predict(WORKLOAD, TARGET, points(3, 1), [SPACE]) is None
     assert learned(LEAST).predict(WORKLOAD, TARGET, points(3, 1), [SPACE]) is not None
     assert learned(LEAST).predict(WORKLOAD, TARGET, [], [SPACE]) is None
+    assert learned(LEAST - 1).pick(WORKLOAD, TARGET, points(3, 1), [SPACE], 2) is None
 
 
 def test_only_failures_give_no_error() -> None:

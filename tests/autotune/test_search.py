@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from statistics import median
 
@@ -113,6 +114,37 @@ def test_evolution_beats_chance_where_there_is_structure() -> None:
 
     evolved, random = ([best(e, n) for n in range(7)] for e in (0.15, 1.0))
     assert median(evolved) < median(random)
+
+
+def test_a_sketch_of_few_points_does_not_take_half_of_the_random_ones() -> None:
+    """Twelve points beside thousands: chance among points would take none, chance among sketches 100."""
+    few = SearchSpace("few", params=(Param("a", (1, 2, 3)), Param("b", (1, 2, 3, 4))))
+    s = search(few, LARGE, evolution=Evolution(epsilon=1.0))
+    assert 1 <= sum(c.template == "few" for c in s.propose(202)) <= 12
+    drawn = [s._random().template for _ in range(300)]
+    assert drawn.count("few") < 20
+
+
+class Favours:
+    """A model that likes many rows best, and picks what has few columns."""
+
+    def observe(self, *_: object) -> None:
+        pass
+
+    def predict(self, w: object, t: object, schedules: Sequence[Schedule], spaces: object) -> list[float]:
+        return [float(s["rows"]) for s in schedules]
+
+    def pick(self, w: object, t: object, schedules: Sequence[Schedule], spaces: object, n: int) -> list[Schedule]:
+        return sorted(schedules, key=lambda s: int(s["columns"]))[:n]
+
+
+@pytest.mark.parametrize("enumerated", [0, 10**6])
+def test_a_batch_is_what_the_model_picks(enumerated: int) -> None:
+    s = search(model=Favours(), evolution=Evolution(epsilon=0.25, enumerated=enumerated))
+    s.observe([(c, measured(c)) for c in s.propose(16)])
+    batch = s.propose(16)
+    assert [c["columns"] for c in batch[:12]] == [16] * 12
+    assert len({c["columns"] for c in batch[12:]}) > 1 or enumerated  # the rest is random
 
 
 def test_a_number_moves_to_a_neighbour_and_tiles_move_a_factor() -> None:
