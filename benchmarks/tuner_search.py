@@ -6,7 +6,8 @@
 
 ``build`` and ``time`` stop after some seconds and go on where they stopped, so that they can be run in pieces. ``judge`` plays the
 search against the recording, with the cost model, without it, and at random, and says after how many trials each has found a
-schedule within some percent of the best one; and how well the model, after 200 measurements, orders pairs that it has not seen.
+schedule within some percent of the best one (of chance also the median over all its runs, which needs no playing); and how well the
+model, after 200 measurements, orders pairs that it has not seen, beside how well one round of the recording orders those of the next.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ _TILE: Choices = {"mr": (8, 4, 6, 12), "nr": (48, 16), "unroll": (4, 1), "group"
 WORKLOADS: dict[str, tuple[str, str, dict[str, Choices]]] = {
     "matmul": ("matmul", _matmul(128, 768, 3072, 48), {"tile": _TILE}),
     "conv3x3": ("conv", _conv(56, 64, 64, 1),
-                {"conv": {"unroll": (4, 8), "tiles": (12, 4, 24, 48), "block": (512, 128), "parallel": (True,)}}),
+                {"conv": {"rows": (6, 5, 4, 2), "unroll": (4,), "tiles": (12, 4, 48), "block": (512, 128), "tasks": (8, 64),
+                          "parallel": (True,)}}),
     "rowwise": ("rowwise", _SOFTMAX, {}),
     "depthwise": ("conv", _conv(112, 96, 96, 96),
                   {"depthwise": {"lines": (8, 2, 14, 56), "tasks": (32, 4, 128), "pixels": (8, 4, 6, 12, 2, 14), "lanes": (16, 32)}}),
@@ -151,14 +153,19 @@ def timed(kernel: Callable[..., Any], inputs: Sequence[torch.Tensor], expected: 
     return median(times)
 
 
-def recorded(folder: Path, name: str) -> dict[Schedule, Measured]:
-    """What was measured, the median over the rounds."""
+def rounds(folder: Path, name: str) -> dict[Schedule, list[float | None]]:
+    """The times of each round; None for a wrong result."""
     found: dict[Schedule, list[float | None]] = {}
     for r in map(json.loads, (folder / "times.jsonl").read_text().splitlines()):
         if r["workload"] == name:
             found.setdefault(Schedule.from_json(r["schedule"]), []).append(r["seconds"])
+    return found
+
+
+def recorded(folder: Path, name: str) -> dict[Schedule, Measured]:
+    """What was measured, the median over the rounds."""
     out = {}
-    for s, times in found.items():
+    for s, times in rounds(folder, name).items():
         fine = [t for t in times if t is not None]
         out[s] = Measured(Status.OK, seconds=median(fine)) if len(fine) == len(times) else Measured(Status.WRONG, reason="wrong")
     return out
@@ -192,14 +199,26 @@ def trials_until(runs: Iterator[list[tuple[Schedule, Measured]]], limits: Sequen
     return found + [most] * (len(limits) - len(found))
 
 
+def chance(points: int, good: int) -> int:
+    """Trials after which half of all random orders of some points have come to a good one."""
+    without = 1.0
+    for count in range(1, points + 1):
+        without *= max(0, points - good - count + 1) / (points - count + 1)
+        if without <= 0.5:
+            return count
+    return points
+
+
 def judge(folder: Path, names: Sequence[str], seeds: int, trials: int, batch: int) -> None:
     console = Console(width=140)
     ways: dict[str, tuple[bool, float, bool]] = {
         "random": (False, 1.0, True), "evolution": (False, 0.15, False), "evolution + model": (True, 0.15, False),
         "model over all": (True, 0.15, True),
     }  # fmt: skip
-    found = Table("workload", "points", "near", *ways, title=f"median trials until a schedule that near the best was found, {seeds} seeds")
-    ranks = Table("workload", "unseen", "pairs in order", "apart by 5%", title=f"the model after {trials} measurements")
+    found = Table("workload", "points", "near", "good", "chance", *ways,
+                  title=f"median trials until a schedule that near the best was found, {seeds} seeds")  # fmt: skip
+    ranks = Table("workload", "unseen", "pairs in order", "apart by 5%", "a round by the one before",
+                  title=f"the model after {trials} measurements")  # fmt: skip
     for name in names:
         table = recorded(folder, name)
         ok = [m.seconds for m in table.values() if m.seconds is not None]
@@ -211,8 +230,9 @@ def judge(folder: Path, names: Sequence[str], seeds: int, trials: int, batch: in
         ]  # fmt: skip
         for i, near in enumerate(NEAR):
             cells = [f"{median(c[i] for c in way):.0f}  ({min(c[i] for c in way)}-{max(c[i] for c in way)})" for way in counts]
-            found.add_row(name if i == 0 else "", str(len(ok)), f"{near:.2f}", *cells)
-        ranks.add_row(name, *rank_quality(name, table, seeds, trials, batch))
+            good = sum(t <= limits[i] for t in ok)
+            found.add_row(name if i == 0 else "", str(len(ok)), f"{near:.2f}", str(good), str(chance(len(ok), good)), *cells)
+        ranks.add_row(name, *rank_quality(name, table, seeds, trials, batch), agreement(folder, name))
     console.print(found)
     console.print(ranks)
 
@@ -234,6 +254,16 @@ def rank_quality(name: str, table: dict[Schedule, Measured], seeds: int, trials:
         seconds = [t for _, t in unseen]
         orders.append((pairwise_accuracy(scores, seconds), pairwise_accuracy(scores, seconds, apart=0.05)))
     return str(count), *(f"{median(o):.3f}  ({min(o):.3f}-{max(o):.3f})" for o in zip(*orders, strict=True))  # type: ignore[return-value]
+
+
+def agreement(folder: Path, name: str) -> str:
+    """Share of all pairs that a round's times put into the order of the next round's: what the noise of one of them leaves."""
+    times = [t for t in rounds(folder, name).values() if None not in t]
+    found = []
+    for first in range(min(map(len, times)) - 1):
+        one, other = ([t[first + i] or 0.0 for t in times] for i in (0, 1))
+        found.append(pairwise_accuracy([-t for t in one], other))
+    return " ".join(f"{x:.3f}" for x in found)
 
 
 def main() -> None:
