@@ -7,7 +7,8 @@ The trees learn from all workloads, and what was learned of one serves the next;
 measurements of the workload in question alone, and knows where they say little. A search measures what is fast, so what it has not
 seen is mostly slower than all that it has: there trees repeat their outermost leaf, and a process goes on as its neighbours do.
 
-Both are fitted anew when enough is new (some hundred rows take a fraction of a second), so that labels follow a workload's best time.
+The trees are fitted anew when enough is new, the process whenever something is (some hundred rows take a fraction of a second), so
+that labels follow a workload's best time.
 What is kept between runs is the measurements as features: any version of the library can learn from them again.
 
 Needs xgboost (``pip install graphopt[tune]``); without it nothing is predicted, and ``why_not`` says so.

@@ -101,10 +101,13 @@ def test_new_measurements_count_at_once() -> None:
     """However many rows of other workloads there are, the process of this one is fitted to what was just measured."""
     model = learned(400)
     other = Workload("pointwise", WORKLOAD.text.replace("64", "96"))
-    backwards = [(s, Measured(Status.OK, seconds=1.0 / seconds(s))) for s in points(18, 5)]  # fewer than refit the trees
+    backwards = [(s, Measured(Status.OK, seconds=1.0 / seconds(s))) for s in points(20, 5)]  # fewer than refit the trees
     before = model.predict(other, TARGET, points(60, 6), [SPACE])
-    model.observe(other, TARGET, backwards, [SPACE])
+    model.observe(other, TARGET, backwards[:16], [SPACE])
+    assert (between := model.predict(other, TARGET, points(60, 6), [SPACE])) is not None
+    model.observe(other, TARGET, backwards[16:], [SPACE])
     after = model.predict(other, TARGET, points(60, 6), [SPACE])
+    assert after != between
     assert before is not None and after is not None
     truth = [1.0 / seconds(s) for s in points(60, 6)]
     assert pairwise_accuracy(after, truth) > pairwise_accuracy(before, truth) + 0.2

@@ -94,7 +94,7 @@ def test_picked_by_mean_alone_or_where_little_is_known() -> None:
 def test_of_points_that_say_the_same_one_is_picked_at_first() -> None:
     x = some(40, seed=0)
     process = Process(points(x), smooth(x))
-    z = np.concatenate([np.full((5, 2), 2.0), [[-2.0, 2.0], [2.0, -2.0]]])  # five are one point
+    z = np.concatenate([np.full((5, 2), 3.0), [[-1.5, 1.5], [1.5, -1.5]]])  # five are one point, the least known of
     assert set(process.pick(points(z), np.zeros(7), 3, curiosity=1.0)) == {0, 5, 6}
     assert sorted(process.pick(points(z), np.zeros(7), 9, curiosity=1.0)) == list(range(7))
 
