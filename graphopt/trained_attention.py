@@ -8,7 +8,6 @@ reference evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ Optional = torch.Tensor | None
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? seed"
 _ATTRS = "float scale, bool causal, SymInt offset, SymInt? window, float? softcap, str empty, float dropout"
 ATTRS = ("scale", "causal", "offset", "window", "softcap", "empty", "dropout")
-OPERANDS = len(fields(Parts))
+NAMES = ("q", "k", "v", "bias", "mask", "slopes", "sinks", "seed")
+OPERANDS = len(NAMES)
 
 _LIBRARY = torch.library.Library("graphopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"attention_forward({_OPERANDS}, {_ATTRS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
@@ -34,13 +34,18 @@ def attributes(p: Parts[Any], values: Sequence[Any]) -> dict[str, Any]:
     return {**dict(zip(names, values, strict=False)), "alibi": p.slopes is not None, "sinks": p.sinks is not None}
 
 
+def named(args: Sequence[Any]) -> Parts[Any]:
+    """The operands among an operator's arguments."""
+    return Parts(**dict(zip(NAMES, args, strict=False)))
+
+
 def given(p: Parts[Any]) -> list[Any]:
     """The operands that there are."""
-    return [x for x in (p.q, p.k, p.v, p.bias, p.mask, p.slopes, p.sinks, p.seed) if x is not None]
+    return [x for name in NAMES if (x := getattr(p, name)) is not None]
 
 
 def _evaluate(name: str, before: Sequence[torch.Tensor], args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    p = Parts(*args[:OPERANDS])
+    p = named(args)
     evaluate = OPS[name].evaluate
     assert evaluate is not None
     results = evaluate([*before, *given(p)], attributes(p, args[OPERANDS:]), EvalContext({}))
@@ -60,7 +65,7 @@ def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) ->
 
 
 def _fake_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *args: Any) -> list[torch.Tensor]:
-    p, bias_gradient = Parts(*args[:OPERANDS]), args[-1]
+    p, bias_gradient = named(args), args[-1]
     return [x.new_empty(x.shape) for x in (p.q, p.k, p.v, *([p.bias] if bias_gradient else []))]
 
 
@@ -71,11 +76,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 def _backward(ctx: Any, dout: torch.Tensor, _: Any) -> tuple[Any, ...]:
     out, lse, *operands = ctx.saved_tensors
-    p, needs = Parts(*operands), Parts(*ctx.needs_input_grad[:OPERANDS])
+    p, needs = named(operands), named(ctx.needs_input_grad)
     dq, dk, dv, *dbias = torch.ops.graphopt.attention_backward(dout, out, lse, *operands, *ctx.attrs, needs.bias)
     dsinks = _of_sinks(p.sinks, dout, out, lse) if needs.sinks and p.sinks is not None else None
     found = Parts(dq, dk, dv, dbias[0] if dbias else None, sinks=dsinks)
-    return (*(getattr(found, f.name) for f in fields(Parts)), *[None] * len(ATTRS))
+    return (*(getattr(found, name) for name in NAMES), *[None] * len(ATTRS))
 
 
 def _of_sinks(sinks: torch.Tensor, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
