@@ -7,6 +7,7 @@ Times are medians in ms of f32 on ``--threads`` threads. ``naive`` is ``softmax(
 the same under torch.compile with freezing, ``compiled`` the same under graphopt's, calls included, ``graphopt`` its kernel alone,
 ``expanded`` graphopt's two products and softmax, ``int8`` and ``int4`` its kernels for decoding over caches of such integers. What is
 compiled makes its mask itself; to the others it is given. ``--prepare`` only builds the kernels, so that a later run is short.
+Keys and values of one token lie in large pages and in ordinary ones, and each is held against what can be read from such pages.
 ``--memory`` measures memory alone, of all ``--systems``: how it grows with ``--lengths``, two heads of 64, causal. At the end the bars
 are listed, met or not.
 """
@@ -37,7 +38,7 @@ Call = Callable[[], Any]
 
 @dataclass
 class Case:
-    """One attention of a batch of 1, ``heads`` over ``shared`` heads of keys."""
+    """One attention of a batch of 1, ``heads`` over ``shared`` heads of keys; ``large``: keys and values lie in large pages."""
 
     group: str
     heads: int
@@ -47,11 +48,13 @@ class Case:
     size: int
     causal: bool = False
     window: int | None = None
+    large: bool = False
     ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         more = (" causal" if self.causal else "") + (f" window {self.window}" if self.window else "")
+        more += ", large pages" if self.large else ""
         return f"{self.group}: {self.heads} x {self.queries} x {self.size} over {self.shared} x {self.keys}{more}"
 
     @property
@@ -88,7 +91,8 @@ def cases(groups: list[str], lengths: list[int]) -> list[Case]:
     if "window" in groups:
         out += [Case("window", 2, 2, 8192, 8192, 64, True), Case("window", 2, 2, 8192, 8192, 64, True, 512)]
     if "decode" in groups:
-        out += [Case("decode", h, g, 1, 8192, size) for h, g, size in ((8, 8, 64), (32, 8, 64), (8, 8, 128))]
+        out += [Case("decode", h, g, 1, 8192, size, large=large)
+                for large in (True, False) for h, g, size in ((8, 8, 64), (32, 8, 64), (8, 8, 128))]  # fmt: skip
     return out
 
 
@@ -146,6 +150,13 @@ def rounded(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, tor
     scale = x.abs().amax(-1, keepdim=True) / ((1 << (bits - 1)) - 1)
     q = (x / scale).round().to(torch.int8)
     return (q if bits == 8 else ((q + 8)[..., ::2] | (q + 8)[..., 1::2] << 4).to(torch.uint8)), scale, q * scale
+
+
+def large(x: torch.Tensor) -> torch.Tensor:
+    """A copy in large pages."""
+    from graphopt.pages import Pages
+
+    return Pages().empty(x.shape, x.dtype).copy_(x)
 
 
 def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call]:
@@ -210,6 +221,8 @@ def calls(case: Case, systems: list[str], small: bool = False) -> dict[str, Call
             wanted = sdpa(q, rounded(kv[0][0], bits)[2], rounded(kv[0][1], bits)[2])
         got = f(q, *given[0])
         error = float((got - wanted).abs().max() / wanted.abs().max())
+        if case.large:
+            given = [tuple(large(x) for x in pair) for pair in given]
         if not error < 1e-4:
             raise SystemExit(f"{case.name}: {system} differs from SDPA by {error}")
         found[system] = lambda f=f, given=given: [f(q, *pair) for pair in given]  # type: ignore[misc]
@@ -256,7 +269,7 @@ def memory(lengths: Sequence[int], systems: list[str]) -> tuple[Table, dict[str,
     return table, dict(zip(systems, slopes, strict=True))
 
 
-def bars(found: list[Case], exponent: float | None, limits: Any) -> list[tuple[str, float, bool]]:
+def bars(found: list[Case], exponent: float | None, limits: Callable[[Case], Any]) -> list[tuple[str, float, bool]]:
     """What was aimed at: in words, the figure of the worst case, and whether it is met. Nothing of what was not measured."""
 
     def least(what: str, bar: float, figures: Iterable[float]) -> list[tuple[str, float, bool]]:
@@ -273,19 +286,21 @@ def bars(found: list[Case], exponent: float | None, limits: Any) -> list[tuple[s
     out += least("SDPA's time over ours, everywhere", 1.0, over("sdpa", found))
     out += least("SDPA's time over ours, causal", 1.5, over("sdpa", [c for c in square if c.causal]))
     out += least("full causal time over that of a window of 512", 4.0, [local[None] / local[512]] if {None, 512} <= local.keys() else [])
-    shares = [1e3 * c.read / limits.bytes / c.ms["graphopt"] for c in one]
-    out += least("share of read bandwidth over keys and values, one token", 0.85, shares)
+    for pages in (True, False):
+        shares = [1e3 * c.read / limits(c).bytes / c.ms["graphopt"] for c in one if c.large is pages]
+        what = f"share of read bandwidth over keys and values, one token, {'large' if pages else 'ordinary'} pages"
+        out += least(what, 0.85, shares)
     out += least("speed over 8-bit keys and values beside f32", 2.5, [c.ms["graphopt"] / c.ms["int8"] for c in one if "int8" in c.ms])
     if exponent is not None:
         out.append(("exponent of memory by length: below 1.15", exponent, exponent < 1.15))
     return out
 
 
-def show(found: list[Case], systems: list[str], limits: Any) -> Table:
+def show(found: list[Case], systems: list[str], limits: Callable[[Case], Any]) -> Table:
     table = Table("case", *systems, "of SDPA", "of the limit", title="attention, f32, ms")
     for c in found:
         mine = c.ours or float("nan")
-        least = 1e3 * limits.least_seconds(c.flops, c.read)
+        least = 1e3 * limits(c).least_seconds(c.flops, c.read)
         ratio = f"{c.ms['sdpa'] / mine:.2f}x" if "sdpa" in c.ms and c.ours else ""
         table.add_row(c.name, *(f"{c.ms[s]:.2f}" if s in c.ms else "" for s in systems), ratio, f"{least / mine:.0%}")
     return table
@@ -343,7 +358,7 @@ def main() -> None:
 
     torch.set_num_threads(given.threads)
     meter = LimitMeter(given.threads)
-    limits = meter.measure()
+    measured = {pages: meter.measure(large=pages) for pages in (True, False)}
     with torch.no_grad():
         if "memory" in groups and "graphopt" in systems:
             table, slopes = memory(GROWTH, ["graphopt"])
@@ -351,15 +366,22 @@ def main() -> None:
             Console(width=160).print(table)
         for case in found:
             measure(case, systems, given.runs)
-    limits = limits.best(meter.measure())
+    measured = {pages: before.best(meter.measure(large=pages)) for pages, before in measured.items()}
+
+    def limits(case: Case) -> Any:
+        return measured[case.large]
+
     Console(width=160).print(show(found, systems, limits))
-    print(f"{limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s read, torch {torch.__version__}, {given.threads} threads")
+    flops, (wide, small) = max(m.flops for m in measured.values()), (measured[pages].bytes / 1e9 for pages in (True, False))
+    print(f"{flops / 1e9:.0f} GFLOP/s, {wide:.1f} GB/s read from large pages, {small:.1f} from ordinary ones, torch {torch.__version__}, "
+          f"{given.threads} threads")  # fmt: skip
     judged = bars(found, exponent, limits)
     for what, figure, is_met in judged:
         print(f"{what}: {figure:.2f}: {'met' if is_met else 'not met'}")
     if given.json:
         held = [{"bar": what, "figure": figure, "met": is_met} for what, figure, is_met in judged]
-        whole = {"limits": asdict(limits), "cases": [asdict(c) for c in found], "bars": held}
+        known = {"large pages" if pages else "ordinary pages": asdict(m) for pages, m in measured.items()}
+        whole = {"limits": known, "cases": [asdict(c) for c in found], "bars": held}
         given.json.write_text(json.dumps(whole, indent=1))
     if given.plot:
         plot(found, given.plot)

@@ -63,13 +63,18 @@ class LimitMeter:
         self._constants = torch.cat([torch.full((lanes,), 0.999), torch.full((lanes,), 0.001)])
         self._out = torch.empty(peaks.TASKS * max(chains, 8) * lanes)
 
-    def measure(self, seconds: float = 0.5) -> Limits:
-        """The best run of each kernel in some seconds: a limit is what was reached once."""
+    def measure(self, seconds: float = 0.5, large: bool = True) -> Limits:
+        """The best run of each kernel in some seconds: a limit is what was reached once.
+
+        Args:
+            large: memory is read that lies in large pages, as packed weights do; else as PyTorch's tensors lie.
+        """
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             fma = best_seconds(lambda: self._fma(self._constants, self._out), seconds)
-            memory = Pages().empty(torch.Size([self.buffer // 4]), torch.float32).fill_(1.0)  # as packed weights lie
+            size = torch.Size([self.buffer // 4])
+            memory = (Pages().empty(size, torch.float32) if large else torch.empty(size)).fill_(1.0)
             read = best_seconds(lambda: self._read(memory, self._out), seconds)
         finally:
             torch.set_num_threads(before)
