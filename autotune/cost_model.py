@@ -126,6 +126,8 @@ class CostModel:
                 if tuple(kept["names"]) != NAMES:
                     raise UsageError("the cost model was learned from other features; it is learned anew")
                 rows, model._seconds, model._groups = kept["rows"], kept["seconds"].tolist(), kept["groups"].tolist()
+                if rows.shape != (len(model._seconds), len(NAMES)) or len(model._groups) != len(rows) or np.isnan(model._seconds).any():
+                    raise UsageError("not a cost model: its measurements do not fit together")
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise UsageError(f"not a cost model: {error}") from None
         model._rows = list(rows)

@@ -103,7 +103,7 @@ def _of_target(t: Target) -> tuple[float, ...]:
 
 def _of_schedule(s: Schedule) -> list[float]:
     template, sketch = _place(s.template, _TEMPLATES), _place(f"{s.template}/{s.sketch}", _SKETCHES)
-    knobs: dict[int, float] = {}  # a knob has the same place in every sketch, whatever others there are; the next one where that is taken
+    knobs: dict[int, float] = {}  # a knob has the same place in every sketch; the next one where another of the sketch has that
     for name, value in s.knobs:
         for i, x in enumerate(value if isinstance(value, tuple) else (value,)):
             at = _place(f"{name}{i or ''}", _KNOBS)

@@ -222,7 +222,8 @@ class Extra:
         code.store(seen, 0, tirx.const(0, "uint8"))
         code.store(every, 0, one)
         top, left = code.bind_index(code.div(first, rows), "top"), code.bind_index(code.div(base, keys), "left")
-        high = self.nr // rows if self.nr % rows == 0 else (self.nr + rows - 2) // rows + 1  # as groups start at multiples of nr
+        fits = self.nr % rows == 0 or rows % self.nr == 0  # groups start at multiples of nr
+        high = max(1, self.nr // rows) if fits else (self.nr + rows - 2) // rows + 1
         last = code.size(table.shape[-2]) - 1
         wide = code.bind_index(code.simplify(code.div(base + count - 1, keys) - left + 1), "wide")
         with code.loop(high, "serial", "i") as i, code.loop(wide, "serial", "j") as j:

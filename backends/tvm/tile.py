@@ -175,7 +175,7 @@ class TileKernel:
         if self.ahead:
 
             def near(k: Index, q: int, u: int) -> None:
-                if u % line == 0:
+                if (q * self.nr + u) % line < self.lanes:  # the first vector of a line, or the first that reaches into it
                     code.prefetch(buffer, code.simplify(start + (k + q) * self.nr + (u + self.ahead // size)))
 
             return near

@@ -12,7 +12,8 @@ chunk, and whether chunks are worth their kernels, is computed from operations a
 over all keys may leave the range. Decay (retention, gates) is no mask: declined with a remark.
 Numerics: sums in another order (REASSOCIATES), running sums of halves in f32; what was a running sum alone, carried in f64 by kernels,
 becomes f32 products within a chunk (an error of 1.4e-7 where it was 0.6e-7). Features of extreme sizes may leave the range in a state
-where scores that are masked did not. What is not finite in a value reaches all rows of its chunk, and not, as 0 times it does, all rows.
+where scores that are masked did not. What is not finite in a value reaches all rows of its chunk: of masked scores
+it reached all rows, as 0 times it does, of running sums those behind it alone.
 Reference: Katharopoulos et al., Transformers are RNNs, arXiv:2006.16236, 3.2 (the causal form); Yang et al., Gated Linear Attention,
 arXiv:2312.06635, 2.1 (the chunks).
 """

@@ -200,6 +200,8 @@ def causal_of(root: Node) -> Causal | Reject:
         return NOT_THIS
     if not dims.same(size(rows), size(keys), root.graph.symbols):
         return NOT_THIS
+    if walk.problem is None and _made_of(v.value, product):
+        return Reject("its values are made of its scores: they are formed in any case", v.value)
     if walk.problem is not None:
         return walk.problem
     sums = tuple(Sums(node, axes, behind, masks < walk.masks) for node, axes, behind, masks in walk.sums)
@@ -211,6 +213,19 @@ def _above(p: Placed, own: Group) -> Placed:
     while (step := up(p.value, p.axes)) is not None and within(own, Placed(*step).atoms):
         p = Placed(*step)
     return p
+
+
+def _made_of(v: Value, node: Node) -> bool:
+    """Whether a value depends on a node."""
+    waiting, seen = [v], {v}
+    while waiting:
+        producer = waiting.pop().producer
+        if producer is node:
+            return True
+        new = [x for x in producer.operands if x not in seen] if producer is not None else []
+        seen.update(new)
+        waiting += new
+    return False
 
 
 def _is_chunk(root: Node, product: Node) -> bool:
@@ -270,7 +285,9 @@ def _states(root: Node, q: Placed, at: Placed, inner: Group, result: Axes) -> Ca
     out = tuple(a for a in flat(v.atoms) if a not in flat((*rows, *q.atoms, *k.atoms)))
     others = tuple(a for a in flat_axes(result) if a not in flat((*rows, *out)))
     owns = ((q, (*rows, *inner)), (k, (*rows, *inner)), (v, (*rows, *out)))
-    if len(flat(rows)) != 1 or not flat(inner) or not out or not all(within(s.by.atoms, (*others, *rows)) for s in steps):
+    if len(flat(rows)) != 1 or not flat(inner) or not apart(inner, rows) or not out:
+        return None
+    if not all(within(s.by.atoms, (*others, *rows)) for s in steps):
         return None
     if not all(within(own, p.atoms) and within(p.atoms, (*others, *own)) for p, own in owns):
         return None

@@ -39,7 +39,8 @@ class MaskBlocks(Pass):
             if mask is None:
                 continue
             if mask not in staged:
-                ctx.missed(self.name, "the mask is not made of weights alone: it is looked through at each call", node)
+                why = "the mask is not made of weights alone, or would be too large to keep"
+                ctx.missed(self.name, f"{why}: it is looked through at each call", node)
                 continue
             if (number := ctx.fuel.take()) is None:
                 continue

@@ -190,27 +190,34 @@ def band_of(seen: torch.Tensor) -> tuple[int | None, int | None] | None:
     return (low, high) if torch.equal(band, seen) else None
 
 
-def conjuncts(mask: Placed, negated: bool = False, depth: int = 0) -> list[tuple[Placed, bool]]:
-    """The parts of a truth value that all must hold, each with whether it is negated."""
+def conjuncts(mask: Placed, negated: bool = False) -> list[tuple[Placed, bool]]:
+    """The parts of a truth value that all must hold, each with whether it is negated, and each but once."""
+    return _conjuncts(mask, negated, 0, {})
+
+
+def _conjuncts(mask: Placed, negated: bool, depth: int, met: dict[tuple[Value, Axes, bool], None]) -> list[tuple[Placed, bool]]:
     v, axes = mask.value, mask.axes
+    if (v, axes, negated) in met:
+        return []
+    met[v, axes, negated] = None
     node = v.producer
     if node is None or depth > _DEEPEST:
         return [(mask, negated)]
     if (step := up(v, axes)) is not None:
-        return conjuncts(Placed(*step), negated, depth + 1)
+        return _conjuncts(Placed(*step), negated, depth + 1, met)
     if node.name in ("logical_not", "bitwise_not") and v.dtype.is_bool:
-        return conjuncts(Placed(node.operands[0], axes), not negated, depth + 1)
+        return _conjuncts(Placed(node.operands[0], axes), not negated, depth + 1, met)
     if node.name == "cast" and (node.operands[0].dtype.is_bool or v.dtype.is_bool):
-        return conjuncts(Placed(node.operands[0], axes), negated, depth + 1)
+        return _conjuncts(Placed(node.operands[0], axes), negated, depth + 1, met)
     joins = ("logical_or", "bitwise_or", "add") if negated else ("logical_and", "bitwise_and", "mul")
     if node.name in joins and v.dtype.is_bool:
-        return [p for x in node.operands for p in conjuncts(Placed(x, aligned(x.shape, axes)), negated, depth + 1)]
+        return [p for x in node.operands for p in _conjuncts(Placed(x, aligned(x.shape, axes)), negated, depth + 1, met)]
     if node.name in ("eq", "ne") and (number := scalar_of(node.operands[1])) in (0, 1):  # (m == 0) of a mask that is no number
         x = node.operands[0]
         inner = x.defined_by("cast")
         if x.dtype.is_bool or (inner is not None and inner.operands[0].dtype.is_bool):
             turned = (node.name == "eq") == (number == 0)
-            return conjuncts(Placed(x, aligned(x.shape, axes)), negated != turned, depth + 1)
+            return _conjuncts(Placed(x, aligned(x.shape, axes)), negated != turned, depth + 1, met)
     return [(mask, negated)]
 
 

@@ -132,6 +132,8 @@ def _masked_by(text: str) -> str:
     (BEFORE.replace("512", "128"), "all pairs of 128 rows are hardly more work than chunks of them"),
     (BEFORE.replace("%v: f32[2, 512, 8])", "%v: f32[2, 512, 8], %g: f32[512, 512])").replace("div(%w, %z)", "mul(%w, %g)"),
      "not proven to be ones and zeros"),
+    (BEFORE.replace("matmul(%n, %v)", "matmul(%n, %y)").replace("%o: f32", "%y: f32[2, 512, 8] = mul(%v, %z)\n %o: f32"),
+     "its values are made of its scores"),
     (AFTER, None),
 ])  # fmt: skip
 def test_must_not_fire(text: str, why: str | None) -> None:
@@ -158,6 +160,15 @@ def test_what_is_broadcast_along_rows_or_keys() -> None:
     same = BEFORE.replace("%k: f32[2, 512, 8]", "%k: f32[1, 8]").replace("%t: f32[2, 8, 512] = transpose(%k)", keys)
     g = check_pass(CausalLinearAttention(), same)
     assert not _holds_pairs(g, 512)
+
+
+def test_parts_of_a_mask_are_looked_at_once() -> None:
+    """A mask that is joined with itself forty times over: 2^40 parts, if each were followed by every way to it."""
+    joined = "".join(f"%l{n}: b1[512, 512] = logical_and(%m{n}, %a)\n %r{n}: b1[512, 512] = logical_and(%m{n}, %b)\n"
+                     f"%m{n + 1}: b1[512, 512] = logical_and(%l{n}, %r{n})\n" for n in range(40))  # fmt: skip
+    given = "%v: f32[2, 512, 8], %a: b1[512, 512], %b: b1[512, 512])"
+    text = BEFORE.replace("%v: f32[2, 512, 8])", given).replace("%m: b1", "%m0: b1").replace("%zero:", joined + "%zero:")
+    check_pass(CausalLinearAttention(), text.replace("where(%m,", "where(%m40,"), fires=False, reason="not proven to be triangular")
 
 
 # --- spellings -----------------------------------------------------------------------------------------------------------

@@ -92,6 +92,21 @@ def test_symbolic_length_and_a_step_between() -> None:
     (BEFORE.replace("cumsum", "cummax"), None),
     (BEFORE.replace("%k: f32[2, 512, 32]", "%k: f32[2, 512, 768]").replace("%a: f32[2, 512, 32, 1] = reshape(%k) {shape = [2, 512, 32, 1]}",
      "%a: f32[2, 512, 32, 24] = reshape(%k) {shape = [2, 512, 32, 24]}"), None),  # as in RWKV: no outer product
+    ("""graph @f(%q: f32[2, 512], %k: f32[2, 512], %v: f32[2, 512, 64]) -> f32[2, 64] {
+       %a: f32[2, 512, 1] = reshape(%k) {shape = [2, 512, 1]}
+       %p: f32[2, 512, 64] = mul(%a, %v)
+       %s: f32[2, 512, 64] = cumsum(%p) {axis = 1}
+       %c: f32[2, 512, 1] = reshape(%q) {shape = [2, 512, 1]}
+       %x: f32[2, 512, 64] = mul(%c, %s)
+       %o: f32[2, 64] = sum(%x) {axes = [1]}
+       return %o
+     }""", None),  # summed over the rows themselves
+    ("""graph @f(%q: f32[2, 1, 512], %k: f32[2, 512, 1], %v: f32[2, 512, 64]) -> f32[2, 1, 64] {
+       %p: f32[2, 512, 64] = mul(%k, %v)
+       %s: f32[2, 512, 64] = cumsum(%p) {axis = 1}
+       %o: f32[2, 1, 64] = matmul(%q, %s)
+       return %o
+     }""", None),
     (AFTER, None),
 ])  # fmt: skip
 def test_must_not_fire(text: str, why: str | None) -> None:
