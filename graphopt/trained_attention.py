@@ -70,6 +70,7 @@ def _fake_backward(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *ar
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *inputs[:OPERANDS])
     ctx.attrs = inputs[OPERANDS:]
 

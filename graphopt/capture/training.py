@@ -11,6 +11,7 @@ A node of Dynamo's graph and a value of the IR belong together by the trace: all
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -49,6 +50,10 @@ _THROUGH = ("reshape", "transpose", "broadcast_to", "cast")  # what may lie betw
 Views = tuple[tuple[str, Any], ...]
 _STATEFUL = ("_enter_autocast", "autograd_function_apply", "_functorch")  # running them would change more than values
 _HINTS = ("softmax", "scaled_dot_product_attention", "exp")
+_CLOSED = {  # what attention may be within, and is not seen
+    "multi_head_attention_forward": "PyTorch's multi_head_attention_forward is one function, which is not looked into",
+    "tag_activation_checkpoint": "a checkpoint is not looked into",
+}
 
 
 def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
@@ -57,20 +62,24 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
     Returns:
         What was found, and why what was not replaced was not.
     """
-    if options.backend == "eager" or not _worth_a_look(gm):
+    if options.backend == "eager":
         return []
+    names = [str(getattr(n.target, "__name__", n.target)) for n in gm.graph.nodes]
+    closed = [Remark("missed", NAME, NAME, why) for part, why in _CLOSED.items() if any(part in name for name in names)]
+    if not _worth_a_look(gm, names):
+        return closed
     try:
         found, said = _look(gm, options)
     except Exception as error:  # nothing was changed yet, and training goes on without
         reason = first_line(error)
-        return [Remark("missed", NAME, NAME, f"attention is not looked for: {reason}")]
+        return [*closed, Remark("missed", NAME, NAME, f"attention is not looked for: {reason}")]
     calls: dict[torch.fx.Node, torch.fx.Node] = {}
     for replacement in found:
         calls[replacement.node] = replacement.put_into(gm, calls)
     for replacement in found:  # now that no other region reads what is erased
         _erase_unread(replacement.node, gm)
     gm.recompile()
-    return said
+    return closed + said
 
 
 def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement], list[Remark]]:
@@ -102,14 +111,13 @@ def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement
     return replacements, said + [r for r in ctx.remarks if r.pass_name == NAME]
 
 
-def _worth_a_look(gm: torch.fx.GraphModule) -> bool:
+def _worth_a_look(gm: torch.fx.GraphModule, names: Sequence[str]) -> bool:
     """Whether a graph for the CPU has a softmax, or something that may be a part of one."""
     fakes = [n.meta.get("example_value") for n in gm.graph.nodes]
     on_cpu = all(x.device.type == "cpu" for x in fakes if isinstance(x, torch.Tensor))
-    named = [str(getattr(n.target, "__name__", n.target)) for n in gm.graph.nodes]
-    if any(part in name for name in named for part in _STATEFUL):
+    if any(part in name for name in names for part in _STATEFUL):
         return False
-    return on_cpu and any(hint in name for name in named for hint in _HINTS)
+    return on_cpu and any(hint in name for name in names for hint in _HINTS)
 
 
 # --- from Dynamo's graph to the IR -----------------------------------------------------------------------------------
@@ -233,11 +241,18 @@ def _written(n: torch.fx.Node) -> list[torch.fx.Node]:
     """The nodes whose tensors a node may write into."""
     name = str(getattr(n.target, "__name__", n.target)).partition(".")[0]
     writes = name in ("setitem", *_AUGMENTED) or (name.endswith("_") and not name.endswith("__"))
-    given = n.args[3:] if "dropout" in name else n.args  # by position: F.elu(x, 1.0, True), F.dropout(x, 0.1, training, True)
-    in_place = n.kwargs.get("inplace") is True or any(a is True for a in given)
+    in_place = n.kwargs.get("inplace") is True or any(a is True and p == "inplace" for a, p in zip(n.args, _parameters(n), strict=False))
     several = name.startswith("_foreach")
     written = [*(n.all_input_nodes[: None if several else 1] if writes or in_place else ()), n.kwargs.get("out")]
     return [x for x in written if isinstance(x, torch.fx.Node)]
+
+
+def _parameters(n: torch.fx.Node) -> list[str]:
+    """The names of what a node's function takes, in order: ``inplace`` may be given by position. None of a built-in one, which has no such."""
+    try:
+        return list(inspect.signature(n.target).parameters) if callable(n.target) else []
+    except (TypeError, ValueError):
+        return []
 
 
 def _storage(node: torch.fx.Node) -> int:
@@ -345,6 +360,8 @@ def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, _Known]
         return "it has no elements"
     if not isinstance(p.q.shape[-1], int) or not isinstance(p.v.shape[-1], int):
         return "heads of unknown size"
+    if p.bias is not None and p.bias.shape[-1] == 1 and not dims.same(p.k.shape[-2], 1) and _trains(p.bias, before):
+        return "its bias, the same for all keys, needs a gradient"
     if p.slopes is not None and _trains(p.slopes, before):
         return "its slopes need a gradient, too"
     if p.q.type.rank != p.k.type.rank or p.k.type.rank != p.v.type.rank or p.q.type.rank < 3:

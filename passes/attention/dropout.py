@@ -37,9 +37,13 @@ def read_dropout(v: Value) -> Drop | None:
 
 def _factors(v: Value, depth: int = 0) -> tuple[float, list[Value], list[Value]]:
     """(number, tensors) whose product a value is, and the products on the way."""
-    node = v.defined_by("mul", "div")
+    node = v.defined_by("mul", "div", "cast")
     if node is None or depth > 4:
         return 1.0, [v], []
+    if node.name == "cast":  # of a draw that halves are multiplied by: PyTorch divides it as f32
+        scale, found, through = _factors(node.operands[0], depth + 1)
+        drawn = len(found) == 1 and _kept(found[0]) is not None and v.dtype.is_float and node.operands[0].dtype.is_float
+        return (scale, found, [v, *through]) if drawn else (1.0, [v], [])
     x, y = node.operands
     if node.name == "div":
         c = number(y)

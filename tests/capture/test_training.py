@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from training_checks import B, D, Fn, H, M, compiled, gradients, judge, qkv, x
 
 from graphopt import clear_reports, reports
@@ -94,6 +95,7 @@ CASES: dict[str, tuple[Fn, Sequence[torch.Tensor]]] = {
     "shared heads": (repeated, qkv(shared=2)),
     "keys of one batch": (naive, [x(B, H, M, D), x(1, H, M, D), x(1, H, M, D, seed=1)]),
     "library": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2), qkv()),
+    "library, by position": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True), qkv()),
     "library, shared heads": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), qkv(shared=2)),
     "library, a mask": (blind, [*qkv(), (torch.arange(M) < 6)[None]]),
     "library, a row that sees nothing": (blind, [*qkv(), (x(M, M) < 0.5) & (torch.arange(M)[:, None] != 4)]),
@@ -175,6 +177,11 @@ def constant_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return w @ v
 
 
+def within_one_function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, o: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    y, _ = F.multi_head_attention_forward(x, x, x, D, H, w, b, None, None, False, 0.0, o, c, need_weights=False)
+    return y
+
+
 DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
     "slopes": (lambda q, k, v, s: learned(q, k, v, s[:, None, None] * torch.arange(M)), [*qkv(), x(H)], "its slopes need a gradient"),
     "a learned bias and a mask of numbers": (lambda q, k, v, b, m: learned(q, k, v, b + (1.0 - m) * -1e9),
@@ -188,6 +195,9 @@ DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
                                 [*qkv(), torch.arange(M) % 2], "may hide all keys"),
     "detached keys": (lambda q, k, v: naive(q, k.detach(), v), qkv(), "stopped on the way, by detach"),
     "weights without a gradient": (constant_weights, qkv(), "stopped on the way"),
+    "a learned bias of rows": (learned, [*qkv(), x(M, 1)], "the same for all keys"),
+    "one function": (within_one_function, [x(1, M, D), x(3 * D, D), x(3 * D), x(D, D), x(D)], "multi_head_attention_forward is one function"),
+    "a checkpoint": (lambda *a: checkpoint(naive, *a, use_reentrant=False), qkv(), "a checkpoint is not looked into"),
     "weights are a result": (with_weights, qkv(), "read elsewhere"),
 }  # fmt: skip
 
