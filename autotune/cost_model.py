@@ -29,7 +29,7 @@ import numpy as np
 
 from graphopt.autotune.features import NAMES, Vector, features
 from graphopt.autotune.gaussian import Array, Points, Process, strided
-from graphopt.autotune.records import Measured
+from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.space import LoopNest, Schedule, SearchSpace, Workload
 from graphopt.errors import UsageError
 from graphopt.target import Target
@@ -75,8 +75,10 @@ class CostModel:
     # --- what the search calls -------------------------------------------------------------------------------------------
 
     def observe(self, w: Workload, target: Target, results: Sequence[tuple[Schedule, Measured]], spaces: Sequence[SearchSpace]) -> None:
-        """Learn from what was measured of a workload."""
+        """Learn from what was measured of a workload; one that was lost says nothing."""
         for s, m in results:
+            if m.status is Status.LOST:
+                continue
             self._rows.append(self._features(w, target, s, _nests(spaces)))
             self._seconds.append(m.seconds if m.ok and m.seconds is not None else math.inf)
             self._groups.append(w.key)

@@ -156,7 +156,7 @@ def died_of(code: int) -> str:
 
 
 @dataclass
-class _Session:
+class TaskSession:
     """The cases of the subject that is being measured, and which of them the child has.
 
     Attributes:
@@ -201,7 +201,7 @@ class ProcessRunner:
     def __init__(self, loader: str, threads: int, timing: Timing | None = None, seed: int = 0) -> None:
         self.loader, self.threads, self.timing, self.seed = loader, threads, timing or Timing(), seed
         self._process: RunnerProcess | None = None
-        self._session: _Session | None = None
+        self._session: TaskSession | None = None
 
     def start(self) -> None:
         """Start the process; it gets ready while others work."""
@@ -232,14 +232,15 @@ class ProcessRunner:
         self.start()
         if self._session is None or self._session.subject is not subject:
             self._forget()
-            self._session = _Session(subject, {})
+            self._session = TaskSession(subject, {})
         for built in candidates:
             start = time.perf_counter()
             try:
                 trial = self._trial(self._session, built, incumbent)
             except Failed as failure:
                 trial = Trial(built, Measured(failure.status, reason=failure.reason))
-                self._session.loaded = None if failure.status is not Status.WRONG else self._session.loaded
+                if isinstance(failure, Gone):
+                    self._session.loaded = None
             seconds = time.perf_counter() - start
             trial = replace(trial, measured=replace(trial.measured, build_seconds=built.seconds, trial_seconds=built.seconds + seconds))
             if trial.won:
@@ -247,7 +248,7 @@ class ProcessRunner:
                 incumbent = Incumbent(built, trial.measured.seconds)
             yield trial
 
-    def _trial(self, session: _Session, built: Built, incumbent: Incumbent | None) -> Trial:
+    def _trial(self, session: TaskSession, built: Built, incumbent: Incumbent | None) -> Trial:
         if built.failure:
             raise Failed(Status.BUILD_FAILED, built.failure)
         verdict = self._check(session, 0, built, incumbent)
@@ -285,7 +286,7 @@ class ProcessRunner:
             self._process = self._new_process()
             raise Gone(Status.CRASHED, "it took the process that watches over it down, too") from None
 
-    def _load_case(self, session: _Session, n: int) -> Arena:
+    def _load_case(self, session: TaskSession, n: int) -> Arena:
         """Case n of the subject, in shared memory and known to the child."""
         if n not in session.arenas:
             session.arenas[n] = Arena(session.subject.case(2 * self.seed + n))
@@ -297,7 +298,7 @@ class ProcessRunner:
             session.loaded = n
         return arena
 
-    def _check(self, session: _Session, n: int, built: Built, incumbent: Incumbent | None) -> Verdict:
+    def _check(self, session: TaskSession, n: int, built: Built, incumbent: Incumbent | None) -> Verdict:
         """Run once on case n, and judge. Raises Failed."""
         arena = self._load_case(session, n)
         arena.poison()
@@ -305,7 +306,7 @@ class ProcessRunner:
         self._ask({"do": "check", "which": [built.path, built.entry]}, patience)
         return session.judged(n)
 
-    def _race(self, session: _Session, built: Built, incumbent: Incumbent | None, floor: float) -> Race:
+    def _race(self, session: TaskSession, built: Built, incumbent: Incumbent | None, floor: float) -> Race:
         t = self.timing
         arena = session.arenas[0]
         arena.poison()

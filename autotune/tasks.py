@@ -10,6 +10,8 @@ from graphopt.autotune.measure import Incumbent, Subject
 from graphopt.autotune.records import Measured
 from graphopt.autotune.space import Schedule, Workload
 
+MOST_LOST = 3  # trials of a task's default schedule that the machine did not survive
+
 
 @dataclass(frozen=True)
 class Task:
@@ -63,7 +65,7 @@ class Progress:
     """Where a task stands.
 
     Attributes:
-        default: what the default schedule gave; None before it was tried.
+        default: what the default schedule gave; None before it was tried. ``lost``: how often the machine was lost meanwhile.
         incumbent: the fastest so far.
         trials: candidates tried in this part of the run, ``earlier`` in those before; ``spent``: seconds for them.
         rounds: (trials so far, those of earlier parts included; seconds of the incumbent) at the end of every round.
@@ -81,6 +83,7 @@ class Progress:
     curve: list[tuple[float, float]] = field(default_factory=list)
     rounds: list[tuple[int, float | None]] = field(default_factory=list)
     statuses: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
 
     @property
     def best(self) -> float | None:
@@ -95,8 +98,13 @@ class Progress:
         return self.default.seconds / self.incumbent.seconds
 
     @property
+    def wants_default(self) -> bool:
+        """Whether the default schedule is to be tried: without it, nobody knows what the others are worth."""
+        return self.default is None and self.lost < MOST_LOST
+
+    @property
     def exhausted(self) -> bool:
-        return self.search.exhausted
+        return self.search.exhausted and not (self.lost and self.wants_default)
 
 
 class Scheduler(Protocol):

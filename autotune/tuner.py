@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from graphopt.autotune.measure import Builder, Built, Incumbent, Runner, Trial
-from graphopt.autotune.records import Measured
+from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.scheduler import ByGain
 from graphopt.autotune.space import Schedule
 from graphopt.autotune.tasks import Progress, Proposer, Scheduler, Task
@@ -153,7 +153,7 @@ class Tuner:
         if p.incumbent is None and index in self._known:
             self._reinstate(p, index)
         schedules = p.search.propose(size)
-        if p.default is None and p.incumbent is None and p.task.default not in schedules:
+        if p.wants_default and p.task.default not in schedules:
             schedules = [p.task.default, *schedules[: max(0, size - 1)]]
         if not schedules:
             return True
@@ -194,7 +194,9 @@ class Tuner:
         m = trial.measured
         p.trials += 1
         p.statuses[m.status.value] = p.statuses.get(m.status.value, 0) + 1
-        if trial.schedule == p.task.default:
+        if trial.schedule == p.task.default and m.status is Status.LOST:
+            p.lost += 1
+        elif trial.schedule == p.task.default:
             p.default = m
         if trial.won:
             assert m.seconds is not None

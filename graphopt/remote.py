@@ -4,8 +4,9 @@ The machine is lent by a tracker of TVM's RPC. A process of this machine has the
 stands where the process that runs candidates stands otherwise: everything else of :class:`~graphopt.autotune.runner.ProcessRunner` is
 the same.
 
-A session that ends, or a server that gives no answer, costs the candidate that was being tried, which is written down as ``lost``: it may
-have been its doing. The next one is tried in a new session. After several that were lost one after the other, the tuner gives up.
+A candidate whose session ends, or whose server gives no answer, is tried once more in a new session. If that is lost, too, it may be its
+doing: it is written down as ``lost``, and the next one is tried. While a case is sent no kernel runs, so that is tried again as often as
+sessions may be lost: after several that were lost one after the other, the tuner gives up.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt.autotune.measure import Timing
+from graphopt.autotune.measure import Built, Incumbent, Timing, Trial
 from graphopt.autotune.records import Status
-from graphopt.autotune.runner import START, Failed, Gone, ProcessRunner, RunnerProcess
+from graphopt.autotune.runner import START, Failed, Gone, ProcessRunner, RunnerProcess, TaskSession
 from graphopt.errors import RemoteError, UsageError
 from graphopt.target import Target
 from graphopt.tuning import PREFIX
 
 MOST_LOST = 3  # sessions one after the other
+TRIES = 2  # of a candidate whose kernel was running when the session was lost
 GRACE = 120.0  # seconds for what is sent, beyond those that a candidate has
 RUNS = 4  # of a candidate in a race: processes on the other machine, each with the time that a race may take here
 PATIENCE = 60.0  # seconds to wait until a server is free
@@ -97,6 +99,18 @@ class RemoteRunner(ProcessRunner):
     def close(self) -> None:
         super().close()
         self._folder.cleanup()
+
+    def _trial(self, session: TaskSession, built: Built, incumbent: Incumbent | None) -> Trial:
+        running = 0
+        for last in (False,) * (MOST_LOST - 1) + (True,):
+            try:
+                return super()._trial(session, built, incumbent)
+            except Gone:
+                running += session.loaded is not None  # else a case was being sent
+                if last or running == TRIES:
+                    raise
+                session.loaded = None
+        raise AssertionError
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         if request["do"] != "case":

@@ -60,11 +60,18 @@ class RemoteBench:
 
     def case(self, **request: Any) -> dict[str, Any]:
         """Send a case."""
+        from graphopt.backends.tvm.rpc import Refused
+
         with self._watched() as session:
             if self._case is not None:
                 self._case.free()
-            self._case = None
             self._case = _Case(session, request)
+            try:
+                self._case.send()
+            except Refused:
+                self._case.free()
+                self._case = None
+                raise
             return {"machine": session.target.fingerprint}
 
     def check(self, which: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -112,17 +119,23 @@ class _Case:
         self._in_place: int | None = request["in_place"]
         self._size, self._end_of_inputs = request["size"], request["writable"]
         self._owned: list[tuple[int, int]] = []
-        self._image = self._map(self._size, shared=True)
-        session.write(self._image, self._readable[: self._end_of_inputs].numpy())
-        session.make_read_only(self._image, self._end_of_inputs)
-        inputs, outputs = ([self._image + p.offset for p in places] for places in self._places)
-        if self._in_place is not None:
-            inputs[self._in_place] = outputs[0]
-        self._width = len(inputs) + len(outputs) + len(request["sizes"])
-        self._checked = self._rows(np.array([[*inputs, *outputs]]))
+        self._width = sum(map(len, self._places)) + len(request["sizes"])
         self._poison = self._fetched = 0  # addresses of what outputs are filled with, and of what was fetched last
         self._known: torch.Tensor | None = None  # that
         self._timed_rows, self._copies, self._at = 0, 0, 0
+
+    def send(self) -> None:
+        """Lay out the image: the inputs end where a page of that machine ends, and from there on it is writable."""
+        session = self._session
+        start = self._map(self._size + session.page, shared=True)
+        before = -self._end_of_inputs % session.page
+        self._image = start + before
+        session.write(self._image, self._readable[: self._end_of_inputs].numpy())
+        session.make_read_only(start, before + self._end_of_inputs)
+        inputs, outputs = ([self._image + p.offset for p in places] for places in self._places)
+        if self._in_place is not None:
+            inputs[self._in_place] = outputs[0]
+        self._checked = self._rows(np.array([[*inputs, *outputs]]))
 
     def free(self) -> None:
         """Give the memory back."""

@@ -208,8 +208,13 @@ class Target:
 class Machine(Protocol):
     """A machine that can be asked what it is: this one, or another."""
 
-    arch: str
-    model: str  # where Linux does not tell
+    @property
+    def arch(self) -> str:
+        """``x86_64``, ``aarch64``."""
+
+    @property
+    def model(self) -> str:
+        """What it is called, where Linux does not tell."""
 
     def read(self, path: str) -> str:
         """The text of a file; empty if it cannot be read."""
@@ -227,8 +232,13 @@ class Machine(Protocol):
 class _Here:
     """This machine."""
 
-    arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    model = platform.processor()
+    @property
+    def arch(self) -> str:
+        return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+    @property
+    def model(self) -> str:
+        return platform.processor()  # starts a program
 
     def read(self, path: str) -> str:
         try:

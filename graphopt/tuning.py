@@ -20,7 +20,7 @@ from typing import Any
 from graphopt.autotune.cost_model import CostModel
 from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Timing, Trial
-from graphopt.autotune.records import Measured, TuningRecord
+from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
@@ -216,7 +216,7 @@ def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -
     out: dict[int, Standing] = {}
     for i, task in enumerate(tasks):
         mine = [r for r in done if r.workload.key == task.workload.key]
-        default = next((r.measured for r in mine if r.schedule == task.default), None)
+        default = next((r.measured for r in mine if r.schedule == task.default and r.measured.status is not Status.LOST), None)
         lead: TuningRecord | None = None
         for r in mine:
             if r.measured.ok and (lead is None or (r.measured.gain or 0.0) > 1.0):

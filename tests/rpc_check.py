@@ -14,10 +14,22 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 START = 120.0  # seconds for a process to take connections
-ONE_PROCESSOR = """
-import os, runpy, sys
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-sys.argv = sys.argv[1:]
+PROGRAM = """
+import ctypes, os, runpy, signal, subprocess, sys
+
+def die_with_parent():
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **named):
+        super().__init__(*args, preexec_fn=die_with_parent, **named)
+
+die_with_parent()  # however that ends, and so do the programs that are started here
+subprocess.Popen = Popen
+if sys.argv[1] == "pinned":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as whoever starts a server may have it
+sys.argv = sys.argv[2:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 NEEDS = ("tornado", "cloudpickle")
@@ -35,7 +47,7 @@ def free_port() -> int:
 def process(*args: str, log: Path, pinned: bool = False) -> Iterator[subprocess.Popen[bytes]]:
     """A program of TVM with all that it starts: one process group, of which nothing is left; on one processor if ``pinned``."""
     with log.open("wb") as out:
-        program = [sys.executable, *(["-c", ONE_PROCESSOR] if pinned else ["-m"]), *args]
+        program = [sys.executable, "-c", PROGRAM, "pinned" if pinned else "", *args]
         started = subprocess.Popen(program, stdout=out, stderr=out, start_new_session=True)
     try:
         yield started
@@ -48,12 +60,18 @@ def process(*args: str, log: Path, pinned: bool = False) -> Iterator[subprocess.
 @contextlib.contextmanager
 def tracker(folder: Path) -> Iterator[int]:
     """A tracker; its port."""
-    port = free_port()
-    with process("tvm.exec.rpc_tracker", "--host", HOST, "--port", str(port), "--port-end", str(port + 1), log=folder / "tracker.log"):
+    port, log = free_port(), folder / "tracker.log"
+    with process("tvm.exec.rpc_tracker", "--host", HOST, "--port", str(port), "--port-end", str(port + 1), log=log) as started:
         end = time.monotonic() + START
-        while socket.socket().connect_ex((HOST, port)) and time.monotonic() < end:
+        while time.monotonic() < end and started.poll() is None and not listens(port):
             time.sleep(0.05)
+        assert listens(port), log.read_text()
         yield port
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex((HOST, port)) == 0
 
 
 @contextlib.contextmanager

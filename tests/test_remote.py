@@ -8,13 +8,16 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from graphopt.autotune.arena import Arena
 from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Incumbent, Timing, Trial
 from graphopt.autotune.records import Status
+from graphopt.autotune.runner import RunnerProcess
 from graphopt.cli.main import app
 from graphopt.cli.tune import _again
 from graphopt.errors import DeviceError, RemoteError, UsageError
@@ -26,7 +29,7 @@ from graphopt.tuning import check_device
 from tests import rpc_check
 from tests.autotune.fake_kernels import SIZE, schedule, subject
 
-KEY = "loop"
+KEY, KEPT = "loop", "kept"  # of a server that each test borrows for itself, and of one that ``runner`` keeps
 MODEL = """
 import torch
 
@@ -183,13 +186,14 @@ def server(folder: Path, tracker: int) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def runner(server: int) -> Iterator[RemoteRunner]:
-    runner = RemoteRunner(Address(rpc_check.HOST, server, KEY), 1, QUICK)
-    try:
-        runner.connect()
-        yield runner
-    finally:
-        runner.close()
+def runner(folder: Path, tracker: int) -> Iterator[RemoteRunner]:
+    runner = RemoteRunner(Address(rpc_check.HOST, tracker, KEPT), 1, QUICK)
+    with rpc_check.server(folder, tracker, KEPT):
+        try:
+            runner.connect()
+            yield runner
+        finally:
+            runner.close()
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +212,7 @@ def measure(runner: RemoteRunner, folder: Path, *kernels: str, incumbent: Incumb
     return list(runner.measure(subject(), [built(folder, k) for k in kernels], incumbent))
 
 
-# --- the command; first, while nothing else of this file has borrowed the server ---------------------------------------
+# --- the command -------------------------------------------------------------------------------------------------------
 
 
 def tune(tracker: str, key: str, folder: Path, *args: str) -> Result:
@@ -239,9 +243,7 @@ def test_what_cannot_be_loaded_there_is_told_and_the_server_goes_on(server: int,
 
 
 def test_it_is_described_as_it_describes_itself(runner: RemoteRunner, small_machine: Target) -> None:
-    remote = runner.connect()
-    assert remote.target == small_machine
-    assert remote.threads == 1
+    assert runner.connect().target == small_machine
 
 
 def test_the_first_that_is_right_is_the_incumbent_and_a_faster_one_takes_its_place(runner: RemoteRunner, folder: Path) -> None:
@@ -262,16 +264,115 @@ def test_a_bad_candidate_is_found_and_the_next_one_is_measured(
     assert good.won and good.measured.ok
 
 
+# --- memory of the other machine ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(folder: Path, server: int) -> Iterator[RemoteBench]:
+    """A session of this process."""
+    bench = RemoteBench(rpc_check.HOST, server, KEY, str(folder), 1, patience=30.0)
+    bench.connect()
+    yield bench
+    bench._case = bench._session = None  # it ends
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena(subject().case(0))
+    yield arena
+    arena.close()
+
+
+def send(bench: RemoteBench, arena: Arena) -> None:
+    bench.case(**arena.description, weights=[], between=0, threads=1)
+
+
+@pytest.mark.parametrize("page", [4 << 10, 16 << 10, 64 << 10])
+def test_inputs_are_read_only_to_their_end_on_pages_of_any_size(bench: RemoteBench, arena: Arena, page: int) -> None:
+    assert arena.writable % (16 << 10), "the inputs end on a large page by themselves"
+    assert bench._session is not None
+    bench._session.page = page
+    send(bench, arena)
+    assert bench._case is not None
+    end = bench._case._image + arena.writable
+    maps = [line.split()[:2] for line in bench._session.text("/proc/self/maps").splitlines()]
+    assert [how for where, how in maps if where.endswith(f"-{end:x}")] == ["r--s"]
+
+
+def test_a_machine_without_memory_costs_the_candidate_and_keeps_the_session(
+    bench: RemoteBench, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.backends.tvm.rpc import Refused
+
+    session = bench._session
+    mapped, unmapped = [], []
+    assert session is not None
+    map_memory, unmap = session.map, session.unmap
+
+    def first_only(size: int, shared: bool = False) -> int:
+        if mapped:
+            return map_memory(1 << 60)
+        mapped.append(map_memory(size, shared))
+        return mapped[-1]
+
+    def noted(address: int, size: int) -> None:
+        unmapped.append(address)
+        unmap(address, size)
+
+    monkeypatch.setattr(session, "map", first_only)
+    monkeypatch.setattr(session, "unmap", noted)
+    with pytest.raises(Refused, match="there is no memory for"):
+        send(bench, arena)
+    assert unmapped == mapped
+    monkeypatch.undo()
+    send(bench, arena)
+    assert bench._session is session
+
+
 # --- a server that is lost, or not there -------------------------------------------------------------------------------
 
 
-def test_a_lost_session_costs_a_candidate_and_the_next_one_has_a_new_session(runner: RemoteRunner, folder: Path) -> None:
+def losing(runner: RemoteRunner, monkeypatch: pytest.MonkeyPatch, what: str, times: int) -> list[str]:
+    """The session ends in the next requests for something; the requests that are made from now on."""
+    asked: list[str] = []
+    ask = RunnerProcess.ask
+
+    def lost(process: RunnerProcess, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        asked.append(request["do"])
+        if request["do"] == what and asked.count(what) <= times:
+            process.ready()
+            os.kill(process._child, signal.SIGKILL)  # with it the connection ends
+        return ask(process, request, seconds)
+
+    monkeypatch.setattr(RunnerProcess, "ask", lost)
+    return asked
+
+
+@pytest.mark.parametrize(("what", "times"), [("case", 2), ("check", 1), ("race", 1)])
+def test_a_candidate_whose_session_is_lost_is_tried_again(
+    runner: RemoteRunner, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str, times: int
+) -> None:
+    asked = losing(runner, monkeypatch, what, times)
     assert measure(runner, folder, "good")[0].measured.ok
-    assert runner._process is not None
-    os.kill(runner._process._child, signal.SIGKILL)  # with it the connection ends
+    assert asked.count("case") == 1 + times
+
+
+def test_one_that_is_lost_twice_is_lost_and_the_next_one_has_a_new_session(
+    runner: RemoteRunner, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing(runner, monkeypatch, "check", 2)
     lost, good = measure(runner, folder, "slow", "slow")
-    assert lost.measured.status is Status.LOST and f"'{KEY}'" in lost.measured.reason
+    assert lost.measured.status is Status.LOST and f"'{KEPT}'" in lost.measured.reason
     assert good.measured.ok
+
+
+def test_a_case_is_sent_once_for_candidates_that_fail(runner: RemoteRunner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = losing(runner, monkeypatch, "", 0)
+    kernels = [built(folder, k) for k in ("good", "crashes", "good", "fails", "leaks", "good")]
+    kernels[2] = replace(kernels[2], failure="out of registers")
+    trials = list(runner.measure(subject(), kernels, None))
+    assert [t.measured.status.value for t in trials] == ["ok", "crashed", "build-failed", "crashed", "leaked", "ok"]
+    assert asked.count("case") == 1
 
 
 def test_a_server_that_is_gone_ends_the_tuner(folder: Path, tracker: int) -> None:
@@ -281,10 +382,8 @@ def test_a_server_that_is_gone_ends_the_tuner(folder: Path, tracker: int) -> Non
     try:
         with rpc_check.server(folder, tracker, key):
             runner.connect()
-            trials = runner.measure(subject(), [built(folder, "good") for _ in range(1 + MOST_LOST)], None)
+            trials = runner.measure(subject(), [built(folder, "good"), built(folder, "good")], None)
             assert next(trials).measured.ok
-        for _ in range(MOST_LOST - 1):
-            assert next(trials).measured.status is Status.LOST
         with pytest.raises(RemoteError, match=f"'{key}' of the tracker at {rpc_check.HOST}:{tracker} was lost {MOST_LOST} times"):
             next(trials)
     finally:
@@ -297,12 +396,12 @@ def test_a_key_must_stand_for_machines_that_are_the_same(runner: RemoteRunner, f
         measure(runner, folder, "good")
 
 
-def test_no_tracker_no_server(tracker: int, runner: RemoteRunner, tmp_path: Path) -> None:
+def test_no_tracker_no_server(tracker: int, server: int, tmp_path: Path) -> None:
     nowhere = rpc_check.free_port()
     done = tune(f"{rpc_check.HOST}:{nowhere}", "k", tmp_path)
     assert done.exit_code == 13
     assert f"no tracker answers at {rpc_check.HOST}:{nowhere}" in done.stderr and "'k'" in done.stderr
-    with pytest.raises(RemoteError, match=f"has no server with key 'lop'; it has '{KEY}'"):
+    with pytest.raises(RemoteError, match=f"has no server with key 'lop'; it has .*'{KEY}'"):
         RemoteBench(rpc_check.HOST, tracker, "lop", str(tmp_path), 1, patience=0.1).connect()
 
 

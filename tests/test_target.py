@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from graphopt.accelerators import ACCELERATORS
 from graphopt.cli.doctor import _kernels
 from graphopt.errors import UsageError
 from graphopt.processors import PROCESSORS
-from graphopt.target import MATRIX_UNITS, Target, detect, gpu_of
+from graphopt.target import MATRIX_UNITS, Target, _Here, describe, detect, gpu_of
 
 
 def cpu(name: str) -> Target:
@@ -110,3 +111,14 @@ def test_the_number_of_cores_is_the_targets_own() -> None:
         t = Target.from_name(f"cpu:x86-64-v4:{cores}")
         groups.append(TvmBackend().templates(w, t)[0].space(w, t).default()["group"])
     assert groups[0] > groups[1]
+
+
+def test_what_a_processor_is_called_is_asked_for_only_where_linux_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask starts a program."""
+    asked: list[str] = []
+    monkeypatch.setattr(platform, "processor", lambda: asked.append("") or "sparrow")
+    assert describe(_Here()).arch == detect().arch
+    count = len(asked)
+    monkeypatch.setattr(_Here, "read", lambda self, path: "")
+    assert describe(_Here()).model == "sparrow"
+    assert len(asked) == count + 1

@@ -35,6 +35,12 @@ _READ, _WRITE, _SHARED, _PRIVATE, _ANONYMOUS = 1, 2, 1, 2, 0x20  # of mmap
 _NOW, _NOLOAD, _GLOBAL = 2, 4, 0x100  # of dlopen
 _FILE, _MOST_PARTS = 1 << 20, 64  # bytes of a file that are read at a time, and how often
 _MASK = 1024  # bytes of a set of processors
+DEFAULT = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGALRM, signal.SIGCHLD)
+"""Signals that do there what they do by themselves.
+
+To tell where a process crashed takes libraries seconds, and nobody reads it. And whoever started the server may have had the last two
+ignored: candidates that do not end would not be stopped, and those that ended could not be waited for.
+"""
 RPC_TRACKER_MAGIC = tvm.rpc.base.RPC_TRACKER_MAGIC
 
 
@@ -70,6 +76,10 @@ class Died(Exception):
         self.timed_out = timed_out
 
 
+class Refused(Exception):
+    """The machine is there, and cannot do what it was asked to: it has no memory for it, or no process."""
+
+
 class Session:
     """A server that was lent.
 
@@ -80,10 +90,12 @@ class Session:
         seconds: to wait until a server is free.
 
     Attributes:
+        page: bytes of a page of memory there.
         pool: ``libgomp`` or ``tvm``: where parallel loops run.
 
     Raises:
         RemoteError: here and in all methods: there is no such server, or it is gone.
+        Refused: here and in methods that ask for memory: there is none.
     """
 
     arch: str
@@ -97,9 +109,9 @@ class Session:
         self._libraries: dict[str, tuple[int, Any]] = {}  # with the module that holds it
         self._kernels: dict[tuple[str, str], int] = {}
         self._get_agent(folder)
-        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
-            self.c("signal", number, 0)  # to tell where a process crashed takes libraries seconds, and nobody reads it
-        self._page = self.number("getpagesize")
+        for number in DEFAULT:
+            self.c("signal", number, 0)
+        self.page = self.number("getpagesize")
         self._slices = self.map(MOST_SLICES * SLICE_WORDS * 8, shared=True)
         self.target = describe(_There(self))
         self.threads = threads or self.target.cores
@@ -201,17 +213,16 @@ class Session:
         """The address of new memory, whole pages of zeros; if ``shared``, what forked processes write there is seen."""
         address = self.c("mmap", 0, size, _READ | _WRITE, _ANONYMOUS | (_SHARED if shared else _PRIVATE), -1, 0)
         if address == -1:  # MAP_FAILED
-            raise RemoteError(f"{self.address}: there is no memory for {size >> 20} MB")
+            raise Refused(f"there is no memory for {size / (1 << 20):.3g} MB on {self.address}")
         return address
 
     def unmap(self, address: int, size: int) -> None:
         self.c("munmap", address, size)
 
     def make_read_only(self, address: int, size: int) -> None:
-        """From now on, whoever writes to the whole pages of this memory dies."""
-        whole = size - size % self._page  # pages there may be larger than those of here
-        if whole and self.number("mprotect", address, whole, _READ):
-            raise RemoteError(f"{self.address}: memory could not be protected")
+        """From now on, whoever writes to these pages dies."""
+        if size and self.number("mprotect", address, size, _READ):
+            raise Refused(f"memory could not be protected on {self.address}")
 
     def write(self, address: int, data: np.ndarray[Any, Any]) -> None:
         """Copy bytes there."""
@@ -255,6 +266,7 @@ class Session:
 
         Raises:
             Died: it did not come to their end.
+            Refused: no process could be started.
         """
         assert len(slices) <= MOST_SLICES
         words = np.zeros((len(slices), SLICE_WORDS), np.int64)
@@ -262,7 +274,7 @@ class Session:
         self.write(self._slices, words)
         status = int(self._over("the session ended", self._run, self._slices, len(slices), width, max(1, math.ceil(seconds))))
         if status == -1:
-            raise RemoteError(f"{self.address}: no process could be started there")
+            raise Refused(f"no process could be started on {self.address}")
         words = self.read(self._slices, words.nbytes).view(np.int64).reshape(words.shape)
         if status == 0 and words[:, DONE].all():
             return [Timed(float(w[SECONDS : SECONDS + 1].view(np.float64)[0]), int(w[KILOBYTES]) << 10) for w in words]

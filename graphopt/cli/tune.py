@@ -268,7 +268,7 @@ class _RemoteSession(_Session):
             self.say(f"compiling {label(name)} for {self.target}, without running it")
             programs = lowered(*_loaded(name), self.target, Options())
             profiles += [estimate(graph, program, self.target) for graph, program in programs[1:] or programs]
-        self.found = tasks_of(profiles, self.target)
+        self.found = tasks_of(profiles, self.target)  # the machine's limits are not known: ``least`` is 0
         self.found.estimated = True
 
     def finish(self) -> None:

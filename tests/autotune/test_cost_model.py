@@ -121,6 +121,12 @@ def test_failures_rank_last() -> None:
     assert sum(failed) / len(failed) < 0.5 * sum(fine) / len(fine)
 
 
+def test_what_was_lost_teaches_nothing() -> None:
+    model = CostModel()
+    model.observe(WORKLOAD, TARGET, [(s, Measured(Status.LOST)) for s in points(3, seed=0)], [SPACE])
+    assert len(model) == 0
+
+
 def test_little_is_not_enough() -> None:
     assert learned(LEAST - 1).predict(WORKLOAD, TARGET, points(3, 1), [SPACE]) is None
     assert learned(LEAST).predict(WORKLOAD, TARGET, points(3, 1), [SPACE]) is not None

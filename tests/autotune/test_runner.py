@@ -14,7 +14,7 @@ import torch
 from graphopt.autotune.arena import Arena
 from graphopt.autotune.measure import Case, Incumbent, Output, Race, Timing, Trial, Verdict
 from graphopt.autotune.records import Status
-from graphopt.autotune.runner import ProcessRunner
+from graphopt.autotune.runner import ProcessRunner, RunnerProcess
 from tests.autotune.fake_kernels import BAD, LOADER, built, subject
 
 QUICK = Timing(floor=0.004, recheck=0.008, patience=3.0)
@@ -75,6 +75,16 @@ def test_one_that_is_not_faster_is_not_given_a_smaller_time(runner: ProcessRunne
 def test_a_candidate_that_could_not_be_built_is_not_run(runner: ProcessRunner) -> None:
     trial = next(runner.measure(subject(), [replace(built("good"), failure="out of registers")], None))
     assert (trial.measured.status, trial.measured.reason, trial.won) == (Status.BUILD_FAILED, "out of registers", False)
+
+
+def test_a_case_is_sent_once_for_candidates_that_fail(runner: ProcessRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    ask = RunnerProcess.ask
+    monkeypatch.setattr(RunnerProcess, "ask", lambda p, request, seconds: asked.append(request["do"]) or ask(p, request, seconds))
+    failed = replace(built("good"), failure="out of registers")
+    trials = list(runner.measure(subject(), [built("slow"), failed, built("raises"), built("leaks"), built("wrong"), built("good")], None))
+    assert [t.measured.status.value for t in trials] == ["ok", "build-failed", "crashed", "leaked", "wrong", "ok"]
+    assert asked.count("case") == 3  # the first, and the winner's: another one, and the first again
 
 
 def test_if_even_the_supervisor_dies_another_is_started() -> None:

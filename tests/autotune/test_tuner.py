@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 
-from graphopt.autotune.measure import Timing, Trial
-from graphopt.autotune.records import Measured
+from graphopt.autotune.measure import Built, Incumbent, Subject, Timing, Trial
+from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace
-from graphopt.autotune.tasks import Progress, Task
+from graphopt.autotune.tasks import MOST_LOST, Progress, Task
 from graphopt.autotune.tuner import Budget, Event, Outcome, Standing, Tried, Tuner
 from graphopt.target import Target
 from tests.autotune.fake_kernels import BAD, LOADER, FakeBuilder, schedule, space, subject
@@ -68,6 +68,46 @@ def test_a_bad_default_leaves_the_task_to_the_next_that_is_right(runner: Process
     _, p = Setup(runner, space("crashes", "good")).run(Budget())
     assert p.incumbent is not None and p.incumbent.schedule == schedule("good")
     assert p.default is not None and not p.default.ok and p.gain is None
+
+
+class LosingRunner(ProcessRunner):
+    """The machine is lost the first times that a kernel is tried."""
+
+    def __init__(self, kernel: str, times: int) -> None:
+        super().__init__(LOADER, threads=1, timing=QUICK)
+        self.kernel, self.left = kernel, times
+
+    def measure(self, subject: Subject, candidates: Sequence[Built], incumbent: Incumbent | None) -> Iterator[Trial]:
+        for built in candidates:
+            if built.entry == self.kernel and self.left:
+                self.left -= 1
+                yield Trial(built, Measured(Status.LOST, reason="the session ended"))
+                continue
+            for trial in super().measure(subject, [built], incumbent):
+                if trial.won:
+                    incumbent = Incumbent(built, trial.measured.seconds or 0.0)
+                yield trial
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_default_that_was_lost_is_tried_again(n: int) -> None:
+    runner = LosingRunner("good", 2)
+    try:
+        _, p = Setup(runner, space("good", "slow", "slower", n=n)).run(Budget(trials=9 + 2))
+    finally:
+        runner.close()
+    assert p.default is not None and p.default.ok
+    assert p.incumbent is not None and p.incumbent.schedule["kernel"] == "good"
+    assert p.statuses["lost"] == 2
+
+
+def test_a_default_that_is_always_lost_is_given_up() -> None:
+    runner = LosingRunner("good", 100)
+    try:
+        outcome, p = Setup(runner, space("good", "slow")).run(Budget())
+    finally:
+        runner.close()
+    assert outcome.why == "done" and p.statuses == {"lost": MOST_LOST, "ok": 1}
 
 
 def test_the_number_of_trials_is_kept(runner: ProcessRunner) -> None:
