@@ -248,7 +248,7 @@ def _written(n: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def _parameters(n: torch.fx.Node) -> list[str]:
-    """The names of what a node's function takes, in order: ``inplace`` may be given by position. None of a built-in one, which has no such."""
+    """The names of what a node's function takes, in order: ``inplace`` may be given by position. None of built-in ones."""
     try:
         return list(inspect.signature(n.target).parameters) if callable(n.target) else []
     except (TypeError, ValueError):

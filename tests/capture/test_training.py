@@ -196,7 +196,7 @@ DECLINED: dict[str, tuple[Fn, Sequence[torch.Tensor], str]] = {
     "detached keys": (lambda q, k, v: naive(q, k.detach(), v), qkv(), "stopped on the way, by detach"),
     "weights without a gradient": (constant_weights, qkv(), "stopped on the way"),
     "a learned bias of rows": (learned, [*qkv(), x(M, 1)], "the same for all keys"),
-    "one function": (within_one_function, [x(1, M, D), x(3 * D, D), x(3 * D), x(D, D), x(D)], "multi_head_attention_forward is one function"),
+    "one function": (within_one_function, [x(1, M, D), x(3 * D, D), x(3 * D), x(D, D), x(D)], "forward is one function"),
     "a checkpoint": (lambda *a: checkpoint(naive, *a, use_reentrant=False), qkv(), "a checkpoint is not looked into"),
     "weights are a result": (with_weights, qkv(), "read elsewhere"),
 }  # fmt: skip
