@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.autotune.space import Constraint, Knob, Param
-from graphopt.backends.forms.support import MOVES
+from graphopt.backends.forms.support import MOVES, VIEWS
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
@@ -355,17 +355,27 @@ def decode_params(form: Form, t: Target) -> tuple[Param, ...]:
     splits = 1 if tasks % t.cores == 0 or tasks >= 4 * t.cores else min(16, -(-4 * t.cores // tasks))
     while isinstance(form.keys, int) and splits > 1 and form.keys < 128 * splits:
         splits //= 2
-    keys = max(1, min(lanes, 8 // (form.share * int(form.queries))))  # type: ignore[call-overload]  # eight sums fit registers
+    integers = _of_integers(form.parts.k)  # less memory to wait for, and more to do
+    fit = 16 if integers and t.vector_registers >= 32 else 8  # sums in registers
+    keys = max(1, min(lanes, fit // (form.share * int(form.queries))))  # type: ignore[call-overload]
+    block = 32 if abreast or integers else 256  # abreast, it is of all heads
     return (
         Param("lanes", (lanes,)),
         Param("sums", (16, 8, 4) if t.vector_registers >= 32 else (8, 4)),
         Param("keys", tuple(dict.fromkeys((1 << (keys.bit_length() - 1), *(n for n in (8, 4, 2, 1, 16) if n <= lanes)))), "tile"),
-        Param("block", (32, 64, 128, 256) if abreast else (256, 128, 64, 32), "tile"),  # abreast, of all heads
+        Param("block", tuple(dict.fromkeys((block, 32, 64, 128, 256))), "tile"),
         Param("ahead", (3072, 0, 1024, 2048, 4096, 8192)),
         Param("splits", tuple(dict.fromkeys((splits, 1, 2, 4, 8, 16))), "tasks"),
         Param("parallel", (True, False), "tasks"),
         *([Param("abreast", (True, False), "tasks")] if abreast else []),
     )
+
+
+def _of_integers(v: Value) -> bool:
+    """Whether keys or values are integers in memory."""
+    while v.producer is not None and v.producer.name in VIEWS:
+        v = v.producer.operands[0]
+    return v.producer is not None and v.producer.name == "dequantize"
 
 
 def positions_first(v: Value) -> bool:
