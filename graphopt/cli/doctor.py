@@ -101,14 +101,14 @@ def _packages() -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[tuple[str, str]]:
-    """(name, version specifier) of what graphopt needs, extras included."""
+    """(name, version specifier) of what graphopt needs in a certain version, extras included."""
     try:
         required = metadata.requires("graphopt") or []
     except metadata.PackageNotFoundError:
         required = []
     for line in required:
-        match = re.match(r"([\w.-]+)\s*([^;\s]*)", line)
-        if match:
+        match = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;\s]*)", line)
+        if match and match[2]:
             yield match[1], match[2]
 
 
