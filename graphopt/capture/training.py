@@ -97,9 +97,9 @@ def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement
     said = [r for r in ctx.remarks if r.pass_name == _LAST and r.kind == "missed"]
     ctx.pass_name = NAME
     known = [k for k in places.known if k.value.producer is None or not k.value.producer.erased]
-    replacements = []
+    replacements, changed = [], _changed_in_place(gm)
     for attention in [n for n in graph.nodes() if n.name == "attention"]:
-        found = _replacement(attention, known, _changed_in_place(gm))
+        found = _replacement(attention, known, changed)
         if isinstance(found, str):
             ctx.missed(NAME, f"its gradient goes through the weights of all pairs: {found}", attention)
             continue

@@ -200,10 +200,10 @@ def causal_of(root: Node) -> Causal | Reject:
         return NOT_THIS
     if not dims.same(size(rows), size(keys), root.graph.symbols):
         return NOT_THIS
-    if walk.problem is None and _made_of(v.value, product):
-        return Reject("its values are made of its scores: they are formed in any case", v.value)
     if walk.problem is not None:
         return walk.problem
+    if _made_of(v.value, product):
+        return Reject("its values are made of its scores: they are formed in any case", v.value)
     sums = tuple(Sums(node, axes, behind, masks < walk.masks) for node, axes, behind, masks in walk.sums)
     return Causal(product, q, k, v, lead, rows, keys, inner, out, result, tuple(walk.steps), sums)
 
