@@ -157,6 +157,8 @@ class Rule(str, Enum):
     PACK = "packed operand"  # an operand is copied into the order in which tiles read it, or is held so
     CACHE_WRITE = "cache write"  # sums of several tiles are kept near while a block of the summed axis is used by all of them
     PIECES = "divided tasks"  # lines and channels of a task of any size
+    RFACTOR = "reduction factorization"  # one summed axis in pieces, each with sums of its own, which are summed at the end
+    SPLIT_DEPTH = "split depth"  # the same of a product's depth
     TURN = "turned tasks"  # threads divide the other axis first
     TENSORIZE = "tensorization"  # instructions that multiply pairs, or whole tiles
     SPLIT_NUMBERS = "split numbers"  # a number of f32 as a sum of narrower ones

@@ -15,7 +15,7 @@ from graphopt.backends.forms.support import constant_of, is_softmax_exp
 from graphopt.backends.tvm import pointwise, scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.errors import BuildError
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.ir.opset.quantize import integer_range
@@ -139,6 +139,17 @@ class Expressions:
         args = [self.at(x, broadcast_index(x, index)) for x in node.operands]
         name = "exp_shifted" if is_softmax_exp(node) else node.name
         return self.ops.apply(name, args, node.operands[-1].dtype, v.dtype, node.attrs, [constant_of(x) for x in node.operands])
+
+    def factors(self, v: Value, index: Sequence[Index]) -> tuple[Any, Any] | None:
+        """The factors of a float product at an index, for who adds it to a sum, with one rounding for both; None if it is none."""
+        node = v.producer
+        if node is None or v in self.sources or v.dtype not in (types.f32, types.f64):
+            return None
+        squared = node.name == "pow" and constant_of(node.operands[1]) == 2.0
+        if node.name != "mul" and not squared:
+            return None
+        a, b = (node.operands[0], node.operands[0]) if squared else node.operands
+        return self.at(a, broadcast_index(a, index)), self.at(b, broadcast_index(b, index))
 
     def _read(self, v: Value, at: Index) -> Any:
         """An input's element by its place in memory."""

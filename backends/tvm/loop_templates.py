@@ -4,23 +4,50 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.autotune.space import Param, Schedule, Workload
-from graphopt.backends.forms.support import ATTENTIONS
+from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
+from graphopt.backends.forms.support import ATTENTIONS, REDUCTIONS
 from graphopt.backends.tvm.template import Template, lanes_of, loops_of
 from graphopt.errors import BuildError
+from graphopt.ir.graph import Node
 from graphopt.target import Target
 
 # --- nest --------------------------------------------------------------------------------------------------------------
 
 
+_CHUNKS = (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536)
+_PIECES = (2, 4, 8, 16, 32, 64)
+_LONG, _FEW = 4096, 256  # elements of a result, and results, for which it is worth dividing a reduction
+
+
 def _nest_params(w: Workload, t: Target) -> tuple[Param, ...]:
     lanes = lanes_of(w.graph, t)
+    written = [v.type.numel for v in w.graph.outputs]
+    chunks = _CHUNKS if any(not isinstance(n, int) or n > _CHUNKS[1] for n in written) else _CHUNKS[:1]
     return (
         Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes, 4 * lanes)))),
         Param("unroll", (4, 1, 2, 8)),
-        Param("chunk", (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536), "tasks"),
+        Param("chunk", chunks, "tasks"),
         Param("parallel", (True, False), "tasks"),
     )
+
+
+def _nest_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    """That of all regions; and of few sums of many elements, which all cores are to share, one that says how they are divided."""
+    from graphopt.backends.forms.prepare import expand_rows
+
+    params, loops = _nest_params(w, t), loops_of("element_loops")(w, t)
+    plain = SearchSpace("nest", params=params, nest=loops)
+    if not any(_is_divisible(n) for n in expand_rows(w.graph).nodes()):
+        return (plain,)
+    own = (*(p for p in params if p.name != "parallel"), Param("parallel", (True,)), Param("pieces", _PIECES, "tasks"))
+    return plain, SearchSpace("nest", ("factored",), own, nest=loops)
+
+
+def _is_divisible(node: Node) -> bool:
+    if node.name not in REDUCTIONS or node.name.startswith("arg"):
+        return False
+    results, elements = node.result.type.numel, node.operands[0].type.numel
+    return isinstance(results, int) and isinstance(elements, int) and 0 < results <= _FEW and elements >= results * _LONG
 
 
 def _write_nest(w: Workload, s: Schedule, t: Target) -> Any:
@@ -28,7 +55,9 @@ def _write_nest(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.loops import Tuning
     from graphopt.backends.tvm.nest import emit_nest
 
-    return emit_nest(expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], s["chunk"], s["parallel"]), in_place=w.kind == "update")
+    pieces = s["pieces"] if s.sketch == "factored" else 0
+    tuning = Tuning(s["lanes"], s["unroll"], s["chunk"], s["parallel"], t.cores, pieces)
+    return emit_nest(expand_rows(w.graph), tuning, in_place=w.kind == "update")
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------
@@ -70,7 +99,7 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.nest import emit_nest
     from graphopt.backends.tvm.rows import RowKernel
 
-    graph, tuning = expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], parallel=s["parallel"])
+    graph, tuning = expand_rows(w.graph), Tuning(s["lanes"], s["unroll"], parallel=s["parallel"], cores=t.cores)
     try:
         return RowKernel(graph, tuning, s["rows"]).emit()
     except BuildError:  # a use across rows that shapes alone do not show
@@ -81,4 +110,4 @@ _OWN = ("conv", "conv-depthwise", *ATTENTIONS)  # kinds of which only their own 
 
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=loops_of("row_loops"))
 NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in _OWN else None, _nest_params, _write_nest,
-                nest=loops_of("element_loops"))  # fmt: skip
+                _nest_spaces)  # fmt: skip

@@ -158,9 +158,12 @@ def element_loops(graph: Graph, t: Target) -> Loops:
     total = max(1, elements(largest, graph))
     work = max(operations(graph), sum(_known(flops(n)) for n in graph.nodes()) / total)
     computed = sum(is_materialized(n) for n in graph.nodes())
+    results = max(1, *(elements(v, graph) for v in graph.outputs))
 
     def loops(s: Schedule) -> LoopNest:
         lanes, chunk, unroll = s["lanes"], min(s["chunk"], total), s["unroll"] if computed else 1
+        if s.sketch == "factored":
+            chunk = max(1, total // (s["pieces"] * results))
         tasks = -(-total // chunk)
         cores = min(t.cores, tasks) if s["parallel"] else 1
 

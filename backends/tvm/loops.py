@@ -24,12 +24,16 @@ class Tuning:
         unroll: vectors that a reduction keeps in flight.
         chunk: elements of the innermost loop a parallel step.
         parallel: whether loops may be launched in parallel.
+        cores: that there are for them.
+        pieces: of a reduced axis, each with partial results of its own; 0 to go by what there is to do.
     """
 
     lanes: int
     unroll: int = 4
     chunk: int = CHUNK
     parallel: bool = True
+    cores: int = 1
+    pieces: int = 0
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 
 from graphopt.backends.forms.support import SCANS, SCATTERS, is_materialized
 from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm.argreduce import ArgReduction
 from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.elementwise import scratch
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
@@ -104,5 +105,6 @@ def _materialize(args: Arguments, sources: dict[Value, Source], node: Node, tuni
     elif node.name in SCANS:
         Scan(args, known, node, tuning, sink).emit()
     else:
-        Reduction(args, known, node, tuning, sink).emit()
+        kind = ArgReduction if node.name.startswith("arg") else Reduction
+        kind(args, known, node, tuning, sink).emit()
     return None

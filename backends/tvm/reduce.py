@@ -2,8 +2,9 @@
 
 Where the innermost axis is reduced, several vectors of partial results run side by side and are combined at the end;
 where it is kept, the lanes are neighbouring results. Float sums over many elements are taken in blocks whose results are
-added in f64, so that the error does not grow with the length. Few results over many elements are split into pieces that
-run in parallel.
+added in f64, so that the error does not grow with the length. Few results over many elements are factored: the first reduced axis
+is divided into pieces that run in parallel, each with partial results of its own, and these are joined at the end (Suriana, Adams and
+Kamil, "Parallel Associative Reductions in Halide", CGO 2017). A product that is summed is added with one rounding.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.ir import types
 from graphopt.ir.graph import Node, Value
 
-BLOCK = 1 << 13  # elements a lane-split float sum takes before it is added to an f64 total
+BLOCK = 1 << 13  # elements above which a lane-split float sum is taken in blocks, which are added to an f64 total
+TERMS = 1 << 7  # of a block that each accumulator takes
 ROWS = 256  # the same for sums along an outer axis, an element a lane
-PIECES = 64  # at most so many pieces of one reduction run in parallel
+GRAIN = 1 << 14  # units of work of a piece at least, where a schedule does not say how many pieces there are
+PIECES = 256  # at most so many of them run in parallel, over all results
 Sink = Callable[[Sequence[Index], Any], None]
 
 
@@ -42,7 +45,10 @@ class Reduction:
         axes = [node.attrs["axis"]] if "axis" in node.attrs else list(node.attrs["axes"])
         self.reduced = [a % rank for a in axes] if rank else []
         self.shape = [self.code.size(d) for d in self.x.shape]
-        self.monoid = None if self.op.startswith("arg") else Monoid.of(self.op, self.x.dtype)
+        self.monoid = self._monoid()
+
+    def _monoid(self) -> Monoid | None:
+        return Monoid.of(self.op, self.x.dtype)
 
     # --- entry ----------------------------------------------------------------------------------------------------------
 
@@ -62,10 +68,8 @@ class Reduction:
         self.weight = weight_of(self.x)
         self.count = product(self.code, [a.size for a in self.inner])
         across = bool(merged) and merged[-1] in self.kept
-        if self.op.startswith("arg"):
-            return self._along_lanes(across, self._arg_step)
         if across:
-            return self._along_lanes(True, self._column_step)
+            return self._columns()
         return self._rows()
 
     def _empty(self) -> None:
@@ -93,14 +97,26 @@ class Reduction:
             return tirx.const(value, dtype)
         return tirx.const(int(value), dtype)
 
+    def _operand_index(self, kept: Sequence[Index], reduced: Sequence[Index]) -> list[Index]:
+        at = dict(zip((id(a) for a in self.kept), kept, strict=True)) | dict(zip((id(a) for a in self.inner), reduced, strict=True))
+        return linear_index(self.axes, [at[id(a)] for a in self.axes], len(self.shape))
+
     def _element(self, kept: Sequence[Index], reduced: Sequence[Index]) -> Any:
         """The operand's element, as accumulators hold it."""
-        at = dict(zip((id(a) for a in self.kept), kept, strict=True)) | dict(zip((id(a) for a in self.inner), reduced, strict=True))
-        index = linear_index(self.axes, [at[id(a)] for a in self.axes], len(self.shape))
-        value = Expressions(self.args, self.sources).at(self.x, index)
+        value = Expressions(self.args, self.sources).at(self.x, self._operand_index(kept, reduced))
         if (self.monoid is not None and self.monoid.held == "uint8" and self.x.dtype != types.u8) or self.op in ("any", "all"):
             return scalar.cast(value, self.x.dtype, types.b1).astype("uint8")
         return value
+
+    def _join(self, acc: Any, at: Index, kept: Sequence[Index], reduced: Sequence[Index]) -> None:
+        """Join the operand's element with an accumulator; one that is a product is added without being rounded before."""
+        assert self.monoid is not None
+        held = self.code.load(acc, at)
+        factors = None
+        if self.op in ("sum", "mean"):
+            factors = Expressions(self.args, self.sources).factors(self.x, self._operand_index(kept, reduced))
+        value = self.monoid.join(held, self._element(kept, reduced)) if factors is None else held + factors[0] * factors[1]
+        self.code.store(acc, at, value)
 
     def _final(self, total: Any, count: Index | None = None) -> Any:
         """The result from the total: the mean's division, the result's rounding."""
@@ -138,6 +154,37 @@ class Reduction:
         assert self.monoid is not None
         return self.monoid.total != self.monoid.held and (not isinstance(self.count, int) or self.count > limit)
 
+    # --- pieces -------------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, steps: Index, width: int = 1) -> int:
+        """Pieces of the first reduced axis, so that there is a task or several for each core; 1 if the results alone are tasks enough.
+
+        Args:
+            steps: tasks without pieces; each has the reduced elements of ``width`` results.
+        """
+        if not self.tuning.parallel or not self.inner:
+            return 1
+        cores = self.tuning.cores
+        if self.tuning.pieces:
+            wanted = self.tuning.pieces
+        elif isinstance(steps, int) and isinstance(self.count, int):
+            work = self.count * self.weight * width
+            if steps >= 4 * cores or steps % cores == 0 or steps * work < 4 * SMALL:
+                return 1
+            wanted = min(-(-4 * cores // steps), work // GRAIN, PIECES // steps)
+        else:
+            wanted = min(4 * cores, PIECES) if steps == 1 else 1
+        first = self.inner[0].size
+        if isinstance(first, int):
+            wanted = min(wanted, first // self.lanes if width == 1 and len(self.inner) == 1 else first)
+        return max(1, wanted)
+
+    def _part(self, piece: Index, chunk: Index) -> tuple[Index, Index]:
+        """Where a piece of the first reduced axis begins, and its length."""
+        code = self.code
+        start = code.simplify(piece * chunk)
+        return start, code.bind_index(code.greatest(code.least(self.inner[0].size - start, chunk), 0))
+
     # --- the innermost axis is reduced -------------------------------------------------------------------------------------
 
     def _rows(self) -> None:
@@ -156,8 +203,7 @@ class Reduction:
         with code.loop(code.simplify(steps * pieces), self._kind(steps, pieces), "row") as row:
             at = code.unflatten(row, [*(a.size for a in self.kept), pieces])
             kept, piece = at[:-1], at[-1]
-            start: Index = code.simplify(piece * chunk) if pieces > 1 else 0
-            length: Index = code.bind_index(code.greatest(code.least(first - start, chunk), 0)) if pieces > 1 else first
+            start, length = self._part(piece, chunk) if pieces > 1 else (0, first)
             total = self._row_total(kept, start, length, total_type)
             if partial is None:
                 self.sink(self._result_index(kept), self._final(total))
@@ -172,17 +218,6 @@ class Reduction:
                 code.store(acc, 0, m.join(code.load(acc, 0), code.load(partial, row * pieces + p)))
             kept = code.unflatten(row, [a.size for a in self.kept])
             self.sink(self._result_index(kept), self._final(code.load(acc, 0)))
-
-    def _pieces(self, steps: Index) -> int:
-        if not self.tuning.parallel or not self.inner:
-            return 1
-        if isinstance(steps, int) and isinstance(self.count, int):
-            if steps >= PIECES or steps * self.count * self.weight < 2 * SMALL:
-                return 1
-            first = self.inner[0].size
-            assert isinstance(first, int)
-            return max(1, min(PIECES // steps, first // self.lanes if len(self.inner) == 1 else first))
-        return PIECES if steps == 1 else 1
 
     def _kind(self, steps: Index, pieces: int) -> str:
         if not self.tuning.parallel or (isinstance(steps, int) and steps * pieces == 1):
@@ -199,6 +234,7 @@ class Reduction:
         lanes = 1 if isinstance(last, int) and last < self.lanes else self.lanes
         unroll = self.tuning.unroll if lanes > 1 and not (isinstance(last, int) and last < lanes * self.tuning.unroll) else 1
         width = lanes * unroll
+        block_size = width * TERMS
         acc = code.alloc(width, m.held, "acc")
         long = self._is_long(BLOCK)
         total = code.alloc(1, total_type, "total")
@@ -213,8 +249,7 @@ class Reduction:
 
         def span(outer: list[Index], first: Index, count: Index) -> None:
             def update(at: Index, i: Index) -> None:
-                reduced = [*outer, i][: len(self.inner)]
-                code.store(acc, at, m.join(code.load(acc, at), self._element(kept, reduced)))
+                self._join(acc, at, kept, [*outer, i][: len(self.inner)])
 
             whole, rest = code.div(count, width), code.mod(count, width)
             if not (isinstance(whole, int) and whole == 0):
@@ -242,14 +277,15 @@ class Reduction:
             first, count = (0, last) if outer_axes else (start, length)
             if not long:
                 span(shifted, first, count)
-            elif isinstance(count, int) and count <= BLOCK:
+            elif isinstance(count, int) and count <= block_size:
                 clear()
                 span(shifted, first, count)
                 flush()
             else:
-                with code.loop(code.ceildiv(count, BLOCK), "serial", "block") as block:
+                with code.loop(code.ceildiv(count, block_size), "serial", "block") as block:
+                    done = code.simplify(block * block_size)
                     clear()
-                    span(shifted, code.simplify(first + block * BLOCK), code.bind_index(code.least(count - block * BLOCK, BLOCK)))
+                    span(shifted, code.simplify(first + done), code.bind_index(code.least(count - done, block_size)))
                     flush()
 
         self._loops(ranged, line)
@@ -259,140 +295,117 @@ class Reduction:
 
     # --- the innermost axis is kept ------------------------------------------------------------------------------------------
 
+    def _width(self, across: bool) -> int:
+        """Neighbouring results that are reduced side by side."""
+        last = self.kept[-1].size if across else 1
+        if not across or self.lanes == 1 or (isinstance(last, int) and last < self.lanes):
+            return 1
+        wide = self.lanes * self.tuning.unroll
+        return self.lanes if isinstance(last, int) and last < wide else wide
+
     def _along_lanes(self, across: bool, step: Callable[[list[Index], Index, int], None]) -> None:
         """Neighbouring results side by side: a tile of the innermost kept axis at a time."""
         code = self.code
         outer, last = (self.kept[:-1], self.kept[-1].size) if across else (self.kept, 1)
-        wide = self.lanes * self.tuning.unroll if across else 1
-        width = wide if across and not (isinstance(last, int) and last < wide) else self.lanes
-        if not across or self.lanes == 1 or (isinstance(last, int) and last < self.lanes):
-            width = 1
+        width = self._width(across)
         tiles = code.ceildiv(last, width)
         steps = product(code, [*(a.size for a in outer), tiles])
         with code.loop(steps, self._kind(steps, 1), "tile") as tile:
             at = code.unflatten(tile, [*(a.size for a in outer), tiles])
-            start: Index = code.simplify(at[-1] * width)
-            if width > 1 and not (isinstance(last, int) and last % width == 0):  # the last tile overlaps the one before
-                start = code.bind_index(code.greatest(code.least(start, last - width), 0))
+            start = self._tile_start(at[-1], last, width)
             if width > 1 and not isinstance(last, int):
                 with code.when(i64(last) >= i64(width)):
                     step(at[:-1], start, width)
                 with code.when(i64(last) < i64(width)), code.loop(code.least(last, width), "serial", "j") as j:
                     step(at[:-1], j, 1)
             else:
-                step([*at[:-1]] if across else list(at[:-1]), start, width)
+                step(at[:-1], start, width)
+
+    def _tile_start(self, tile: Index, last: Index, width: int) -> Index:
+        """The first result of a tile; the last tile overlaps the one before."""
+        code = self.code
+        start: Index = code.simplify(tile * width)
+        if width == 1 or (isinstance(last, int) and last % width == 0):
+            return start
+        return code.bind_index(code.greatest(code.least(start, last - width), 0))
+
+    def _columns(self) -> None:
+        code, m, last, outer = self.code, self.monoid, self.kept[-1].size, self.kept[:-1]
+        assert m is not None
+        width = self._width(True)
+        tiles = code.ceildiv(last, width)
+        sizes = [*(a.size for a in outer), tiles]
+        steps = product(code, sizes)
+        pieces = self._pieces(steps, width) if isinstance(last, int) else 1
+        if pieces == 1:
+
+            def step(outer: list[Index], start: Index, width: int) -> None:
+                self._store_columns(outer, start, width, self._column_total(outer, start, width, 0, self.inner[0].size))
+
+            return self._along_lanes(True, step)
+        chunk = code.ceildiv(self.inner[0].size, pieces)
+        name = m.total if self._is_long(ROWS) else m.held
+        partial = code.alloc(code.simplify(steps * (pieces * width)), name, "partial", scope="global")
+        lanes = min(self.lanes, width)
+        with code.loop(code.simplify(steps * pieces), self._kind(steps, pieces), "tile") as task:
+            *at, tile, piece = code.unflatten(task, [*sizes, pieces])
+            total = self._column_total(at, self._tile_start(tile, last, width), width, *self._part(piece, chunk))
+            lanewise(code, width, lanes, lambda l: code.store(partial, code.simplify(task * width + l), code.load(total, l)))
+        with code.loop(steps, "serial", "tile") as task:
+            *at, tile = code.unflatten(task, sizes)
+            total = code.alloc(width, name, "total")
+            lanewise(code, width, lanes, lambda l: code.store(total, l, self._constant(m.start, name)))
+            with code.loop(pieces, "serial", "p") as p:
+                base = code.simplify((task * pieces + p) * width)
+
+                def join(l: Index) -> None:
+                    code.store(total, l, m.join(code.load(total, l), code.load(partial, code.simplify(base + l))))
+
+                lanewise(code, width, lanes, join)
+            self._store_columns(at, self._tile_start(tile, last, width), width, total)
+        return None
 
     def _lane_index(self, outer: list[Index], i: Index) -> list[Index]:
         return [*outer, i][: len(self.kept)]
 
-    def _column_step(self, outer: list[Index], start: Index, width: int) -> None:
+    def _column_total(self, outer: list[Index], start: Index, width: int, first: Index, count: Index) -> Any:
+        """Reduce ``width`` neighbouring results over a range of the first reduced axis, and all of the others; returns the buffer."""
         code, m = self.code, self.monoid
         assert m is not None
         lanes = min(self.lanes, width)
         long = self._is_long(ROWS)
         acc = code.alloc(width, m.held, "acc")
         total = code.alloc(width, m.total, "total") if long else acc
+        rest = self.inner[1:]
 
         def fill(buffer: Any, dtype: str) -> None:
             lanewise(code, width, lanes, lambda l: code.store(buffer, l, self._constant(m.start, dtype)))
 
-        def update(reduced: list[Index]) -> None:
-            def lane(l: Index) -> None:
-                element = self._element(self._lane_index(outer, code.simplify(start + l)), reduced)
-                code.store(acc, l, m.join(code.load(acc, l), element))
+        def span(begin: Index, length: Index) -> None:
+            with code.loop(length, "serial", "k") as k:
+                here = code.simplify(begin + k)
 
-            lanewise(code, width, lanes, lane)
+                def update(reduced: list[Index]) -> None:
+                    lanewise(code, width, lanes, lambda l: self._join(
+                        acc, l, self._lane_index(outer, code.simplify(start + l)), [here, *reduced]))  # fmt: skip
 
-        if long:
-            fill(total, m.total)
-            first, rest = self.inner[0], self.inner[1:]
-            with code.loop(code.ceildiv(first.size, ROWS), "serial", "block") as block:
-                fill(acc, m.held)
-                count = code.bind_index(code.least(first.size - block * ROWS, ROWS))
-                with code.loop(count, "serial", "k") as k:
-                    self._loops(rest, lambda at: update([code.simplify(block * ROWS + k), *at]))
-                lanewise(code, width, lanes, lambda l: code.store(total, l, m.join(code.load(total, l), code.load(acc, l).astype(m.total))))
-        else:
+                self._loops(rest, update)
+
+        if not long:
             fill(acc, m.held)
-            self._loops(self.inner, update)
+            span(first, count)
+            return acc
+        fill(total, m.total)
+        with code.loop(code.ceildiv(count, ROWS), "serial", "block") as block:
+            fill(acc, m.held)
+            span(code.simplify(first + block * ROWS), code.bind_index(code.least(count - block * ROWS, ROWS)))
+            lanewise(code, width, lanes, lambda l: code.store(total, l, m.join(code.load(total, l), code.load(acc, l).astype(m.total))))
+        return total
+
+    def _store_columns(self, outer: list[Index], start: Index, width: int, total: Any) -> None:
+        code = self.code
 
         def out(l: Index) -> None:
             self.sink(self._result_index(self._lane_index(outer, code.simplify(start + l))), self._final(code.load(total, l)))
 
-        lanewise(code, width, lanes, out)
-
-    def _arg_step(self, outer: list[Index], start: Index, width: int) -> None:
-        """Index of the first extreme element; nan counts as the most extreme."""
-        code = self.code
-        name = scalar.COMPUTE[self.x.dtype] if not self.x.dtype.is_bool else "uint8"
-        length = self.inner[0].size if self.inner else 1
-        across = width > 1 or (bool(self.axes) and self.axes[-1] in self.kept)
-        if not across and self.lanes > 1 and isinstance(length, int) and length >= 2 * self.lanes:
-            return self._arg_row(self._lane_index(outer, start), length, name)
-        lanes = min(self.lanes, width)
-        best, where = code.alloc(width, name, "best"), code.alloc(width, "int64", "where")
-
-        def element(l: Index, k: list[Index]) -> Any:
-            return self._arg_element(self._lane_index(outer, code.simplify(start + l)), k)
-
-        def begin(l: Index) -> None:
-            code.store(best, l, element(l, [0] * len(self.inner)))
-            code.store(where, l, i64(0))
-
-        lanewise(code, width, lanes, begin)
-        self._loops(
-            self.inner,
-            lambda k: lanewise(code, width, lanes, lambda l: self._arg_update(best, where, l, element(l, k), k[0] if k else 0)),
-        )
-
-        def out(l: Index) -> None:
-            self.sink(self._result_index(self._lane_index(outer, code.simplify(start + l))), code.load(where, l))
-
-        lanewise(code, width, lanes, out)
-        return None
-
-    def _arg_row(self, kept: list[Index], length: int, name: str) -> None:
-        """One row by vectors: each lane finds its first extreme element, and the lanes are compared at the end."""
-        code, lanes = self.code, self.lanes
-        best, where = code.alloc(lanes, name, "best"), code.alloc(lanes, "int64", "where")
-
-        def begin(l: Index) -> None:
-            code.store(best, l, self._arg_element(kept, [l]))
-            code.store(where, l, i64(l))
-
-        lanewise(code, lanes, lanes, begin)
-        with code.loop(length // lanes - 1, "serial", "c") as c:
-            first = code.simplify((c + 1) * lanes)
-
-            def lane(l: Index) -> None:
-                self._arg_update(best, where, l, self._arg_element(kept, [code.simplify(first + l)]), first + l)
-
-            lanewise(code, lanes, lanes, lane)
-        with code.loop(lanes - 1, "serial", "l") as l:
-            at = code.simplify(l + 1)
-            self._arg_update(best, where, 0, code.load(best, at), code.load(where, at), ordered=False)
-        with code.loop(length % lanes, "serial", "r") as r:
-            k = code.simplify(length // lanes * lanes + r)
-            self._arg_update(best, where, 0, self._arg_element(kept, [k]), k)
-        self.sink(self._result_index(kept), code.load(where, 0))
-
-    def _arg_element(self, kept: list[Index], k: list[Index]) -> Any:
-        value = self._element(kept, k)
-        return value.astype("uint8") if self.x.dtype.is_bool else value
-
-    def _arg_update(self, best: Any, where: Any, l: Index, new: Any, k: Any, ordered: bool = True) -> None:
-        """Take element k in the place of the best one so far, if it is better; among equals, unless all before were lower, the first."""
-        code, dtype = self.code, self.x.dtype
-        value, old, place = code.bind(new), code.bind(code.load(best, l)), code.load(where, l)
-        better = value > old if self.op == "argmax" else value < old
-        equal = tirx.EQ(value, old)
-        if dtype.is_float:
-            n = scalar.COMPUTE[dtype]
-            isnan, wasnan = vecmath.isnan(value, n), vecmath.isnan(old, n)
-            better = tirx.And(tirx.Or(better, tirx.And(isnan, tirx.Not(wasnan))), tirx.Not(wasnan))
-            equal = tirx.Or(equal, tirx.And(isnan, wasnan))
-        if not ordered:
-            better = tirx.Or(better, tirx.And(equal, i64(k) < place))
-        better = code.bind(better)
-        code.store(where, l, tirx.Select(better, i64(k), place))
-        code.store(best, l, tirx.Select(better, value, old))
+        lanewise(code, width, min(self.lanes, width), out)

@@ -188,9 +188,16 @@ class RowKernel:
                     code.store(keep, code.simplify(o * runs.length + i), value.astype("uint8") if x.dtype.is_bool else value)
                 return scalar.cast(value, x.dtype, types.b1).astype("uint8") if m.held == "uint8" and x.dtype != types.u8 else value
 
+            def add(at: Index, i: Index) -> None:
+                summed = keep is None and node.name in ("sum", "mean")
+                factors = Expressions(self.args, self.sources).factors(x, runs.index(o, i)) if summed else None
+                if factors is None:
+                    return join(at, element(i))
+                return code.store(acc, at, code.load(acc, at) + factors[0] * factors[1])
+
             def vectors(start: Index, count: Index) -> None:
                 with code.loop(count, "serial", "c") as c:
-                    lanewise(code, width, lanes, lambda l: join(l, element(code.simplify(start + c * width + l))))
+                    lanewise(code, width, lanes, lambda l: add(l, code.simplify(start + c * width + l)))
 
             if long and width > 1:
                 block = BLOCK // width
@@ -202,7 +209,7 @@ class RowKernel:
             elif not (isinstance(runs.length, int) and runs.length < width):
                 vectors(0, code.div(runs.length, width))
             held = None if keep is None else lambda i: code.load(keep, code.simplify(o * runs.length + i))
-            self._leftover(runs.length, weight_of(x), width, lanes, held, element, join, node.name in IDEMPOTENT and m.held != "uint8")
+            self._leftover(runs.length, weight_of(x), width, lanes, held, element, join, add, node.name in IDEMPOTENT and m.held != "uint8")
 
         code.store(total, 0, _constant(m.start, total_type))
         fill()
@@ -214,7 +221,7 @@ class RowKernel:
         if keep is not None:
             self.sources[x] = self._kept_source(x, keep)
 
-    def _leftover(self, columns: Index, weight: int, width: int, lanes: int, held: Any, element: Any, join: Any,
+    def _leftover(self, columns: Index, weight: int, width: int, lanes: int, held: Any, element: Any, join: Any, add: Any,
                   idempotent: bool) -> None:  # fmt: skip
         """The columns behind the last full step: single vectors, then elements.
 
@@ -227,7 +234,7 @@ class RowKernel:
         base = code.simplify(columns - rest)
         if width > lanes:
             with code.loop(code.div(rest, lanes), "serial", "c") as c, code.loop(lanes, "vectorized", "v") as v:
-                join(v, element(code.simplify(base + c * lanes + v)))
+                add(v, code.simplify(base + c * lanes + v))
             rest = code.mod(rest, lanes)
             base = code.simplify(columns - rest)
         if isinstance(rest, int) and rest == 0:
@@ -242,7 +249,7 @@ class RowKernel:
                     join(0, held(code.simplify(base + t)))
             return
         with code.loop(rest, "serial", "t") as t:
-            join(0, element(code.simplify(base + t)))
+            add(0, code.simplify(base + t))
 
     def _write(self, k: int, v: Value) -> None:
         """Store an output's part of this row."""

@@ -9,11 +9,13 @@ _TILED = (*_FUSED, Rule.PACK)
 
 RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("nest", "default"): (Rule.FLAT, Rule.INLINE),
+    ("nest", "factored"): (Rule.FLAT, Rule.INLINE, Rule.RFACTOR),
     ("rows", "default"): (Rule.ROWS, Rule.INLINE, Rule.FUSE),
     ("tile", "default"): _TILED,
     ("tile", "rows-first"): (*_TILED, Rule.TURN),
     ("tile", "blocked"): (*_TILED, Rule.CACHE_WRITE),
     ("tile", "blocked-rows-first"): (*_TILED, Rule.CACHE_WRITE, Rule.TURN),
+    ("tile", "split-depth"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_DEPTH),
     ("pairs", "default"): (*_TILED, Rule.TENSORIZE),
     ("int8", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.TENSORIZE),
     ("quantized", "default"): _TILED,  # what makes floats of its weight stands inline
