@@ -32,13 +32,18 @@ def _tile_variants(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
 
 def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.forms.prepare import expand_rows, flatten_rows
+    from graphopt.backends.tvm.splitdepth import SplitDepthKernel
     from graphopt.backends.tvm.tile import TileKernel
-    from graphopt.backends.tvm.tileform import BLOCK, BLOCKED
+    from graphopt.backends.tvm.tileform import BLOCK, BLOCKED, SPLIT
 
     graph, block = flatten_rows(expand_rows(w.graph)), s["block"] if s.sketch in BLOCKED else BLOCK
-    ahead = s["ahead"] if "ahead" in dict(s.knobs) else 0
+    known = dict(s.knobs)
+    copied = bool(known.get("copy", False))
+    if s.sketch == SPLIT:
+        return SplitDepthKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["block"], s["pieces"], copied).emit()
+    ahead = s["ahead"] if "ahead" in known else 0
     return TileKernel(graph, s["lanes"], s["mr"], s["nr"], s["unroll"], s["group"], s["prefetch"], s["parallel"], block,
-                      s.sketch in BLOCKED, s.sketch.endswith("rows-first"), ahead).emit()  # fmt: skip
+                      s.sketch in BLOCKED, s.sketch.endswith("rows-first"), ahead, copied).emit()  # fmt: skip
 
 
 # --- products of few rows with small integers ---------------------------------------------------------------------------

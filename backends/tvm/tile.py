@@ -61,12 +61,14 @@ class TileKernel:
         blocked: sum a block of all row tiles of a step before the next block, so that a block of a panel stays in the first-level
             cache; otherwise a row tile is summed to its end.
         rows_first: threads divide the rows first, not the panels.
+        copied: copy also panels of a factor whose columns lie side by side, but with other columns between its rows.
     """
 
     def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, group: int, prefetch: bool,
-                 parallel: bool, block: int = BLOCK, blocked: bool = False, rows_first: bool = False, ahead: int = 0) -> None:  # fmt: skip
+                 parallel: bool, block: int = BLOCK, blocked: bool = False, rows_first: bool = False, ahead: int = 0,
+                 copied: bool = False) -> None:  # fmt: skip
         self.graph, self.mr, self.nr, self.unroll, self.prefetch, self.parallel = graph, rows, columns, unroll, prefetch, parallel
-        self.block, self.blocked, self.rows_first, self.ahead = block, blocked, rows_first, ahead
+        self.block, self.blocked, self.rows_first, self.ahead, self.copied = block, blocked, rows_first, ahead, copied
         self.lanes, self.vector = min(lanes, columns), lanes
         nodes = [n for n in graph.nodes() if is_materialized(n)]
         self.code = Code(graph.symbols)
@@ -88,7 +90,7 @@ class TileKernel:
         factor = Factor(self.args, b, self.nr, clamp=ragged and not self._packed_width(b))
         vectors = self.vector > 1 and not (scalar_only or factor.scalar_only)
         dots = factor.unit == "depth" and one_tile and vectors
-        return Product(node.result, factor, dots, (factor.unit != "column" or factor.scalar_only) and not dots)
+        return Product(node.result, factor, dots, (self.copied or factor.unit != "column" or factor.scalar_only) and not dots)
 
     def emit(self) -> Code:
         code = self.code
@@ -103,11 +105,11 @@ class TileKernel:
             if self.rows_first:
                 jo, go = go, jo
             column = code.simplify(jo * self.nr)
-            panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
             first = code.simplify(go * self.group)
             if self.blocked and not any(p.dots for p in self.products):
-                self._by_blocks(lead, column, first, tiles, panels)
+                self._by_blocks(lead, column, first, tiles)
                 return code
+            panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
             totals = [None if p.dots else code.alloc(self.mr * self.nr, self.held, "total") for p in self.products]
             with code.loop(self._here(first, tiles), "serial", "io") as io:
                 tile_row = code.simplify(first + io)
@@ -124,27 +126,30 @@ class TileKernel:
         code, even = self.code, isinstance(tiles, int) and tiles % self.group == 0
         return self.group if even else code.bind_index(code.least(tiles - first, self.group))
 
-    def _by_blocks(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index, panels: Sequence[Any]) -> None:
-        """All row tiles of a step, a block of the summed axis at a time; then they are stored."""
+    def _by_blocks(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index) -> None:
+        """All row tiles of a step, a block of the summed axis at a time; then they are stored. Panels are copied a block at a time."""
         code, size, here = self.code, self.mr * self.nr, self._here(first, tiles)
         totals = [code.alloc(self.group * size, self.held, "total") for _ in self.products]
         for total in totals:
             with code.loop(code.simplify(here * (size // self.lanes)), "serial", "q") as q, code.loop(self.lanes, "vectorized", "v") as v:
                 code.store(total, code.simplify(q * self.lanes + v), tirx.const(0, self.held))
-        with code.loop(code.ceildiv(self.k, self.block), "serial", "block") as block, code.loop(here, "serial", "io") as io:
-            tile_row = code.simplify(first + io)
-            row, base = code.simplify(tile_row * self.mr), code.simplify(io * size)
-            for p, panel, total in zip(self.products, panels, totals, strict=True):
-                ahead = self._fetch(p.factor, lead, column, tile_row, tiles)
-                acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead)
-                self._everywhere(acc, lambda sums, at, _: code.store(sums, at, tirx.const(0, self.held)))
-                span(*self._block(block))
+        with code.loop(code.ceildiv(self.k, self.block), "serial", "block") as block:
+            begin, length = self._block(block)
+            panels = [p.factor.copy(lead, column, self.lanes, self.held, begin, length) if p.copied else None for p in self.products]
+            with code.loop(here, "serial", "io") as io:
+                tile_row = code.simplify(first + io)
+                row, base = code.simplify(tile_row * self.mr), code.simplify(io * size)
+                for p, panel, total in zip(self.products, panels, totals, strict=True):
+                    ahead = None if p.copied else self._fetch(p.factor, lead, column, tile_row, tiles)
+                    acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead, begin)
+                    self._everywhere(acc, lambda sums, at, _: code.store(sums, at, tirx.const(0, self.held)))
+                    span(begin, length)
 
-                def add(sums: Any, at: Index, q: Index, total: Any = total, base: Index = base) -> None:
-                    place = code.simplify(base + q)
-                    code.store(total, place, code.load(total, place) + code.load(sums, at))
+                    def add(sums: Any, at: Index, q: Index, total: Any = total, base: Index = base) -> None:
+                        place = code.simplify(base + q)
+                        code.store(total, place, code.load(total, place) + code.load(sums, at))
 
-                self._everywhere(acc, add)
+                    self._everywhere(acc, add)
         with code.loop(here, "serial", "io") as io:
             self._store(lead, code.simplify((first + io) * self.mr), column, totals, code.simplify(io * size))
 
@@ -239,8 +244,8 @@ class TileKernel:
                     body(sums, code.simplify(u + v), code.simplify(i * self.nr + u + v))
 
     def _tile_sum(self, p: Product, lead: Sequence[Index], rows: Sequence[Index], column: Index, panel: Any,
-                  ahead: _Ask | None) -> tuple[list[Any], Callable[[Index, Index], None]]:  # fmt: skip
-        """A tile's accumulators, and ``span(first, length)``, which adds so many terms to them."""
+                  ahead: _Ask | None, begin: Index = 0) -> tuple[list[Any], Callable[[Index, Index], None]]:  # fmt: skip
+        """A tile's accumulators, and ``span(first, length)``, which adds so many terms to them; a copied panel starts at ``begin``."""
         code, a, nr = self.code, self.left, self.nr
         # a row of accumulators a buffer: small enough to become registers, whatever else the loop does with memory
         acc = [code.alloc(nr, self.held, "acc") for _ in rows]
@@ -255,7 +260,7 @@ class TileKernel:
                     ahead(base, q, u)
                 with code.loop(self.lanes, "vectorized", "v") as v:
                     at = code.simplify(u + v)
-                    inside = code.load(panel, code.simplify(k * nr + at)) if panel is not None else None
+                    inside = code.load(panel, code.simplify((k - begin) * nr + at)) if panel is not None else None
                     code.store(line, at, inside if inside is not None else p.factor.at(lead, k, code.simplify(column + at)))
             for sums, r in zip(acc, rows, strict=True):
                 x = code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a")

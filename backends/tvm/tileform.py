@@ -17,6 +17,12 @@ from graphopt.target import Target
 BLOCK = 128  # terms that are summed before the sum is added to the total, where a schedule does not say
 PLAIN = ("default", "rows-first")  # a row tile is summed to its end; threads divide the panels, or the rows
 BLOCKED = ("blocked", "blocked-rows-first")  # a block of the depth is used by all row tiles of a step, then the next one
+SPLIT = "split-depth"  # a task is a piece of the depth, summed as in the blocked ones; then the pieces' sums are joined
+_PIECES = (2, 4, 8, 16, 32, 64)
+_PIECE = 4 * BLOCK  # terms of a piece at least
+_WORTH = 1 << 18  # multiplications of a piece at least, of a schedule that was not tuned
+_COPIED = 4  # row tiles at least that use a panel which is copied
+_MANY = 16  # tiles a core, with which there is nothing to gain from more tasks
 _FEW_ROWS = 8  # rows of the highest tile of a default schedule
 _HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
 _LINE = 64  # bytes of a cache line
@@ -69,6 +75,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("prefetch", (False,) if packed and not several else (several, not several)),
         Param("parallel", (True, False), "tasks"),
         *([Param("ahead", (_AHEAD, 0, 1024, 2048))] if packed and not several else []),
+        *(_copy(graph, mr, nr, t) if several else []),
     )
 
 
@@ -102,13 +109,38 @@ def needed_registers(k: Mapping[str, Knob]) -> int:
 def variants(graph: Graph, t: Target) -> tuple[SearchSpace, ...]:
     """The spaces of the tiled sketches, that of the default first."""
     own, limits, loops = params(graph, t), constraints(graph, t), TileLoops(graph, t)
-    plain = SearchSpace("tile", PLAIN, own, limits, loops)
+    out = [SearchSpace("tile", PLAIN, own, limits, loops)]
     node, _ = _product(graph)
     rows, depth = _fixed(node.shape[-2], graph), _depth(graph)
-    if (isinstance(rows, int) and rows <= t.tile[0]) or (isinstance(depth, int) and depth <= 64):
-        return (plain,)  # one row tile, or one block: the same loops
-    block = Param("block", (BLOCK, 64, 256, 384, 512), "tasks")
-    return plain, SearchSpace("tile", BLOCKED, (*own, block), limits, loops)
+    if not (isinstance(rows, int) and rows <= t.tile[0]) and not (isinstance(depth, int) and depth <= 64):
+        block = Param("block", (BLOCK, 64, 256, 384, 512), "tasks")
+        out.append(SearchSpace("tile", BLOCKED, (*own, block), limits, loops))  # of one row tile, or one block, they are the same loops
+    split, better = _split(graph, t, own)
+    if split:
+        out.insert(0 if better else len(out), SearchSpace("tile", (SPLIT,), split, limits, loops))
+    return tuple(out)
+
+
+def _split(graph: Graph, t: Target, own: tuple[Param, ...]) -> tuple[tuple[Param, ...], bool]:
+    """The knobs of a split depth, and whether its first choices are a better default; no knobs where tiles are tasks enough."""
+    node, _ = _product(graph)
+    depth = _depth(graph)
+    if not isinstance(depth, int) or not all(isinstance(d, int) for d in node.shape) or depth < 2 * _PIECE:
+        return (), False
+    known = {p.name: p.choices[0] for p in own}
+    *batch, m, n = (int(d) for d in node.shape)  # type: ignore[arg-type]
+    tiles, panels = -(-m // _int(known, "mr")), math.prod(batch) * -(-n // _int(known, "nr"))
+    if tiles * panels >= _MANY * t.cores:
+        return (), False
+    tasks = panels * -(-tiles // _int(known, "group"))
+    pieces = min(-(-2 * t.cores // panels), depth // _PIECE, math.prod(batch) * m * n * depth // _WORTH)
+    group = tuple(dict.fromkeys((tiles, *(g for g in (1, 2, 4, 8) if g < tiles))))
+    out = {p.name: p for p in own} | {"prefetch": Param("prefetch", (False,)), "parallel": Param("parallel", (True,))}
+    out.pop("ahead", None)
+    out["group"] = Param("group", group, "tasks")
+    out["pieces"] = Param("pieces", tuple(dict.fromkeys((max(2, pieces), *(p for p in _PIECES if depth // p >= _PIECE)))), "tasks")
+    out["block"] = Param("block", (BLOCK, 64, 256, 512), "tasks")
+    return tuple(out.values()), tasks < t.cores and pieces > 1
 
 
 # --- the loops, for the cost model ---------------------------------------------------------------------------------------
@@ -131,12 +163,14 @@ class TileLoops:
     def __call__(self, s: Schedule) -> LoopNest:
         m, n, k = self.m, self.n, self.k
         mr, nr, unroll, lanes = s["mr"], s["nr"], s["unroll"], s["lanes"]
-        rows_first, blocked = s.sketch.endswith("rows-first"), s.sketch in BLOCKED
+        split = s["pieces"] if s.sketch == SPLIT else 1
+        rows_first, blocked = s.sketch.endswith("rows-first"), s.sketch in (*BLOCKED, SPLIT)
+        k = -(-k // split)
         block = min(k, s["block"] if blocked else BLOCK)
         tiles, panels = -(-m // mr), -(-n // nr)
         pieces = -(-tiles // s["group"])
         height = tiles / pieces  # row tiles of a step, a mean
-        tasks = self.count * panels * pieces
+        tasks = self.count * panels * pieces * split
         cores = min(self.target.cores, tasks) if s["parallel"] else 1
 
         def touched(rows: float, depth: float, columns: float) -> tuple[float, ...]:
@@ -160,7 +194,7 @@ class TileLoops:
             flops=2.0 * lanes * self.products,
             waste=tiles * mr * panels * nr / (m * n),
             registers=needed_registers(dict(s.knobs)),
-            moved=0.0 if self.packed else float(self.count * k * n * self.read),
+            moved=0.0 if self.packed or not dict(s.knobs).get("copy", True) else float(self.count * pieces * self.k * n * self.read),
         )
 
 
@@ -196,6 +230,22 @@ def _panel_width(graph: Graph) -> int:
             if v.type.rank == 3 and isinstance(v.shape[-1], int):
                 return v.shape[-1]
     return 0
+
+
+def _copy(graph: Graph, mr: int, nr: int, t: Target) -> list[Param]:
+    """Whether panels of a factor ``[K, N]`` of memory are copied, where that can be chosen.
+
+    Rows of a panel lie apart there, often at distances that are powers of two: a panel beyond the first-level cache has but few places in
+    the second. Where several row tiles use it, copying it once costs less than what is lost otherwise.
+    """
+    node = next(n for n in flatten_rows(graph).nodes() if n.name == "matmul")
+    b = node.operands[1]
+    if not b.is_input or (b.type.strides is not None and b.type.strides[-1] != 1):
+        return []
+    rows, depth = node.result.shape[-2], b.shape[-2]
+    used_often = isinstance(rows, int) and rows >= _COPIED * mr
+    large = isinstance(depth, int) and 4 * depth * nr > t.cache[0]
+    return [Param("copy", (True, False) if used_often and large else (False, True), "tasks")]
 
 
 def _unroll(t: Target) -> int:

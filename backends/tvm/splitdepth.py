@@ -1,0 +1,116 @@
+"""A matrix product of few rows and columns and a long depth: pieces of the depth are summed side by side, and their sums joined.
+
+    x @ w  =>  sum over p of x[:, piece p] @ w[piece p, :]
+
+The tiles of a result of 16 x 16 are too few for several cores, however deep the product is. Here a task is a piece of the depth and
+some row tiles of a panel; it leaves its sums in scratch memory, and once all have, they are added and the region's pointwise end is
+computed. A piece is summed a block at a time, by all row tiles of the task, while the block of the panel is near.
+
+Reference: NVIDIA, "CUTLASS: efficient GEMM in CUDA", parallelized reductions (split-K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+
+from graphopt.backends.tvm.code import Code, Index
+from graphopt.backends.tvm.dots import sum_dots
+from graphopt.backends.tvm.expr import Expressions
+from graphopt.backends.tvm.loops import SMALL, product
+from graphopt.backends.tvm.product import operand_index
+from graphopt.backends.tvm.tile import Product, TileKernel
+from graphopt.ir.graph import Graph
+
+
+class SplitDepthKernel(TileKernel):
+    """Emits a region as :class:`TileKernel` does; the depth is a number.
+
+    Args:
+        pieces: of the depth, at most; each is so many blocks.
+    """
+
+    def __init__(self, graph: Graph, lanes: int, rows: int, columns: int, unroll: int, group: int, block: int, pieces: int,
+                 copied: bool = False) -> None:  # fmt: skip
+        super().__init__(graph, lanes, rows, columns, unroll, group, False, True, block, copied=copied)
+        assert isinstance(self.k, int)
+        self.chunk = -(-self.k // (pieces * block)) * block
+        self.pieces = -(-self.k // self.chunk)
+        self.size = rows * columns
+
+    def emit(self) -> Code:
+        code, zero = self.code, tirx.const(0, self.held)
+        tiles = code.ceildiv(self.m, self.mr)
+        blocks = [*self.batch, code.ceildiv(self.n, self.nr), code.ceildiv(tiles, self.group)]
+        steps = product(code, blocks)
+        room = self.group * self.size
+        partial = [code.alloc(code.simplify(steps * (self.pieces * room)), self.held, "partial") for _ in self.products]
+        with code.loop(code.simplify(steps * self.pieces), "parallel", "task") as task:
+            piece, *at = [code.bind_index(i, "t", n) for i, n in zip(
+                code.unflatten(task, [self.pieces, *blocks]), [self.pieces, *blocks], strict=True)]  # fmt: skip
+            begin = code.simplify(piece * self.chunk)
+            even = isinstance(self.k, int) and self.k % self.chunk == 0
+            length = self.chunk if even else code.bind_index(code.least(self.k - begin, self.chunk), "depth")
+            for p, sums in zip(self.products, partial, strict=True):
+                self._piece(p, at, tiles, begin, length, sums, code.simplify(task * room))
+        joined = product(code, [steps, self.pieces * room])
+        with code.loop(steps, "serial" if isinstance(joined, int) and joined < 4 * SMALL else "parallel", "tile") as step:
+            *lead, jo, go = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(step, blocks), blocks, strict=True)]
+            first, column = code.simplify(go * self.group), code.simplify(jo * self.nr)
+            totals = [code.alloc(self.size, self.held, "total") for _ in self.products]
+            with code.loop(self._here(first, tiles), "serial", "io") as io:
+                for total, sums in zip(totals, partial, strict=True):
+                    self._across(lambda q, total=total: code.store(total, q, zero))  # type: ignore[misc]
+                    with code.loop(self.pieces, "serial", "p") as piece:
+                        base = code.simplify(((piece * steps + step) * self.group + io) * self.size)
+                        self._across(lambda q, total=total, sums=sums, base=base: code.store(  # type: ignore[misc]
+                            total, q, code.load(total, q) + code.load(sums, code.simplify(base + q))))  # fmt: skip
+                self._store(lead, code.simplify((first + io) * self.mr), column, totals)
+        return code
+
+    def _piece(self, p: Product, at: Sequence[Index], tiles: Index, begin: Index, length: Index, sums: Any, base: Index) -> None:
+        """Sum a piece of the depth of some row tiles of a panel, into ``sums`` from ``base`` on."""
+        code, (*lead, jo, go) = self.code, at
+        column, first = code.simplify(jo * self.nr), code.simplify(go * self.group)
+        here = self._here(first, tiles)
+        if p.dots:
+            with code.loop(here, "serial", "io") as io:
+                found = self._dots(p, lead, code.simplify((first + io) * self.mr), column, begin, length)
+                start = code.simplify(base + io * self.size)
+                self._across(lambda q: code.store(sums, code.simplify(start + q), code.load(found, q)))
+            return
+        panel = p.factor.copy(lead, column, self.lanes, self.held, begin, length) if p.copied else None
+        with code.loop(here, "serial", "io") as io:
+            start = code.simplify(base + io * self.size)
+            self._across(lambda q: code.store(sums, code.simplify(start + q), tirx.const(0, self.held)))
+        with code.loop(code.ceildiv(length, self.block), "serial", "block") as block, code.loop(here, "serial", "io") as io:
+            start, inner = code.simplify(base + io * self.size), code.simplify(block * self.block)
+            count = self.block if isinstance(length, int) else code.bind_index(code.least(length - inner, self.block))
+            acc, span = self._tile_sum(p, lead, self._rows(code.simplify((first + io) * self.mr)), column, panel, None, begin)
+            self._everywhere(acc, lambda s, q, _: code.store(s, q, tirx.const(0, self.held)))
+            span(code.simplify(begin + inner), count)
+
+            def add(acc: Any, q: Index, place: Index) -> None:
+                to = code.simplify(start + place)
+                code.store(sums, to, code.load(sums, to) + code.load(acc, q))
+
+            self._everywhere(acc, add)
+
+    def _dots(self, p: Product, lead: Sequence[Index], row: Index, column: Index, begin: Index, length: Index) -> Any:
+        code, a = self.code, self.left
+
+        def left(r: Index, k: Index) -> Any:
+            return Expressions(self.args, {}).at(a, operand_index(lead, a, r, code.simplify(begin + k)))
+
+        def right(k: Index, j: Index) -> Any:
+            return p.factor.at(lead, code.simplify(begin + k), code.simplify(column + j))
+
+        return sum_dots(code, length, self._rows(row), self.nr, self.vector, self.result.dtype, self.held, left, right)
+
+    def _across(self, body: Any) -> None:
+        """``body(place in a tile)`` for all vectors of a tile."""
+        code = self.code
+        with code.loop(self.size // self.lanes, "serial", "u") as u, code.loop(self.lanes, "vectorized", "v") as v:
+            body(code.simplify(u * self.lanes + v))
