@@ -34,7 +34,7 @@ from graphopt.autotune.space import LoopNest, Schedule, SearchSpace, Workload
 from graphopt.errors import UsageError
 from graphopt.target import Target
 
-LEAST = 16  # measurements before anything is predicted
+LEAST = 8  # measurements before anything is predicted
 MOST = 20_000  # measurements that are kept, the newest
 _FRESH = 0.05  # share of new measurements after which the trees are fitted again
 _PARAMS = {"max_depth": 3, "eta": 0.1, "min_child_weight": 0.5, "subsample": 0.7, "colsample_bytree": 0.5, "lambda": 1.0,

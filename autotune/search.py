@@ -45,7 +45,7 @@ class Evolution:
     """How the search goes about.
 
     Attributes:
-        epsilon: share of a batch that is random.
+        epsilon: share of a batch that is random, rounded down, but one at least unless it is 0.
         around: share of random points that are a few moves from a sketch's default: often good, and if not, a waste of the first trials.
         population: points of a generation, where a model ranks them.
         generations: of a model's ranking between two batches.
@@ -55,7 +55,7 @@ class Evolution:
         enumerated: points of a space, or fewer, are listed.
     """
 
-    epsilon: float = 0.15
+    epsilon: float = 0.2
     around: float = 0.25
     population: int = 128
     generations: int = 4
@@ -125,7 +125,7 @@ class Search:
         batch: dict[Schedule, None] = {}
         while self._first and len(batch) < n:
             self._take(batch, self._first.pop(0))
-        chance = min(n - len(batch), math.ceil(self.options.epsilon * n))
+        chance = min(n - len(batch), max(math.ceil(self.options.epsilon), int(self.options.epsilon * n)))
         for s in self._guided(n - len(batch) - chance, batch):
             self._take(batch, s)
         self._fill(batch, n)

@@ -20,6 +20,13 @@ from graphopt.autotune.scheduler import ByGain
 from graphopt.autotune.space import Schedule
 from graphopt.autotune.tasks import Progress, Proposer, Scheduler, Task
 
+FEW, EARLY = 8, 32  # candidates of a round while so many trials of a task have not been made: each result says most then
+
+
+def round_size(tried: int, batch: int) -> int:
+    """Candidates of a task's next round, after so many trials, where a later one has ``batch``."""
+    return min(batch, FEW) if tried < EARLY else batch
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -99,7 +106,7 @@ class Tuner:
         search: task -> where its candidates come from.
         builder, runner: build and run candidates.
         record: writes a trial down.
-        batch: candidates a round.
+        batch: candidates a round, after the first rounds (:func:`round_size`).
         known: where an earlier part of the run stood, by task.
         done: trials of earlier parts of the run.
     """
@@ -135,7 +142,8 @@ class Tuner:
             task = self._scheduler.next(self.progress)
             if task is None:
                 return "done"
-            size = self._batch
+            p = self.progress[task]
+            size = round_size(p.earlier + p.trials, self._batch)
             if budget.trials is not None:
                 size = min(size, budget.trials - self._trials)
             if not self._round(task, size, budget):

@@ -30,6 +30,7 @@ from graphopt.autotune.cost_model import CostModel, pairwise_accuracy
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.search import Evolution, Model, Search
 from graphopt.autotune.space import Knob, Schedule, SearchSpace, Workload
+from graphopt.autotune.tuner import round_size
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.errors import BuildError
@@ -38,6 +39,7 @@ from graphopt.ir.text import parse_graph
 from graphopt.target import detect
 
 Choices = dict[str, tuple[Knob, ...]]
+EPSILON = Evolution().epsilon
 NEAR = (1.05, 1.02, 1.0)  # times of the best schedule that count as found
 
 
@@ -163,9 +165,11 @@ def rounds(folder: Path, name: str) -> dict[Schedule, list[float | None]]:
 
 
 def recorded(folder: Path, name: str) -> dict[Schedule, Measured]:
-    """What was measured, the median over the rounds."""
-    out = {}
+    """What was measured, the median over the rounds, of the points that the space has now."""
+    out, inside = {}, dict.fromkeys(points(name))
     for s, times in rounds(folder, name).items():
+        if s not in inside:
+            continue
         fine = [t for t in times if t is not None]
         out[s] = Measured(Status.OK, seconds=median(fine)) if len(fine) == len(times) else Measured(Status.WRONG, reason="wrong")
     return out
@@ -180,7 +184,7 @@ def play(name: str, table: dict[Schedule, Measured], seed: int, model: Model | N
     options = Evolution(epsilon=epsilon) if listed else Evolution(epsilon=epsilon, enumerated=0)
     search = Search(workload(name), detect(), spaces_of(name), seed=seed, model=model, evolution=options)
     while not search.exhausted:
-        results = [(s, table[s]) for s in search.propose(batch) if s in table]
+        results = [(s, table[s]) for s in search.propose(round_size(len(search.measured), batch)) if s in table]
         search.observe(results)
         yield results
 
@@ -212,8 +216,8 @@ def chance(points: int, good: int) -> int:
 def judge(folder: Path, names: Sequence[str], seeds: int, trials: int, batch: int) -> None:
     console = Console(width=140)
     ways: dict[str, tuple[bool, float, bool]] = {
-        "random": (False, 1.0, True), "evolution": (False, 0.15, False), "evolution + model": (True, 0.15, False),
-        "model over all": (True, 0.15, True),
+        "random": (False, 1.0, True), "evolution": (False, EPSILON, False), "evolution + model": (True, EPSILON, False),
+        "model over all": (True, EPSILON, True),
     }  # fmt: skip
     found = Table("workload", "points", "near", "good", "chance", *ways,
                   title=f"median trials until a schedule that near the best was found, {seeds} seeds")  # fmt: skip
@@ -243,7 +247,7 @@ def rank_quality(name: str, table: dict[Schedule, Measured], seeds: int, trials:
     count = 0
     for seed in range(seeds):
         model, seen = CostModel(), dict.fromkeys(list[Schedule]())
-        for results in play(name, table, seed, model, 0.15, batch):
+        for results in play(name, table, seed, model, EPSILON, batch):
             seen.update(dict.fromkeys(s for s, _ in results))
             if len(seen) >= min(trials, len(table) * 2 // 3):
                 break

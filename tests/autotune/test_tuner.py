@@ -16,7 +16,7 @@ from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace
 from graphopt.autotune.tasks import MOST_LOST, Progress, Task
-from graphopt.autotune.tuner import Budget, Event, Outcome, Standing, Tried, Tuner
+from graphopt.autotune.tuner import Budget, Event, Outcome, Standing, Tried, Tuner, round_size
 from graphopt.target import Target
 from tests.autotune.fake_kernels import BAD, LOADER, FakeBuilder, schedule, space, subject
 
@@ -161,3 +161,8 @@ def test_a_task_at_its_roofline_gets_one_batch(runner: ProcessRunner) -> None:
     p.task = Task(replace(subject(), least=1.0), "x + y", spaces.default())
     outcome, _ = setup.run(Budget())
     assert (outcome.why, outcome.trials) == ("done", 4)
+
+
+@pytest.mark.parametrize(("tried", "batch", "size"), [(0, 16, 8), (31, 16, 8), (32, 16, 16), (0, 4, 4), (500, 4, 4)])
+def test_the_first_rounds_are_small(tried: int, batch: int, size: int) -> None:
+    assert round_size(tried, batch) == size
