@@ -11,6 +11,8 @@ from graphopt.autotune.space import LoopNest, Param, Schedule, SearchSpace, Work
 from graphopt.backends.base import KernelSource
 from graphopt.backends.tvm.rules import RULES
 from graphopt.ir.graph import Graph
+from graphopt.ir.ops import Trait
+from graphopt.ir.work import flops
 from graphopt.target import Target
 
 
@@ -58,6 +60,8 @@ class Template:
             found = self.spaces_of(w, t)
         else:
             found = (SearchSpace(self.name, params=self.params(w, t), nest=self.nest and self.nest(w, t)),)
+        if t.cores > 1 and is_large(w):
+            found = tuple(replace(space, params=tuple(_shared(p) for p in space.params)) for space in found)
         return tuple(replace(space, rules={name: RULES.get((self.name, name), ()) for name in space.sketches}) for space in found)
 
     def emit(self, w: Workload, s: Schedule, t: Target) -> KernelSource:
@@ -65,6 +69,26 @@ class Template:
         name = entry_name(w, s)
         function = self.write(w, s, t).function(name)
         return KernelSource(name, "tvmscript", function.script(), function)
+
+
+_LARGE_PRODUCT, _LARGE_RESULT = 1 << 26, 1 << 20  # operations, and elements, for which several threads are always worth their launch
+
+
+def is_large(w: Workload) -> bool:
+    """Whether one thread would take tens of microseconds and more, on any processor: then nobody has to try whether it is faster.
+
+    A region with symbolic sizes may be small.
+    """
+    work = [flops(n) for n in w.graph.nodes() if n.op.has(Trait.CONTRACTION)]
+    if any(isinstance(n, int) and n >= _LARGE_PRODUCT for n in work):
+        return True
+    written = [v.type.numel for v in w.graph.outputs]
+    return any(isinstance(n, int) and n >= _LARGE_RESULT for n in written)
+
+
+def _shared(p: Param) -> Param:
+    """The knob without the choice of one thread."""
+    return replace(p, choices=(True,)) if p.name == "parallel" and p.choices[0] is True else p
 
 
 def loops_of(name: str) -> Callable[[Workload, Target], Callable[[Schedule], LoopNest]]:

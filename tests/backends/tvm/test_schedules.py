@@ -98,6 +98,27 @@ def test_every_sketch_says_which_rules_yielded_it() -> None:
     assert "nest/default (flat, inline)" in found
 
 
+def test_nobody_tries_one_thread_where_there_is_much_to_do() -> None:
+    """Device-free. A small workload keeps the choice, and so does one whose size is not known; the default is in the space always."""
+
+    def choices(text: str, kind: str, cores: int = 2) -> set[tuple[bool, ...]]:
+        w, target = Workload.of(parse_graph(f"graph @g{text}"), kind), Target.from_name(f"cpu:x86-64-v3:{cores}")
+        spaces = [s for t in TvmBackend().templates(w, target) for s in t.spaces(w, target)]
+        assert all(s.rejection(s.default()) is None for s in spaces)
+        return {p.choices for s in spaces for p in s.params if p.name == "parallel" and "split" not in s.sketches[0]}
+
+    def product(m: object) -> str:
+        where = "" if isinstance(m, int) else " where 1 <= N"
+        return f"(%x: f32[{m}, 512], %y: f32[512, 256]) -> f32[{m}, 256]{where} {{\n %0: f32[{m}, 256] = matmul(%x, %y)\n return %0\n}}"
+
+    def sine(n: int) -> str:
+        return f"(%x: f32[{n}]) -> f32[{n}] {{\n %0: f32[{n}] = sin(%x)\n return %0\n}}"
+
+    assert choices(product(512), "matmul") == choices(sine(1 << 21), "pointwise") == {(True,)}
+    assert choices(product(64), "matmul") == choices(sine(1 << 16), "pointwise") == choices(product("N"), "matmul") == {(True, False)}
+    assert choices(product(512), "matmul", cores=1) == {(True, False)}
+
+
 def test_what_a_constraint_rejects_it_rejects_with_a_reason() -> None:
     target, rng = detect(), Random(1)
     graph, kind = families(target)["matmul: packed, 35 rows"]
