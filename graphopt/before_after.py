@@ -64,6 +64,23 @@ class BeforeAfter:
         return median(ratios), ratios[k], ratios[n - 1 - k]
 
 
+    @property
+    def slower(self) -> bool:
+        """Whether the whole is slower now, beyond doubt."""
+        return self.gain[2] < 1.0
+
+    @property
+    def to_take_back(self) -> tuple[str, ...]:
+        """Keys of the workloads whose new schedules do harm: those of kernels that are slower by more than noise; where the whole is
+        slower, of all that are not faster in it, or if there are none, of all that changed: what one kernel leaves in the caches, the
+        next one has to do with."""
+        changed = [k for k in self.kernels if k.changed]
+        chosen = [k for k in changed if k.slower]
+        if self.slower:
+            chosen = [k for k in changed if k.after >= k.before] or changed
+        return tuple(dict.fromkeys(key for k in chosen for key in k.workloads))
+
+
 Call = Callable[[], object]
 
 

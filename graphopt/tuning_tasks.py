@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from graphopt.autotune.measure import Subject
-from graphopt.autotune.space import Workload
+from graphopt.autotune.space import Rule, Workload
 from graphopt.autotune.tasks import Task
 from graphopt.ir import Trait, dims, types
 from graphopt.ir.graph import Value
@@ -22,8 +22,8 @@ from graphopt.tuning import spaces_of
 MOST_BETWEEN = 256 << 20  # bytes over which weights are rotated at most
 WORTH = 0.01  # share of the models' time from which on it is measured what PyTorch takes for a task
 
-LeastSeconds = Callable[[float, float], float]
-"""(floating-point operations, bytes from memory) -> seconds that the machine needs at least."""
+LeastSeconds = Callable[[float, float, bool], float]
+"""(floating-point operations, bytes from memory, whether products may be summed from thirds) -> seconds that the machine needs at least."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
         limited = use.flops if _by_multiply_adds(use.step) else 0  # the limit is that of f32
         share = use.seconds / total if total else 0.0
         read = min(use.weight_bytes, use.bytes) if cold else 0  # of a table, the rows that are taken
-        floor = least(limited, read) if least else 0.0
+        floor = least(limited, read, _by_thirds(w, target)) if least else 0.0
         subject = Subject(w, case_maker(w, use.sizes), use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
         eager = library(subject) if library and share >= WORTH else 0.0
         found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, eager, use.flops, read))
@@ -107,6 +107,11 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
 def _by_multiply_adds(step: KernelStep) -> bool:
     """Whether products are of f32: those of integers and of halves are several times as fast where there are instructions for them."""
     return all(n.operands[0].dtype == types.f32 for n in step.workload.graph.nodes() if n.op.has(Trait.CONTRACTION))
+
+
+def _by_thirds(w: Workload, target: Target) -> bool:
+    """Whether a kernel may multiply numbers of f32 as sums of narrower ones, for which there are faster instructions."""
+    return any(Rule.SPLIT_NUMBERS in rules for space in spaces_of(w, target) for rules in space.rules.values())
 
 
 def _use(step: KernelStep, staged: Any, sizes: Mapping[str, int]) -> _Use:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from graphopt.before_after import BeforeAfter, interleaved
+from graphopt.before_after import BeforeAfter, KernelTimes, interleaved
 
 
 def measured(gain: float, noise: float, n: int = 100, seed: int = 0) -> BeforeAfter:
@@ -47,3 +48,20 @@ def test_calls_take_turns() -> None:
     assert [len(t) for t in times] == [3, 3]
     assert calls[:2] == ["a", "b"]
     assert "".join(calls[2:]) == "bbaa" + "aabb" + "bbaa"
+
+
+def kernel(name: str, after: float, changed: bool = True) -> KernelTimes:
+    return KernelTimes(name, 1, 1.0, after, changed, (f"key of {name}",))
+
+
+def test_what_is_taken_back() -> None:
+    """A kernel that is slower by more than noise; where the whole is slower, whatever is not faster, and at last all that changed."""
+    kernels = (kernel("faster", 0.8), kernel("a little slower", 1.05), kernel("slower", 1.2), kernel("the same", 1.3, changed=False))
+
+    def back(gain: float, *among: KernelTimes) -> tuple[str, ...]:
+        return tuple(key.removeprefix("key of ") for key in replace(measured(gain, 0.05), kernels=among).to_take_back)
+
+    assert back(1.1, *kernels) == ("slower",)
+    assert back(0.9, *kernels) == ("a little slower", "slower")
+    assert back(0.9, kernels[0], kernels[3]) == ("faster",)
+    assert back(1.1, kernels[0], kernels[1], kernels[3]) == back(1.0, kernels[0], kernels[1]) == ()

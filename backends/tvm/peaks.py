@@ -1,4 +1,4 @@
-"""Kernels that reach a machine's limits and do nothing else: multiply-adds in registers, and reading memory.
+"""Kernels that reach a machine's limits and do nothing else: multiply-adds in registers, products of AMX tiles, and reading memory.
 
 What they measure is what a program's kernels, written by the same code generator and run in the same pool, could reach.
 """
@@ -10,11 +10,14 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.base import KernelSource
+from graphopt.backends.tvm import amx
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.target import Target
 
 AHEAD, LINE = 2048, 64  # bytes
 TASKS = 16  # each a part of equal size: whole numbers of them for 1, 2, 4, 8 and 16 threads
+TILE_INPUT, TILES_OUT = 4 * 256, 4 * 256  # f32, or pairs of bf16, of four tiles of 16 rows
+TILE_FLOPS = 2 * 16 * 16 * 32  # of a product of two tiles of bf16
 CHAINS = {16: 12, 32: 16}  # vector registers -> independent sums: more than latency times units, fewer than registers
 
 
@@ -41,6 +44,28 @@ def multiply_add(target: Target, steps: int) -> KernelSource:
         for q in range(chains):
             _put(code, out, (task * chains + q) * lanes, lanes, _vector(acc, q * lanes, lanes))
     return _source("peak_multiply_add", code)
+
+
+def multiply_tiles(steps: int) -> KernelSource:
+    """``kernel(x f32[TILE_INPUT], out f32[TASKS * TILES_OUT])``: each task multiplies ``4 * steps`` pairs of tiles of bf16.
+
+    So a call does ``TASKS * steps * 4 * TILE_FLOPS`` floating-point operations.
+    """
+    code = Code({})
+    x, out = code.argument("float32", 4, "x"), code.argument("float32", 4, "out")
+    words = TILE_INPUT // 4
+    with code.loop(TASKS, "parallel", "task") as task:
+        amx.configure(code, dict.fromkeys(range(8), amx.ROWS))
+        for k in range(4):
+            amx.zero(code, k)
+            amx.load(code, 4 + k, x, k * words, amx.BYTES)
+        with code.loop(steps, "serial", "k"):
+            for k in range(4):
+                amx.multiply(code, k, 4 + k // 2, 6 + k % 2)
+        for k in range(4):
+            amx.store(code, k, out, code.simplify((task * 4 + k) * words), amx.BYTES)
+        amx.release(code)
+    return _source("peak_multiply_tiles", code)
 
 
 def read(target: Target, elements: int) -> KernelSource:

@@ -1,10 +1,12 @@
-"""The machine's limits, measured by kernels of our own: f32 multiply-adds a second, and bytes read from memory a second."""
+"""The machine's limits, measured by kernels of our own: multiply-adds a second, of f32 and on tiles, and bytes read from memory."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from graphopt.target import Target, detect
 
 MEMORY_BYTES = 1 << 30  # far beyond the last-level cache, where memory allows
 STEPS = 1 << 16
+TILE_STEPS = 1 << 10
+THIRDS_PRODUCTS = 6  # of bf16, for one of f32
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,28 @@ class Limits:
         flops: f32 floating-point operations a second, a multiply-add being two.
         bytes: bytes a second read from memory.
         buffer: bytes of the buffer that was read.
+        tiles: bf16 floating-point operations a second on AMX tiles; 0 where there are none.
     """
 
     flops: float
     bytes: float
     threads: int
     buffer: int
+    tiles: float = 0.0
 
-    def least_seconds(self, flops: float, read: float) -> float:
-        """No run can be faster: its arithmetic at full speed, or its bytes, whichever takes longer."""
-        return max(flops / self.flops, read / self.bytes)
+    def least_seconds(self, flops: float, read: float, thirds: bool = False) -> float:
+        """No run can be faster: its arithmetic at full speed, or its bytes, whichever takes longer.
+
+        Args:
+            thirds: products of f32 may be summed from thirds on tiles, six products of bf16 for one.
+        """
+        speed = max(self.flops, self.tiles / THIRDS_PRODUCTS) if thirds else self.flops
+        return max(flops / speed, read / self.bytes)
 
     def best(self, other: Limits) -> Limits:
         """The higher of two measurements of the same machine."""
-        return Limits(max(self.flops, other.flops), max(self.bytes, other.bytes), self.threads, self.buffer)
+        return Limits(max(self.flops, other.flops), max(self.bytes, other.bytes), self.threads, self.buffer,
+                      max(self.tiles, other.tiles))  # fmt: skip
 
 
 class LimitMeter:
@@ -59,9 +71,12 @@ class LimitMeter:
         lanes, chains = target.lanes(4), peaks.fma_chains(target)
         self._flops = 2.0 * peaks.TASKS * STEPS * chains * lanes
         self._fma = build_in_process(peaks.multiply_add(target, STEPS), target)
+        self._tiles = build_in_process(peaks.multiply_tiles(TILE_STEPS), target) if target.f32_thirds else None
+        self._tile_flops = float(peaks.TASKS * TILE_STEPS * 4 * peaks.TILE_FLOPS)
         self._read = build_in_process(peaks.read(target, self.buffer // 4), target)
         self._constants = torch.cat([torch.full((lanes,), 0.999), torch.full((lanes,), 0.001)])
-        self._out = torch.empty(peaks.TASKS * max(chains, 8) * lanes)
+        self._out = torch.empty(peaks.TASKS * max(chains * lanes, 8 * lanes, peaks.TILES_OUT))
+        self._tile_input = torch.ones(peaks.TILE_INPUT)
 
     def measure(self, seconds: float = 0.5, large: bool = True) -> Limits:
         """The best run of each kernel in some seconds: a limit is what was reached once.
@@ -73,12 +88,13 @@ class LimitMeter:
         torch.set_num_threads(self.threads)
         try:
             fma = best_seconds(lambda: self._fma(self._constants, self._out), seconds)
+            tiles = best_seconds(partial(self._tiles, self._tile_input, self._out), seconds) if self._tiles else math.inf
             size = torch.Size([self.buffer // 4])
             memory = (Pages().empty(size, torch.float32) if large else torch.empty(size)).fill_(1.0)
             read = best_seconds(lambda: self._read(memory, self._out), seconds)
         finally:
             torch.set_num_threads(before)
-        return Limits(self._flops / fma, self.buffer / read, self.threads, self.buffer)
+        return Limits(self._flops / fma, self.buffer / read, self.threads, self.buffer, self._tile_flops / tiles)
 
 
 def best_seconds(run: Callable[[], object], seconds: float) -> float:

@@ -39,6 +39,7 @@ from graphopt.tuning import Run, check_device, last_run, moment, run_records, tu
 from graphopt.tuning_tasks import Tasks, tasks_of
 
 LOOK = 1.0  # seconds for which other processes are watched before the first trial
+MEASURED = 3  # times at most that a model is measured, as long as something is withdrawn
 MOST_LOAD = 0.25  # processors that they may keep busy without a word
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
@@ -220,15 +221,17 @@ class _Session:
         return Run(self.target, self.database, self.threads, seed, last or "", machine=self.machine)
 
     def finish(self) -> None:
-        """Measure the models before and after. What is slower in them than its default schedule is withdrawn."""
+        """Measure the models before and after. What does them harm is withdrawn, and they are measured again: what is said last is so."""
         for m in self.models:
-            self.say(f"measuring {m.name} with default and with tuned schedules, in turns")
-            found = _measured(m, self.options, self.database)
-            show_model(m.name, found, self.console)
-            slower = [k for k in found.kernels if k.slower] if found else []
-            keys = [key for k in slower for key in k.workloads]
-            if keys and (lost := withdraw(self.database, keys, self.target, self.threads, self._began)):
-                text = f"{counted(lost, 'kernel')} slower in the model than with default schedules: withdrawn, the default ones stay"
+            for _ in range(MEASURED):
+                self.say(f"measuring {m.name} with default and with tuned schedules, in turns")
+                found = _measured(m, self.options, self.database)
+                show_model(m.name, found, self.console)
+                keys = found.to_take_back if found else ()
+                lost = withdraw(self.database, keys, self.target, self.threads, self._began) if keys else 0
+                if not lost:
+                    break
+                text = f"{counted(lost, 'kernel')} of them withdrawn, as the model is slower with them: the default schedules stay"
                 self.console.print(text, highlight=False)
 
     def close(self) -> None:

@@ -10,12 +10,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.autotune.scheduler import ByGain
 from graphopt.autotune.tuner import Budget, Event, GoesOn, Outcome, RoundBegins, TimingBegins, Tried
 from graphopt.before_after import BeforeAfter
 from graphopt.bench.limits import Limits
 from graphopt.errors import counted
 from graphopt.tuning_tasks import Tasks
 
+NEAR = ByGain().near
 LINES = 24  # tasks shown at most
 REDRAW = 0.25  # seconds between two pictures
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
@@ -130,12 +132,19 @@ class View:
 
     def line(self) -> str:
         before = sum(self.found.seconds)
-        task = self.found.tasks[self.now]
         whole = "" if self.found.estimated else f"; {before * 1e3:.2f} -> {self.estimate * 1e3:.2f} ms (estimate)"
-        return (
-            f"{time.monotonic() - self._start:5.0f} s, {counted(sum(self.trials), 'trial')}, {self.failed} failed{whole}{self._left()}; "
-            f"now {task.name}"
-        )
+        elapsed, tried = time.monotonic() - self._start, sum(self.trials)
+        rate = f" ({tried / elapsed:.1f} a second)" if tried and elapsed else ""
+        return f"{elapsed:5.0f} s{self._left()}, {counted(tried, 'trial')}{rate}, {self.failed} failed{whole}; now {self._task()}"
+
+    def _task(self) -> str:
+        """The task at hand: its share of the time, trials, and its best so far."""
+        i = self.now
+        told = [f"{self.found.share[i]:.0%}", counted(self.trials[i], "trial")]
+        best, default = self.best[i], self.default[i]
+        if best:
+            told.append(f"best {microseconds(best)} us" + (f", {default / best:.2f}x" if default else ""))
+        return f"{self.found.tasks[i].name} ({', '.join(told)})"
 
     def _left(self) -> str:
         if self.budget.seconds is None:
@@ -149,7 +158,7 @@ class View:
                 continue
             best, default = self.best[i], self.default[i]
             gain = f"{default / best:.2f}x" if best and default else ""
-            near = f"{task.least / best:.0%}" if best and task.least else ""
+            near = reached(task.least, best)
             table.add_row(">" if i == self.now else "", task.name, f"{share:.1%}", str(self.trials[i] or ""), microseconds(task.library),
                           microseconds(default), microseconds(best), gain, near)  # fmt: skip
         return Group(table, Text(f"{self.line()}: {self.doing}"))
@@ -160,18 +169,44 @@ class View:
 
 def show_result(outcome: Outcome, found: Tasks, console: Console) -> None:
     """What was tried and found."""
-    table = Table("kernel", "share", "trials", "failed", "PyTorch us", "default us", "best us", "gain",
+    table = Table("kernel", "share", "trials", "failed", "PyTorch us", "default us", "best us", "gain", "roofline",
                   title="Kernels alone, each timed in turns with the best so far", title_justify="left")  # fmt: skip
     for p, share in zip(outcome.progress, found.share, strict=True):
         failed = sum(n for status, n in p.statuses.items() if status != "ok")
         gain = f"{p.gain:.2f}x" if p.gain else ""
         default = p.default.seconds if p.default else None
         table.add_row(p.task.name, f"{share:.1%}", str(p.trials), str(failed or ""), microseconds(p.task.library), microseconds(default),
-                      microseconds(p.best), gain)  # fmt: skip
+                      microseconds(p.best), gain, reached(p.task.least, p.best))  # fmt: skip
     console.print(table)
+    for text in standstill(outcome, found):
+        console.print(text, highlight=False, soft_wrap=True)
     why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
     rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
     console.print(f"{counted(outcome.trials, 'trial')} in {rate}; {why[outcome.why]}", highlight=False)
+
+
+def reached(least: float, seconds: float | None) -> str:
+    """How near a kernel is to its roofline; empty if that is not known."""
+    return f"{least / seconds:.0%}" if least and seconds else ""
+
+
+def standstill(outcome: Outcome, found: Tasks) -> list[str]:
+    """What kept kernels from becoming faster, in words: how many of them, and what share of the models' time they have."""
+    near: list[tuple[float, int]] = []
+    done: list[tuple[float, int]] = []
+    tried: list[tuple[float, int]] = []
+    for p, share in zip(outcome.progress, found.share, strict=True):
+        if not p.trials or (p.gain or 1.0) > 1.0:
+            continue
+        group = near if p.best and p.best <= NEAR * p.task.least else done if p.exhausted else tried
+        group.append((share, p.trials + p.earlier))
+    out = []
+    for group, what in ((near, "no more trials, as nothing can be much faster there: within a tenth of the roofline"),
+                        (done, "every schedule that there is was tried, and none is faster"), (tried, "none that was tried is faster")):
+        if group:
+            trials = f"{min(n for _, n in group)} to {max(n for _, n in group)} trials" if len(group) > 1 else counted(group[0][1], "trial")
+            out.append(f"{counted(len(group), 'kernel')} as before ({sum(s for s, _ in group):.0%} of the time; {trials}): {what}")
+    return out
 
 
 def show_model(name: str, m: BeforeAfter | None, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from graphopt.bench.limits import LimitMeter, Limits, available_memory, best_seconds, buffer_bytes
-from graphopt.target import Target
+from graphopt.target import Target, detect
 
 
 def test_the_buffer_is_beyond_the_cache_but_within_memory() -> None:
@@ -21,6 +21,14 @@ def test_the_buffer_is_beyond_the_cache_but_within_memory() -> None:
 def test_the_higher_of_two_measurements() -> None:
     a, b = Limits(400e9, 30e9, 2, 1), Limits(410e9, 28e9, 2, 1)
     assert a.best(b) == Limits(410e9, 30e9, 2, 1)
+
+
+def test_products_of_thirds_may_be_as_fast_as_tiles() -> None:
+    """Six products of bf16 for one of f32: 1000 GFLOP/s where tiles make 6000, and what the vector units make where that is more."""
+    machine = Limits(400e9, 30e9, 2, 1, tiles=6e12)
+    assert machine.least_seconds(4e9, 0) == pytest.approx(0.01)
+    assert machine.least_seconds(4e9, 0, thirds=True) == pytest.approx(0.004)
+    assert Limits(400e9, 30e9, 2, 1).least_seconds(4e9, 0, thirds=True) == pytest.approx(0.01)
 
 
 def test_best_seconds_runs_three_times_at_least() -> None:
@@ -39,3 +47,4 @@ def test_a_real_measurement_is_plausible() -> None:
     assert 1e9 < found.flops < 1e13  # one core, however slow or busy
     assert 1e8 < found.bytes < 1e12
     assert found.threads == 1
+    assert found.tiles > found.flops if detect().f32_thirds else found.tiles == 0.0
