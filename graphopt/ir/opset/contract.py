@@ -9,28 +9,38 @@ import torch
 from graphopt.errors import TypeInferenceError
 from graphopt.ir import dims, types
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, Trait, broadcast_shapes, define, same_dtype
-from graphopt.ir.types import TensorType
+from graphopt.ir.types import DType, TensorType
+
+
+def _summed(name: str, ts: Sequence[TensorType], attrs: Attrs) -> DType:
+    """The dtype of the result."""
+    dtype, acc = same_dtype(ts, name), attrs["acc"]
+    if acc is not None and (acc != types.i32 or dtype not in (types.i8, types.u8)):
+        raise TypeInferenceError(f"{name}: {ts[0]} and {ts[1]} summed in {acc}; only products of i8 or u8 are, in i32")
+    return acc or dtype
 
 
 def _infer_matmul(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     a, b = ts
-    dtype, acc = same_dtype(ts, "matmul"), attrs["acc"]
-    if acc is not None and (acc != types.i32 or dtype not in (types.i8, types.u8)):
-        raise TypeInferenceError(f"matmul: {a} and {b} summed in {acc}; only products of i8 or u8 are, in i32")
+    dtype = _summed("matmul", ts, attrs)
     if a.rank < 2 or b.rank < 2:
         raise TypeInferenceError(f"matmul: operands need two axes at least, got {a} and {b}")
     if dims.prove(a.shape[-1], "==", b.shape[-2]) is False:
         raise TypeInferenceError(f"matmul: {a} and {b} do not agree in the summed size")
     batch = broadcast_shapes([a.shape[:-2], b.shape[:-2]])
-    return [TensorType(acc or dtype, (*batch, a.shape[-2], b.shape[-1]))]
+    return [TensorType(dtype, (*batch, a.shape[-2], b.shape[-1]))]
 
 
 def _matmul(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
     a, b = xs
     if attrs["acc"] is None:
         return torch.matmul(a, b)
-    # f64 holds all sums of such products exactly, and is multiplied by a library; an i32 that runs over wraps around
-    return torch.matmul(a.double(), b.double()).to(torch.int64).to(torch.int32)
+    return _wrapped(torch.matmul(a.double(), b.double()))
+
+
+def _wrapped(sums: torch.Tensor) -> torch.Tensor:
+    """Sums of integer products in i32: f64 holds them exactly, and is multiplied by a library. An i32 that runs over wraps around."""
+    return sums.to(torch.int64).to(torch.int32)
 
 
 define(
@@ -42,7 +52,7 @@ define(
 
 def _infer_conv(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     x, w = ts
-    dtype, n = same_dtype(ts, "conv"), x.rank - 2
+    dtype, n = _summed("conv", ts, attrs), x.rank - 2
     if n < 1 or w.rank != x.rank or any(len(attrs[k]) != n for k in ("stride", "padding", "dilation")):
         raise TypeInferenceError(f"conv: {x}, {w} and stride, padding, dilation do not agree in rank")
     last = attrs["channels_last"]
@@ -62,17 +72,20 @@ def _evaluate_conv(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -
     (x, w), n = xs, xs[0].dim() - 2
     if attrs["channels_last"]:
         x, w = x.movedim(-1, 1), w.permute(n + 1, n, *range(n))
+    if attrs["acc"] is not None:
+        x, w = x.double(), w.double()
     y = torch.convolution(
         x, w, None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]), False, [0] * n, attrs["groups"]
     )
+    y = y if attrs["acc"] is None else _wrapped(y)
     return y.movedim(1, -1) if attrs["channels_last"] else y
 
 
 define(
     "conv", 2, traits=(Trait.CONTRACTION,), infer=_infer_conv, evaluate=_evaluate_conv,
-    attrs={"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1, "channels_last": False},
+    attrs={"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1, "channels_last": False, "acc": None},
     doc="cross-correlation, x [N, C, *S] with w [O, C/groups, *K] -> [N, O, *S']; 1 to 3 spatial axes; channels_last: "
-    "x [N, *S, C] with w [*K, C/groups, O] -> [N, *S', O]",
+    "x [N, *S, C] with w [*K, C/groups, O] -> [N, *S', O]; i8 and u8 are summed in i32, which is the result, if acc is i32",
 )  # fmt: skip
 
 
