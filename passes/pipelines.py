@@ -49,7 +49,7 @@ def default_pipeline(level: int = 2, quantize: str = "") -> list[Pass]:
     if not quantize:
         return passes
     at = next(i for i, p in enumerate(passes) if p.name == "fuse")
-    return [*passes[:at], Scheme.parse(quantize).make(), *passes[at:]]
+    return [*passes[:at], *Scheme.parse(quantize).make(), *passes[at:]]
 
 
 def edit_pipeline(passes: Sequence[Pass], edits: Any) -> list[Pass]:

@@ -324,7 +324,7 @@ class Region:
         """Why a region that cannot take an integer product itself does not make floats of its sums, either."""
         after, shape = self._downstream(uses), product.results[0].shape
         plain = all(role(n) is Role.POINTWISE and dims.same_shape(n.results[0].shape, shape) for n in after)
-        fits = self.kind == "pointwise" or (self.kind == "matmul" and self._before(uses) is None)
+        fits = self.kind == "pointwise" or (self.kind == product.op.name == "matmul" and self._before(uses) is None)
         if fits and self._product_unfit(product, after, plain) is None:
             return None
         return "it follows an integer product, whose kernel writes floats, not sums"

@@ -1,27 +1,39 @@
-"""What the kernel of an integer product does on the way: rounding its rows, each once before anything is multiplied, and making floats."""
+"""What the kernel of an integer product does on the way: rounding its first factor, before anything is multiplied, and making floats."""
 
 from __future__ import annotations
 
 from graphopt.ir import dims, types
-from graphopt.ir.graph import Node, Value
+from graphopt.ir.graph import Node, Value, is_view
 from graphopt.ir.ops import Trait
+
+INTEGER_PRODUCTS = ("matmul", "conv")
 
 
 def rounding_of(product: Node) -> dict[Node, None]:
     """The nodes between a product's left factor as floats and as integers: ``quantize``, and what makes its scales of the same rows.
 
-    Scales that are not made of the rows' largest magnitudes stay outside; nothing, if the factor is not rounded.
+    Scales that are not made of the rows' largest magnitudes stay outside; nothing, if the factor is not rounded. An image is rounded by the
+    kernel that computes it, unless its floats are wanted, too: then it is by each convolution that reads it, all scales outside.
     """
-    node = product.operands[0].producer if product.op.name == "matmul" and product.attrs["acc"] is not None else None
+    if product.op.name not in INTEGER_PRODUCTS or product.attrs["acc"] is None:
+        return {}
+    node = product.operands[0].producer
     if node is None or node.op.name != "quantize" or len(node.operands) != 2 or node.operands[0].dtype != types.f32:
         return {}
+    if product.op.name == "conv":
+        return {node: None} if _wanted(node.operands[0]) else {}
     scale = _scale(node.operands[0], node.operands[1])
     return {node: None, **(scale or {})}
 
 
+def _wanted(x: Value) -> bool:
+    """Whether floats are in memory anyway: they come from outside or through a view, or more than one rounding reads them."""
+    return x.producer is None or is_view(x.producer) or not x.has_one_use
+
+
 def product_of_integers(node: Node) -> Node | None:
     """The integer product that a node makes floats of the sums of; its kernel does that before it writes anything."""
-    product = node.operands[0].defined_by("matmul") if node.op.name == "dequantize" else None
+    product = node.operands[0].defined_by(*INTEGER_PRODUCTS) if node.op.name == "dequantize" else None
     return product if product is not None and product.attrs["acc"] is not None else None
 
 

@@ -12,7 +12,8 @@ When: a convolution with 1 to 3 spatial axes, and a weight and a number of chann
 carried along as far as it goes: pointwise ops (other operands broadcast along the same axes), sums, means and extremes,
 pooling, pad, slice, take by a vector, and concat if half of its bytes are in the layout (the lesser part is transposed). Pooling
 and take also begin with an input that lies in memory so. Everything else reads the value through the transpose. Declined, with a
-remark: unknown sizes, and integers. A pad that only one of them reads is done behind the transpose.
+remark: unknown sizes, and integers that are not summed in 32 bits. A pad that only one of them reads, or a rounding by
+one scale an image, is done behind the transpose.
 
 Numerics: bitwise in the IR; a kernel may sum in another order.
 Reference: Liu et al., "Optimizing CNN Model Inference on CPUs", USENIX ATC 2019, sections 3.1 and 3.2.
@@ -75,7 +76,7 @@ def _declined(conv: Node) -> str | None:
     x, w = conv.operands
     if not dims.is_static(w.shape) or not isinstance(x.shape[1], int):
         return "its weight or its channels are of unknown size"
-    return None if x.dtype.is_float else f"its dtype is {x.dtype}"
+    return None if x.dtype.is_float or conv.attrs.get("acc") is not None else f"its dtype is {x.dtype}"
 
 
 def _channels_innermost(v: Value) -> bool:
@@ -139,9 +140,14 @@ class _Walk:
     def last(self, rw: Rewriter, v: Value) -> Value:
         """The channels-last form of a value of full rank."""
         if v not in self.twins:
-            pad = v.defined_by("pad") if v.has_one_use else None
-            # zeros behind the transpose are the convolution's to read; in front of it they would be a copy of the image
-            self.twins[v] = self._pad(rw, pad) if pad is not None else rw.transpose(v, perm=last_perm(v.type.rank))
+            before = v.defined_by("pad", "quantize") if v.has_one_use else None
+            # zeros and integers behind the transpose are the convolution's to read; in front of it they would be a copy of the image
+            if before is not None and before.op.name == "pad":
+                self.twins[v] = self._pad(rw, before)
+            elif before is not None and all(d == 1 for s in before.operands[1:] for d in s.shape[1:]):
+                self.twins[v] = self._pointwise(rw, before)
+            else:
+                self.twins[v] = rw.transpose(v, perm=last_perm(v.type.rank))
         return self.twins[v]
 
     # --- nodes ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ changes.
 When: after ``fuse``, for a region of kind ``conv`` or ``conv-depthwise`` whose weight is a staged (weight-only) f32 value behind views. The
 groups of a grouped convolution are packed one after the other. A depthwise convolution reads its weight as it is, with the
 channels last: only the views in front of it move out of the region. ``nr`` is 32, two AMX tiles, where the target sums this
-convolution from thirds (``Target.conv_in_thirds``). An operand that is no weight is left in silence; declined with a remark are
+convolution from thirds (``Target.conv_in_thirds``). Weights of integers are packed in fours
+(:mod:`~graphopt.passes.layout.filter_fours`). An operand that is no weight is left in silence; declined with a remark are
 other dtypes.
 
 The packing stands outside of the region; the region's body unpacks, so that its meaning stays in the IR::
@@ -31,9 +32,13 @@ from graphopt.ir.graph import Node, Value, copy_nodes, is_view
 from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
+from graphopt.passes.layout import filter_fours
 from graphopt.passes.layout.pack_weights import COLUMNS
 from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
 from graphopt.target import Target
+
+_PACKED = ["reshape", "slice", "reshape", "transpose", "reshape"]  # how unpacking ends and begins
+_PACKED_FOURS = ["reshape", "slice", "reshape", "slice", "slice", "reshape", "transpose"]
 
 
 class PackFilters(Pass):
@@ -74,15 +79,24 @@ class PackFilters(Pass):
             groups, w = int(conv.attrs["groups"]), conv.operands[1]
             source = fusion.operands[origin(w).index]
             filters = int(w.shape[-1]) // groups
-            nr = None if _depthwise(conv) else self.width or _width(fusion, conv, filters, ctx.target)
-            key = (source, groups, nr, *((n.op.name, *n.attrs.values()) for n in chain))
+            form: tuple[int, ...]
+            if conv.attrs["acc"] is not None:
+                form = filter_fours.runs_of(conv)
+                packing = partial(filter_fours.pack, lines=form[0], run=form[1])
+                unpacked = partial(filter_fours.unpack, lines=form[0], run=form[1], shape=w.shape)  # type: ignore[arg-type]
+            elif _depthwise(conv):
+                form, packing, unpacked = (), (lambda b, w: w), (lambda b, w: w)  # type: ignore[assignment]
+            else:
+                form = (groups, self.width or _width(fusion, conv, filters, ctx.target))
+                packing = partial(pack, groups=groups, nr=form[1])
+                unpacked = partial(unpack, groups=groups, shape=w.shape)  # type: ignore[arg-type]
+            key = (source, *form, *((n.op.name, *n.attrs.values()) for n in chain))
             if key not in packed:
                 rw = Rewriter(g, fusion)
                 mapping = {origin(w): source}
                 copy_nodes(chain, mapping, g, fusion)
-                packed[key] = mapping[w] if nr is None else pack(rw, mapping[w], groups, nr)
+                packed[key] = packing(rw, mapping[w])
             ctx.passed(self.name, f"weight {source!r} becomes {packed[key].type}", fusion, number)
-            unpacked = partial(unpack, groups=groups, shape=w.shape) if nr is not None else lambda b, w: w  # type: ignore[arg-type]
             fusion = read_prepared(g, fusion, conv, packed[key], unpacked)
             changed = True
         return changed
@@ -149,8 +163,11 @@ def weight_of(fusion: Node, staged: Staged, place: int = 0) -> tuple[Node, list[
     while v.producer is not None:
         chain.append(v.producer)
         v = v.producer.operands[0]
-    if [n.op.name for n in chain] == ["reshape", "slice", "reshape", "transpose", "reshape"] or (_depthwise(conv) and not chain):
+    names = [n.op.name for n in chain]
+    if names in (_PACKED, _PACKED_FOURS) or (_depthwise(conv) and not chain):
         return Reject("")
+    if conv.attrs["acc"] is not None:
+        return (conv, chain[::-1]) if conv.attrs["groups"] == 1 else Reject(f"integers in {conv.attrs['groups']} groups", fusion)
     if w.dtype != types.f32:
         return Reject(f"weights of dtype {w.dtype} are not packed, only f32", fusion)
     return conv, chain[::-1]

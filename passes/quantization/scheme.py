@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from graphopt.errors import UsageError, nearest
 from graphopt.pass_manager import Pass
+from graphopt.passes.quantization.quantize_convolutions import QuantizeConvolutions
 from graphopt.passes.quantization.quantize_products import QuantizeProducts
 from graphopt.passes.quantization.quantize_weights import GROUPS, QuantizeWeights
 
@@ -60,13 +61,13 @@ class Scheme:
             raise UsageError(f"scheme {text!r}: a group has one of {', '.join(map(str, GROUPS[1:]))} rows, not {scheme.group}")
         return scheme
 
-    def make(self) -> Pass:
-        """The pass that does it. Raises UsageError for a scheme that needs calibration."""
+    def make(self) -> tuple[Pass, ...]:
+        """The passes that do it. Raises UsageError for a scheme that needs calibration."""
         if self.activations == "static":
             raise UsageError(f"{self} needs calibration: graphopt.quantize(model, args, scheme={str(self)!r}, calibration=...)")
         if self.activations:
-            return QuantizeProducts()
-        return QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points, storage=self.storage)
+            return QuantizeProducts(), QuantizeConvolutions()
+        return (QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points, storage=self.storage),)
 
     def __str__(self) -> str:
         plain = SCHEMES[self.name]
