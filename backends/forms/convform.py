@@ -113,16 +113,20 @@ class ConvForm:
         return self.inner == 1 and self.filters == 1 and self.groups > 1
 
 
-def conv_of(graph: Graph) -> ConvForm | str:
-    """The convolution of a region, or why the region is none that the kernels take."""
+def conv_of(graph: Graph, integers: bool = False) -> ConvForm | str:
+    """The convolution of a region, or why the region is none that the kernels take.
+
+    Args:
+        integers: whether one of integers that are summed in 32 bits is wanted, instead of one of floats.
+    """
     nodes = [n for n in graph.nodes() if is_materialized(n)]
     if len(nodes) != 1 or nodes[0].name != "conv":
         return "not exactly one conv"
     (node,) = nodes
     if not node.attrs["channels_last"]:
         return "a convolution with its channels before the spatial axes"
-    if not node.result.dtype.is_float:
-        return f"a convolution of {node.result.dtype}"
+    if node.result.dtype.is_float is integers or (node.attrs["acc"] is not None) is not integers:
+        return f"a convolution of {node.operands[0].dtype}"
     if not dims.is_static(node.operands[1].shape) or not isinstance(node.operands[0].shape[-1], int):
         return "weights of unknown size"
     if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):

@@ -9,7 +9,7 @@ from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
 from graphopt.backends.forms.support import ATTENTIONS, refusal
 from graphopt.backends.tvm.cache import package_versions
-from graphopt.backends.tvm.conv_templates import CONV, CONV_PAIR
+from graphopt.backends.tvm.conv_templates import CONV, CONV_INT8, CONV_PAIR
 from graphopt.backends.tvm.template import Template
 from graphopt.backends.tvm.templates import TEMPLATES
 from graphopt.backends.versions import package_version
@@ -49,7 +49,7 @@ def _refusal(w: Workload, t: Target) -> str | None:
         return f"there is no family of kernels for {w.kind} regions"
     reason = refusal(w.graph, t)
     if reason is None and w.kind == "conv":
-        return CONV.takes(w, t)
+        return CONV.takes(w, t) and CONV_INT8.takes(w, t)
     if reason is None and w.kind == "conv-depthwise":
         return CONV_PAIR.takes(w, t)
     return reason

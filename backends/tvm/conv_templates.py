@@ -205,8 +205,31 @@ def _write_pair(w: Workload, s: Schedule, t: Target) -> Any:
     return ConvPairKernel(w.graph, pair, s["lanes"], s["rows"], s["pixels"], s["share"], s["strip"], s["unroll"], s["parallel"]).emit()
 
 
+def _int8_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.convint8form import refusal
+
+    return refusal(w.graph) if w.kind == "conv" else "not a convolution region"
+
+
+def _int8_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.convint8form import params
+
+    return params(w.graph, t)
+
+
+def _write_int8(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.convform import ConvForm, conv_of
+    from graphopt.backends.tvm.convint8 import ConvInt8Kernel
+
+    form = conv_of(w.graph, integers=True)
+    assert isinstance(form, ConvForm)
+    names = ("engine", "lanes", "rows", "group", "panels", "block", "ahead", "parallel")
+    return ConvInt8Kernel(w.graph, form, **{n: s[n] for n in names}).emit()
+
+
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=loops_of("conv_loops"))
 CONV_THIRDS = Template("conv-thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
+CONV_INT8 = Template("conv-int8", _int8_refuse, _int8_params, _write_int8)
 CONV_PAIR = Template("conv-pair", _pair_refuse, _pair_params, _write_pair)

@@ -7,9 +7,8 @@ elements of the summed axis stand side by side, as all instructions want them th
 
 - ``amx``: TDPBSSD, tiles of 16 x 64 by 64 x 16; two by two are summed at once. Meanwhile the vector units make floats of the panel
   before.
-- ``vnni``: VPDPBUSD, unsigned by signed: rows are kept with 128 added, and 128 times the sum of a column is taken off.
-- ``sdot``: Arm's SDOT, signed by signed.
-- ``mul``: the four of a word one after the other, by 32-bit multiplications that every processor has.
+- ``vnni``, ``sdot``, ``mul``: dot instructions (:mod:`~graphopt.backends.tvm.dots8`); for ``vnni``, unsigned by signed, rows are kept with
+  128 added, and 128 times the sum of a column is taken off.
 
 All of them give the same bits: sums of integers are exact, and wrap around alike. What lies behind the last row or element of the
 summed axis may be anything, as the weight's padding is zero and those rows are not written.
@@ -24,7 +23,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.tvm import amx
+from graphopt.backends.tvm import amx, dots8
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
@@ -312,71 +311,29 @@ class Int8Kernel:
                   taken: Sequence[Any]) -> None:  # fmt: skip
         code, lanes = self.code, self.lanes
         starts = [code.bind_index(code.simplify((tile * self.mr + i) * self.depth), "x") for i in range(self.mr)]
-        sums = self._zeros(self.mr * vectors)
+        sums = dots8.zeros(code, self.mr * vectors, lanes)
         with code.loop(self.depth // WORD, "serial", "k") as k:
-            ws = [self._weight(weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD)) for v in range(vectors)]
+            ws = [dots8.words(code, weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD), lanes) for v in range(vectors)]
             for i, start in enumerate(starts):
-                fours = tirx.reinterpret("int32", left[tirx.Ramp(i64(code.simplify(start + k * WORD)), i64(1), WORD)])
-                x = code.bind(tirx.Broadcast(fours, lanes), "x", hidden=False)
+                x = dots8.four(code, left, code.simplify(start + k * WORD), lanes)
                 for v, w in enumerate(ws):
-                    q = self._vector((i * vectors + v) * lanes)
-                    code.emit(tirx.BufferStore(sums, self._dot(sums[q], x, w), [q]))
+                    dots8.add(code, self.engine, sums, i * vectors + v, x, w, lanes)
         for i in range(self.mr):
             for v in range(vectors):
-                value = sums[self._vector((i * vectors + v) * lanes)]
+                value = dots8.vector(sums, i * vectors + v, lanes)
                 value = value - taken[v] if taken else value
                 to = code.simplify((io * self.mr + i) * COLUMNS + column + v * lanes)
-                code.emit(tirx.BufferStore(total, value, [self._vector(to)]))
+                code.emit(tirx.BufferStore(total, value, [dots8.ramp(to, lanes)]))
 
     def _offsets(self, weight: Any, y: Index, vectors: int) -> list[Any]:
         """128 times the sums of columns: what rows with 128 added have too much."""
         code, lanes = self.code, self.lanes
-        sums = self._zeros(vectors)
-        x = tirx.Broadcast(tirx.const(-0x7F7F7F80, "int32"), lanes)  # 128 in each byte
+        sums = dots8.zeros(code, vectors, lanes)
         with code.loop(self.depth // WORD, "serial", "k") as k:
             for v in range(vectors):
-                q = self._vector(v * lanes)
-                w = self._weight(weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD))
-                code.emit(tirx.BufferStore(sums, self._dot(sums[q], x, w), [q]))
-        return [code.bind(sums[self._vector(v * lanes)], "taken", hidden=False) for v in range(vectors)]
-
-    def _zeros(self, vectors: int) -> Any:
-        code, lanes = self.code, self.lanes
-        sums = code.alloc(vectors * lanes, "int32", "sums", scope="local")
-        for q in range(vectors):
-            code.emit(tirx.BufferStore(sums, tirx.Broadcast(tirx.const(0, "int32"), lanes), [self._vector(q * lanes)]))
-        return sums
-
-    def _weight(self, weight: Any, at: Index) -> Any:
-        """Fours of neighbouring columns, as words."""
-        words = tirx.reinterpret(f"int32x{self.lanes}", weight[tirx.Ramp(i64(at), i64(1), WORD * self.lanes)])
-        return self.code.bind(words, "w", hidden=False)
-
-    def _dot(self, total: Any, x: Any, w: Any) -> Any:
-        """``total + x . w`` of the four bytes in each word."""
-        lanes, words = self.lanes, f"int32x{self.lanes}"
-        bytes_ = f"int8x{WORD * lanes}"
-        if self.engine == "vnni":
-            name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-            return tirx.call_llvm_pure_intrin(words, name, total, tirx.reinterpret(bytes_, x), tirx.reinterpret(bytes_, w))
-        if self.engine == "sdot":
-            name = "llvm.aarch64.neon.sdot"
-            return tirx.call_llvm_pure_intrin(words, name, total, tirx.reinterpret(bytes_, x), tirx.reinterpret(bytes_, w))
-        for p in range(WORD):
-            total = total + self._byte(x, p) * self._byte(w, p)
-        return total
-
-    def _byte(self, words: Any, p: int) -> Any:
-        """The ``p``-th byte of each word, with its sign."""
-
-        def by(bits: int) -> Any:
-            return tirx.Broadcast(tirx.const(bits, "int32"), self.lanes)
-
-        up = tirx.shift_left(words, by(24 - 8 * p)) if p < WORD - 1 else words
-        return tirx.shift_right(up, by(24))
-
-    def _vector(self, at: Index) -> Any:
-        return tirx.Ramp(i64(self.code.simplify(at)), i64(1), self.lanes)
+                w = dots8.words(code, weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD), lanes)
+                dots8.add_excess(code, self.engine, sums, v, w, lanes)
+        return [code.bind(dots8.vector(sums, v, lanes), "taken", hidden=False) for v in range(vectors)]
 
 
 def _always(value: Any) -> Source:
