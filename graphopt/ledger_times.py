@@ -55,7 +55,7 @@ def _by_weights(compiled: CompiledModel, profiles: Sequence[Profile],
     names = {a.input: given[i] for i, a in enumerate(graph.captured.arguments) if isinstance(a, TensorArgument) and i in given}
     out: dict[tuple[str, ...], list[tuple[CallCost, float]]] = {}
     for i, call in enumerate(profiles[0].calls):
-        if call.step is None or call.kind not in ("matmul", "library"):
+        if call.step is None or call.kind not in ("matmul", "conv", "library"):
             continue
         found = dict.fromkeys(names[v.index] for v in _weights_behind(call.step.node.operands) if v.index in names)
         modules = tuple(dict.fromkeys(_module(n, entries) for n in found if n.rpartition(".")[2] in ("weight", "integers")))

@@ -1,4 +1,5 @@
-"""The linear layers of a model: which there are, which scheme each is given, which stay in float and why; and others in their place."""
+"""The layers of a model that can be quantized, linear ones and convolutions: which scheme each is given, which stay in float and why; and
+others in their place."""
 
 from __future__ import annotations
 
@@ -13,14 +14,26 @@ from torch import nn
 from graphopt.errors import UsageError
 from graphopt.passes.quantization.quantize_products import MOST_TERMS
 from graphopt.passes.quantization.scheme import Scheme
+from graphopt.quantized_conv import padding_of
 from graphopt.smoothing import Smoothed
 
 FLOAT = "float"  # in the place of a scheme
+USES = 64  # pixels, at least, that an element of a convolution's weight is taken to be multiplied with
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     """By name: ``nn.Linear`` itself, smoothed, and transformers' ``Conv1D``."""
     return {name: m for name, m in model.named_modules() if _weight(m) is not None}
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers and convolutions by name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if _weight(m) is not None or is_convolution(m)}
+
+
+def is_convolution(m: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own convolutions, not transposed."""
+    return type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and isinstance(m._parameters.get("weight"), nn.Parameter)
 
 
 def _weight(m: nn.Module) -> nn.Parameter | None:
@@ -30,7 +43,10 @@ def _weight(m: nn.Module) -> nn.Parameter | None:
 
 
 def weight_of(m: nn.Module) -> torch.Tensor:
-    """The weight ``[out, in]``."""
+    """The weight ``[out, in]``; of a convolution, ``in`` are its channels and taps."""
+    if is_convolution(m):
+        assert isinstance(m.weight, nn.Parameter)
+        return m.weight.flatten(1)
     weight = _weight(m)
     assert weight is not None
     return weight if type(m) in (nn.Linear, Smoothed) else weight.t()
@@ -62,7 +78,7 @@ def schemes_of(scheme: str | Mapping[str, str], names: Sequence[str]) -> dict[st
 def fits_some(said: str, pattern: str, names: Sequence[str]) -> None:
     """Raises UsageError for a pattern that fits no layer."""
     if not any(fnmatchcase(name, pattern) for name in names):
-        raise UsageError(f"{said} fits none of the linear layers: {', '.join(names) or 'there is none'}")
+        raise UsageError(f"{said} fits none of the layers: {', '.join(names) or 'there is none'}")
 
 
 def left_in_float(model: nn.Module, schemes: Mapping[str, Scheme], keep: Sequence[str], least: int) -> dict[str, str]:
@@ -70,29 +86,35 @@ def left_in_float(model: nn.Module, schemes: Mapping[str, Scheme], keep: Sequenc
 
     Args:
         keep: patterns of names.
-        least: elements of the smallest weight that is quantized.
+        least: elements of the smallest weight that is quantized; a convolution's count ``USES`` times.
 
     Raises:
         UsageError: a pattern fits no layer.
     """
-    linears = linears_of(model)
+    layers = layers_of(model)
     for pattern in keep:
-        fits_some(f"keep={pattern!r}", pattern, list(linears))
+        fits_some(f"keep={pattern!r}", pattern, list(layers))
     holders: dict[int, list[str]] = {}
     for name, m in model.named_modules():
         for p in m.parameters(recurse=False):
             holders.setdefault(id(p), []).append(name)
     out = {}
-    for name, m in linears.items():
-        weight = weight_of(m)
-        others = [n for n in holders[id(_weight(m))] if n not in linears]
+    for name, m in layers.items():
+        weight, convolution = weight_of(m), is_convolution(m)
+        others = [n for n in holders[id(m._parameters["weight"])] if n not in layers]
         if name not in schemes or any(fnmatchcase(name, pattern) for pattern in keep):
             out[name] = "as asked"
         elif weight.dtype != torch.float32:
             out[name] = f"its weight is {weight.dtype}".replace("torch.", "")
+        elif convolution and not schemes[name].activations:
+            out[name] = "convolutions are quantized with their images alone, by int8-dynamic or int8-static"
+        elif convolution and m.groups != 1:
+            out[name] = f"it has {m.groups} groups"
+        elif convolution and padding_of(m) is None:
+            out[name] = f"its padding is {m.padding_mode!r} or uneven"
         elif schemes[name].activations and weight.shape[1] > MOST_TERMS:
             out[name] = f"sums of {weight.shape[1]} products may exceed 32 bits"
-        elif weight.numel() < least:
+        elif weight.numel() * (USES if convolution else 1) < least:
             out[name] = f"{weight.numel()} elements are too few"
         elif others:
             out[name] = f"its weight is that of {others[0]}, too"

@@ -1,7 +1,8 @@
 """``graphopt.quantize``: a model with quantized layers, and the ledger of what that cost and gained.
 
-Weights are rounded one layer at a time, by a method; the model is run twice on the example inputs, compiled in float and quantized,
-and each kernel is timed against the float kernel that it replaces. What became slower is put back.
+Batch norms are folded into the convolutions that will be quantized. Weights are rounded one layer at a time, by a method; the model is
+run twice on the example inputs, compiled in float and quantized, and each kernel is timed against the float kernel that it replaces. What
+became slower is put back.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from torch.utils._pytree import tree_leaves
 from graphopt.calibration import OBSERVERS, Look, Observer, Sample, inferring, only_input, samples_of, watch
 from graphopt.clipping import round_clipped
 from graphopt.errors import GraphoptError, UsageError, nearest
+from graphopt.folding import without_norms
 from graphopt.gptq import Hessian, round_weight
 from graphopt.ledger import Entry, Ledger
 from graphopt.ledger_times import RUNS, measure_times
-from graphopt.linears import FLOAT, left_in_float, linears_of, replaced, schemes_of, smooth_of, weight_of
+from graphopt.linears import FLOAT, is_convolution, layers_of, left_in_float, linears_of, replaced, schemes_of, smooth_of, weight_of
 from graphopt.model import compile
 from graphopt.passes.quantization.scheme import Scheme
+from graphopt.quantized_conv import QuantizedConv
 from graphopt.quantized_linear import QuantizedLinear, quantize_groups
 from graphopt.smoothing import groups_of, smoothed
 from graphopt.split import SplitLinear
@@ -32,7 +35,7 @@ METHODS = ("rtn", "gptq", "smoothquant", "awq", "split")
 EXACT = 1e-3  # how far moving scales may move an output in f32, relative to its norm
 HESSIANS = 1 << 29  # bytes of those that are kept at a time
 
-Quantized = QuantizedLinear | SplitLinear
+Quantized = QuantizedLinear | SplitLinear | QuantizedConv
 Progress = Callable[[str, int, int], None]
 """Told (what goes on, done, total)."""
 
@@ -41,7 +44,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
              scheme: str | Mapping[str, str] = "int8-weight", method: str = "rtn", calibration: Iterable[Any] | None = None,
              observer: str = "minmax", keep: Iterable[str] = (), measure: bool = True, revert: bool = True, least: int = LEAST,
              progress: Progress | None = None, **options: Any) -> nn.Module:  # fmt: skip
-    """Quantize the linear layers of a model.
+    """Quantize the linear layers of a model, and, by schemes of both factors, its convolutions.
 
     Args:
         model: stays as it is; what is not quantized is shared with the result.
@@ -57,7 +60,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         keep: names of modules that stay in float; ``*`` stands for anything.
         measure: compile both models, and time each kernel against the float one.
         revert: put back in float what became slower.
-        least: elements of the smallest weight that is quantized.
+        least: elements of the smallest weight that is quantized; a convolution's count 64 times.
         options: of the compilations, see :class:`graphopt.Options`.
 
     Returns:
@@ -69,7 +72,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
             weight holds infinities or nan (names it).
     """
     told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
-    schemes = schemes_of(scheme, list(linears_of(model)))
+    schemes = schemes_of(scheme, list(layers_of(model)))
     for name, value, known in (("method", method, METHODS), ("observer", observer, OBSERVERS)):
         if value not in known:
             raise UsageError(f"there is no {name} {value!r}{nearest(str(value), known)}; {name}s are {', '.join(known)}")
@@ -78,11 +81,15 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     static = any(s.activations == "static" for s in schemes.values())
     samples = samples_of(calibration, args, kwargs) if method not in ("rtn", "split") or static else []
     left = left_in_float(model, schemes, tuple(keep), least)
+    both = any(s.activations for s in schemes.values())
     schemes = {n: s for n, s in schemes.items() if n not in left}
+    if convolutions := [n for n in schemes if n not in linears_of(model)]:
+        told("folding batch norms", 0, 1)
+        model = without_norms(model, convolutions, samples or samples_of(None, args, kwargs))
     if method in ("smoothquant", "awq"):
         told("smoothing", 0, 1)
         model = _smooth(model, samples, schemes, method)
-    linears = linears_of(model)
+    linears = layers_of(model) if both else linears_of(model)  # what is said of in the ledger
     made = _rounded(model, {n: linears[n] for n in schemes}, schemes, method, samples, told)
     _set_steps(model, linears, made, samples, observer, told, left)
     counts = Counter(m.scheme for m in made.values())
@@ -110,7 +117,8 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
 def _smooth(model: nn.Module, samples: Sequence[Sample], schemes: Mapping[str, Scheme], method: str) -> nn.Module:
     """The model with scales moved into the weights that will be quantized; the same function, which is made sure of."""
     groups = [g for g in groups_of(model, *samples[0]) if all(n in schemes for n in g.linears)]
-    alone = [n for n in schemes if not any(n in g.linears for g in groups)]
+    linears = linears_of(model)
+    alone = [n for n in schemes if n in linears and not any(n in g.linears for g in groups)]
     result = replaced(model, smoothed(model, groups, alone, samples, schemes, method, weight_of))
     for sample in samples:
         moved = _relative(model, result, *sample)
@@ -128,6 +136,9 @@ def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], schemes: Mappin
     """
     made: dict[str, Quantized] = {}
     looks = {"gptq": round_weight, "awq": round_clipped}.get(method)
+    for name in [n for n, m in linears.items() if is_convolution(m)]:  # to the nearest, by any method
+        made[name] = QuantizedConv.of(linears[name], schemes[name], f"{name}.weight")
+    linears = {n: m for n, m in linears.items() if n not in made}
     for wave in _waves(linears) if looks is not None else [list(linears)]:
         hessians: dict[str, Hessian] = {}
         if looks is not None:
@@ -158,7 +169,7 @@ def _smoothing(linears: Mapping[str, nn.Module], look: Look) -> Look:
 def _set_steps(model: nn.Module, linears: Mapping[str, nn.Module], made: dict[str, Quantized], samples: Sequence[Sample], observer: str,
                told: Progress, left: dict[str, str]) -> None:  # fmt: skip
     """Find the ranges of static layers' inputs. Those that have none stay in float: they leave ``made``, and ``left`` is told."""
-    static = [n for n, m in made.items() if isinstance(m, QuantizedLinear) and m.activations == "static"]
+    static = [n for n, m in made.items() if not isinstance(m, SplitLinear) and m.activations == "static"]
     if not static:
         return
     told("looking at inputs", 0, 1)
@@ -172,7 +183,7 @@ def _set_steps(model: nn.Module, linears: Mapping[str, nn.Module], made: dict[st
     watch(model, static, samples, _smoothing(linears, look))
     for name in static:
         layer = made[name]
-        assert isinstance(layer, QuantizedLinear)
+        assert not isinstance(layer, SplitLinear)
         if seen[name].largest:
             layer.step = torch.tensor(seen[name].step(observer))
         else:
@@ -207,7 +218,7 @@ def _entry(name: str, m: nn.Module, quantized: Quantized | None, why: str) -> En
     shape = (weight.shape[0], weight.shape[1])
     if quantized is None:
         return Entry(name, shape, "", f"left: {why}", weight.nbytes, weight.nbytes)
-    error = float((quantized.weight - weight.detach()).norm() / weight.detach().norm().clamp_min(1e-30))
+    error = float((quantized.weight.flatten(1) - weight.detach()).norm() / weight.detach().norm().clamp_min(1e-30))
     return Entry(name, shape, quantized.scheme, "quantized", weight.nbytes, quantized.nbytes, error)
 
 

@@ -16,15 +16,15 @@ from graphopt.ir.opset.quantize import LARGEST
 from graphopt.passes.quantization.quantize_weights import FLOATS
 from graphopt.passes.quantization.scheme import Scheme
 
-_TINY = 1e-30  # scale of a group of zeros
-_EXACT = (1 << 24) // (128 * 128)  # products of 8 bits that f32 sums exactly, in any order
+TINY = 1e-30  # scale of a group of zeros
+EXACT = (1 << 24) // (128 * 128)  # products of 8 bits that f32 sums exactly, in any order
 
-_LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 for _signature in (
     "dequantize_groups(Tensor integers, Tensor scales, Tensor? zeros, int bits, int columns) -> Tensor",
     "integer_linear(Tensor x, Tensor integers, Tensor scales, Tensor? step) -> Tensor",
 ):
-    _LIBRARY.define(_signature)  # type: ignore[no-untyped-call]
+    LIBRARY.define(_signature)  # type: ignore[no-untyped-call]
 
 
 def dequantize_groups(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, columns: int) -> torch.Tensor:
@@ -56,14 +56,14 @@ def integer_linear(x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor
             either way: integers could not tell.
     """
     most = x.abs().amax(-1, keepdim=True)
-    s = (most * (1 / 127)).clamp_min(_TINY) if step is None else most * 0.0 + step
+    s = (most * (1 / 127)).clamp_min(TINY) if step is None else most * 0.0 + step
     q = torch.round(x * s.reciprocal()).clamp(-128, 127)
-    held = torch.float32 if x.shape[-1] <= _EXACT else torch.float64
+    held = torch.float32 if x.shape[-1] <= EXACT else torch.float64
     return ((q.to(held) @ integers.t().to(held)).float() * (s.float() * scales.t().float())).to(x.dtype)
 
 
-_LIBRARY.impl("dequantize_groups", dequantize_groups, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("integer_linear", integer_linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("dequantize_groups", dequantize_groups, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("integer_linear", integer_linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def group_size(columns: int, scheme: Scheme) -> int:
@@ -75,10 +75,10 @@ def grid_of(rows: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
     """Scales ``[...]``, and zero points of as many groups ``[..., g]``, so that their extremes are represented."""
     if scheme.zero_points:
         low, high = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
-        scales = ((high - low) * (1 / ((1 << scheme.bits) - 1))).clamp_min(_TINY)
+        scales = ((high - low) * (1 / ((1 << scheme.bits) - 1))).clamp_min(TINY)
         return scales, torch.round(-low * scales.reciprocal()).clamp(0, (1 << scheme.bits) - 1).to(torch.uint8)
     most = LARGEST[FLOATS[scheme.storage]] if scheme.storage else (1 << (scheme.bits - 1)) - 1
-    return (rows.abs().amax(-1) * (1 / most)).clamp_min(_TINY), None
+    return (rows.abs().amax(-1) * (1 / most)).clamp_min(TINY), None
 
 
 def on_grid(rows: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
-import graphopt.quantized_linear  # noqa: F401  (defines the operator)
+from graphopt import quantized_conv, quantized_linear  # noqa: F401  (they define operators)
 from graphopt.capture.aten import Context, lowers
 from graphopt.ir import types
 from graphopt.ir.graph import Value
 from graphopt.ir.types import DType
+from graphopt.passes.quantization.quantize_convolutions import integer_convolution, rounded_image
 from graphopt.passes.quantization.quantize_products import MOST_TERMS, integer_product, largest_of_rows, rounded_rows
 
 
@@ -37,6 +40,20 @@ def integer_linear(c: Context, x: Value, integers: Value, scales: Value, step: V
         s = c.b.add(c.b.mul(largest_of_rows(c.b, x), 0.0), c.b.reshape(step, shape=()))  # a row that is no number stays none
         q = c.b.create("quantize", [x, s], {"dtype": types.i8, "bits": 8})
     return integer_product(c.b, q, s, c.b.transpose(integers, perm=(1, 0)), c.b.reshape(scales, shape=(1, scales.shape[0])))
+
+
+@lowers("graphopt.integer_conv")
+def integer_conv(c: Context, x: Value, integers: Value, scales: Value, step: Value | None, stride: Sequence[int], padding: Sequence[int],
+                 dilation: Sequence[int]) -> Value:  # fmt: skip
+    filters, *terms = integers.shape
+    c.require(x.dtype == types.f32 and prod(int(d) for d in terms) <= MOST_TERMS)
+    if step is None:
+        q, s = rounded_image(c.b, x)
+    else:
+        s = c.b.reshape(step, shape=())
+        q = c.b.create("quantize", [x, s], {"dtype": types.i8, "bits": 8})
+    attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
+    return integer_convolution(c.b, q, s, integers, c.b.reshape(scales, shape=(1, filters, *[1] * (x.type.rank - 2))), attrs)
 
 
 @lowers("quantized_decomposed.dequantize_per_channel")
