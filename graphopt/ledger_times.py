@@ -10,7 +10,7 @@ from torch import nn
 
 from graphopt.capture.captured import TensorArgument
 from graphopt.compiler import CompiledGraph
-from graphopt.ir.graph import Value
+from graphopt.ir.graph import Graph, Node, Value, is_view
 from graphopt.ledger import Entry, Ledger
 from graphopt.lower import KernelStep
 from graphopt.model import CompiledModel, compile
@@ -54,13 +54,30 @@ def _by_weights(compiled: CompiledModel, profiles: Sequence[Profile],
     given = compiled._exported.weights
     names = {a.input: given[i] for i, a in enumerate(graph.captured.arguments) if isinstance(a, TensorArgument) and i in given}
     out: dict[tuple[str, ...], list[tuple[CallCost, float]]] = {}
+    places = {call.step.node: i for i, call in enumerate(profiles[0].calls) if call.step is not None}
     for i, call in enumerate(profiles[0].calls):
         if call.step is None or call.kind not in ("matmul", "conv", "library"):
             continue
         found = dict.fromkeys(names[v.index] for v in _weights_behind(call.step.node.operands) if v.index in names)
         modules = tuple(dict.fromkeys(_module(n, entries) for n in found if n.rpartition(".")[2] in ("weight", "integers")))
-        if modules:
-            out.setdefault(modules, []).append((call, min(p.calls[i].seconds for p in profiles)))
+        if not modules:
+            continue
+        for k in (i, *(places.pop(n) for n in _scales_before(call.step.node) if n in places)):
+            out.setdefault(modules, []).append((profiles[0].calls[k], min(p.calls[k].seconds for p in profiles)))
+    return out
+
+
+def _scales_before(node: Node) -> list[Node]:
+    """The kernels that make the scale of an image for the one that rounds it: its largest magnitude, and products with other scales."""
+    out: list[Node] = []
+    for n in dict.fromkeys(v.producer for v in node.operands):
+        if n is None or n.op.name != "fusion" or not isinstance(n.body, Graph):
+            continue
+        body = [m for m in n.body.nodes() if not is_view(m)]
+        if any(m.op.name == "max" and m.operands[0].defined_by("abs") for m in body):
+            out.append(n)
+        elif all(m.op.name == "mul" for m in body) and (before := _scales_before(n)):
+            out += [n, *before]
     return out
 
 

@@ -108,6 +108,13 @@ def test_times_are_measured(model: Bottleneck) -> None:
     assert [e.name for e in timed] == QUANTIZED and all(e.kernel == "conv-int8" and e.seconds and e.float_seconds for e in timed)
 
 
+def test_what_finds_an_images_scale_is_part_of_its_time() -> None:
+    x = torch.randn(1, 64, 16, 16)
+    ledger = ledger_of(graphopt.quantize(nn.Sequential(nn.Conv2d(64, 64, 3)), (x,), scheme="int8-dynamic", revert=False))
+    (entry,) = ledger.entries
+    assert entry.kernel is not None and entry.kernel.split(", ")[0] == "conv-int8" and len(entry.kernel.split(", ")) == 2
+
+
 def test_a_pass_of_the_compilation_does_the_same(model: Bottleneck) -> None:
     compiled, exact = graphopt.compile(model, (X,), quantize="int8-dynamic"), model(X)
     error = float(((compiled(X) - exact).norm() / exact.norm()).detach())
