@@ -303,15 +303,16 @@ class Expressions:
     def _quantize(self, node: Node, index: Sequence[Index]) -> Any:
         x, dtype = node.operands[0].dtype, node.result.dtype
 
-        def apply(name: str, *args: Any) -> Any:
-            return self.let(self.ops.apply(name, list(args), x, x, {}, [None] * len(args)))
+        def apply(name: str, *args: Any, bound: int | None = None) -> Any:
+            return self.let(self.ops.apply(name, list(args), x, x, {}, [None] * (len(args) - 1) + [bound]))
 
         inverse = apply("reciprocal", self._operand(node, 1, index, x))
         value = apply("round", apply("mul", self._operand(node, 0, index, x), inverse))
         if len(node.operands) == 3:
             value = apply("add", value, self._operand(node, 2, index, x))
         low, high = integer_range(dtype, node.attrs["bits"])
-        value = apply("minimum", apply("maximum", value, scalar.constant(low, x)), scalar.constant(high, x))
+        value = apply("maximum", value, scalar.constant(low, x), bound=low)
+        value = apply("minimum", value, scalar.constant(high, x), bound=high)
         return scalar.cast(value, x, dtype, self.let)
 
     def _unpack_bits(self, node: Node, index: Sequence[Index]) -> Any:
