@@ -77,6 +77,25 @@ def _write_decode(w: Workload, s: Schedule, t: Target) -> Any:
     return DecodeKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}, abreast=abreast, table=t.has("avx512f")).emit()
 
 
+def _decode_tiles_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms import cachedform
+
+    return _flash_refuse(w, t) or cachedform.refusal(_attention_form(w), t)
+
+
+def _decode_tiles_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.forms import cachedform
+
+    return cachedform.params(_attention_form(w), t)
+
+
+def _write_decode_tiles(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.decodetiles import DecodeTilesKernel
+
+    names, abreast = ("block", "ahead", "splits", "parallel"), bool(dict(s.knobs).get("abreast"))
+    return DecodeTilesKernel(w.graph, _attention_form(w), **{n: s[n] for n in names}, abreast=abreast).emit()
+
+
 def _gradient_form(w: Workload) -> Any:
     from graphopt.backends.forms.flashform import gradient_of
 
@@ -107,6 +126,7 @@ def _write_gradient(w: Workload, s: Schedule, t: Target) -> Any:
     return FlashGradientKernel(w.graph, _gradient_form(w), **{n: s[n] for n in names}).emit()
 
 
+DECODE_TILES = Template("decode-tiles", _decode_tiles_refuse, _decode_tiles_params, _write_decode_tiles)
 DECODE = Template("decode", _decode_refuse, _decode_params, _write_decode)
 FLASH_TILES = Template("flash-tiles", _flash_tiles_refuse, _flash_tiles_params, _write_flash_tiles)
 FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)

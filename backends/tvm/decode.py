@@ -28,7 +28,7 @@ from graphopt.backends.tvm.prologue import write_row
 from graphopt.ir import types
 from graphopt.ir.graph import Graph
 
-_SUM, _MAX = Monoid.of("sum", types.f32), Monoid.of("max", types.f32, nan_matters=False)
+SUM, MAX = Monoid.of("sum", types.f32), Monoid.of("max", types.f32, nan_matters=False)
 
 
 class DecodeKernel:
@@ -120,13 +120,16 @@ class DecodeKernel:
         with code.loop(code.bind_index(code.simplify(blocks), "blocks"), "serial", "b") as b:
             base = code.bind_index(code.simplify(first + b * block), "base")
             here = code.bind_index(code.least(last - base, block), "here")
-            vectors = code.bind_index(code.ceildiv_plain(here, lanes), "vectors")
             for own, g in self._each_head(lead):
-                at = part(g)
-                self._scores(own, queries, code.simplify(g * (self.rows * self.depth)), scores, base, here)
-                for r in range(self.rows):
-                    self._weights(scores, r, vectors, code.simplify(at + r * self.record))
-                self._values(own, scores, at, base, here)
+                self._block(own, queries, code.simplify(g * (self.rows * self.depth)), scores, part(g), base, here)
+
+    def _block(self, lead: Sequence[Index], queries: Any, start: Index, scores: Any, at: Index, base: Index, here: Index) -> None:
+        """Add ``here`` keys and values, from ``base`` on, to the part that lies at ``at``."""
+        self._scores(lead, queries, start, scores, base, here)
+        vectors = self.code.bind_index(self.code.ceildiv_plain(here, self.lanes), "vectors")
+        for r in range(self.rows):
+            self._weights(scores, r, vectors, self.code.simplify(at + r * self.record))
+        self._values(lead, scores, at, base, here)
 
     def _queries(self, lead: Sequence[Index], queries: Any, start: Index) -> None:
         """The queries of a head, scaled, in the order of the keys' elements, from a place on."""
@@ -170,6 +173,9 @@ class DecodeKernel:
                 self._products(part, of_keys, queries, start, scores, base, rest, 1)
         if self.keys_of[0][1].integers is not None:
             self._scale_rows(scores, self.keys_of[0][1], of_keys, base, here)
+        self._change_all(lead, scores, base, here)
+
+    def _change_all(self, lead: Sequence[Index], scores: Any, base: Index, here: Index) -> None:
         if self.attrs["softcap"] is not None or self.extra.given or self.form.is_local or self.form.reads_all:
             for r in range(self.rows):
                 self._change(self._lead(lead, r), scores, r, base, here)
@@ -202,9 +208,9 @@ class DecodeKernel:
                         self._put(acc, 0, v, term if u == 0 else self._get(acc, 0, v) + term)
         if count == 1:
             for (r, _), acc in sums.items():
-                code.store(scores, code.simplify(r * (self.block + lanes) + n), combine(code, acc, lanes, lanes, _SUM))
+                code.store(scores, code.simplify(r * (self.block + lanes) + n), combine(code, acc, lanes, lanes, SUM))
             return
-        found = combine_each(code, [acc[self._ramp(0, lanes)] for acc in sums.values()], lanes, _SUM)
+        found = combine_each(code, [acc[self._ramp(0, lanes)] for acc in sums.values()], lanes, SUM)
         for r in range(self.rows):
             vector, first = divmod(r * count, lanes)
             sum_of = found[vector] if count == lanes else tirx.Shuffle([found[vector]], list(range(first, first + count)))
@@ -286,7 +292,7 @@ class DecodeKernel:
         with code.loop(vectors, "serial", "n") as n, code.loop(lanes, "vectorized", "v") as v:
             code.store(most, v, tirx.max(code.load(scores, code.simplify(start + n * lanes + v)), code.load(most, v)))
         old = code.bind(code.load(self.parts, code.simplify(at + self.width)))
-        new = code.bind(tirx.max(combine(code, most, lanes, lanes, _MAX), old))
+        new = code.bind(tirx.max(combine(code, most, lanes, lanes, MAX), old))
         shift = code.bind(tirx.Select(tirx.EQ(new, low), tirx.const(0.0, F32), new))
         again = code.bind(vecmath.exp2_shifted(code.bind, code.bind(old - shift)))
         with code.loop(vectors, "serial", "n") as n, code.loop(lanes, "vectorized", "v") as v:
@@ -296,7 +302,7 @@ class DecodeKernel:
             code.store(total, v, code.load(total, v) + e)
         code.store(self.parts, code.simplify(at + self.width), new)
         count = code.simplify(at + self.width + 1)
-        code.store(self.parts, count, code.load(self.parts, count) * again + combine(code, total, lanes, lanes, _SUM))
+        code.store(self.parts, count, code.load(self.parts, count) * again + combine(code, total, lanes, lanes, SUM))
         for u, v in self._each(self.width):
             place = code.simplify(at + u + v)
             code.store(self.parts, place, code.load(self.parts, place) * again)

@@ -94,9 +94,9 @@ class Rows:
         def apart(u: int, v: Index) -> Index:
             return u // lanes % count * (size // count) + u // (count * lanes) * lanes + v
 
-        return next((o for o in (neighbours, apart) if all(self._straight(o, u, lanes) for u in range(0, size, lanes))), in_order)
+        return next((o for o in (neighbours, apart) if all(self.straight(o, u, lanes) for u in range(0, size, lanes))), in_order)
 
-    def _straight(self, order: Order, u: int, lanes: int) -> bool:
+    def straight(self, order: Order, u: int, lanes: int) -> bool:
         """Whether the lanes of a vector are read from neighbouring places in memory."""
         code = self.args.code
         place, lane = ([tirx.Var(code.fresh("i"), "int64") for _ in self.value.shape[1:]], tirx.Var(code.fresh("v"), "int64"))

@@ -26,6 +26,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("depthwise", "default"): _FUSED,
     ("depthwise", "pieces"): (*_FUSED, Rule.PIECES),
     ("conv-pair", "default"): (*_TILED, Rule.CACHE_WRITE),
+    ("decode-tiles", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("flash", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE),
     ("flash-tiles", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
 }
