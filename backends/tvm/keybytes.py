@@ -16,7 +16,7 @@ from graphopt.backends.tvm.keyrows import Rows, in_order
 BYTES = 64  # of a vector
 LANES = 16  # words of a vector
 PARTS = 4  # bytes of a word
-_EXPONENT, _MAGNITUDE = 0x7F800000, 0x7FFFFFFF
+INFINITE, _MAGNITUDE = 0x7F800000, 0x7FFFFFFF
 _BITS = 30  # of an integer, beside the sign: with the carry of the lower bytes they fit a word
 _CARRY = 0x00808080
 _LEAST = (127 - 90) << 23  # of the exponents that numbers are counted from
@@ -112,7 +112,7 @@ class ByteRows:
 
 def exponent(largest: Any) -> Any:
     """The bits of the power of two below the largest of some numbers, whose bits are given as i32; of less than 2**-90, 2**-90."""
-    return tirx.max(tirx.bitwise_and(largest, _like(largest, _EXPONENT)), _like(largest, _LEAST))
+    return tirx.max(tirx.bitwise_and(largest, _like(largest, INFINITE)), _like(largest, _LEAST))
 
 
 def magnitude(x: Any) -> Any:
@@ -129,7 +129,7 @@ def units(power: Any) -> tuple[Any, Any]:
     word, real = (str(power.ty.dtype).replace("int32", name) for name in ("uint32", "float32"))
     up = tirx.reinterpret(real, _like(power, (2 * 127 + _BITS - 1) << 23, "uint32") - tirx.reinterpret(word, power))
     unit = tirx.reinterpret(real, power - _like(power, (_BITS - 1 - 8 * (PARTS - 1)) << 23))
-    finite = tirx.LT(power, _like(power, _EXPONENT))
+    finite = tirx.LT(power, _like(power, INFINITE))
     return up, tirx.Select(finite, unit, _like(power, float("nan"), "float32"))
 
 

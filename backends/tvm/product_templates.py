@@ -63,9 +63,12 @@ def _quantized_params(w: Workload, t: Target) -> tuple[Param, ...]:
 
 def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.forms.prepare import expand_rows, flatten_rows
+    from graphopt.backends.tvm.quantdots import QuantizedDotsKernel
     from graphopt.backends.tvm.quantized import QuantizedKernel
 
     graph = flatten_rows(expand_rows(w.graph))
+    if dict(s.knobs).get("dots"):
+        return QuantizedDotsKernel(graph, s["vectors"], s["ahead"], s["parallel"]).emit()
     rows = next(int(n.result.shape[-2]) for n in graph.nodes() if n.name == "matmul")
     return QuantizedKernel(graph, s["lanes"], rows, s["vectors"], s["unroll"], s["table"], s["ahead"], s["parallel"]).emit()
 

@@ -12,6 +12,8 @@ from graphopt.ir.graph import Graph, Value
 from graphopt.ir.types import DType
 from graphopt.target import Target
 
+_AHEAD = 3072  # bytes: lines 4 KiB apart compete for a place in the first-level cache
+_AHEAD_OF_DOTS = 10240  # with a third of the instructions, the processor itself looks as much further over them
 MOST_ROWS = 8  # with more rows, floats are made of a panel once for all of them
 
 
@@ -132,7 +134,10 @@ def refusal(graph: Graph, t: Target) -> str | None:
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
-    """The knobs: vectors of a panel that are summed at once, rows of 8-bit integers at a time, bytes that are fetched ahead."""
+    """The knobs: vectors of a panel that are summed at once, rows of 8-bit integers at a time, bytes that are fetched ahead.
+
+    ``dots``: whether one row's products are summed by dot instructions of bytes; ``unroll`` and ``table`` do not count then.
+    """
     flat = flatten_rows(expand_rows(graph))
     node = next(n for n in flat.nodes() if n.name == "matmul")
     form = quantized(node.operands[1])
@@ -145,6 +150,16 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("vectors", tuple(dict.fromkeys((fits[0], *fits)))),
         Param("unroll", (4, 8, 2, 16)),
         Param("table", (lanes == 16 and t.has("avx512f"), False)),
-        Param("ahead", (4096, 0, 1024, 2048, 8192)),
+        Param("ahead", tuple(dict.fromkeys((_AHEAD_OF_DOTS if dots(graph, t) else _AHEAD, 0, 1024, 2048, _AHEAD, 6144, _AHEAD_OF_DOTS)))),
         Param("parallel", (True, False)),
+        *([Param("dots", (True, False))] if dots(graph, t) else []),
     )
+
+
+def dots(graph: Graph, t: Target) -> bool:
+    """Whether a row's products may be summed by dot instructions of bytes."""
+    nodes = [n for n in flatten_rows(expand_rows(graph)).nodes() if n.name == "matmul"]
+    if not (t.has("avx512_vnni") and t.has("avx512f") and t.has("avx512bw")) or any(n.result.shape[-2] != 1 for n in nodes):
+        return False
+    forms = [quantized(n.operands[1]) for n in nodes]
+    return all(f is not None and f.bits < 8 and (f.groups == 1 or f.group % 16 == 0) for f in forms)  # spans of whole vectors

@@ -56,9 +56,16 @@ class QuantizedKernel(TileKernel):
         self.depth = max(f.depth for f in self.forms)
 
     def emit(self) -> Code:
-        code, panels = self.code, self.forms[0].panels
         x = self._left()
-        sums = [self._group_sums(f, x) if f.zeros is not None else None for f in self.forms]
+        self._all_panels(x, self._sums(x))
+        return self.code
+
+    def _sums(self, x: Any) -> list[Any]:
+        """What zero points are multiplied by, for each product that has any."""
+        return [self._group_sums(f, x) if f.zeros is not None else None for f in self.forms]
+
+    def _all_panels(self, x: Any, sums: Sequence[Any]) -> None:
+        code, panels = self.code, self.forms[0].panels
         work = product(code, [self.m, self.n, self.k])
         serial = not self.parallel or panels == 1 or (isinstance(work, int) and work < 4 * SMALL)
         with code.loop(panels, "serial" if serial else "parallel", "panel") as j:
@@ -67,7 +74,6 @@ class QuantizedKernel(TileKernel):
                 with code.loop(self.nr // (self.vectors * self.lanes), "serial", "part") as part:
                     self._sum_part(form, x, ones, total, j, code.simplify(part * (self.vectors * self.lanes)))
             self._store([0] * len(self.batch), 0, code.simplify(j * self.nr), totals)
-        return code
 
     # --- the first factor ---------------------------------------------------------------------------------------------------
 
@@ -179,22 +185,25 @@ class QuantizedKernel(TileKernel):
 
         size = form.integers.dtype.itemsize
 
-        def fetch(at: Index) -> None:
-            for line in range(0, self.vectors * self.lanes * size, LINE):
-                code.prefetch(self.args.inputs[form.integers], code.simplify(at + (self.ahead + line) // size), level=1)
+        def fetch(at: Index, first: int, last: int) -> None:
+            """Ask for the lines of a row of words that begin within some of its vectors."""
+            for line in range(0, self.vectors * self.lanes * size, LINE) if self.ahead else ():
+                if first <= line // (self.lanes * size) < last:
+                    code.prefetch(self.args.inputs[form.integers], code.simplify(at + (self.ahead + line) // size), level=1)
 
         def rows(k: Index, number: int) -> None:
-            """``number`` rows from ``k`` on: those of a word, or 8-bit ones."""
+            """``number`` rows from ``k`` on: those of a word, or 8-bit ones. Lines are asked for evenly, between the products."""
             start = code.simplify(place + code.div(k, count) * form.width)
-            for i in range(-(-number // count) if self.ahead else 0):
-                fetch(code.simplify(start + i * form.width))
             if count > 1:
                 words = [self._load(form, code.simplify(start + u * self.lanes)) for u in range(self.vectors)]
                 for i in range(number):
+                    fetch(start, self.vectors * i // number, self.vectors * (i + 1) // number)
                     self._multiply(x, acc, code.simplify(k + i), [self._small(form, w, i) for w in words])
                 return
             for i in range(number):
-                raws = [self._load(form, code.simplify(start + i * form.width + u * self.lanes)) for u in range(self.vectors)]
+                at = code.simplify(start + i * form.width)
+                fetch(at, 0, self.vectors)
+                raws = [self._load(form, code.simplify(at + u * self.lanes)) for u in range(self.vectors)]
                 self._multiply(x, acc, code.simplify(k + i), [self._whole(form, w) for w in raws])
 
         with code.loop(length // step, "serial", "k") as k:

@@ -76,6 +76,9 @@ FEW = {
     "4 bits, zeros": region((4,), 256, 100, 4, 128, zeros=True),
     "2 bits": region((1,), 192, 64, 2, 64),
     "2 bits, zeros": region((7,), 192, 64, 2, 32, zeros=True, epilogue=True),
+    "a row with zeros": region((1,), 300, 100, 4, 128, zeros=True, epilogue=True),
+    "a row of 2 bits with zeros": region((1,), 192, 64, 2, 32, zeros=True),
+    "a row of 2 bits, one scale a column": region((1,), 1030, 64, 2),
     "twins": region((1, 1), 128, 96, 4, 64, twin=True),
     "twins of 8 bits": region((6,), 128, 96, 8, zeros=True, twin=True),
 }  # fmt: skip
@@ -116,6 +119,32 @@ def test_few_rows(builder, kernels_dir) -> None:
     run_all(builder, kernels_dir, [default(g, "quantized") for g in FEW.values()])
 
 
+@pytest.mark.parametrize("name", ["4 bits", "a row with zeros", "a row of 2 bits, one scale a column"])
+def test_one_row_of_any_numbers(builder, kernels_dir, name: str) -> None:
+    """Outliers, rows that are small or nothing, and numbers that are none: as floats have it."""
+    from graphopt.backends.tvm.build import load_kernel
+
+    w, s = default(FEW[name], "quantized")
+    (path,) = builder.build_many([(w, s)], detect(), kernels_dir)
+    kernel = load_kernel(path, w, s)
+
+    def run(inputs, _=None):
+        out = torch.full([int(d) for d in w.graph.outputs[0].shape], 77.0)
+        kernel(*inputs, out)
+        return [out]
+
+    infinities = () if "zeros" in name else ("inf", "-inf")  # sums of a group, less its zero points' share, are nan there
+    for change in ("outliers", "small", "zero", "nan", *infinities):
+        x, *rest = values(w.graph)
+        if change == "outliers":
+            x[:, ::50] *= 1e4
+        elif change in ("small", "zero"):
+            x *= 1e-25 if change == "small" else 0.0
+        else:
+            x[0, 70] = float(change)
+        check(w.graph, run, [x, *rest], factor=4.0)
+
+
 def test_many_rows(builder, kernels_dir) -> None:
     run_all(builder, kernels_dir, [default(g, "tile") for g in MANY.values()])
 
@@ -123,9 +152,9 @@ def test_many_rows(builder, kernels_dir) -> None:
 def test_every_knob(builder, kernels_dir) -> None:
     """Without a table (processors that have none), other vectors at once, nothing fetched ahead."""
     jobs = []
-    for name in ("4 bits, zeros", "2 bits", "3 rows, ragged", "2 bits, zeros"):
+    for name in ("4 bits, zeros", "2 bits", "3 rows, ragged", "2 bits, zeros", "a row with zeros"):
         w, s = default(FEW[name], "quantized")
-        for change in ({"table": False}, {"vectors": 1, "ahead": 0}, {"unroll": 16, "parallel": False}):
+        for change in ({"table": False, "dots": False}, {"vectors": 1, "ahead": 0}, {"unroll": 16, "parallel": False}):
             jobs.append((w, Schedule(s.template, s.sketch, tuple((k, change.get(k, v)) for k, v in s.knobs))))
     run_all(builder, kernels_dir, jobs)
 
@@ -140,6 +169,16 @@ def test_sums_stay_in_registers(rows: int, bits: int, often: int) -> None:
     assert count(loop, "vfmadd") == often and not stack_accesses(loop), "\n".join(loop)
     assert count(loop, r"vperm(ps|d)\b") == (0 if bits == 8 else 32 if rows < 8 else 16), "\n".join(loop)
     assert not [line for line in loop if re.search(r"%zmm\d+, .*\(", line)], "\n".join(loop)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_sums_of_bytes_stay_in_registers(bits: int) -> None:
+    pytest.importorskip("tvm")
+    from assembly import assembly, count, hot_loop, stack_accesses
+
+    graph = region((1,), 1024, 128, bits, 64)
+    loop = hot_loop(assembly(Workload.of(graph, "matmul"), Target.from_name("cpu:sapphirerapids:2")), "vpdpbusd")
+    assert count(loop, "vpdpbusd") >= 64 and not stack_accesses(loop), "\n".join(loop)
 
 
 def test_one_packing_for_pass_and_kernel() -> None:
