@@ -14,6 +14,7 @@ import torch
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.base import Backend
 from graphopt.errors import BuildError, DeviceError, UsageError
+from graphopt.hidden import hidden
 from graphopt.options import Options
 from graphopt.target import Target, detect, detect_gpu
 
@@ -55,10 +56,17 @@ def choose_target(device: torch.device, options: Options) -> Target:
             return _with_settings(target)
         raise UsageError("the model is on the CPU, where backend=\"triton\" runs the kernels of a GPU under Triton's interpreter, to check "
                          "them; say of which GPU, for instance target=\"cuda:sm_90\"")  # fmt: skip
-    if why := detect().lacks(target):
+    if why := missing_here(target):
         hint = "; backend=\"triton\" runs them under Triton's interpreter, to check them" if target.is_gpu else ""
         raise DeviceError(f"kernels for target {options.target!r} cannot run here: {why}{hint}")
     return target
+
+
+def missing_here(target: Target) -> str:
+    """Why kernels for a CPU, which the user named, cannot run here, in words; empty if they can. What is hidden is tried."""
+    here = detect()
+    unannounced = hidden(here, target.features)
+    return replace(here, features=(*here.features, *unannounced)).lacks(target)
 
 
 def _with_settings(target: Target) -> Target:

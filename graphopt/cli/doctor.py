@@ -19,6 +19,7 @@ import torch
 import typer
 
 from graphopt.errors import counted
+from graphopt.hidden import hidden
 from graphopt.options import Options
 from graphopt.target import Target, detect
 
@@ -137,6 +138,9 @@ def _devices() -> Iterator[Finding]:
     yield Finding("cpu kernels", "ok", ", ".join(_kernels(target)))
     if "amx_tile" in _flags() and not target.has("amx_tile"):
         yield Finding("cpu tiles", "warn", "AMX is there, but not permitted", "bf16 products use vectors: Linux 5.16 or newer grants tiles")
+    if unannounced := hidden(target):
+        hint = f"target=\"cpu:graniterapids:{target.cores}\" uses it; a virtual machine may be moved to where it is missing"
+        yield Finding("cpu hides", "ok", f"{', '.join(unannounced)}: carried out here, but not announced", hint)
     yield Finding("cpu caches", "ok", ", ".join(f"{n} {size >> 10} KiB" for n, size in zip(("L1d", "L2", "L3"), target.cache, strict=True)))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
