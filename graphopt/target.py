@@ -129,6 +129,11 @@ class Target:
         """Whether products of f32 are best summed from thirds, which are bf16, on AMX tiles."""
         return self.bf16_products == "amx"
 
+    @property
+    def f32_halves(self) -> bool:
+        """Whether products of f32 with a weight are best summed from halves, which are f16, on AMX tiles."""
+        return self.has("amx_tile") and self.has("amx_fp16")
+
     def conv_in_thirds(self, taps: int, channels: int, filters: int, pixels: int) -> bool:
         """Whether a convolution of one group is best summed from thirds on AMX tiles; ``pixels`` of the result.
 

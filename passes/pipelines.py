@@ -16,7 +16,9 @@ _RECOMPOSE = (
     "recompose-lerp",
 )  # fmt: skip
 _LAYOUT = ("conv-layout", "unflatten", "views", "dce")
-_PACK = ("fuse-depthwise", "pack-quantized", "pack-weights", "share-packed", "winograd-filters", "pack-filters", "output-order")
+_PACK = (
+    "fuse-depthwise", "pack-quantized", "halve-weights", "pack-weights", "share-packed", "winograd-filters", "pack-filters", "output-order",
+)  # fmt: skip
 
 LEVELS: Mapping[int, tuple[str, ...]] = {
     0: ("expand", "fuse"),

@@ -66,6 +66,11 @@ def multiply(code: Code, total: int, a: int, b: int) -> None:
     _do(code, "tdpbf16ps", _tile(total), _tile(a), _tile(b))
 
 
+def multiply_halves(code: Code, total: int, a: int, b: int) -> None:
+    """``total[m, n] += a[m, 2 k] * b[k, 2 n] + a[m, 2 k + 1] * b[k, 2 n + 1]`` over k: f16 pairs, summed in f32 (TDPFP16PS)."""
+    _do(code, "tdpfp16ps", _tile(total), _tile(a), _tile(b))
+
+
 def multiply_bytes(code: Code, total: int, a: int, b: int) -> None:
     """``total[m, n] += sum over p < 4 of a[m, 4 k + p] * b[k, 4 n + p]`` over k: i8, summed in i32 with wrap-around (TDPBSSD)."""
     _do(code, "tdpbssd", _tile(total), _tile(a), _tile(b))

@@ -148,8 +148,36 @@ def _write_thirds(w: Workload, s: Schedule, t: Target) -> Any:
     return ThirdsKernel(graph, s["block"], s["rows"], s["group"], s["chunk"], s["panels"], s["ahead"], s["parallel"]).emit()
 
 
+# --- products of f32 from halves ---------------------------------------------------------------------------------------
+
+
+def _halves_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.tvm.halfform import refusal
+
+    return _tile_refuse(w, t) or refusal(w.graph, t)
+
+
+def _halves_space(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    from graphopt.backends.tvm.halfform import space
+
+    return (space(w.graph, t),)
+
+
+def _halves_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    return _halves_space(w, t)[0].params
+
+
+def _write_halves(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.halves import HalvesKernel
+
+    names = ("block", "rows", "tiles", "group", "chunk", "panels", "ahead", "parallel")
+    return HalvesKernel(expand_rows(w.graph), **{n: s[n] for n in names}).emit()
+
+
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 INT8 = Template("int8", _int8_refuse, _int8_params, _write_int8)
 QUANTIZED = Template("quantized", _quantized_refuse, _quantized_params, _write_quantized)
+HALVES = Template("halves", _halves_refuse, _halves_params, _write_halves, _halves_space)
 THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
 TILE = Template("tile", _tile_refuse, _tile_params, _write_tile, _tile_variants)

@@ -1,6 +1,7 @@
 """Layouts: how tensors lie in memory so that kernels read them straight."""
 
 from graphopt.passes.layout.conv_layout import ConvLayout
+from graphopt.passes.layout.halve_weights import HalveWeights
 from graphopt.passes.layout.output_order import OutputOrder
 from graphopt.passes.layout.pack_filters import PackFilters
 from graphopt.passes.layout.pack_weights import PackWeights
@@ -9,5 +10,5 @@ from graphopt.passes.layout.split_reductions import SplitReductions
 from graphopt.passes.layout.unflatten import Unflatten
 from graphopt.passes.layout.winograd import WinogradFilters
 
-__all__ = ["ConvLayout", "OutputOrder", "PackFilters", "PackWeights", "SharePacked", "SplitReductions", "Unflatten",
+__all__ = ["ConvLayout", "HalveWeights", "OutputOrder", "PackFilters", "PackWeights", "SharePacked", "SplitReductions", "Unflatten",
            "WinogradFilters"]

@@ -25,7 +25,8 @@ Reference: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplica
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from graphopt.errors import UsageError
@@ -40,15 +41,19 @@ from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
 
 
 @dataclass(frozen=True)
-class _Site:
+class Site:
     """A matmul whose second operand can be packed."""
 
     fusion: Node
     matmul: Node  # in the body
-    columns: int  # of a panel
     input: int  # which operand of the fusion holds the weight
     transposed: bool  # the body reads it transposed
-    form: ModuleType | None  # of neighbours along the summed axis side by side, which instructions want: pairs, or fours
+    columns: int = 0  # of a panel
+    form: ModuleType | None = None  # of neighbours along the summed axis side by side, which instructions want: pairs, or fours
+
+
+Unpack = Callable[[Builder, Sequence[Value]], Value]
+"""Makes the weight ``[K, N]`` of what was packed."""
 
 
 COLUMNS, DEPTH = 32, 32  # of thirds: columns of a panel, and what the summed axis is a multiple of
@@ -94,7 +99,7 @@ class PackWeights(Pass):
                 how = f"in {_name(site.form)}, by {site.form.COLUMNS}" if site.form else f"by {nr}"
                 how += " columns, for AMX tiles" if in_thirds and nr == COLUMNS and not site.form else " columns"
                 ctx.passed(self.name, f"weight {w!r} packed {how}: {packed[key].type}", region, number)
-                region = _rebuild(g, site, packed[key])
+                region = rebuilt(g, site, [packed[key]], _unpacker(site))
                 changed = True
         return changed
 
@@ -132,7 +137,8 @@ def _suits_thirds(fusion: Node, place: int) -> bool:
     return isinstance(k, int) and k % DEPTH == 0 and isinstance(n, int) and n >= COLUMNS
 
 
-def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool) -> _Site | Reject:
+def site_of(fusion: Node, place: int, staged: Staged) -> Site | Reject:
+    """A product of a region and its second factor, if that is a staged matrix, plain or transposed, which is not packed yet."""
     matmul = matmuls(fusion)[place]
     weight = matmul.operands[1]
     if weight.defined_by("slice") and _is_unpack(weight):
@@ -147,19 +153,27 @@ def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in
         return Reject(f"it is a batch of matrices, {weight.type}", weight)
     if not source.is_input:
         return Reject("it is read through more views than a transpose", weight)
+    return Site(fusion, matmul, source.index, transposed)
+
+
+def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool) -> Site | Reject:
+    site = site_of(fusion, place, staged)
+    if isinstance(site, Reject):
+        return site
+    matmul, weight = site.matmul, site.matmul.operands[1]
     k, n = (int(d) for d in weight.shape)
     paired = in_pairs and weight.dtype == types.bf16
     if weight.dtype == types.i8 and matmul.attrs["acc"] is not None:
         if min(k, n) < fours.LEAST:
             return Reject(f"{k} rows by {n} columns do not fill a panel of fours", weight)
-        return _Site(fusion, matmul, fours.COLUMNS, source.index, transposed, fours)
+        return replace(site, columns=fours.COLUMNS, form=fours)
     if weight.dtype != types.f32 and not paired:
         return Reject(f"weights of dtype {weight.dtype} are not packed for this target, only f32", weight)
     if paired and (n < pairs.COLUMNS // 2 or k < pairs.DEPTH):
         return Reject(f"{k} rows by {n} columns do not fill a panel of pairs", weight)
     if n < lanes or k == 0:
         return Reject(f"{n} columns do not fill a vector register of {lanes}", weight)
-    return _Site(fusion, matmul, columns, source.index, transposed, pairs if paired else None)
+    return replace(site, columns=columns, form=pairs if paired else None)
 
 
 def _name(form: ModuleType) -> str:
@@ -177,31 +191,36 @@ def _is_unpack(weight: Value) -> bool:
     return node is None
 
 
-def _rebuild(g: Graph, site: _Site, wp: Value) -> Node:
+def _unpacker(site: Site) -> Unpack:
+    """How a region's body reads the one packed weight."""
+    k, n = (int(d) for d in site.matmul.operands[1].shape)
+    form = site.form
+    return (lambda b, given: form.unpack(b, given[0], k, n)) if form else (lambda b, given: unpack(b, given[0], n))
+
+
+def rebuilt(g: Graph, site: Site, packed: Sequence[Value], unpacked: Unpack) -> Node:
     """The same region, reading the packed weight in the place of the plain one."""
     old = site.fusion.body
     assert old is not None
-    body, operands = Graph("body", old.symbols), []
+    body, operands = Graph("body", old.symbols), list[Value]()
     mapping: dict[Value, Value] = {}
     plain = old.inputs[site.input]
     for v, operand in zip(old.inputs, site.fusion.operands, strict=True):
         if v is plain:
-            k, n = (int(d) for d in site.matmul.operands[1].shape)
-            given = body.add_input(wp.type, v.hint)
-            unpacked = site.form.unpack(Builder(body), given, k, n) if site.form else unpack(Builder(body), given, n)
-            operands.append(wp)
+            weight = unpacked(Builder(body), [body.add_input(p.type.logical, v.hint) for p in packed])
+            operands += packed
         if v is not plain or _other_uses(plain, site):
             mapping[v] = body.add_input(v.type, v.hint)
             operands.append(operand)
-    weight = site.matmul.operands[1]
+    read = site.matmul.operands[1]
     for node in old.nodes():
-        if weight.producer is node and len(weight.uses) == 1:
+        if read.producer is node and len(read.uses) == 1:
             continue
         if node is site.matmul:
-            mapping[weight], kept = unpacked, mapping.get(weight)
+            mapping[read], kept = weight, mapping.get(read)
             copy_nodes([node], mapping, body)
             if kept is not None:
-                mapping[weight] = kept
+                mapping[read] = kept
         else:
             copy_nodes([node], mapping, body)
     body.set_outputs([mapping[v] for v in old.outputs])
@@ -211,7 +230,7 @@ def _rebuild(g: Graph, site: _Site, wp: Value) -> Node:
     return new
 
 
-def _other_uses(plain: Value, site: _Site) -> bool:
+def _other_uses(plain: Value, site: Site) -> bool:
     """Whether the body reads the plain weight besides for the matmul's second operand."""
     weight = site.matmul.operands[1]
     if len(weight.uses) > 1:

@@ -1,0 +1,217 @@
+"""Products of f32 from halves in f16, on AMX tiles: as exact as f32, in every shape that fills no tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tvm_check import check
+
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.backends.tvm.backend import TvmBackend
+from graphopt.hidden import hidden
+from graphopt.ir import Builder, Graph, TensorType, dims, types
+from graphopt.ir.interpreter import evaluate
+from graphopt.passes.layout import halves
+from graphopt.target import Target, detect
+
+M = dims.symbol("M")
+GRANITE = Target.from_name("cpu:graniterapids:2")
+
+
+def packing(k: int, n: int) -> Graph:
+    """From a weight to what the kernel reads."""
+    g = Graph("packing")
+    g.set_outputs(list(halves.pack(Builder(g), g.add_input(TensorType(types.f32, (k, n))), False)))
+    return g
+
+
+def packed(w: torch.Tensor) -> list[torch.Tensor]:
+    """What the kernel reads of a weight."""
+    return [x.contiguous() for x in evaluate(packing(*w.shape), [w])]
+
+
+def region(rows: tuple, k: int, n: int, *, prologue: bool = False, epilogue: bool = False, products: int = 1) -> Graph:
+    """``rows x k`` times one or two packed weights of ``k x n``."""
+    g = Graph("body")
+    b = Builder(g)
+    for d in rows:
+        if not isinstance(d, int):
+            g.symbols[d.name] = dims.Range(1, None)
+    x = g.add_input(TensorType(types.f32, (*rows, k)), "x")
+    x = b.gelu(x) if prologue else x
+    forms = packing(k, n).outputs
+    ys = [b.matmul(x, halves.unpack(b, [g.add_input(p.type.logical, "w") for p in forms], n)) for _ in range(products)]
+    y = b.mul(b.silu(ys[0]), ys[1]) if products == 2 else ys[0]
+    if epilogue:
+        y = b.gelu(b.add(y, g.add_input(TensorType(types.f32, (n,)), "b")))
+        y = b.add(y, g.add_input(y.type, "r"))
+    g.set_outputs([y])
+    return g
+
+
+CASES = {
+    **{f"{m} rows": region((m,), 96, 64) for m in (2, 15, 16, 17, 31, 32, 33, 64, 100)},
+    "one step": region((40,), 32, 40),
+    "ragged columns": region((40,), 64, 75),
+    "deep, in chunks": region((128,), 6144, 96),
+    "several groups of rows": region((600,), 64, 64),
+    "batch": region((3, 10), 64, 64, epilogue=True),
+    "batch of one": region((1, 128), 256, 96, epilogue=True),
+    "prologue": region((33,), 160, 96, prologue=True, epilogue=True),
+    "two products": region((50,), 384, 160, products=2, epilogue=True),
+    "two products, deep": region((128,), 6144, 64, products=2),
+    "any rows": region((M,), 192, 96, epilogue=True),
+    "any rows, odd": region((2, M), 96, 33, prologue=True),
+}  # fmt: skip
+
+
+def bindings(graph: Graph) -> list[dict[str, int]]:
+    return [{"M": m} for m in (1, 24, 70, 300)] if graph.symbols else [{}]
+
+
+def values(graph: Graph, **sizes: int) -> list[torch.Tensor]:
+    """Random inputs; a packed weight is one that was random before."""
+    generator = torch.Generator().manual_seed(0)
+    out: list[torch.Tensor] = []
+    for v in graph.inputs:
+        shape = [d if isinstance(d, int) else dims.evaluate(d, sizes) for d in v.shape]
+        if v.dtype == types.f16:
+            k, n = 32 * shape[1], 32 * shape[0]
+            out += packed(torch.randn(k, n, generator=generator))
+        elif v.hint != "w":
+            out.append(torch.randn(shape, generator=generator))
+    return out
+
+
+def default(w: Workload) -> Schedule:
+    template = TvmBackend().templates(w, GRANITE)[0]
+    assert template.name == "halves"
+    return template.space(w, GRANITE).default()
+
+
+def schedules(w: Workload) -> list[Schedule]:
+    """The default, and one other choice of each knob."""
+    first = default(w)
+    space = TvmBackend().templates(w, GRANITE)[0].space(w, GRANITE)
+    out = [first]
+    for p in space.params:
+        others = (Schedule.make("halves", "default", **{**dict(first.knobs), p.name: c}) for c in p.choices[1:])
+        out += [s for s in others if space.rejection(s) is None][:1]
+    return out
+
+
+@pytest.fixture(scope="module")
+def fp16_tiles() -> None:
+    if not detect().f32_halves and "amx_fp16" not in hidden(detect()):
+        pytest.skip("this processor has no AMX-FP16")
+
+
+def runner(graph: Graph, kernel):
+    def run(inputs, sizes=None):
+        shape = [d if isinstance(d, int) else dims.evaluate(d, sizes) for d in graph.outputs[0].shape]
+        out = torch.full(shape, 77.0)
+        kernel(*inputs, out, *(sizes or {}).values())
+        return [out]
+
+    return run
+
+
+def test_products(builder, kernels_dir, fp16_tiles) -> None:
+    from graphopt.backends.tvm.build import load_kernel
+
+    jobs = [(g, w, s) for g in CASES.values() for w in (Workload.of(g, "matmul"),) for s in schedules(w)]
+    paths = builder.build_many([(w, s) for _, w, s in jobs], GRANITE, kernels_dir)
+    for (graph, w, s), path in zip(jobs, paths, strict=True):
+        for sizes in bindings(graph):
+            check(graph, runner(graph, load_kernel(path, w, s)), values(graph, **sizes), sizes)
+
+
+def one(builder, kernels_dir, graph: Graph):
+    from graphopt.backends.tvm.build import load_kernel
+
+    w = Workload.of(graph, "matmul")
+    s = default(w)
+    return runner(graph, load_kernel(builder.build_many([(w, s)], GRANITE, kernels_dir)[0], w, s))
+
+
+def test_infinite_and_large_and_small_values(builder, kernels_dir, fp16_tiles) -> None:
+    """What eager gives for infinities, nan, and values near both ends of the range."""
+    run = one(builder, kernels_dir, region((32,), 64, 32))
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.rand(32, 64, generator=generator) + 0.1, torch.rand(64, 32, generator=generator) + 0.1
+    x[0, 3], x[1, 5], x[2, 7], x[3] = float("inf"), float("-inf"), float("nan"), torch.finfo(torch.float32).max / 64
+    x[4], x[5] = 1e-30, -torch.finfo(torch.float32).max
+    w[9, 4], w[10, 5] = float("inf"), float("nan")
+    w[:, 6], w[:, 7], w[:, 8] = 0.5, 0.0, 1e-20
+    want, eager = x.double() @ w.double(), x @ w
+    got = run([x, *packed(w)])[0]
+    assert torch.equal(got.isnan(), eager.isnan())
+    assert torch.equal(got.isinf(), eager.isinf())
+    fine = want.isfinite() & eager.isfinite() & (want.abs() > 1e-35)
+    assert ((got.double() - want)[fine].abs() <= 1e-6 * want[fine].abs()).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15])
+@pytest.mark.parametrize("form", ["normal", "positive", "outliers"])
+def test_the_error_is_no_larger_than_that_of_a_sum_in_f32(builder, kernels_dir, fp16_tiles, scale: float, form: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 768, generator=generator) * scale, torch.randn(768, 96, generator=generator) * scale
+    if form == "positive":
+        x, w = x.abs(), w.abs()
+    if form == "outliers":  # a channel that is ten thousand times as large, and multiplied by next to nothing
+        x[:, 5] *= 1e4
+        w[5] *= 1e-4
+    want = x.double() @ w.double()
+    one_by_one = torch.zeros(64, 96)
+    for k in range(768):
+        one_by_one += x[:, k, None] * w[k]
+
+    def error(y: torch.Tensor) -> float:
+        return float((y.double() - want).norm() / want.norm())
+
+    (got,) = one(builder, kernels_dir, region((64,), 768, 96))([x, *packed(w)])
+    assert error(got) <= error(one_by_one)
+    if form == "positive":
+        assert abs(float((got.double() - want).sum() / want.sum())) < 4e-8
+
+
+@pytest.mark.parametrize("rows", [128, M])
+def test_machine_code(rows: object) -> None:
+    """The three products of a step are 12 multiplications of tiles, and no more loads of tiles than there must be."""
+    pytest.importorskip("tvm")
+    from assembly import assembly, count, hot_loop
+
+    w = Workload.of(region((rows,), 768, 96), "matmul")
+    loop = hot_loop(assembly(w, GRANITE), "tdpfp16ps")
+    steps = count(loop, "tdpfp16ps") // 12
+    assert steps and count(loop, "tdpfp16ps") == 12 * steps and count(loop, "tileloadd") == 8 * steps, "\n".join(loop)
+
+
+def test_other_products_and_targets_take_another_template() -> None:
+    def names(graph: Graph, t: str) -> str:
+        return TvmBackend().templates(Workload.of(graph, "matmul"), Target.from_name(f"cpu:{t}"))[0].name
+
+    assert names(region((64,), 64, 64), "graniterapids") == "halves"
+    assert names(region((64,), 64, 64), "sapphirerapids") == "tile"  # it reads both halves, and multiplies f32
+
+
+def test_one_packing_for_pass_and_kernel() -> None:
+    from graphopt.backends.tvm import halfform
+
+    assert (halfform.COLUMNS, halfform.STEP, halfform.TILE) == (halves.COLUMNS, halves.DEPTH, halves.TILE)
+    graph = region((32,), 64, 40)
+    (node,) = halfform.products_of(graph)
+    assert halfform.packed_halves(node.operands[1]) == tuple(graph.inputs[1:])
+    assert halfform.packed_halves(node.operands[0]) is None
+
+
+def test_halves_are_close_to_the_weight() -> None:
+    """Within 2**-22 of an element, and 2**-39 of the largest of its column."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(64, 40, generator=generator) * torch.logspace(-30, 30, 40) * torch.logspace(0, -12, 64)[:, None]
+    g = Graph("both")
+    b = Builder(g)
+    x = g.add_input(TensorType(types.f32, (64, 40)))
+    g.set_outputs([halves.unpack(b, halves.pack(b, x, False), 40)])
+    got = evaluate(g, [w])[0]
+    assert ((got.double() - w.double()).abs() <= 2.0**-22 * w.abs().double() + 2.0**-39 * w.abs().amax(0).double()).all()
