@@ -25,9 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from graphopt.calibration import inferring, samples_of
 from graphopt.errors import UsageError
+from graphopt.folding import without_norms
 from graphopt.ledger import Ledger
 from graphopt.ledger_times import families
-from graphopt.linears import replaced
+from graphopt.linears import layers_of, replaced
+from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantization import Progress, ledger_of, quantize, relative_error
 
 SCHEMES = ("int8-weight", "int4-weight")
@@ -130,7 +132,10 @@ def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
         raise UsageError(f"bits by layer take the methods {', '.join(METHODS)}; {method!r} changes more than the layer that it rounds")
     told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
     given |= {"method": method, "calibration": None if calibration is None else list(calibration)}
-    moved = _judge(model, metric, samples_of(given["calibration"], args, kwargs))
+    samples = samples_of(given["calibration"], args, kwargs)
+    if any(Scheme.parse(s).activations for s in schemes):  # once for all: what stays in float is no other model
+        model = without_norms(model, list(layers_of(model)), samples)
+    moved = _judge(model, metric, samples)
     made = {s: quantize(model, args, kwargs, scheme=s, measure=measure, revert=False, progress=progress, **given) for s in schemes}
     ledgers = {s: ledger_of(m) for s, m in made.items()}
     if measure and not any(e.seconds for ledger in ledgers.values() for e in ledger.entries):

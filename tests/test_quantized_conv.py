@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.bits import fastest_within
 from graphopt.capture.export import exported_graph
 from graphopt.capture.fx import capture_fx
 from graphopt.folding import without_norms
@@ -92,6 +93,14 @@ def test_quantized_and_compiled(model: Bottleneck, scheme: str) -> None:
     torch.save(made, file := io.BytesIO())
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(X), made(X))
+
+
+def test_layers_are_chosen_by_what_they_cost(model: Bottleneck) -> None:
+    made, front = fastest_within(model, (X,), budget=0.5, schemes=("int8-static",), measure=False, least=1 << 11)
+    assert sorted(front.points[front.chosen].schemes) == sorted(QUANTIZED), "all of them"
+    exact = model(X)
+    assert float(((made(X) - exact).norm() / exact.norm()).detach()) < 0.05, "their batch norms are folded in each model that is judged"
+    assert all(p.loss is None or p.loss < 0.05 for p in front.points)
 
 
 def test_schemes_of_weights_alone_leave_them(model: Bottleneck) -> None:

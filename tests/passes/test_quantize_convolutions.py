@@ -105,6 +105,11 @@ def test_groups_are_left() -> None:
     check_pass(PASS, GROUPS, fires=False, reason="it has 32 groups")
 
 
+def test_other_targets_have_no_kernel() -> None:
+    ctx = PassContext(target=Target.from_name("cuda:sm_90"))
+    assert not PASS.run(parse_graph(BEFORE), ctx) and "the target is no CPU" in str(ctx.remarks)
+
+
 # Two convolutions as captured with static scales: floats between them are rounded by the first one's kernel, and those that a residual
 # reads, too, by the second one's.
 CHAIN = """
