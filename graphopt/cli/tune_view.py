@@ -96,6 +96,8 @@ class View:
     def listen(self, event: Event) -> None:
         """Take an event in, and draw if it is time."""
         self.now = event.task
+        if not self.doing:  # the first one: what the processes need to start is not the budget's
+            self._start = self._drawn = time.monotonic()
         if isinstance(event, RoundBegins):
             self.doing = f"build {event.size}"
         elif isinstance(event, TimingBegins):
