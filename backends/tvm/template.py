@@ -77,8 +77,10 @@ _LARGE_PRODUCT, _LARGE_RESULT = 1 << 26, 1 << 20  # operations, and elements, fo
 def is_large(w: Workload) -> bool:
     """Whether one thread would take tens of microseconds and more, on any processor: then nobody has to try whether it is faster.
 
-    A region with symbolic sizes may be small.
+    A region with symbolic sizes may be small, and so may be what an update in place changes of a large result.
     """
+    if w.kind == "update":
+        return False
     work = [flops(n) for n in w.graph.nodes() if n.op.has(Trait.CONTRACTION)]
     if any(isinstance(n, int) and n >= _LARGE_PRODUCT for n in work):
         return True

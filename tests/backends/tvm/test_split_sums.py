@@ -51,6 +51,8 @@ PRODUCTS = {
     "packed": "(%x: f32[6, 1536], %w: f32[1, 1536, 48]) -> f32[6, 40] {\n %0: f32[1536, 1, 48] = transpose(%w) {perm = [1, 0, 2]}\n"
     " %1: f32[1536, 48] = reshape(%0) {shape = [1536, 48]}\n %2: f32[1536, 40] = slice(%1) {axis = 1, stop = 40}\n"
     " %3: f32[6, 40] = matmul(%x, %2)\n return %3\n}",
+    "integers as floats": "(%x: f32[5, 1400], %w: i8[1400, 24], %s: f32[24]) -> f32[5, 24] {\n"
+    " %0: f32[1400, 24] = dequantize(%w, %s)\n %1: f32[5, 24] = matmul(%x, %0)\n return %1\n}",
     "f64": "(%x: f64[3, 2050], %y: f64[2050, 5]) -> f64[3, 5] {\n %0: f64[3, 5] = matmul(%x, %y)\n return %0\n}",
     "bf16": "(%x: bf16[16, 2048], %y: bf16[2048, 16]) -> bf16[16, 16] {\n %0: bf16[16, 16] = matmul(%x, %y)\n return %0\n}",
 }  # fmt: skip
@@ -69,9 +71,12 @@ def _sketches(graph: Graph, kind: str, target: Target) -> list[Sketch]:
 def _inputs(graph: Graph, kind: str) -> list[torch.Tensor]:
     """Random numbers; those of reductions are not negative, as no order of summation has an advantage where sums do not cancel."""
     generator = torch.Generator().manual_seed(0)
-    if all(v.dtype.is_float for v in graph.inputs):
-        return [x.abs() if kind == "reduction" else x for x in values(graph)]
-    return [torch.randint(-9, 9, [int(d) for d in v.shape], generator=generator).to(v.dtype.torch) for v in graph.inputs]
+    out = []
+    for v, x in zip(graph.inputs, values(graph), strict=True):
+        if not v.dtype.is_float:
+            x = torch.randint(-9, 9, x.shape, generator=generator).to(v.dtype.torch)
+        out.append(x.abs() if kind == "reduction" and v.dtype.is_float else x)
+    return out
 
 
 def test_sums_in_pieces_are_right(builder, kernels_dir) -> None:
