@@ -32,8 +32,8 @@ class Timing:
         margin: share of the incumbent's time by which a candidate must win.
         patience: for the first call of a candidate; or ``patience_ratio`` times the incumbent's time, if that is longer.
         leak: bytes of growth of resident memory over the timed calls that are looked into.
-        incredible: a time this many times shorter than the machine's limits allow is not believed. Not 1: tiles multiply faster than
-            the multiply-adds that the limits were measured with, and some of the weights may be in a cache.
+        incredible: a time this many times shorter than the machine's limits allow is not believed. Not 1: some of the weights
+            may be in a cache.
     """
 
     floor: float = 0.02

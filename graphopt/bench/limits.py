@@ -44,8 +44,12 @@ class Limits:
         Args:
             thirds: products of f32 may be summed from thirds on tiles, six products of bf16 for one.
         """
-        speed = max(self.flops, self.tiles / THIRDS_PRODUCTS) if thirds else self.flops
-        return max(flops / speed, read / self.bytes)
+        return max(flops / (self.by_thirds if thirds else self.flops), read / self.bytes)
+
+    @property
+    def by_thirds(self) -> float:
+        """f32 floating-point operations a second of products that may be summed from thirds on tiles."""
+        return max(self.flops, self.tiles / THIRDS_PRODUCTS)
 
     def best(self, other: Limits) -> Limits:
         """The higher of two measurements of the same machine."""

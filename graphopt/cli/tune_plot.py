@@ -92,6 +92,10 @@ def _roofline(axes: Any, progress: Sequence[Progress], limits: Limits | None, co
     axes.plot([low, ridge, high], [low * limits.bytes / 1e9, limits.flops / 1e9, limits.flops / 1e9], color="black", linewidth=1.5)
     axes.annotate(f"{limits.flops / 1e9:.0f} GFLOP/s", (high, limits.flops / 1e9), ha="right", va="bottom", xytext=(-2, 3),
                   textcoords="offset points", fontsize=8)  # fmt: skip
+    if limits.by_thirds > limits.flops:
+        axes.plot([low, high], [limits.by_thirds / 1e9] * 2, color="black", linewidth=1.0, linestyle="--")
+        axes.annotate(f"{limits.by_thirds / 1e9:.0f} GFLOP/s from thirds on tiles", (high, limits.by_thirds / 1e9), ha="right", va="bottom",
+                      xytext=(-2, 3), textcoords="offset points", fontsize=8)  # fmt: skip
     middle = math.sqrt(low * ridge)
     axes.annotate(f"{limits.bytes / 1e9:.1f} GB/s", (middle, middle * limits.bytes / 1e9), ha="right", va="bottom", fontsize=8)
     for p, color in known:
@@ -107,5 +111,5 @@ def _roofline(axes: Any, progress: Sequence[Progress], limits: Limits | None, co
     if left_out:
         axes.annotate(f"{left_out} more without such operations", (0.01, 0.01), xycoords="axes fraction", fontsize=7, color="#606060")
     lowest = min(p.task.flops / p.default.seconds for p, _ in known if p.default and p.default.seconds) / 1e9
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest / 3, limits.flops / 1e9 * 1.6))
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest / 3, limits.by_thirds / 1e9 * 1.6))
     axes.grid(which="major", alpha=0.3)

@@ -52,7 +52,8 @@ def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Conso
     if limits is None:
         console.print(f"roofline: the machine's limits {'are not' if found.estimated else 'could not be'} measured")
     else:
-        measured = f"{limits.flops / 1e9:.0f} GFLOP/s, {limits.bytes / 1e9:.1f} GB/s"
+        thirds = f" (products from thirds on AMX tiles: {limits.by_thirds / 1e9:.0f})" if limits.by_thirds > limits.flops else ""
+        measured = f"{limits.flops / 1e9:.0f} GFLOP/s{thirds}, {limits.bytes / 1e9:.1f} GB/s"
         console.print(f"roofline: {measured}, measured with {counted(limits.threads, 'thread')}", highlight=False)
     if found.tasks:
         console.print(f"expected: {1 / (1 - left):.2f}x for the whole; a guess, as nothing is known of a kernel but its distance to the "
@@ -151,7 +152,7 @@ class View:
     def _left(self) -> str:
         if self.budget.seconds is None:
             return ""
-        return f"; {max(0.0, self.budget.seconds - (time.monotonic() - self._start)):.0f} s left"
+        return f", {max(0.0, self.budget.seconds - (time.monotonic() - self._start)):.0f} s left"
 
     def picture(self) -> Group:
         table = Table("", "kernel", "share", "trials", "PyTorch us", "default us", "best us", "gain", "roofline", box=None, pad_edge=False)

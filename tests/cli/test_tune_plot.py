@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -48,7 +49,7 @@ def outcome(n: int, seed: int = 0) -> tuple[Outcome, Tasks]:
     return Outcome("budget", progress, 100.0, 400), found
 
 
-@pytest.mark.parametrize(("n", "limits"), [(1, LIMITS), (4, None), (16, LIMITS)])
+@pytest.mark.parametrize(("n", "limits"), [(1, LIMITS), (4, None), (16, LIMITS), (4, replace(LIMITS, tiles=5e12))])
 def test_a_picture_is_drawn(n: int, limits: Limits | None, tmp_path: Path) -> None:
     file = tmp_path / "out.png"
     check_plot(file)

@@ -1,0 +1,56 @@
+"""What ``graphopt tune`` says while it runs, and at the end of kernels that are no faster."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from graphopt.autotune.measure import Built, Incumbent, Subject, Trial
+from graphopt.autotune.records import Measured, Status
+from graphopt.autotune.space import Schedule, Workload
+from graphopt.autotune.tasks import Progress, Task
+from graphopt.autotune.tuner import Budget, Outcome, RoundBegins, Tried
+from graphopt.cli.tune_view import View, standstill
+from graphopt.tuning_tasks import Tasks
+from tests.autotune.test_scheduler import NoSearch
+
+
+def task(name: str, least: float = 0.0) -> Task:
+    subject = Subject(Workload("matmul", name), lambda seed: None, least=least)  # type: ignore[arg-type, return-value]
+    return Task(subject, name, Schedule.make("t"), seconds=2e-4)
+
+
+def trial(seconds: float, won: bool, **knobs: int) -> Trial:
+    return Trial(Built(Schedule.make("t", **knobs)), Measured(Status.OK, seconds), won)
+
+
+def test_a_line_tells_of_the_task_at_hand() -> None:
+    found = Tasks([task("small"), task("large")], [0.2, 0.8], [1e-3])
+    view = View(found, Budget(seconds=60.0), Console(file=io.StringIO()))
+    view.listen(RoundBegins(1, 8))
+    assert view.line().endswith("60 s left, 0 trials, 0 failed; 1.00 -> 1.00 ms (estimate); now large (80%, 0 trials)")
+    view.listen(Tried(1, trial(2e-4, True)))
+    view.listen(Tried(1, trial(1e-4, True, n=1)))
+    assert "2 trials (" in view.line() and " a second)" in view.line()
+    assert view.line().endswith("1.00 -> 0.90 ms (estimate); now large (80%, 2 trials, best 100.0 us, 2.00x)")
+
+
+def test_why_kernels_are_no_faster_is_said() -> None:
+    def progress(name: str, best: float, least: float, trials: int, exhausted: bool = False) -> Progress:
+        search = NoSearch()
+        p = Progress(task(name, least), search, Measured(Status.OK, 2e-4), Incumbent(Built(Schedule.make("t")), best), trials)
+        search.exhausted = exhausted
+        return p
+
+    all_of_them = [
+        progress("near", 2e-4, 1.9e-4, 8), progress("done", 2e-4, 1e-5, 64, True), progress("faster", 1e-4, 1e-5, 80),
+        progress("searched", 2e-4, 1e-5, 30), progress("also", 2e-4, 0.0, 90), progress("never tried", 2e-4, 0.0, 0),
+    ]  # fmt: skip
+    found = Tasks([p.task for p in all_of_them], [0.1, 0.2, 0.3, 0.05, 0.05, 0.3], [1e-3])
+    assert standstill(Outcome("budget", all_of_them, 60.0, 272), found) == [
+        "1 kernel as before (10% of the time; 8 trials): no more trials, as nothing can be much faster there: within a tenth of the "
+        "roofline",
+        "1 kernel as before (20% of the time; 64 trials): every schedule that there is was tried, and none is faster",
+        "2 kernels as before (10% of the time; 30 to 90 trials): none that was tried is faster",
+    ]
