@@ -302,23 +302,27 @@ class ThirdsKernel:
     def _split_left(self, left: Any, row: Index, count: Index, chunk: Index) -> None:
         """A chunk of the first factor's rows, as tiles ``[row tile, step, third, 16 rows, 16 pairs]``; rows behind the last hold anything.
 
-        A pair is two elements of a step that are 16 apart: so two vectors become pairs as they are.
+        A pair is two elements of a step that are 16 apart: so two vectors become pairs as they are. The rows of a tile are written
+        side by side: of one row after the other, every store would go to the same few places of the first-level cache.
         """
-        code, a, steps = self.code, self.left, self.chunk * self.block // STEP
+        code, a, mr, steps = self.code, self.left, self.mr, self.chunk * self.block // STEP
         probe = Probe(self.args, {}, a)
         probe([0] * a.type.rank)
         kind = "serial" if probe.scalar_only else "vectorized"
-        with code.loop(count, "serial", "i") as i:
-            r = code.bind_index(code.simplify(row + i), "r")
-            lead = [code.bind_index(x, "i", n) for x, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
-            start = code.bind_index(code.simplify(code.div(i, self.mr) * (steps * THIRDS) + code.mod(i, self.mr) * LANES), "start")
-            with code.loop(steps, "serial", "s") as s, code.loop(LANES, kind, "v") as v:
-                values = []
-                for half in range(2):
-                    k = code.simplify((chunk * steps + s) * STEP + half * LANES + v)
-                    values.append(code.bind(Expressions(self.args, {}).at(a, operand_index(lead[:-1], a, lead[-1], k)), "x"))
-                for part, word in enumerate(pairs_of_thirds(values[0], values[1], 1)):
-                    code.store(left, code.simplify(start + s * THIRDS + part * WORDS + v), word)
+        with code.loop(code.ceildiv_plain(count, mr), "serial", "tile") as tile:
+            first = code.bind_index(code.simplify(tile * mr), "first")
+            here = mr if isinstance(count, int) and count % mr == 0 else code.bind_index(code.least(count - first, mr), "here")
+            with code.loop(steps, "serial", "s") as s, code.loop(here, "serial", "i") as i:
+                r = code.bind_index(code.simplify(row + first + i), "r")
+                lead = [code.bind_index(x, "i", n) for x, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
+                start = code.bind_index(code.simplify((tile * steps + s) * THIRDS + i * LANES), "start")
+                with code.loop(LANES, kind, "v") as v:
+                    values = []
+                    for half in range(2):
+                        k = code.simplify((chunk * steps + s) * STEP + half * LANES + v)
+                        values.append(code.bind(Expressions(self.args, {}).at(a, operand_index(lead[:-1], a, lead[-1], k)), "x"))
+                    for part, word in enumerate(pairs_of_thirds(values[0], values[1], 1)):
+                        code.store(left, code.simplify(start + part * WORDS + v), word)
 
     def _mend(self, weight: Any, total: Any, base: Index, row: Index, count: Index, panel: Index) -> None:
         """Sum those rows of a panel again where a sum is nan: one element of the depth after the other, as f32."""
