@@ -290,7 +290,7 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
     start = time.perf_counter()
     ctx = PassContext(target=target, owns_weights=options.own_weights, fuel=Fuel(options.fuel, options.skip_rewrites))
     instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
-    pipeline = edit_pipeline(default_pipeline(quantize=options.quantize), options.pipeline)
+    pipeline = edit_pipeline(default_pipeline(quantize=options.quantize, precision=options.precision), options.pipeline)
     report.pipeline = [str(p) for p in pipeline]
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
     report.passes, report.remarks = ctx.runs, ctx.remarks
@@ -299,7 +299,7 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
 
 def compilation_key(graph: Graph, target: Target, options: Options, domains: Sequence[Domain]) -> str:
     """Identity of a compilation: the captured graph, its variants, the target, the code and options of every pass; 16 hex digits."""
-    pipeline = edit_pipeline(default_pipeline(quantize=options.quantize), options.pipeline)
+    pipeline = edit_pipeline(default_pipeline(quantize=options.quantize, precision=options.precision), options.pipeline)
     chosen = [*map(str, domains), str(options.fuel), str(options.skip_rewrites), str(options.own_weights)]
     ingredients = [canonical_text(graph), target.fingerprint, *chosen, *(p.key() for p in pipeline)]
     return hashlib.sha256("\n".join(ingredients).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from typing import Any
 
 from graphopt.autotune import DEFAULT_NAME
 from graphopt.errors import UsageError, nearest
+from graphopt.passes.precision.autocast import PRECISIONS
 from graphopt.passes.quantization.scheme import Scheme
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -39,6 +40,8 @@ class Options:
         fuel: make at most this many rewrites; ``skip_rewrites``: leave out rewrites of these numbers.
         quantize: the scheme by which the weights of matmuls are quantized when they are packed: ``int8-weight``, ``int4-weight``,
             ``int4-weight-g128-zp``; empty for none. See docs/quantization.md.
+        precision: ``bf16`` or ``f16``: products with frozen weights, and attention, are computed in these, summed in f32; empty for what
+            the model says. See docs/precision.md.
         backend: ``auto`` (``tvm`` on the CPU, ``triton`` on a GPU), or ``eager`` (library kernels only: asked for, so no fallback).
             ``triton`` for a model on the CPU runs the kernels of the GPU that ``target`` names under Triton's interpreter: slow, to
             check them without that GPU.
@@ -64,6 +67,7 @@ class Options:
     fuel: int | None = None
     skip_rewrites: tuple[int, ...] = ()
     quantize: str = ""
+    precision: str = ""
     backend: str = "auto"
     target: str = "cpu"
     freeze: bool = True
@@ -96,7 +100,8 @@ class Options:
             if not self.freeze:
                 raise UsageError("quantize needs frozen weights; it does not go with freeze=False")
         _check_hot_sizes(self.hot_sizes)
-        for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS)):
+        for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS),
+                                     ("precision", self.precision, ("", *PRECISIONS))):  # fmt: skip
             if value not in allowed:
                 raise UsageError(f"option {name}={value!r} is none of {', '.join(allowed)}{nearest(str(value), allowed)}")
 

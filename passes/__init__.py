@@ -1,5 +1,5 @@
 """Passes: one pass, one page. Importing this package registers them all, by name."""
 
-from graphopt.passes import attention, expand, fusion, layout, quantization, recompose, simplify
+from graphopt.passes import attention, expand, fusion, layout, precision, quantization, recompose, simplify
 
-__all__ = ["attention", "expand", "fusion", "layout", "quantization", "recompose", "simplify"]
+__all__ = ["attention", "expand", "fusion", "layout", "precision", "quantization", "recompose", "simplify"]

@@ -8,6 +8,7 @@ from typing import Any
 import graphopt.passes  # noqa: F401  (registers the passes)
 from graphopt.errors import UsageError, nearest
 from graphopt.pass_manager import Pass, make_pass, parse_pipeline
+from graphopt.passes.precision.autocast import Autocast
 from graphopt.passes.quantization.scheme import Scheme
 
 _CLEAN_UP = ("canonicalize", "fold-constants", "casts", "algebra", "views", "cse", "dce")
@@ -35,12 +36,13 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
 _EDITS = ("before", "after", "replace")
 
 
-def default_pipeline(level: int = 2, quantize: str = "") -> list[Pass]:
+def default_pipeline(level: int = 2, quantize: str = "", precision: str = "") -> list[Pass]:
     """The passes of an optimization level.
 
     Args:
         level: 0, fuse only; 1, clean up and fuse; 2, everything.
         quantize: a scheme, such as ``int8-weight``: weights are quantized before fusion; empty for none.
+        precision: ``bf16`` or ``f16``: what products, and attention, are computed in; empty for the model's own.
 
     Raises:
         UsageError: there is no such level.
@@ -48,10 +50,11 @@ def default_pipeline(level: int = 2, quantize: str = "") -> list[Pass]:
     if level not in LEVELS:
         raise UsageError(f"there is no optimization level {level!r}; levels are {', '.join(map(str, LEVELS))}")
     passes = [make_pass(name) for name in LEVELS[level]]
-    if not quantize:
-        return passes
+    before_fusion: list[Pass] = [*Scheme.parse(quantize).make()] if quantize else []
+    if precision:
+        before_fusion.append(Autocast(dtype=precision))
     at = next(i for i, p in enumerate(passes) if p.name == "fuse")
-    return [*passes[:at], *Scheme.parse(quantize).make(), *passes[at:]]
+    return [*passes[:at], *before_fusion, *passes[at:]]
 
 
 def edit_pipeline(passes: Sequence[Pass], edits: Any) -> list[Pass]:

@@ -26,8 +26,9 @@ from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.convint8form import fours_of, in_place, planes_of
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source, store_computed
-from graphopt.backends.tvm.int8form import COLUMNS, STEP, TILE
+from graphopt.backends.tvm.int8form import STEP
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.backends.tvm.panelform import COLUMNS, TILE
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 

@@ -11,7 +11,8 @@ from math import prod
 
 from graphopt.autotune.space import Param
 from graphopt.backends.forms.convform import ConvForm, conv_of
-from graphopt.backends.tvm.int8form import COLUMNS, STEP, TILE, packed_fours
+from graphopt.backends.tvm.int8form import STEP, packed_fours
+from graphopt.backends.tvm.panelform import COLUMNS, TILE
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.ops import Trait

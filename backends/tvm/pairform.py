@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.autotune.space import Param
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.tvm.panelform import products_of
 from graphopt.ir import types
 from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
@@ -25,37 +25,32 @@ def packed_pairs(v: Value) -> Value | None:
 
 
 def refusal(graph: Graph, t: Target) -> str | None:
-    """Why a region with one product is not for pairs, or None."""
-    node = next(n for n in graph.nodes() if is_materialized(n))
-    if not t.bf16_products:
-        return "the target multiplies no bf16"
-    if any(v.dtype != types.bf16 for v in (*node.operands, node.result)):
-        return "not a product of bf16"
-    if packed_pairs(node.operands[1]) is None:
-        return "the second factor is not packed in pairs"
-    if not all(isinstance(d, int) for d in node.operands[1].shape):
-        return "a weight of unknown size"
+    """Why a region of products of one first factor is not for pairs, or None."""
+    if not t.has("avx512_bf16"):
+        return "the target has no dot instructions for bf16"
+    for node in products_of(graph):
+        if any(v.dtype != types.bf16 for v in node.operands) or node.result.dtype not in (types.bf16, types.f32):
+            return "not a product of bf16"
+        if packed_pairs(node.operands[1]) is None:
+            return "the second factor is not packed in pairs"
+        if not all(isinstance(d, int) for d in node.operands[1].shape):
+            return "a weight of unknown size"
     return None
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
-    """The knobs; the default engine is the target's best."""
-    node = next(n for n in graph.nodes() if is_materialized(n))
+    """The knobs."""
+    node = products_of(graph)[0]
     rows = node.result.type.numel
     total = rows // int(node.result.shape[-1]) if isinstance(rows, int) else None
-    best = t.bf16_products
-    engines = (best, *(e for e in ("dot",) if e != best and t.has("avx512_bf16")))
-    most = 16 if best == "amx" else _DOT_ROWS if total is not None else 8  # each of unknown rows has a pointer of its own
-    tile = _even(total, most)
+    tile = _even(total, _DOT_ROWS if total is not None else 8)  # each of unknown rows has a pointer of its own
     packed = packed_pairs(node.operands[1])
     assert packed is not None
-    height = tile * (2 if best == "amx" and (total is None or total > tile) else 1)
-    tiles, panels = -(-total // height) if total is not None else 16, int(packed.shape[0])
+    tiles, panels = -(-total // tile) if total is not None else 16, int(packed.shape[0])
     group = 64
     while group > 1 and (group >= 2 * tiles or panels * -(-tiles // group) < 4 * t.cores):
         group //= 2
     return (
-        Param("engine", engines),
         Param("rows", tuple(dict.fromkeys((tile, *(_even(total, r) for r in (12, 8, 4)))))),
         Param("group", tuple(dict.fromkeys((group, 1, 4, 16, 64)))),
         Param("parallel", (True, False)),

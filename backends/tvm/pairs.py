@@ -1,11 +1,9 @@
-"""Products of bf16 with a weight packed in pairs, summed in f32 and rounded once: by AMX tiles, or by dot instructions.
+"""Products of bf16 with weights packed in pairs, by dot instructions: summed in f32, and rounded once if the result is bf16.
 
 The weight is ``[panels, depth / 2, 32, 2]`` behind the views that the packing pass writes; a task computes a panel's 32 columns
-for some rows, from one straight stream. The first factor is read in place where its rows lie in memory as they are; else
-(computed, of a depth that fills no tile, or of rows that fill none) it is brought into that form first.
-
-AMX: a tile of the result is 16 rows by 16 columns; two by two are summed at once, from two tiles of each factor. Dot
-instructions: up to 12 rows by two vectors.
+for some rows, up to 12 by two vectors at once, from one straight stream. The first factor is read in place where its rows lie in memory
+as they are; else (computed, or of a depth that fills no panel) it is brought into that form first. With AMX tiles it is
+:mod:`~graphopt.backends.tvm.bf16`.
 """
 
 from __future__ import annotations
@@ -16,21 +14,21 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from graphopt.backends.forms.support import VIEWS, is_materialized
-from graphopt.backends.tvm import amx, scalar
+from graphopt.backends.forms.support import VIEWS
+from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.imported import dot, import_dots
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.pairform import COLUMNS, packed_pairs
+from graphopt.backends.tvm.panelform import products_of
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.rowstore import RowStore
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
-LANES = 16  # f32 of a vector; columns of a tile
-STEP = amx.BYTES // 2  # of the summed axis: what a row of a tile holds
+LANES = 16  # f32 of a vector
 
 
 @dataclass
@@ -43,71 +41,59 @@ class _Left:
 
 
 class PairKernel:
-    """Emits a region with one matmul of bf16 and a pointwise epilogue of the product's shape.
+    """Emits a region with one matmul of bf16, or several of one first factor, and a pointwise epilogue of the product's shape.
 
     Args:
-        engine: ``amx`` or ``dot``.
-        rows: of a tile; at most 16 (``amx``), or as accumulators fit into registers (``dot``).
-        group: pairs of row tiles (``dot``: row tiles) that a task computes.
+        rows: of a tile, as accumulators fit into registers.
+        group: row tiles that a task computes.
     """
 
-    def __init__(self, graph: Graph, engine: str, rows: int, group: int, parallel: bool) -> None:
-        self.graph, self.engine, self.mr, self.group, self.parallel = graph, engine, rows, group, parallel
-        (self.node,) = [n for n in graph.nodes() if is_materialized(n)]
-        packed = packed_pairs(self.node.operands[1])
-        if packed is None:
+    def __init__(self, graph: Graph, rows: int, group: int, parallel: bool) -> None:
+        self.graph, self.mr, self.group, self.parallel = graph, rows, group, parallel
+        self.nodes = products_of(graph)
+        self.node = self.nodes[0]
+        packed = [p for n in self.nodes if (p := packed_pairs(n.operands[1])) is not None]
+        if len(packed) != len(self.nodes):
             raise BuildError("the second factor is not packed in pairs")
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)
-        self.weight = self.args.inputs[packed]
-        self.panels, half = int(packed.shape[0]), int(packed.shape[1])
+        self.weights = [self.args.inputs[p] for p in packed]
+        self.panels, half = int(packed[0].shape[0]), int(packed[0].shape[1])
         self.depth, self.k = 2 * half, int(self.node.operands[0].shape[-1])
         self.lead = [code.size(d) for d in self.node.result.shape[:-1]]
         self.m = code.bind_index(product(code, self.lead), "rows")
         self.n = int(self.node.result.shape[-1])
-        if engine == "dot":
-            import_dots(code)
+        import_dots(code)
 
     def emit(self) -> Code:
         code = self.code
         left = self._left()
-        side = 2 if self.engine == "amx" and not (isinstance(self.m, int) and self.m <= self.mr) else 1  # row tiles at once
-        height = side * self.mr
-        tiles = code.ceildiv(self.m, height)
+        tiles = code.ceildiv(self.m, self.mr)
         groups = code.ceildiv(tiles, self.group)
         work = product(code, [self.m, self.n, self.k])
         steps = product(code, [groups, self.panels])
         serial = not self.parallel or (isinstance(work, int) and work < 8 * SMALL) or (isinstance(steps, int) and steps == 1)
-        rows = RowStore(code, self.args, self.graph, [self.node.result], COLUMNS, LANES)
+        rows = RowStore(code, self.args, self.graph, [n.result for n in self.nodes], COLUMNS, LANES)
         with code.loop(steps, "serial" if serial else "parallel", "task") as task:
             go, j = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, [groups, self.panels]), [groups, self.panels])]
-            if self.engine == "amx":
-                amx.configure(code, {t: self.mr if t < 6 else amx.ROWS for t in range(8)})
-            acc = code.alloc(height * COLUMNS, "float32", "acc")
+            sums = [code.alloc(self.mr * COLUMNS, "float32", "acc") for _ in self.nodes]
             first = code.simplify(go * self.group)
             even = isinstance(tiles, int) and tiles % self.group == 0
             count = self.group if even else code.bind_index(code.least(tiles - first, self.group), "n")
             with code.loop(count, "serial", "io") as io:
-                row = code.simplify((first + io) * height)
-                if self.engine == "amx":
-                    self._tiles(left, acc, row, j, side)
-                else:
-                    self._dots(left, acc, row, j)
-                exact = isinstance(self.m, int) and self.m % height == 0
-                here = height if exact else code.bind_index(code.least(self.m - row, height), "count")
-                rows.write([acc], 0, row, here, code.simplify(j * COLUMNS))
-            if self.engine == "amx":
-                amx.release(code)
+                row = code.simplify((first + io) * self.mr)
+                for weight, acc in zip(self.weights, sums, strict=True):
+                    self._dots(left, weight, acc, row, j)
+                exact = isinstance(self.m, int) and self.m % self.mr == 0
+                here = self.mr if exact else code.bind_index(code.least(self.m - row, self.mr), "count")
+                rows.write(sums, 0, row, here, code.simplify(j * COLUMNS))
         return code
 
     # --- the first factor ---------------------------------------------------------------------------------------------------
 
     def _left(self) -> _Left:
-        a, fits = self.node.operands[0], self.depth == self.k
-        if self.engine == "amx":
-            height = self.mr if isinstance(self.m, int) and self.m <= self.mr else 2 * self.mr
-            fits = fits and isinstance(self.m, int) and self.m % height == 0
-        return (self._in_place(a) if fits else None) or self._copied(a)
+        a = self.node.operands[0]
+        return (self._in_place(a) if self.depth == self.k else None) or self._copied(a)
 
     def _in_place(self, a: Value) -> _Left | None:
         """The factor where it lies, if its elements are those of an input in rows."""
@@ -137,7 +123,7 @@ class PairKernel:
     def _copied(self, a: Value) -> _Left:
         """The factor brought into rows of the padded depth, zeros behind the last element."""
         code, depth = self.code, self.depth
-        rows = code.simplify(code.ceildiv(self.m, 2 * self.mr) * (2 * self.mr))
+        rows = code.simplify(code.ceildiv(self.m, self.mr) * self.mr)
         buffer = code.alloc(code.simplify(rows * depth), "uint16", "left")
         probe = Probe(self.args, {}, a)
         probe([0] * a.type.rank)
@@ -159,27 +145,8 @@ class PairKernel:
 
     # --- sums ---------------------------------------------------------------------------------------------------------------
 
-    def _tiles(self, left: _Left, acc: Any, row: Index, j: Index, side: int) -> None:
-        """AMX: tiles 0 to 3 are sums, 4 and 5 of the first factor, 6 and 7 of the weight."""
-        code = self.code
-        sums = [(i, c) for i in range(side) for c in range(2)]
-        for i, c in sums:
-            amx.zero(code, 2 * i + c)
-        start = code.bind_index(code.simplify(left.base + row * left.step), "x")
-        panel = code.bind_index(code.simplify(j * (self.depth * COLUMNS)), "w")
-        with code.loop(self.depth // STEP, "serial", "k") as k:
-            for c in range(2):
-                amx.load(code, 6 + c, self.weight, code.simplify(panel + k * (STEP * COLUMNS) + c * STEP), COLUMNS * 4)
-            for i in range(side):
-                at = code.simplify(start + k * STEP + i * self.mr * left.step)
-                amx.load(code, 4 + i, left.buffer, at, code.simplify(left.step * 2))
-            for i, c in sums:
-                amx.multiply(code, 2 * i + c, 4 + i, 6 + c)
-        for i, c in sums:
-            amx.store(code, 2 * i + c, acc, i * self.mr * COLUMNS + c * LANES, COLUMNS * 4)
-
-    def _dots(self, left: _Left, acc: Any, row: Index, j: Index) -> None:
-        """Dot instructions: a pair of a row's elements is broadcast, and multiplied with a pair of each column."""
+    def _dots(self, left: _Left, weight: Any, acc: Any, row: Index, j: Index) -> None:
+        """A pair of a row's elements is broadcast, and multiplied with a pair of each column."""
         code, vectors = self.code, COLUMNS // LANES
         exact = isinstance(self.m, int) and self.m % self.mr == 0
         starts = []
@@ -200,7 +167,7 @@ class PairKernel:
         with code.loop(self.depth // (2 * chains), "serial", "k") as k:
             for s in range(chains):
                 at = code.simplify((k * chains + s) * 2)
-                ws = [self._pairs(panel + at * COLUMNS + u * 2 * LANES) for u in range(vectors)]
+                ws = [self._pairs(weight, panel + at * COLUMNS + u * 2 * LANES) for u in range(vectors)]
                 for i, start in enumerate(starts):
                     pair = tirx.reinterpret("uint32", left.buffer[tirx.Ramp(i64(code.simplify(start + at)), i64(1), 2)])
                     x = tirx.reinterpret(f"uint16x{2 * LANES}", tirx.Broadcast(pair, LANES))
@@ -213,5 +180,5 @@ class PairKernel:
                 total = total + sums[place(s * self.mr * vectors + q)[0]]
             code.emit(tirx.BufferStore(acc, total, place(q)))
 
-    def _pairs(self, at: Index) -> Any:
-        return self.code.bind(self.weight[tirx.Ramp(i64(self.code.simplify(at)), i64(1), 2 * LANES)], "w", hidden=False)
+    def _pairs(self, weight: Any, at: Index) -> Any:
+        return self.code.bind(weight[tirx.Ramp(i64(self.code.simplify(at)), i64(1), 2 * LANES)], "w", hidden=False)

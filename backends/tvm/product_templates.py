@@ -116,7 +116,31 @@ def _write_pairs(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.tvm.pairs import PairKernel
 
-    return PairKernel(expand_rows(w.graph), s["engine"], s["rows"], s["group"], s["parallel"]).emit()
+    return PairKernel(expand_rows(w.graph), s["rows"], s["group"], s["parallel"]).emit()
+
+
+# --- products with a weight of bf16, on tiles ---------------------------------------------------------------------------
+
+
+def _bf16_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.bf16form import refusal
+
+    return refusal(expand_rows(w.graph), t) if w.kind == "matmul" else "not a matmul region"
+
+
+def _bf16_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.bf16form import params
+
+    return params(expand_rows(w.graph), t)
+
+
+def _write_bf16(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.bf16 import Bf16Kernel
+
+    return Bf16Kernel(expand_rows(w.graph), **dict(s.knobs)).emit()
 
 
 # --- products of f32 from thirds ---------------------------------------------------------------------------------------
@@ -175,6 +199,7 @@ def _write_halves(w: Workload, s: Schedule, t: Target) -> Any:
     return HalvesKernel(expand_rows(w.graph), **{n: s[n] for n in names}).emit()
 
 
+BF16 = Template("bf16", _bf16_refuse, _bf16_params, _write_bf16)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 INT8 = Template("int8", _int8_refuse, _int8_params, _write_int8)
 QUANTIZED = Template("quantized", _quantized_refuse, _quantized_params, _write_quantized)

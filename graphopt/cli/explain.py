@@ -38,6 +38,7 @@ def explain(
     verify: Annotated[str, typer.Option(help="off, structure, or each-pass (compare values after every pass).")] = "structure",
     backend: Annotated[str, typer.Option(help="auto, tvm, triton, or eager (library kernels only, nothing is built).")] = "auto",
     target: Annotated[str, typer.Option(help="What to compile for: cpu, cpu:x86-64-v3; with --backend triton a GPU, cuda:sm_90.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="bf16: products and attention in it, summed in f32.")] = "",
     pipeline: Annotated[str | None, typer.Option("--pipeline", "-p", help="Other passes than the default: a,b{option=1}.")] = None,
     fuel: Annotated[int | None, typer.Option(min=0, help="Make at most this many rewrites.")] = None,
     skip_rewrite: Annotated[list[int] | None, typer.Option(min=1, help="Leave out the rewrite of this number. May be given again.")] = None,
@@ -66,7 +67,7 @@ def explain(
     """
     wanted = _sections(show or [])
     module, args, kwargs = load(model)
-    options: dict[str, Any] = {"strict": strict, "verify": verify, "pipeline": pipeline, "backend": backend, "target": target,
+    options: dict[str, Any] = {"strict": strict, "verify": verify, "pipeline": pipeline, "backend": backend, "target": target, "precision": precision,
                                "fuel": fuel, "skip_rewrites": skip_rewrite or [], "cache_dir": cache_dir}  # fmt: skip
     with _quiet(bool(ctx.parent and ctx.parent.params.get("debug"))):
         compiled = graphopt.compile(module, args, kwargs, name=name or model, **options)

@@ -5,7 +5,7 @@ transposed weight, and no tile needs a copy of its own. ``pack`` depends on the 
 call, and again when the weight changes.
 
 When: after ``fuse``, for each product of a region of kind ``matmul`` whose second operand is a staged (weight-only) f32 matrix,
-plain or transposed; or bf16, for a region of one product, where the target has instructions that multiply it
+plain or transposed; or bf16, for products summed in f32 or a region of one product, where the target has instructions that multiply it
 (:mod:`~graphopt.passes.layout.pairs` is its form then); or i8, for products summed in i32
 (:mod:`~graphopt.passes.layout.fours`). An operand that is no weight is left in silence; declined with a remark
 are batches of matrices, other dtypes, weights behind other views, and N of less than one vector register. ``nr`` is as many
@@ -83,7 +83,7 @@ class PackWeights(Pass):
             count = len(matmuls(region))
             for place in range(count):
                 width = COLUMNS if in_thirds and _suits_thirds(region, place) else registers * lanes
-                site = _site(region, place, staged, lanes, width, in_pairs and count == 1)
+                site = _site(region, place, staged, lanes, width, in_pairs, count == 1)
                 if isinstance(site, Reject):
                     if site.reason:
                         ctx.missed(self.name, f"the weight is not packed: {site.reason}", region)
@@ -156,13 +156,13 @@ def site_of(fusion: Node, place: int, staged: Staged) -> Site | Reject:
     return Site(fusion, matmul, source.index, transposed)
 
 
-def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool) -> Site | Reject:
+def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool, alone: bool) -> Site | Reject:
     site = site_of(fusion, place, staged)
     if isinstance(site, Reject):
         return site
     matmul, weight = site.matmul, site.matmul.operands[1]
     k, n = (int(d) for d in weight.shape)
-    paired = in_pairs and weight.dtype == types.bf16
+    paired = in_pairs and weight.dtype == types.bf16 and (alone or matmul.attrs["acc"] == types.f32)
     if weight.dtype == types.i8 and matmul.attrs["acc"] is not None:
         if min(k, n) < fours.LEAST:
             return Reject(f"{k} rows by {n} columns do not fill a panel of fours", weight)

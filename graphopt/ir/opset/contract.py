@@ -11,6 +11,8 @@ from graphopt.ir import dims, types
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, Trait, broadcast_shapes, define, same_dtype
 from graphopt.ir.types import DType, TensorType
 
+EXACT_IN_F32 = (types.f32, types.bf16, types.f16, types.f8e4m3, types.f8e5m2)  # factors of a matmul with acc = f32
+
 
 def _summed(name: str, ts: Sequence[TensorType], attrs: Attrs) -> DType:
     """The dtype of the result."""
@@ -21,8 +23,8 @@ def _summed(name: str, ts: Sequence[TensorType], attrs: Attrs) -> DType:
 
 
 def _infer_matmul(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
-    a, b = ts
-    dtype = _summed("matmul", ts, attrs)
+    (a, b), acc = ts, attrs["acc"]
+    dtype = acc if acc == types.f32 and all(t.dtype in EXACT_IN_F32 for t in ts) else _summed("matmul", ts, attrs)
     if a.rank < 2 or b.rank < 2:
         raise TypeInferenceError(f"matmul: operands need two axes at least, got {a} and {b}")
     if dims.prove(a.shape[-1], "==", b.shape[-2]) is False:
@@ -35,6 +37,9 @@ def _matmul(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch
     a, b = xs
     if attrs["acc"] is None:
         return torch.matmul(a, b)
+    if attrs["acc"] == types.f32:
+        wide = ctx.dtype(types.f32)
+        return torch.matmul(a.to(wide), b.to(wide))
     return _wrapped(torch.matmul(a.double(), b.double()))
 
 
@@ -45,8 +50,8 @@ def _wrapped(sums: torch.Tensor) -> torch.Tensor:
 
 define(
     "matmul", 2, traits=(Trait.CONTRACTION,), attrs={"acc": None}, infer=_infer_matmul, evaluate=_matmul,
-    doc="[..., M, K] x [..., K, N] -> [..., M, N]; leading axes broadcast; f16 and bf16 accumulate in f32; i8 and u8 in i32, "
-    "which is the result, if acc is i32",
+    doc="[..., M, K] x [..., K, N] -> [..., M, N]; leading axes broadcast; f16 and bf16 accumulate in f32; with acc = i32, i8 and u8 "
+    "are summed in i32, which is the result; with acc = f32, floats of at most 32 bits, of one dtype or two, in f32, which is the result",
 )  # fmt: skip
 
 

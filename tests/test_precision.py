@@ -1,0 +1,70 @@
+"""precision="bf16" from end to end: through torch.compile, beside autocast, and with weights that change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.target import detect
+
+pytestmark = [pytest.mark.tvm, pytest.mark.skipif(not detect().bf16_products, reason="this processor multiplies no bf16")]
+
+
+def block() -> tuple[nn.Module, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 96), nn.LayerNorm(96)).eval()
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) / (p.shape[-1] ** 0.5)
+    return model, torch.randn(33, 96, generator=generator)
+
+
+def error(y: torch.Tensor, true: torch.Tensor) -> float:
+    return float((y.double() - true).norm() / true.norm())
+
+
+def test_through_torch_compile_with_no_larger_error_than_autocast() -> None:
+    model, x = block()
+    compiled = torch.compile(model, backend="graphopt", options={"precision": "bf16", "strict": True})
+    with torch.no_grad():
+        y, own = compiled(x), model(x)
+        true = model.double()(x.double())
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(x)
+    assert y.dtype == own.dtype == torch.float32
+    assert 1e-4 < error(y, true) <= error(low, true)
+    passed = [r for r in graphopt.reports()[-1].remarks if r.pass_name == "autocast" and r.kind == "passed"]
+    assert len(passed) == 2
+
+
+def test_weights_that_change_are_rounded_again() -> None:
+    model, x = block()
+    compiled = graphopt.compile(model, (x,), precision="bf16")
+    with torch.no_grad():
+        compiled(x)
+        model[0].weight.mul_(2.0)
+        assert error(compiled(x), model(x).double()) < 2e-2
+
+
+def test_a_model_under_autocast_is_left_as_it_is() -> None:
+    model, x = block()
+    made = []
+    for options in ({}, {"precision": "bf16"}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="graphopt", options=options)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            made.append((compiled(x), graphopt.reports()[-1]))
+    (a, before), (b, after) = made
+    assert torch.equal(a, b) and before.text_after == after.text_after
+
+
+def test_any_number_of_rows() -> None:
+    model, x = block()
+    rows = torch.export.Dim("rows", min=1, max=200)
+    compiled = graphopt.compile(model, (x,), precision="bf16", dynamic_shapes=({0: rows},), hot_sizes="none")
+    for n in (1, 17, 150):
+        x = torch.randn(n, 96)
+        with torch.no_grad():
+            assert error(compiled(x), model(x).double()) < 2e-2
