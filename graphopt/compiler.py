@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -19,6 +20,7 @@ from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
 from graphopt.devices import KernelProvider, choose_backend, choose_target, kernel_provider
 from graphopt.errors import BuildError, FallbackError, UsageError, counted, first_line
+from graphopt.exact import Widened, mark, unmarked
 from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
@@ -47,7 +49,8 @@ class CompiledGraph:
 
     _boxed_call = True  # AOTAutograd's convention: the caller hands over the list, so that arguments can be freed early
 
-    def __init__(self, captured: Captured, program: Program | VariantProgram, report: Report) -> None:
+    def __init__(self, captured: Captured, program: Program | VariantProgram, report: Report,
+                 widen: Callable[[], CompiledGraph] | None = None) -> None:  # fmt: skip
         self.program, self.report, self.captured = program, report, captured
         positions = {a.input: i for i, a in enumerate(captured.arguments) if isinstance(a, TensorArgument)}
         self._order = [positions.get(i) for i in range(len(captured.graph.inputs))]
@@ -55,6 +58,7 @@ class CompiledGraph:
         self._select = _selector([p for p in self._order if p is not None])
         self._sizes = size_arguments(captured) if captured.graph.symbols else None
         in_order = all(isinstance(r, ValueResult) and r.output == i for i, r in enumerate(captured.results))
+        self._widen = widen
         self._plain = in_order and not captured.mutations and len(captured.results) == len(captured.graph.outputs)
 
     def __call__(self, args: list[Any]) -> list[Any]:
@@ -65,12 +69,24 @@ class CompiledGraph:
 
     def _call(self, args: list[Any]) -> list[Any]:
         inputs, sizes = self.operands(args)
-        outputs = self.program(inputs, sizes)
+        try:
+            outputs = self.program(inputs, sizes)
+        except Widened as change:
+            self._compile_again(change)
+            outputs = self.program(inputs, sizes)
         if self._plain:
             return outputs
         for m in self.captured.mutations:
             args[m.argument].copy_(outputs[m.output])
         return [make_result(r, args, outputs, sizes) for r in self.captured.results]
+
+    def _compile_again(self, change: Widened) -> None:
+        """Weights are not what was relied on: from now on rely on nothing."""
+        if self._widen is None:
+            raise change
+        other = self._widen()
+        other.report.notes.append(f"compiled again: {change}")
+        self.program, self.report = other.program, other.report
 
     def operands(self, args: Sequence[Any]) -> tuple[Sequence[torch.Tensor], dict[str, int]]:
         """What the program takes for the runtime arguments: its inputs, and the values of its symbols."""
@@ -134,7 +150,7 @@ def _selector(positions: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
 
 
 def compile_captured(captured: Captured, options: Options, *, label: str = "model", progress: Progress | None = None) -> CompiledGraph:
-    """Compile a captured graph.
+    """Compile a captured graph. Where weights are marked as exact in a narrower float, one that is so no more has it compiled again.
 
     Raises:
         FallbackError: ``strict`` is on and an operation has no kernel.
@@ -142,6 +158,7 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     """
     start = time.perf_counter()
     device = captured.device
+    wide = unmarked(captured.graph) if any(v.exact is not None for v in captured.graph.inputs) else None
     target = choose_target(device, options)
     backend, why_none = choose_backend(target, options)
     provider = kernel_provider(backend, device) if backend is not None else None
@@ -174,7 +191,12 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
         program = VariantProgram(first.program, [Variant(d, u.program, u.report) for d, u in zip(domains, others, strict=True)], report)
     report.seconds["total"] = time.perf_counter() - start
     record(report)
-    return CompiledGraph(captured, program, report)
+
+    def widen() -> CompiledGraph:
+        assert wide is not None
+        return compile_captured(replace(captured, graph=wide.clone()), options, label=label)
+
+    return CompiledGraph(captured, program, report, widen if wide is not None else None)
 
 
 def lowered_programs(captured: Captured, target: Target, options: Options, *, label: str = "model") -> list[tuple[Graph, Lowered]]:
@@ -269,17 +291,20 @@ class _Unit:
 
 
 def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Options, *, inputs: Mapping[int, str] | None = None,
-               label: str = "model", progress: Progress | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
+               values: Mapping[int, torch.Tensor] | None = None, label: str = "model",
+               progress: Progress | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
     """Compile a functional aten graph; what the IR cannot hold runs through library kernels as a whole, and is reported.
 
     Args:
         weights: placeholder index -> name of the frozen weight that it is.
         inputs: placeholder index -> name of the user's argument that it is.
+        values: placeholder index -> the weight itself, as far as it is at hand: what its elements are may make it smaller.
     """
     try:
         captured = capture_fx(gm, weights=weights, inputs=inputs, name=re.sub(r"\W+", "_", label).strip("_") or "main")
     except Uncapturable as error:
         return fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
+    mark(captured, values or {})
     compiled = compile_captured(captured, options, label=label, progress=progress)
     compiled.report.memory["eager"] = eager_peak(gm)
     return compiled

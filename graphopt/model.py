@@ -140,7 +140,8 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
     prestart(chosen, tree_leaves((args, kwargs)))
     exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
-    compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, label=label, progress=progress))
+    values = {i: exported.slots[i].get() for i in exported.weights if i in exported.slots} if chosen.freeze else {}
+    compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, values=values, label=label, progress=progress))
     if chosen.own_weights:
         compiled._own_weights(model if isinstance(model, torch.nn.Module) else None)
     return compiled

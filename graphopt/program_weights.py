@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graphopt.exact import Widened, is_bf16
 from graphopt.guards import InputGuard, Misplaced
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.printer import format_attr
@@ -42,6 +43,8 @@ class ProgramWeights:
         read = [v.index for v in self._compute.weights]
         self._direct = dict.fromkeys(direct)
         self.positions = [*read, *(i for i in direct if i not in read)] if kernels else read
+        self._inputs = inputs
+        self._exact = [k for k, i in enumerate(self.positions) if inputs[i].exact is not None]
         self._guard = InputGuard({k: inputs[i] for k, i in enumerate(self.positions)} if kernels else {}, device)
         self._pick = picker(self.positions)
         keeps = bool(self.positions or wanted)
@@ -100,7 +103,14 @@ class ProgramWeights:
         return None if self.owned is None else sum(x.untyped_storage().nbytes() for x in self.owned)
 
     def _admit(self, weights: Sequence[torch.Tensor]) -> Misplaced:
-        """Check the weights; those in another layout than kernels expect, by input position."""
+        """Check the weights; those in another layout than kernels expect, by input position.
+
+        Raises:
+            Widened: a weight is not exact any more in the float that it is kept in.
+        """
+        for k in self._exact:
+            if not is_bf16(weights[k]):
+                raise Widened(f"weight %{self._inputs[self.positions[k]].hint} is not exact in bf16 any more")
         return [(self.positions[k], spec) for k, spec in self._guard.check(weights) if self.positions[k] in self._direct]
 
     @staticmethod
@@ -121,7 +131,7 @@ class ProgramWeights:
 def _merged(programs: Sequence[Lowered]) -> tuple[Lowered, dict[Value, Value]]:
     """One graph of all staged nodes, equal ones once, and where each program's values are in it."""
     graph = Graph("weights", programs[0].graph.symbols)
-    inputs = [graph.add_input(v.type, v.hint, v.weight) for v in programs[0].graph.inputs]
+    inputs = [graph.add_input(v.type, v.hint, v.weight, v.exact) for v in programs[0].graph.inputs]
     mapping: dict[Value, Value] = {}
     known: dict[tuple[Any, ...], Node] = {}
     for lowered in programs:

@@ -248,6 +248,8 @@ def _numbers(v: Value, size: list[int], shape: list[int], demand: Demand, bindin
     if v.weight and len(shape) >= 2 and "table" not in demand.facts:
         fan_in = max(shape) if len(shape) == 2 else math.prod(shape[1:])
         x = x / math.sqrt(max(fan_in, 1))
+    if v.exact is not None:
+        x = x.to(v.exact.torch)
     return x.to(dtype.torch)
 
 

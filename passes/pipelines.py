@@ -29,7 +29,7 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
     # moves the ones that are left in fusion's way up again; sibling matmuls meet once their views stand as fusion will see them
     2: (
         *_CLEAN_UP, *_RECOMPOSE, "recognise-attention", "linear-attention", "causal-linear-attention", "fold-batch-norm", "dce", "expand",
-        *_CLEAN_UP, *_LAYOUT, "split-reductions", "sibling-matmuls", "mask-blocks", "fuse", *_PACK,
+        *_CLEAN_UP, *_LAYOUT, "split-reductions", "sibling-matmuls", "mask-blocks", "narrow-weights", "fuse", *_PACK,
     ),
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ def default_pipeline(level: int = 2, quantize: str = "", precision: str = "") ->
     before_fusion: list[Pass] = [*Scheme.parse(quantize).make()] if quantize else []
     if precision:
         before_fusion.append(Autocast(dtype=precision))
-    at = next(i for i, p in enumerate(passes) if p.name == "fuse")
+    at = next(i for i, p in enumerate(passes) if p.name in ("narrow-weights", "fuse"))
     return [*passes[:at], *before_fusion, *passes[at:]]
 
 

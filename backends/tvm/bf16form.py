@@ -6,6 +6,7 @@ from graphopt.autotune.space import Param
 from graphopt.backends.tvm import panelform
 from graphopt.backends.tvm.pairform import packed_pairs
 from graphopt.backends.tvm.panelform import products_of
+from graphopt.backends.tvm.quantform import MOST_ROWS
 from graphopt.ir import types
 from graphopt.ir.graph import Graph
 from graphopt.ir.opset.quantize import LARGEST
@@ -28,6 +29,9 @@ def refusal(graph: Graph, t: Target) -> str | None:
         return "the target has no AMX tiles"
     if not nodes or len(nodes) > 2:
         return "not one product, or two"
+    rows = panelform.rows_of(graph)
+    if nodes[0].operands[0].dtype == types.f32 and isinstance(rows, int) and rows <= MOST_ROWS:
+        return f"at most {MOST_ROWS} rows: floats are made in registers"
     for n in nodes:
         x, w, y = n.operands[0].dtype, n.operands[1].dtype, n.result.dtype
         if w != types.bf16 or x not in PARTS or y not in (types.bf16, types.f32) or (y == types.bf16 and x != types.bf16):

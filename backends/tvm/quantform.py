@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from graphopt.autotune.space import Param
 from graphopt.backends.forms.prepare import expand_rows, flatten_rows
 from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.tvm.pairform import packed_pairs
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.types import DType
@@ -22,16 +23,17 @@ class Quantized:
     """The second factor ``[K, N]`` of a product as integers in panels, behind the views that the packing pass writes.
 
     Attributes:
-        integers: ``[P, K, width]``; of fewer bits than 8, words of several rows, ``[P, K * bits / 32, width]``.
-        scales: ``[P, groups, width]``; ``zeros``: of the same shape, integers, or None.
+        integers: ``[P, K, width]``; of fewer bits than 8, words of several rows, ``[P, K * bits / 32, width]``; of bf16,
+            ``[P, K / 2, width, 2]``.
+        scales: ``[P, groups, width]``, or None for bf16; ``zeros``: of the same shape, integers, or None.
         depth: rows that the packed form has, a multiple of what a word holds; those beyond K are to be multiplied by zero.
         group: rows of a group; of the only one, all of them.
         signed: whether the integers are.
-        floats: their dtype, if they are floats of 8 bits instead.
+        floats: their dtype, if they are floats of 8 or 16 bits instead.
     """
 
     integers: Value
-    scales: Value
+    scales: Value | None
     zeros: Value | None
     bits: int
     signed: bool
@@ -47,6 +49,11 @@ class Quantized:
     @property
     def panels(self) -> int:
         return int(self.integers.shape[0])
+
+    @property
+    def chains(self) -> int:
+        """Sums that a row has under way: of an exact weight one for each element of a word."""
+        return 2 if self.bits == 16 else 1
 
     @property
     def per_word(self) -> int:
@@ -92,6 +99,15 @@ def quantized(v: Value) -> Quantized | None:
     return Quantized(integers, values[1], zeros, bits, q.dtype.kind == "i", depth, groups, group, floats)
 
 
+def stored(v: Value) -> Quantized | None:
+    """A factor ``[K, N]`` that a kernel of few rows makes f32 of in registers: packed integers, or bf16 in pairs; None if it is neither."""
+    pairs = packed_pairs(v)
+    if pairs is None or pairs.dtype != types.bf16:
+        return quantized(v)
+    depth = 2 * int(pairs.shape[1])
+    return Quantized(pairs, None, None, 16, True, depth, 1, depth, types.bf16)
+
+
 def _panels(v: Value, n: int) -> Value | None:
     """The panels ``[P, rows, width]`` that a value's rows of ``n`` columns are read from: slice(reshape(transpose(panels)))."""
     while v.producer is not None and v.producer.name in ("reshape", "slice"):
@@ -122,9 +138,9 @@ def refusal(graph: Graph, t: Target) -> str | None:
     for node in flat.nodes():
         if not is_materialized(node):
             continue
-        form = quantized(node.operands[1])
-        if form is None:
-            return "the second factor is not of packed integers"
+        form = stored(node.operands[1])
+        if form is None or node.operands[0].dtype != types.f32:
+            return "the second factor is not of packed integers, or the first not of f32"
         *batch, rows, _ = node.result.shape
         if any(d != 1 for d in batch) or not isinstance(rows, int) or rows > MOST_ROWS:
             return f"more than {MOST_ROWS} rows, or unknown ones"
@@ -140,11 +156,11 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     """
     flat = flatten_rows(expand_rows(graph))
     node = next(n for n in flat.nodes() if n.name == "matmul")
-    form = quantized(node.operands[1])
+    form = stored(node.operands[1])
     assert form is not None
     lanes, rows = t.lanes(4), int(node.result.shape[-2])
     vectors = [v for v in (4, 2, 1) if form.width % (v * lanes) == 0]
-    fits = [v for v in vectors if rows * v + v + 2 <= t.vector_registers] or [1]
+    fits = [v for v in vectors if rows * form.chains * v + v + 2 <= t.vector_registers] or [1]
     return (
         Param("lanes", (lanes,)),
         Param("vectors", tuple(dict.fromkeys((fits[0], *fits)))),

@@ -23,13 +23,15 @@ from graphopt.backends.tvm.expr import Expressions, bits_of
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.backends.tvm.product import operand_index
-from graphopt.backends.tvm.quantform import Quantized, quantized
+from graphopt.backends.tvm.quantform import Quantized, stored
 from graphopt.backends.tvm.tile import TileKernel
 from graphopt.errors import BuildError
 from graphopt.ir import types
 from graphopt.ir.graph import Graph
 
 LINE = 64  # bytes of a cache line
+_HALF = tirx.const(16, "int32")
+SHORT = 64  # the same for weights that are exact, whose sums' rounding is the error
 BLOCK = 256  # rows of a scale of its own or of none that are summed before the sum is added to the total
 
 
@@ -47,7 +49,7 @@ class QuantizedKernel(TileKernel):
 
     def __init__(self, graph: Graph, lanes: int, rows: int, vectors: int, unroll: int, table: bool, ahead: int,
                  parallel: bool) -> None:  # fmt: skip
-        forms = [quantized(n.operands[1]) for n in graph.nodes() if n.name == "matmul"]
+        forms = [stored(n.operands[1]) for n in graph.nodes() if n.name == "matmul"]
         self.forms = [f for f in forms if f is not None]
         if len(self.forms) != len(forms) or len({f.width for f in self.forms}) != 1:
             raise BuildError("the second factor is not of packed integers")
@@ -126,18 +128,20 @@ class QuantizedKernel(TileKernel):
 
         for r, u in places:
             code.emit(tirx.BufferStore(total, self._splat(tirx.const(0, "float32")), at(r, u)))
-        span = form.group if form.groups > 1 else min(BLOCK, form.depth)
+        span = form.group if form.groups > 1 else min(SHORT if form.chains > 1 else BLOCK, form.depth)
         whole, rest = divmod(form.groups * form.group, span)
         # a row of accumulators a buffer: small enough to become registers
-        acc = [code.alloc(self.vectors * self.lanes, "float32", "acc") for _ in range(self.mr)]
+        acc = [code.alloc(self.vectors * self.lanes, "float32", "acc") for _ in range(self.mr * form.chains)]
 
         def block(b: Index, length: int) -> None:
-            for r, u in places:
-                code.emit(tirx.BufferStore(acc[r], self._splat(tirx.const(0, "float32")), self._ramp(u * self.lanes)))
+            for held in acc:
+                for u in range(self.vectors):
+                    code.emit(tirx.BufferStore(held, self._splat(tirx.const(0, "float32")), self._ramp(u * self.lanes)))
             self._span(form, x, acc, j, column, code.simplify(b * span), length)
             scales = [self._scale(form, j, b, column, u) for u in range(self.vectors)] if form.groups > 1 else None
             for r, u in places:
-                value = acc[r][self._ramp(u * self.lanes)[0]]
+                place = self._ramp(u * self.lanes)[0]
+                value = sum((held[place] for held in acc[r + self.mr :: self.mr]), acc[r][place])
                 if form.groups > 1:
                     assert scales is not None
                     value = self._shifted(form, ones, r, b, value, scales[u][1]) * scales[u][0]
@@ -147,7 +151,7 @@ class QuantizedKernel(TileKernel):
             block(b, span)
         if rest:
             block(whole, rest)
-        if form.groups == 1:
+        if form.groups == 1 and form.scales is not None:
             scales = [self._scale(form, j, 0, column, u) for u in range(self.vectors)]
             for r, u in places:
                 value = self._shifted(form, ones, r, 0, total[at(r, u)[0]], scales[u][1]) * scales[u][0]
@@ -156,6 +160,7 @@ class QuantizedKernel(TileKernel):
     def _scale(self, form: Quantized, j: Index, g: Index, column: Index, u: int) -> tuple[Any, Any]:
         """A vector of a group's scales, and of its zero points, counted from what the table counts from; None if there are none."""
         code = self.code
+        assert form.scales is not None
         place = self._ramp(code.simplify((j * form.groups + g) * form.width + column + u * self.lanes))[0]
         scale = self.args.inputs[form.scales][place]
         if form.floats is not None and scalar.FACTOR[form.floats] != 1.0:
@@ -181,24 +186,27 @@ class QuantizedKernel(TileKernel):
         """Add the products of so many rows, from one on, to the accumulators."""
         code, count = self.code, form.per_word
         step = count if count > 1 else self.unroll
-        place = code.bind_index(code.simplify((j * (form.depth // count)) * form.width + column), "panel")
+        apart = 2 if form.bits == 16 else 1  # elements of memory in a word
+        place = code.bind_index(code.simplify(((j * (form.depth // count)) * form.width + column) * apart), "panel")
 
         size = form.integers.dtype.itemsize
 
         def fetch(at: Index, first: int, last: int) -> None:
             """Ask for the lines of a row of words that begin within some of its vectors."""
-            for line in range(0, self.vectors * self.lanes * size, LINE) if self.ahead else ():
-                if first <= line // (self.lanes * size) < last:
+            vector = self.lanes * size * apart
+            for line in range(0, self.vectors * vector, LINE) if self.ahead else ():
+                if first <= line // vector < last:
                     code.prefetch(self.args.inputs[form.integers], code.simplify(at + (self.ahead + line) // size), level=1)
 
         def rows(k: Index, number: int) -> None:
             """``number`` rows from ``k`` on: those of a word, or 8-bit ones. Lines are asked for evenly, between the products."""
-            start = code.simplify(place + code.div(k, count) * form.width)
+            start = code.simplify(place + code.div(k, count) * (form.width * apart))
             if count > 1:
-                words = [self._load(form, code.simplify(start + u * self.lanes)) for u in range(self.vectors)]
+                words = [self._load(form, code.simplify(start + u * self.lanes * apart)) for u in range(self.vectors)]
                 for i in range(number):
                     fetch(start, self.vectors * i // number, self.vectors * (i + 1) // number)
-                    self._multiply(x, acc, code.simplify(k + i), [self._small(form, w, i) for w in words])
+                    chain = acc[i % form.chains * self.mr :]
+                    self._multiply(x, chain, code.simplify(k + i), [self._small(form, w, i) for w in words])
                 return
             for i in range(number):
                 at = code.simplify(start + i * form.width)
@@ -227,7 +235,10 @@ class QuantizedKernel(TileKernel):
     # --- vectors ------------------------------------------------------------------------------------------------------------
 
     def _small(self, form: Quantized, word: Any, i: int) -> Any:
-        """Floats of the ``i``-th integers of a vector of words."""
+        """Floats of the ``i``-th integers, or bf16, of a vector of words."""
+        if form.bits == 16:
+            upper = tirx.bitwise_and(word, self._splat(tirx.const(-0x10000, "int32"))) if i else tirx.shift_left(word, self._splat(_HALF))
+            return self._named(tirx.reinterpret(f"float32x{self.lanes}", upper))
         if self.table:
             low, mask = (tirx.shift_right(word, self._splat(tirx.const(form.bits * i, "int32"))) if i else word), (1 << form.bits) - 1
             numbers = [n & mask for n in range(16)]
@@ -249,6 +260,9 @@ class QuantizedKernel(TileKernel):
         return self._named(value - self._splat(tirx.const(float(middle), "float32")) if middle else value)
 
     def _load(self, form: Quantized, at: Index) -> Any:
+        if form.bits == 16:
+            pairs = self.args.inputs[form.integers][tirx.Ramp(i64(at), i64(1), 2 * self.lanes)]
+            return self._named(tirx.reinterpret(f"int32x{self.lanes}", pairs))
         return self._named(self.args.inputs[form.integers][self._ramp(at)[0]])
 
     def _float(self, value: Any) -> Any:

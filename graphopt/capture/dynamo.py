@@ -41,8 +41,12 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     with _disable_current_modes():
         said = train_attention(gm, chosen) if trains else []
 
+    given = example_inputs
+
     def inference(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        return compile_graph(gm, chosen, label, inner_weights(gm, static), inner_names(gm, names))
+        weights = inner_weights(gm, static)
+        values = {i: given[o] for i, o in enumerate(inner_origins(gm)) if i in weights and o is not None}
+        return compile_graph(gm, chosen, label, weights, inner_names(gm, names), values)
 
     def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         compiled = compile_graph(gm, chosen, f"{label} (forward)", {}, inner_names(gm, names))
@@ -61,10 +65,11 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
 
 
 def compile_graph(gm: torch.fx.GraphModule, options: Options, label: str, weights: Mapping[int, str],
-                  inputs: Mapping[int, str] | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
+                  inputs: Mapping[int, str] | None = None,
+                  values: Mapping[int, Any] | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
     """Compile outside of the tracer's modes: under its fake tensors, checking a pass by value would compute nothing."""
     with _disable_current_modes():
-        return compile_fx(gm, weights, options, inputs=inputs, label=label)
+        return compile_fx(gm, weights, options, inputs=inputs, values=values, label=label)
 
 
 def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
@@ -93,12 +98,17 @@ def _undisturbed(compiled: Any, reason: str) -> Callable[..., Any]:
 
 def inner_weights(gm: torch.fx.GraphModule, static: Mapping[int, str]) -> dict[int, str]:
     """The same for AOTAutograd's placeholders, which may be reordered; what the graph itself updates is no weight."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
+    placeholders, origins = gm.graph.find_nodes(op="placeholder"), inner_origins(gm)
     updated = [n.args[0] for n in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)]
-    origins = [_origin(n) for n in placeholders]
-    if not any(o is not None for o in origins):  # a PyTorch that does not describe its placeholders: same order if same number
-        origins = list(range(len(placeholders)))
     return {i: static[o] for i, (n, o) in enumerate(zip(placeholders, origins)) if o is not None and o in static and n not in updated}
+
+
+def inner_origins(gm: torch.fx.GraphModule) -> list[int | None]:
+    """Which Dynamo input each of AOTAutograd's placeholders is."""
+    origins = [_origin(n) for n in gm.graph.find_nodes(op="placeholder")]
+    if not any(o is not None for o in origins):  # a PyTorch that does not describe its placeholders: same order if same number
+        return list(range(len(origins)))
+    return origins
 
 
 def inner_names(gm: torch.fx.GraphModule, names: Mapping[int, str]) -> dict[int, str]:

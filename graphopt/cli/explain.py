@@ -67,8 +67,9 @@ def explain(
     """
     wanted = _sections(show or [])
     module, args, kwargs = load(model)
-    options: dict[str, Any] = {"strict": strict, "verify": verify, "pipeline": pipeline, "backend": backend, "target": target, "precision": precision,
-                               "fuel": fuel, "skip_rewrites": skip_rewrite or [], "cache_dir": cache_dir}  # fmt: skip
+    options: dict[str, Any] = {"strict": strict, "verify": verify, "pipeline": pipeline, "backend": backend, "target": target,
+                               "precision": precision, "fuel": fuel, "skip_rewrites": skip_rewrite or [],
+                               "cache_dir": cache_dir}  # fmt: skip
     with _quiet(bool(ctx.parent and ctx.parent.params.get("debug"))):
         compiled = graphopt.compile(module, args, kwargs, name=name or model, **options)
     report: Report = compiled.report

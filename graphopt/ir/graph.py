@@ -40,12 +40,15 @@ class Value:
         index: which result of the producer, or which input.
         hint: a readable name, not necessarily unique; printing makes it so.
         weight: for an input: a frozen weight, the same on every call until it is changed in place.
+        exact: for a weight: a narrower float that holds all of its elements, which are finite; None if none is known.
     """
 
-    __slots__ = ("_uses", "hint", "index", "producer", "type", "weight")
+    __slots__ = ("_uses", "exact", "hint", "index", "producer", "type", "weight")
 
-    def __init__(self, type: TensorType, producer: Node | None, index: int, hint: str = "", weight: bool = False) -> None:
+    def __init__(self, type: TensorType, producer: Node | None, index: int, hint: str = "", weight: bool = False,
+                 exact: DType | None = None) -> None:  # fmt: skip
         self.type, self.producer, self.index, self.hint, self.weight = type, producer, index, hint, weight
+        self.exact = exact
         self._uses: dict[tuple[Node, int], None] = {}
 
     @property
@@ -171,8 +174,8 @@ class Graph:
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def add_input(self, type: TensorType, hint: str = "", weight: bool = False) -> Value:
-        value = Value(type, None, len(self.inputs), hint, weight)
+    def add_input(self, type: TensorType, hint: str = "", weight: bool = False, exact: DType | None = None) -> Value:
+        value = Value(type, None, len(self.inputs), hint, weight, exact)
         self.inputs.append(value)
         return value
 
@@ -257,7 +260,7 @@ class Graph:
     def clone(self, name: str | None = None) -> Graph:
         """A deep copy (nested graphs too)."""
         out = Graph(name or self.name, self.symbols)
-        mapping: dict[Value, Value] = {v: out.add_input(v.type, v.hint, v.weight) for v in self.inputs}
+        mapping: dict[Value, Value] = {v: out.add_input(v.type, v.hint, v.weight, v.exact) for v in self.inputs}
         copy_nodes(self.nodes(), mapping, out)
         out.set_outputs([mapping[v] for v in self.outputs], self.output_strides)
         return out

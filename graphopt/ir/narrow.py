@@ -41,7 +41,7 @@ def narrow(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
 
     kept = {s: ranges.get(s, r) for s, r in graph.symbols.items() if dims.symbol(s) not in values}
     out = Graph(graph.name, kept)
-    mapping: dict[Value, Value] = {v: out.add_input(type_(v.type), v.hint, v.weight) for v in graph.inputs}
+    mapping: dict[Value, Value] = {v: out.add_input(type_(v.type), v.hint, v.weight, v.exact) for v in graph.inputs}
     for node in graph.nodes():
         new = out.create(node.op, [mapping[v] for v in node.operands], {k: attribute(a) for k, a in node.attrs.items()}, loc=node.loc,
                          types=[type_(r.type) for r in node.results], body=narrow(node.body, ranges) if node.body else None)  # fmt: skip

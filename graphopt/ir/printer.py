@@ -103,7 +103,7 @@ class _Printer:
         return self.names[value]
 
     def graph(self, g: Graph, header: str, indent: str) -> list[str]:
-        inputs = ", ".join(f"{'weight ' if v.weight else ''}{self.name(v, 'arg')}: {v.type}" for v in g.inputs)
+        inputs = ", ".join(f"{_weight(v)}{self.name(v, 'arg')}: {v.type}" for v in g.inputs)
         outputs = [TensorType(v.dtype, v.shape, s) for v, s in zip(g.outputs, g.output_strides, strict=True)]
         result = str(outputs[0]) if len(outputs) == 1 else "(" + ", ".join(map(str, outputs)) + ")"
         where = ", ".join(_format_range(s, r) for s, r in sorted(g.symbols.items()))
@@ -131,6 +131,12 @@ class _Printer:
         head, _, loc = line.partition("  // ")
         first = f"{head} {inner[0].strip()}" + (f"  // {loc}" if loc else "")
         return [first, *inner[1:]]
+
+
+def _weight(v: Value) -> str:
+    if not v.weight:
+        return ""
+    return "weight " if v.exact is None else f"weight({v.exact}) "
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -4,7 +4,7 @@ Grammar (``//`` starts a comment; one of the form ``// file:line`` at the end of
 
     graph   := "graph" "@" name signature body
     signature := "(" [input ("," input)*] ")" "->" types ["where" range ("," range)*]
-    input   := ["weight"] value ":" type
+    input   := ["weight" ["(" dtype ")"]] value ":" type
     types   := type | "(" [type ("," type)*] ")"
     range   := int "<=" symbol ["<=" int]
     body    := "{" node* "return" [value ("," value)*] "}"
@@ -124,12 +124,15 @@ class _Parser:
                 break
         return tuple(out)
 
-    def type(self) -> TensorType:
-        start, name = self.at, self.need(_NAME, "a type such as f32[2, 3]")
+    def dtype(self, what: str) -> DType:
+        start, name = self.at, self.need(_NAME, what)
         try:
-            dtype = DType.named(name)
+            return DType.named(name)
         except KeyError:
             raise self.error(f"{name!r} is no dtype{nearest(name, DType._registry)}", start) from None
+
+    def type(self) -> TensorType:
+        dtype = self.dtype("a type such as f32[2, 3]")
         self.expect("[")
         shape = self.sizes(";]")
         strides = self.sizes("]") if self.accept(";") else None
@@ -212,10 +215,13 @@ class _Parser:
         values: dict[str, Value] = {}
         self.expect("(")
         while not self.accept(")"):
-            weight = self.accept("weight")
+            weight, exact = self.accept("weight"), None
+            if weight and self.accept("("):
+                exact = self.dtype("the dtype that holds the weight")
+                self.expect(")")
             start, value = self.at, self.need(_VALUE, "an input such as %x: f32[4]")
             self.expect(":")
-            self.bind(values, value, graph.add_input(self.type(), self.hint(value), weight), start)
+            self.bind(values, value, graph.add_input(self.type(), self.hint(value), weight, exact), start)
             if not self.accept(","):
                 self.expect(")")
                 break

@@ -185,7 +185,7 @@ def ordered(g: Graph) -> Graph:
         _visit(root, order)
     order.update(dict.fromkeys(g.nodes()))  # nodes without results
     out = Graph(g.name, g.symbols)
-    mapping: dict[Value, Value] = {v: out.add_input(v.type, v.hint, v.weight) for v in g.inputs}
+    mapping: dict[Value, Value] = {v: out.add_input(v.type, v.hint, v.weight, v.exact) for v in g.inputs}
     copy_nodes(order, mapping, out)
     out.set_outputs([mapping[v] for v in g.outputs], g.output_strides)
     return out

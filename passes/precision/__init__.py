@@ -1,5 +1,6 @@
 """Precision: what is computed, or kept, in fewer bits than the model says."""
 
 from graphopt.passes.precision.autocast import Autocast
+from graphopt.passes.precision.narrow_weights import NarrowWeights
 
-__all__ = ["Autocast"]
+__all__ = ["Autocast", "NarrowWeights"]
