@@ -137,9 +137,9 @@ class Observer:
         best = min(ends, key=loss)
         return min(self.largest, best * self.width)
 
-    def step(self, method: str) -> float:
-        """The scale of integers for that range."""
-        return max(self.range(method) / LEVELS, _TINY)
+    def step(self, method: str, most: float = LEVELS) -> float:
+        """The scale for that range, whose end becomes ``most``."""
+        return max(self.range(method) / most, _TINY)
 
     def _squared_error(self, end: int) -> float:
         """Of magnitudes rounded to ``LEVELS`` steps up to a bin, and clipped beyond it."""

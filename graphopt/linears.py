@@ -106,13 +106,13 @@ def left_in_float(model: nn.Module, schemes: Mapping[str, Scheme], keep: Sequenc
             out[name] = "as asked"
         elif weight.dtype != torch.float32:
             out[name] = f"its weight is {weight.dtype}".replace("torch.", "")
-        elif convolution and not schemes[name].activations:
+        elif convolution and (not schemes[name].activations or schemes[name].storage):
             out[name] = "convolutions are quantized with their images alone, by int8-dynamic or int8-static"
         elif convolution and m.groups != 1:
             out[name] = f"it has {m.groups} groups"
         elif convolution and padding_of(m) is None:
             out[name] = f"its padding is {m.padding_mode!r} or uneven"
-        elif schemes[name].activations and weight.shape[1] > MOST_TERMS:
+        elif schemes[name].activations and not schemes[name].storage and weight.shape[1] > MOST_TERMS:
             out[name] = f"sums of {weight.shape[1]} products may exceed 32 bits"
         elif weight.numel() * (USES if convolution else 1) < least:
             out[name] = f"{weight.numel()} elements are too few"

@@ -26,7 +26,7 @@ from graphopt.linears import FLOAT, is_convolution, layers_of, left_in_float, li
 from graphopt.model import compile
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantized_conv import QuantizedConv
-from graphopt.quantized_linear import QuantizedLinear, quantize_groups
+from graphopt.quantized_linear import QuantizedLinear, largest_of, quantize_groups
 from graphopt.smoothing import groups_of, smoothed
 from graphopt.split import SplitLinear
 
@@ -185,7 +185,7 @@ def _set_steps(model: nn.Module, linears: Mapping[str, nn.Module], made: dict[st
         layer = made[name]
         assert not isinstance(layer, SplitLinear)
         if seen[name].largest:
-            layer.step = torch.tensor(seen[name].step(observer))
+            layer.step = torch.tensor(seen[name].step(observer, largest_of(Scheme.parse(layer.scheme))))
         else:
             left[name] = "calibration met nothing but zeros there" if name in reached else "calibration never reached it"
             del made[name]

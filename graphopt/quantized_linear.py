@@ -17,6 +17,7 @@ from graphopt.passes.quantization.quantize_weights import FLOATS
 from graphopt.passes.quantization.scheme import Scheme
 
 TINY = 1e-30  # scale of a group of zeros
+_LIMITS = {d.torch: most for d, most in LARGEST.items()}
 EXACT = (1 << 24) // (128 * 128)  # products of 8 bits that f32 sums exactly, in any order
 
 LIBRARY = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
@@ -51,12 +52,15 @@ def integer_linear(x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor
     """``x @ w.T`` in f32 by integers: rows ``[..., K]`` are rounded, the product is exact, and only then floats are made of it.
 
     Args:
-        integers: i8 ``[N, K]``; ``scales``: ``[N, 1]``.
-        step: the scale of ``x``; None for one of each row, whose largest magnitude becomes 127. Rows that are not finite give nan
-            either way: integers could not tell.
+        integers: i8, or floats of 8 bits, ``[N, K]``; ``scales``: ``[N, 1]``.
+        step: the scale of ``x``; None for one of each row, whose largest magnitude becomes the largest of 8 bits. Rows that are not
+            finite give nan either way: integers could not tell.
     """
-    most = x.abs().amax(-1, keepdim=True)
-    s = (most * (1 / 127)).clamp_min(TINY) if step is None else most * 0.0 + step
+    most, limit = x.abs().amax(-1, keepdim=True), _LIMITS.get(integers.dtype, 127.0)
+    s = (most * (1 / limit)).clamp_min(TINY) if step is None else most * 0.0 + step
+    if integers.is_floating_point():
+        rounded = (x * s.reciprocal()).clamp(-limit, limit).to(integers.dtype).float()
+        return ((rounded @ integers.t().float()) * (s.float() * scales.t().float())).to(x.dtype)
     q = torch.round(x * s.reciprocal()).clamp(-128, 127)
     held = torch.float32 if x.shape[-1] <= EXACT else torch.float64
     return ((q.to(held) @ integers.t().to(held)).float() * (s.float() * scales.t().float())).to(x.dtype)
@@ -71,14 +75,18 @@ def group_size(columns: int, scheme: Scheme) -> int:
     return scheme.group or -(-columns // (8 // scheme.bits)) * (8 // scheme.bits)
 
 
+def largest_of(scheme: Scheme) -> float:
+    """The largest magnitude of what a scheme rounds to."""
+    return LARGEST[FLOATS[scheme.storage]] if scheme.storage else float((1 << (scheme.bits - 1)) - 1)
+
+
 def grid_of(rows: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales ``[...]``, and zero points of as many groups ``[..., g]``, so that their extremes are represented."""
     if scheme.zero_points:
         low, high = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
         scales = ((high - low) * (1 / ((1 << scheme.bits) - 1))).clamp_min(TINY)
         return scales, torch.round(-low * scales.reciprocal()).clamp(0, (1 << scheme.bits) - 1).to(torch.uint8)
-    most = LARGEST[FLOATS[scheme.storage]] if scheme.storage else (1 << (scheme.bits - 1)) - 1
-    return (rows.abs().amax(-1) * (1 / most)).clamp_min(TINY), None
+    return (rows.abs().amax(-1) * (1 / largest_of(scheme))).clamp_min(TINY), None
 
 
 def on_grid(rows: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:

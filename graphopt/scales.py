@@ -17,12 +17,11 @@ from collections.abc import Sequence
 import torch
 
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantized_linear import dequantize_groups, quantize_groups
+from graphopt.quantized_linear import dequantize_groups, largest_of, on_grid, quantize_groups
 
 STRENGTHS = tuple(i / 10 for i in range(3, 11))  # SmoothQuant's alpha
 POWERS = tuple(i / 20 for i in range(1, 21))  # AWQ's
 ROWS = 512  # of a layer's inputs that are kept
-_LEVELS = 127
 
 
 class Inputs:
@@ -108,5 +107,6 @@ def _as_rounded(x: torch.Tensor, scheme: Scheme, most: float) -> torch.Tensor:
     """Rows as the scheme rounds them, given the largest magnitude of a static range."""
     if not scheme.activations:
         return x
-    step = (x.abs().amax(1, keepdim=True) if scheme.activations == "dynamic" else x.new_tensor(most)).clamp_min(1e-30) / _LEVELS
-    return (x / step).round().clamp(-_LEVELS - 1, _LEVELS) * step
+    limit = largest_of(scheme)
+    step = (x.abs().amax(1, keepdim=True) if scheme.activations == "dynamic" else x.new_tensor(most)).clamp_min(1e-30) / limit
+    return on_grid((x / step).unsqueeze(1), torch.ones(len(x), 1, dtype=x.dtype), None, scheme).squeeze(1) * step

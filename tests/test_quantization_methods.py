@@ -20,6 +20,7 @@ from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantized_linear import QuantizedLinear, dequantize_groups, integer_linear, pack_rows, quantize_groups
 from graphopt.scales import ROWS, Inputs, scales, smoothquant_scales
 from graphopt.smoothing import groups_of
+from graphopt.target import detect
 
 
 class Block(nn.Module):
@@ -73,6 +74,44 @@ def test_a_layer_of_integers_compiled(block: Block, scheme: str, count: int) -> 
     assert {json.loads(k.schedule)["template"] for k in compiled.report.kernels if k.kind == "matmul"} == {"int8"}
 
 
+needs_tiles = pytest.mark.skipif(detect().bf16_products != "amx", reason="floats of 8 bits on both sides need AMX tiles")
+
+
+@needs_tiles
+@pytest.mark.parametrize(("scheme", "most"), [
+    ("fp8-e4m3-dynamic", 0.06), ("fp8-e4m3-static", 0.06), ("fp8-e5m2-dynamic", 0.12), ("fp8-e5m2-static", 0.12),
+])  # fmt: skip
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_layer_of_floats_of_eight_bits_compiled(block: Block, scheme: str, most: float, count: int) -> None:
+    x = torch.randn(count, 96)
+    made = graphopt.quantize(block, scheme=scheme, calibration=[torch.randn(50, 96)], least=1)
+    compiled = graphopt.compile(made, (x,), strict=True)
+    with torch.no_grad():
+        assert float((compiled(x) - made(x)).norm() / made(x).norm()) < most / 4
+        assert 0 < float((made(x) - block(x)).norm() / block(x).norm()) < most
+    assert {json.loads(k.schedule)["template"] for k in compiled.report.kernels if k.kind == "matmul"} == {"bf16"}
+
+
+@needs_tiles
+@pytest.mark.parametrize("scheme", ["fp8-e4m3-dynamic", "fp8-e5m2-dynamic"])
+def test_one_layer_is_the_interpreters_floats_of_eight_bits(scheme: str) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(200, 140), torch.randn(33, 200)
+    made = QuantizedLinear.of(layer.weight, None, Scheme.parse(scheme))
+    want = integer_linear(x, made.integers, made.scales, None)
+    torch.testing.assert_close(graphopt.compile(made, (x,), strict=True)(x), want, rtol=1e-6, atol=1e-6)
+    as_option = graphopt.compile(nn.Sequential(layer), (x,), quantize=scheme, strict=True)
+    torch.testing.assert_close(as_option(x), want + layer.bias, rtol=1e-6, atol=1e-6)
+
+
+@needs_tiles
+def test_infinite_weights_are_named() -> None:
+    layer = nn.Linear(128, 128)
+    layer.weight.data[3, 4] = float("inf")
+    with pytest.raises(UsageError, match=r"0\.weight cannot be quantized: 1 of its"):
+        graphopt.quantize(nn.Sequential(layer), (torch.randn(2, 128),), scheme="fp8-e4m3-dynamic", measure=False)
+
+
 def test_one_layer_is_the_interpreters_integers() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(200, 140), torch.randn(33, 200)
@@ -81,7 +120,9 @@ def test_one_layer_is_the_interpreters_integers() -> None:
     torch.testing.assert_close(graphopt.compile(made, (x,), strict=True)(x), want, rtol=3e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("scheme", [
+    "int8-dynamic", "int8-static", *(pytest.param(s, marks=needs_tiles) for s in ("fp8-e4m3-dynamic", "fp8-e5m2-static")),
+])  # fmt: skip
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_no_number_stays_none(scheme: str, bad: float) -> None:
     """It must not become integers like any others; the other rows are as they were."""

@@ -65,8 +65,9 @@ def _node(node: Node, target: Target) -> str | None:
 
 def _pointwise(node: Node) -> str | None:
     name, operand = node.name, node.operands[0]
-    if any(v.dtype in LARGEST for v in (*node.operands, *node.results)) and name != "dequantize":
-        return f"{name} on {operand.dtype}"
+    f8 = [v for v in (*node.operands, *node.results) if v.dtype in LARGEST]
+    if f8 and name != "dequantize" and f8 != ([node.result] if name == "quantize" else [operand] if name == "cast" else []):
+        return f"{name} on {f8[0].dtype}"
     if name in _INTEGER_DIVISIONS and not operand.dtype.is_float:
         divisor = constant_of(node.operands[1])
         if divisor is None or divisor == 0:

@@ -18,7 +18,7 @@ from graphopt.errors import BuildError
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
-from graphopt.ir.opset.quantize import integer_range
+from graphopt.ir.opset.quantize import LARGEST, integer_range
 from graphopt.ir.types import DType
 
 Source = Callable[[Sequence[Index]], Any]
@@ -303,11 +303,15 @@ class Expressions:
     def _quantize(self, node: Node, index: Sequence[Index]) -> Any:
         x, dtype = node.operands[0].dtype, node.result.dtype
 
-        def apply(name: str, *args: Any, bound: int | None = None) -> Any:
+        def apply(name: str, *args: Any, bound: float | None = None) -> Any:
             return self.let(self.ops.apply(name, list(args), x, x, {}, [None] * (len(args) - 1) + [bound]))
 
-        inverse = apply("reciprocal", self._operand(node, 1, index, x))
-        value = apply("round", apply("mul", self._operand(node, 0, index, x), inverse))
+        value = apply("mul", self._operand(node, 0, index, x), apply("reciprocal", self._operand(node, 1, index, x)))
+        if (most := LARGEST.get(dtype)) is not None:
+            value = apply("maximum", value, scalar.constant(-most, x), bound=-most)
+            value = apply("minimum", value, scalar.constant(most, x), bound=most)
+            return scalar.to_f8(value if x.name == "f32" else self.let(value.astype("float32")), dtype)
+        value = apply("round", value)
         if len(node.operands) == 3:
             value = apply("add", value, self._operand(node, 2, index, x))
         low, high = integer_range(dtype, node.attrs["bits"])

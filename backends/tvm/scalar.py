@@ -91,7 +91,7 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
         return x
     if source in FACTOR:
         value = f8_part(x, source) * tirx.const(FACTOR[source], "float32")
-        return value if to == types.f32 else cast(let(value), types.f32, to, let)
+        return value if to in (types.f32, types.bf16) else cast(let(value), types.f32, to, let)  # bf16 holds all of them
     if to.is_bool:
         return _nonzero(x, source)
     if source.is_bool:
@@ -135,6 +135,29 @@ def f8_part(x: Any, source: DType, lanes: int = 1) -> Any:
     value = tirx.reinterpret(f"float16{vector}", bits).astype(f"float32{vector}")
     last = tirx.EQ(tirx.bitwise_and(x, number(0x7F, "uint8")), number(0x7F, "uint8"))
     return tirx.Select(last, number(float("nan"), "float32"), value)
+
+
+_FIELDS = {types.f8e4m3: (20, 120, 14), types.f8e5m2: (21, 112, 7)}  # bits cut off, difference of exponents' biases, see below
+
+
+def to_f8(x: Any, dtype: DType) -> Any:
+    """The bits of the float of 8 bits that is nearest to an f32 within its range, ties to even; nan stays nan.
+
+    Where it is a normal number the significand is rounded in place. Below, numbers are multiples of the least: added to the power of
+    two whose last digit that is, the sum is rounded so.
+    """
+    cut, bias, power = _FIELDS[dtype]
+    u = tirx.bitwise_and(tirx.reinterpret("uint32", x), _u32(0x7FFFFFFF))
+    odd = tirx.bitwise_and(tirx.shift_right(u, _u32(cut)), _u32(1))
+    exact = tirx.shift_right(u + _u32((1 << (cut - 1)) - 1) + odd, _u32(cut))
+    large = tirx.reinterpret("int32", exact) - tirx.const(bias << (23 - cut), "int32")
+    base = tirx.const(float(1 << power), "float32")
+    shifted = tirx.reinterpret("int32", tirx.reinterpret("float32", u) + base)
+    small = shifted - tirx.const((127 + power) << 23, "int32")
+    code = tirx.Select(u < _u32((bias + 1) << 23), small, large)
+    code = tirx.Select(u > _u32(0x7F800000), tirx.const(0x7F, "int32"), code)
+    sign = tirx.bitwise_and(tirx.shift_right(tirx.reinterpret("uint32", x), _u32(24)), _u32(0x80))
+    return tirx.bitwise_or(tirx.reinterpret("uint32", code), sign).astype("uint8")
 
 
 def _nonzero(x: Any, dtype: DType) -> Any:

@@ -33,12 +33,13 @@ def dequantize_groups(c: Context, integers: Value, scales: Value, zeros: Value |
 
 @lowers("graphopt.integer_linear")
 def integer_linear(c: Context, x: Value, integers: Value, scales: Value, step: Value | None) -> Value:
-    c.require(x.dtype == types.f32 and x.type.rank >= 2 and int(integers.shape[1]) <= MOST_TERMS)
+    dtype = integers.dtype
+    c.require(x.dtype == types.f32 and x.type.rank >= 2 and (dtype.is_float or int(integers.shape[1]) <= MOST_TERMS))
     if step is None:
-        q, s = rounded_rows(c.b, x)
+        q, s = rounded_rows(c.b, x, dtype)
     else:
         s = c.b.add(c.b.mul(largest_of_rows(c.b, x), 0.0), c.b.reshape(step, shape=()))  # a row that is no number stays none
-        q = c.b.create("quantize", [x, s], {"dtype": types.i8, "bits": 8})
+        q = c.b.create("quantize", [x, s], {"dtype": dtype, "bits": 8})
     return integer_product(c.b, q, s, c.b.transpose(integers, perm=(1, 0)), c.b.reshape(scales, shape=(1, scales.shape[0])))
 
 

@@ -7,7 +7,7 @@ from enum import Enum
 
 from graphopt.ir import dims
 from graphopt.ir.dims import Shape
-from graphopt.ir.graph import Node
+from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.ir.opset.quantize import LARGEST
 from graphopt.ir.opset.window import WINDOWS
@@ -59,7 +59,11 @@ def role(node: Node) -> Role:
         return Role.OTHER
     if op.name == "var" and rows_of(node) is None:
         return Role.OTHER
-    f8 = (node.operands[0],) if op.name == "dequantize" else (*node.operands, *node.results) if found is Role.VIEW else ()
+    f8: tuple[Value, ...] = (*node.operands, *node.results) if found is Role.VIEW else ()
+    if op.name in ("dequantize", "cast"):
+        f8 = node.operands[:1]
+    elif op.name == "quantize":
+        f8 = node.results
     fits = all(fusable_dtype(v.dtype) or (v in f8 and v.dtype in LARGEST) for v in (*node.operands, *node.results))
     return found if fits else Role.OTHER
 

@@ -18,6 +18,9 @@ def rounding_of(product: Node) -> dict[Node, None]:
     if product.op.name not in INTEGER_PRODUCTS or product.attrs["acc"] is None:
         return {}
     node = product.operands[0].producer
+    inner = node.operands[0].defined_by("quantize") if node is not None and node.op.name == "cast" else None
+    if node is not None and inner is not None and inner.operands[0].dtype == types.f32:  # to floats of 8 bits, which bf16 holds
+        return {node: None, inner: None, **(_scale(*inner.operands) or {})}
     if node is not None and node.op.name == "cast" and node.operands[0].dtype == types.f32:
         x = node.operands[0]
         follows = x.producer is not None and not is_view(x.producer) and x.has_one_use and node.result.has_one_use
@@ -38,7 +41,7 @@ def _wanted(x: Value) -> bool:
 def product_of_integers(node: Node) -> Node | None:
     """The integer product that a node makes floats of the sums of; its kernel does that before it writes anything."""
     product = node.operands[0].defined_by(*INTEGER_PRODUCTS) if node.op.name == "dequantize" else None
-    return product if product is not None and product.attrs["acc"] == types.i32 else None
+    return product if product is not None and product.attrs["acc"] is not None else None
 
 
 def _scale(x: Value, scale: Value) -> dict[Node, None] | None:

@@ -25,7 +25,7 @@ class Scheme:
         group: rows of a weight that share a scale; 0 for all rows of a column.
         zero_points: whether the integers of a group span from its least to its greatest element.
         storage: the floats of 8 bits that weights are rounded to, ``f8e4m3`` or ``f8e5m2``; empty for integers.
-        activations: how the other factor becomes integers, too: ``dynamic``, by scales of each row and call, or ``static``, by one of
+        activations: how the other factor is rounded, too: ``dynamic``, by scales of each row and call, or ``static``, by one of
             each layer that calibration has found; empty if it stays in float.
     """
 
@@ -54,7 +54,7 @@ class Scheme:
         if found["zero"]:
             scheme = replace(scheme, zero_points=True)
         if scheme.activations and (scheme.group or scheme.zero_points):
-            raise UsageError(f"scheme {text!r}: with integer activations a column has one scale and no zero points")
+            raise UsageError(f"scheme {text!r}: with rounded activations a column has one scale and no zero points")
         if scheme.storage and scheme.zero_points:
             raise UsageError(f"scheme {text!r}: floats have no zero points")
         if scheme.group not in GROUPS:
@@ -66,7 +66,7 @@ class Scheme:
         if self.activations == "static":
             raise UsageError(f"{self} needs calibration: graphopt.quantize(model, args, scheme={str(self)!r}, calibration=...)")
         if self.activations:
-            return QuantizeProducts(), QuantizeConvolutions()
+            return (QuantizeProducts(storage=self.storage), *(() if self.storage else (QuantizeConvolutions(),)))
         return (QuantizeWeights(bits=self.bits, group=self.group, zero_points=self.zero_points, storage=self.storage),)
 
     def __str__(self) -> str:
@@ -85,5 +85,9 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("fp8-e5m2-weight", 8, storage="f8e5m2"),
         Scheme("int8-dynamic", 8, activations="dynamic"),
         Scheme("int8-static", 8, activations="static"),
+        Scheme("fp8-e4m3-dynamic", 8, activations="dynamic", storage="f8e4m3"),
+        Scheme("fp8-e5m2-dynamic", 8, activations="dynamic", storage="f8e5m2"),
+        Scheme("fp8-e4m3-static", 8, activations="static", storage="f8e4m3"),
+        Scheme("fp8-e5m2-static", 8, activations="static", storage="f8e5m2"),
     )
 }

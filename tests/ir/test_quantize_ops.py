@@ -56,7 +56,7 @@ def test_what_is_refused() -> None:
     x, s = torch.randn(3, 4), torch.tensor(1.0)
     for name, xs, attrs in (
         ("quantize", [x, s.double()], {}), ("quantize", [x, s], {"bits": 9}), ("quantize", [x, s], {"dtype": types.i32}),
-        ("dequantize", [x, s], {}), ("pack_bits", [x.to(torch.int8)], {"bits": 4, "axis": 0}),
+        ("dequantize", [x.double(), s], {}), ("pack_bits", [x.to(torch.int8)], {"bits": 4, "axis": 0}),
         ("unpack_bits", [x.to(torch.int16)], {"bits": 4}), ("quantize", [x, s, x.to(torch.int8)], {"dtype": types.f8e4m3}),
         ("quantize", [x, s], {"dtype": types.f8e5m2, "bits": 4}), ("dequantize", [x.to(torch.float8_e4m3fn), s, x.to(torch.int8)], {}),
     ):  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.ir import Graph, evaluate
+from graphopt.ir import Graph, evaluate, parse_graph
 from graphopt.pass_manager import run_passes
 from graphopt.passes.fusion.fuse import Fuse
 from graphopt.passes.layout.pack_weights import PackWeights
@@ -163,3 +163,38 @@ def test_name_of_the_scheme() -> None:
     assert str(Scheme.parse("int8-dynamic")) == "int8-dynamic" and Scheme.parse("int8-dynamic").activations == "dynamic"
     with pytest.raises(Exception, match="a column has one scale"):
         Scheme.parse("int8-dynamic-g64")
+
+
+def in_f8(text: str, dtype: str, most: float) -> str:
+    """What the pass writes for floats of 8 bits."""
+    text = text.replace("0.007874015748031496", str(1 / most))
+    text = text.replace("i8[", f"{dtype}[").replace("dtype = i8", f"dtype = {dtype}")
+    product = "  %14: i32[B, 32] = matmul(%6, %13) {acc = i32}\n"
+    low = ("  %17: bf16[B, 64] = cast(%6) {dtype = bf16}\n  %18: bf16[64, 32] = cast(%13) {dtype = bf16}\n"
+           "  %14: f32[B, 32] = matmul(%17, %18) {acc = f32}\n")  # fmt: skip
+    assert product in text
+    return text.replace(product, low)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("f8e4m3", 448.0), ("f8e5m2", 57344.0)])
+def test_floats_of_eight_bits(dtype: str, most: float) -> None:
+    the_pass = QuantizeProducts(least=64, storage=dtype)
+    g = check_pass(the_pass, BEFORE, in_f8(AFTER, dtype, most))
+    fused = check_pass(Fuse(), g, numerics=Numerics.BITWISE)
+    (region,) = [n for n in fused.nodes() if n.op.name == "fusion"]
+    names = [n.op.name for n in region.body.nodes()]
+    assert (names.count("max"), names.count("quantize"), names.count("cast"), names.count("dequantize")) == (1, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(5, 64, generator=generator), torch.randn(64, 32, generator=generator)
+    (y,) = evaluate(g, [x, w])
+    step = 2.0**-4 if dtype == "f8e4m3" else 2.0**-3  # of a number; the least ones are as good as zero
+    limit = (2 * step + step * step) * (x.abs() @ w.abs()) + 1e-2
+    assert bool(((y - x @ w).abs() <= limit).all()) and float((y - x @ w).norm()) > 0
+
+
+def test_floats_of_eight_bits_need_tiles() -> None:
+    for name, fires in (("cpu:znver4", False), ("cpu:sapphirerapids", True)):
+        g, ctx = parse_graph(BEFORE), PassContext(target=Target.from_name(name))
+        run_passes(g, [QuantizeProducts(least=64, storage="f8e4m3")], ctx)
+        assert any(n.op.name == "quantize" for n in g.nodes()) == fires
+        assert fires or any("no kernel of this target multiplies f8e4m3" in r.message for r in ctx.remarks)

@@ -76,8 +76,9 @@ define(
 
 def _infer_dequantize(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     q, scale = ts[:2]
-    if not (q.dtype.is_integer or (q.dtype in LARGEST and len(ts) == 2)) or not scale.dtype.is_float:
-        raise TypeInferenceError(f"dequantize: {q} with a scale of {scale.dtype}; it takes integers, or f8 alone, and a float scale")
+    floats = q.dtype in (*LARGEST, types.f32) and len(ts) == 2  # f32: sums of products of f8
+    if not (q.dtype.is_integer or floats) or not scale.dtype.is_float:
+        raise TypeInferenceError(f"dequantize: {q} with a scale of {scale.dtype}; it takes integers, or f8 or f32 alone, and a float scale")
     return [TensorType(scale.dtype, broadcast_shapes([t.shape for t in ts]))]
 
 

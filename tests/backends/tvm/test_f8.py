@@ -48,3 +48,23 @@ def test_products(builder, kernels_dir) -> None:
            region((2,), 256, 70, 8, 64, floats=types.f8e4m3)]  # fmt: skip
     run_all(builder, kernels_dir, [default(g, "quantized") for g in few])
     run_all(builder, kernels_dir, [default(region((20,), 300, 75, 8, floats=t), "tile") for t in (types.f8e4m3, types.f8e5m2)])
+
+
+@pytest.mark.parametrize("dtype", [types.f8e4m3, types.f8e5m2], ids=str)
+def test_rounding(compile_all, dtype: types.DType) -> None:
+    """Every number, what lies halfway to the next, a little below and above that, and what has no place: bit for bit the interpreter's."""
+    graph = parse_graph(f"graph @g(%x: f32[8, 320], %s: f32[8, 1]) -> f32[8, 320] {{\n"
+                        f" %0: {dtype}[8, 320] = quantize(%x, %s) {{dtype = {dtype}, bits = 8}}\n"
+                        f" %1: f32[8, 320] = cast(%0) {{dtype = f32}}\n return %1\n}}")  # fmt: skip
+    (run,) = compile_all([(graph, "pointwise")])
+    numbers = CODES.view(dtype.torch).float()
+    finite = numbers[numbers.isfinite()].sort().values
+    half = (finite[1:] + finite[:-1]) / 2
+    near = [finite, half, torch.nextafter(half, half + 1), torch.nextafter(half, half - 1), finite * 1.03, finite * 0.96]
+    odd = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e30, -1e30, 1e-40, -1e-30, 500.0, 470.0, 60000.0])
+    x = torch.cat([*near, odd])
+    x = torch.cat([x, torch.randn(8 * 320 - len(x), generator=torch.Generator().manual_seed(0))]).reshape(8, 320)
+    s = torch.tensor([[1.0]] * 5 + [[0.37], [4.0], [1.0]])
+    (found,), (want,) = run([x, s], None), evaluate(graph, [x, s])
+    torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(found)[~found.isnan()], torch.signbit(want)[~want.isnan()])
