@@ -223,3 +223,14 @@ def test_what_it_does_not_take() -> None:
     x, w = g.add_input(TensorType(types.i8, (1, 5, 7, 64)), "x"), g.add_input(TensorType(types.i8, (1, 1, 64, 32)), "w")
     g.set_outputs([Builder(g).create("conv", [x, w], {k: v for k, v in attrs.items() if k != "acc"})])
     assert convint8form.refusal(g) == "a convolution of i8"
+
+
+@pytest.mark.parametrize(("name", "instruction"), [("neoverse-n1", "sdot"), ("znver4", "vpdpbusd")])
+def test_instructions_of_other_targets(name: str, instruction: str) -> None:
+    """Sums stay in registers."""
+    pytest.importorskip("tvm")
+    from assembly import assembly, count, hot_loop, stack_accesses
+
+    graph = region((1, 14, 14, 128), (3, 3), 64, padding=1, given=True)
+    loop = hot_loop(assembly(Workload.of(graph, "conv"), Target.from_name(f"cpu:{name}:2")), instruction)
+    assert count(loop, instruction) >= 16 and not stack_accesses(loop), "\n".join(loop)
