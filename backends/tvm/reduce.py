@@ -338,9 +338,10 @@ class Reduction:
         steps = product(code, sizes)
         pieces = self._pieces(steps, width) if isinstance(last, int) else 1
         if pieces == 1:
+            whole = self.inner[0].size if self.inner else 1  # reduced axes of one element are no loops
 
             def step(outer: list[Index], start: Index, width: int) -> None:
-                self._store_columns(outer, start, width, self._column_total(outer, start, width, 0, self.inner[0].size))
+                self._store_columns(outer, start, width, self._column_total(outer, start, width, 0, whole))
 
             return self._along_lanes(True, step)
         chunk = code.ceildiv(self.inner[0].size, pieces)
@@ -387,7 +388,7 @@ class Reduction:
 
                 def update(reduced: list[Index]) -> None:
                     lanewise(code, width, lanes, lambda l: self._join(
-                        acc, l, self._lane_index(outer, code.simplify(start + l)), [here, *reduced]))  # fmt: skip
+                        acc, l, self._lane_index(outer, code.simplify(start + l)), [here, *reduced][: len(self.inner)]))  # fmt: skip
 
                 self._loops(rest, update)
 

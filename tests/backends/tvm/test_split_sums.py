@@ -79,6 +79,16 @@ def _inputs(graph: Graph, kind: str) -> list[torch.Tensor]:
     return out
 
 
+def test_a_reduced_axis_of_one_element(compile_all) -> None:
+    """It is no loop at all, beside lanes of results and along them."""
+    texts = ("(%x: f32[1, 17]) -> f32[1, 17] {\n %0: f32[1, 17] = min(%x) {axes = [0], keepdims = true}\n return %0\n}",
+             "(%x: f32[9, 1, 40]) -> f32[9, 40] {\n %0: f32[9, 1, 40] = mul(%x, %x)\n %1: f32[9, 40] = sum(%0) {axes = [1]}\n return %1\n}",
+             "(%x: f32[17, 1]) -> f32[17] {\n %0: f32[17] = sum(%x) {axes = [1]}\n return %0\n}")  # fmt: skip
+    graphs = [parse_graph(f"graph @g{text}") for text in texts]
+    for graph, run in zip(graphs, compile_all([(g, "reduction") for g in graphs]), strict=True):
+        check(graph, run, values(graph))
+
+
 def test_sums_in_pieces_are_right(builder, kernels_dir) -> None:
     """The default of each sketch, and points that chance picks."""
     target, rng = detect(), Random(0)
