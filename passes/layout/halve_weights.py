@@ -70,7 +70,7 @@ def _reject(node: Node) -> Reject | None:
     if w.dtype != types.f32 or w.type.rank != 2 or not dims.is_static(w.shape):
         return Reject("")
     k, n = (int(d) for d in w.shape)
-    if dims.numel(node.result.shape[:-1]) == 1:
+    if dims.numel(node.result.shape[:-1]) == 1 or not k:
         return Reject("")
     if k % halves.DEPTH or n < halves.COLUMNS:
         return Reject(f"{k} rows by {n} columns do not fill tiles of {halves.DEPTH} by {halves.COLUMNS}", w)

@@ -113,6 +113,20 @@ def causal_linear_attention(pool: Pool) -> None:
     pool.add("matmul", [weights, v])
 
 
+def masked_attention(pool: Pool) -> None:
+    """Attention under a mask that may be a buffer of the model, of sizes that fill blocks or do not."""
+    rows, keys, size = pool.pick([16, 40]), pool.pick([33, 64]), pool.pick([4, 8])
+    q, k, v = (pool.input(types.f32, (1, 2, n, size), keep=False) for n in (rows, keys, keys))
+    pool.add("attention", [q, k, v, pool.input(types.b1, (rows, keys), keep=False)], scale=0.5)
+
+
+def wide_product(pool: Pool) -> None:
+    """A product with a matrix that may be a weight, and fills tiles or does not."""
+    rows, depth, columns = pool.pick([pool.size(), 3, 1]), pool.pick([32, 64, 48]), pool.pick([32, 40, 24])
+    x, w = (pool.input(types.f32, shape, keep=False) for shape in ((rows, depth), (depth, columns)))
+    pool.add("relu", [pool.add("matmul", [x, w])])
+
+
 def _resized(pool: Pool) -> None:
     """An axis resized as PyTorch spells it: neighbours, read by clipped indices, mixed by weights."""
     x = pool.operand(FLOATS, least=1, most=3)
