@@ -15,6 +15,7 @@ from graphopt.capture.fx import capture_fx
 from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, lowered_programs
 from graphopt.devices import prestart
 from graphopt.errors import CaptureError, UsageError
+from graphopt.exact import mark
 from graphopt.ir.graph import Graph
 from graphopt.lower import Lowered
 from graphopt.options import Options
@@ -36,7 +37,13 @@ def lowered(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
         captured = capture_fx(exported.gm, weights=exported.weights)
     except Uncapturable as error:
         raise CaptureError(f"the model runs through library kernels as a whole: {error.reason}") from error
+    mark(captured, _weights(exported, options))
     return lowered_programs(captured, target, options)
+
+
+def _weights(exported: ExportedGraph, options: Options) -> dict[int, torch.Tensor]:
+    """The weights themselves, by placeholder, where they count as frozen."""
+    return {i: exported.slots[i].get() for i in exported.weights if i in exported.slots} if options.freeze else {}
 
 
 class CompiledModel:
@@ -140,7 +147,7 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
     prestart(chosen, tree_leaves((args, kwargs)))
     exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
-    values = {i: exported.slots[i].get() for i in exported.weights if i in exported.slots} if chosen.freeze else {}
+    values = _weights(exported, chosen)
     compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, values=values, label=label, progress=progress))
     if chosen.own_weights:
         compiled._own_weights(model if isinstance(model, torch.nn.Module) else None)

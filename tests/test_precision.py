@@ -117,3 +117,14 @@ def test_what_counts_as_exact() -> None:
         other[-1, -1] = value
         assert not is_bf16(other), value
     assert not is_bf16(w.double()) and not is_bf16(w.to("meta"))
+
+
+def test_what_is_tuned_are_the_kernels_that_run() -> None:
+    """Programs of a model for a target, made without building anything, know exact weights, too."""
+    from graphopt.model import lowered
+    from graphopt.options import Options
+    from graphopt.target import Target
+
+    model, x = exact_block(33)
+    ((graph, _),) = lowered(model, (x,), None, Target.from_name("cpu:sapphirerapids"), Options())
+    assert "bf16[" in str(graph)
