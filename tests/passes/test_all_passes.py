@@ -11,7 +11,7 @@ from graphopt.pass_manager import PASSES, PassContext, make_pass, parse_pipeline
 from graphopt.passes.pipelines import default_pipeline
 from graphopt.target import Target, detect
 from graphopt.testing import check_settled, random_graph
-from graphopt.testing.recipes.idioms import causal_linear_attention, linear_attention, masked_attention, wide_product
+from graphopt.testing.recipes.idioms import causal_linear_attention, exact_product, linear_attention, masked_attention, wide_product
 from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
@@ -30,7 +30,7 @@ OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
 }  # fmt: skip
 ALSO = {  # what a pass looks for, where chance alone seldom makes it
     "linear-attention": (linear_attention,), "causal-linear-attention": (causal_linear_attention,), "mask-blocks": (masked_attention,),
-    "halve-weights": (wide_product,),
+    "halve-weights": (wide_product,), "narrow-weights": (exact_product,),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from graphopt.ir import Builder, Graph, dims, types
 from graphopt.ir.graph import copy_nodes
 from graphopt.ir.ops import Trait
 from graphopt.ir.ops import op as op_named
+from graphopt.ir.types import TensorType
 from graphopt.testing.pool import FLOATS, Pool
 from graphopt.testing.recipes.layers import convolution
 from graphopt.testing.recipes.registry import RECIPES
@@ -125,6 +126,13 @@ def wide_product(pool: Pool) -> None:
     rows, depth, columns = pool.pick([pool.size(), 3, 1]), pool.pick([32, 64, 48]), pool.pick([32, 40, 24])
     x, w = (pool.input(types.f32, shape, keep=False) for shape in ((rows, depth), (depth, columns)))
     pool.add("relu", [pool.add("matmul", [x, w])])
+
+
+def exact_product(pool: Pool) -> None:
+    """A product with a weight that is known to hold nothing but bf16."""
+    rows, depth, columns = pool.pick([pool.size(), 3, 1]), pool.pick([32, 64, 48]), pool.pick([32, 40, 24])
+    w = pool.graph.add_input(TensorType(types.f32, (depth, columns)), "w", True, types.bf16)
+    pool.add("relu", [pool.add("matmul", [pool.input(types.f32, (rows, depth), keep=False), w])])
 
 
 def _resized(pool: Pool) -> None:
