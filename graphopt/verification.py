@@ -39,7 +39,7 @@ STRAY = 0.02
 """Share of the elements that may fall to the other side of a step."""
 
 _STEPS = ("floor", "ceil", "trunc", "round", "sign", "floor_div", "trunc_div", "remainder", "fmod", "eq", "ne", "lt", "le", "gt", "ge",
-          "argmax", "argmin", "isnan", "isinf", "quantize")  # fmt: skip
+          "argmax", "argmin", "argcummax", "argcummin", "argmax_pool", "adaptive_argmax_pool", "isnan", "isinf", "quantize")  # fmt: skip
 
 
 @dataclass(frozen=True)
