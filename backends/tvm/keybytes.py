@@ -184,8 +184,8 @@ def _take_turns(code: Code, rows: Sequence[Any], lanes: int, unit: int) -> list[
 
 
 def from_parts(sums: Sequence[Any]) -> Any:
-    """What sums of products with the parts make together, in units of the highest: vectors of i32, the lowest first, all below 2**24
-    and so exact as f32."""
+    """What sums of products with the parts make together, in units of the highest: vectors of i32, the lowest first; below 2**24 each is
+    exact as f32."""
     step, total = tirx.Broadcast(tirx.const(2.0**-8, "float32"), LANES), None
     for part in sums:
         x = part.astype(f"float32x{LANES}")

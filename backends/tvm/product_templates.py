@@ -73,6 +73,27 @@ def _write_quantized(w: Workload, s: Schedule, t: Target) -> Any:
     return QuantizedKernel(graph, s["lanes"], rows, s["vectors"], s["unroll"], s["table"], s["ahead"], s["parallel"]).emit()
 
 
+def _quantized_tiles_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.quantform import tiles_refusal
+
+    return _tile_refuse(w, t) or tiles_refusal(expand_rows(w.graph), t)
+
+
+def _quantized_tiles_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.quantform import tiles_params
+
+    return tiles_params(expand_rows(w.graph), t)
+
+
+def _write_quantized_tiles(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.quanttiles import QuantizedTilesKernel
+
+    return QuantizedTilesKernel(expand_rows(w.graph), s["group"], s["panels"], s["parallel"]).emit()
+
+
 # --- products of 8-bit integers -----------------------------------------------------------------------------------------
 
 
@@ -202,6 +223,7 @@ def _write_halves(w: Workload, s: Schedule, t: Target) -> Any:
 BF16 = Template("bf16", _bf16_refuse, _bf16_params, _write_bf16)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 INT8 = Template("int8", _int8_refuse, _int8_params, _write_int8)
+QUANTIZED_TILES = Template("quantized-tiles", _quantized_tiles_refuse, _quantized_tiles_params, _write_quantized_tiles)
 QUANTIZED = Template("quantized", _quantized_refuse, _quantized_params, _write_quantized)
 HALVES = Template("halves", _halves_refuse, _halves_params, _write_halves, _halves_space)
 THIRDS = Template("thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)

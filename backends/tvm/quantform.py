@@ -179,3 +179,42 @@ def dots(graph: Graph, t: Target) -> bool:
         return False
     forms = [quantized(n.operands[1]) for n in nodes]
     return all(f is not None and f.bits < 8 and (f.groups == 1 or f.group % 16 == 0) for f in forms)  # spans of whole vectors
+
+
+# --- many rows, on tiles -------------------------------------------------------------------------------------------------
+
+_DEEPEST = 1 << 16  # elements of a sum of products of bytes that i32 holds
+_STEP = 64  # of the summed axis, of one tile product
+_TILE = 16  # rows
+
+
+def tiles_refusal(graph: Graph, t: Target) -> str | None:
+    """Why a region of products is not for tiles of integers, or None."""
+    if t.int8_products != "amx":
+        return "the target has no AMX tiles of integers"
+    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    for node in nodes:
+        form = quantized(node.operands[1])
+        if form is None or form.bits != 8 or form.floats is not None or form.groups != 1 or form.zeros is not None or not form.signed:
+            return "the second factor is not of 8-bit integers with a scale a column"
+        if node.result.dtype != types.f32 or node.operands[0].dtype != types.f32 or form.width != 64:
+            return f"a product of {node.result.dtype}, or panels of {form.width} columns"
+        if form.depth % _STEP or form.depth > _DEEPEST or node.operands[0].shape[-1] != form.depth:
+            return f"a summed axis that is no multiple of {_STEP}, or one of more than {_DEEPEST}"
+    least = dims.bounds(dims.numel(nodes[0].result.shape[:-1]), graph.symbols)[0]
+    return None if least is not None and least > MOST_ROWS else f"it may have {MOST_ROWS} rows or fewer"
+
+
+def tiles_params(graph: Graph, t: Target) -> tuple[Param, ...]:
+    """The knobs: row tiles, and panels, of a task."""
+    node = next(n for n in graph.nodes() if is_materialized(n))
+    form, rows = quantized(node.operands[1]), dims.numel(node.result.shape[:-1])
+    assert form is not None
+    tiles = -(-rows // _TILE) if isinstance(rows, int) else 8
+    group = -(-tiles // -(-tiles // 8))
+    share = -(-form.panels // max(1, 2 * t.cores // -(-tiles // group)))
+    return (
+        Param("group", tuple(dict.fromkeys((group, 4, 8, 16, 2))), "tasks"),
+        Param("panels", tuple(dict.fromkeys((share, 1, 2, 4, 8))), "tasks"),
+        Param("parallel", (True, False), "tasks"),
+    )

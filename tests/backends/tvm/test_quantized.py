@@ -92,6 +92,15 @@ MANY = {
 }  # fmt: skip
 
 
+TILES = {
+    "9 rows": region((9,), 256, 128, 8),
+    "50 rows, columns that fill no panel": region((50,), 192, 75, 8, epilogue=True),
+    "several groups of row tiles": region((300,), 64, 192, 8),
+    "any batch of 9 rows": region((M, 9), 128, 96, 8, epilogue=True),
+    "a batch of twins": region((2, 3, 20), 128, 96, 8, twin=True),
+}  # fmt: skip
+
+
 def run_all(builder, kernels_dir, jobs: list[tuple[Workload, Schedule]]) -> None:
     from graphopt.backends.tvm.build import load_kernel
 
@@ -108,9 +117,10 @@ def run_all(builder, kernels_dir, jobs: list[tuple[Workload, Schedule]]) -> None
             check(graph, run, values(graph, **sizes), sizes, factor=4.0)
 
 
-def default(graph: Graph, name: str) -> tuple[Workload, Schedule]:
+def default(graph: Graph, name: str, first: bool = True) -> tuple[Workload, Schedule]:
     w, t = Workload.of(graph, "matmul"), detect()
-    template = TvmBackend().templates(w, t)[0]
+    template, *others = TvmBackend().templates(w, t)
+    template = template if first else next(x for x in (template, *others) if x.name == name)
     assert template.name == name, graph
     return w, template.space(w, t).default()
 
@@ -146,7 +156,53 @@ def test_one_row_of_any_numbers(builder, kernels_dir, name: str) -> None:
 
 
 def test_many_rows(builder, kernels_dir) -> None:
-    run_all(builder, kernels_dir, [default(g, "tile") for g in MANY.values()])
+    run_all(builder, kernels_dir, [default(g, "tile", first=False) for g in MANY.values()])
+
+
+@pytest.mark.skipif(detect().int8_products != "amx", reason="needs AMX tiles")
+def test_many_rows_on_tiles(builder, kernels_dir) -> None:
+    jobs = [default(g, "quantized-tiles") for g in TILES.values()]
+    w, s = jobs[2]
+    jobs += [(w, Schedule(s.template, s.sketch, tuple((k, c.get(k, v)) for k, v in s.knobs))) for c in (
+        {"group": 2, "panels": 1}, {"group": 16, "panels": 8, "parallel": False})]  # fmt: skip
+    run_all(builder, kernels_dir, jobs)
+
+
+@pytest.mark.skipif(detect().int8_products != "amx", reason="needs AMX tiles")
+def test_rows_of_any_numbers_on_tiles(builder, kernels_dir) -> None:
+    """Rows with outliers, small ones, zeros, and numbers that are none, side by side: each as floats have it."""
+    from graphopt.backends.tvm.build import load_kernel
+
+    w, s = default(TILES["9 rows"], "quantized-tiles")
+    (path,) = builder.build_many([(w, s)], detect(), kernels_dir)
+    kernel = load_kernel(path, w, s)
+    x, *rest = values(w.graph)
+    x[0, ::50] *= 1e4
+    x[1] *= 0.0
+    x[2, 7], x[3, 9], x[4, 200] = float("nan"), float("inf"), float("-inf")
+
+    def run(inputs, _=None):
+        out = torch.full([int(d) for d in w.graph.outputs[0].shape], 77.0)
+        kernel(*inputs, out)
+        return [out]
+
+    check(w.graph, run, [x, *rest], factor=4.0)
+    x, *rest = values(w.graph)
+    check(w.graph, run, [x * 1e-20, *rest], factor=4.0)
+
+
+REFUSED = {
+    "8-bit integers with a scale a column": region((50,), 256, 128, 4, 64),
+    "no multiple of 64": region((50,), 200, 128, 8),
+    "8 rows or fewer": region((M,), 256, 128, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_tiles_do_not_take(reason: str) -> None:
+    t = Target("cpu", "x86_64", features=("amx_int8", "amx_tile", "avx512f"), cores=2)
+    assert reason in str(quantform.tiles_refusal(REFUSED[reason], t))
+    assert "no AMX tiles" in str(quantform.tiles_refusal(TILES["9 rows"], Target.from_name("cpu:znver4:2")))
 
 
 def test_every_knob(builder, kernels_dir) -> None:
