@@ -173,7 +173,7 @@ class QuantizedTilesKernel:
                 for c in range(2):
                     for i in range(2):
                         amx.store(code, 2 * c + i, sums, ((pair + c) * PARTS + some + i) * WORDS, BYTES)
-        scales = [self._named(self.args.inputs[form.scales][self._vector(panel * COLUMNS + u * LANES)]) for u in range(4)]
+        scales = [self._named(self._scale(form, panel, u)) for u in range(4)]
         with code.loop(amx.ROWS, "serial", "i") as i:
             unit = tirx.Broadcast(code.bind(code.load(self.units, code.simplify(tile * amx.ROWS + i)), "unit"), LANES)
             found = []
@@ -201,8 +201,11 @@ class QuantizedTilesKernel:
                         code.emit(tirx.BufferStore(total, total[place] + x * y, [place]))
                 for u in range(4):
                     place = self._vector(at + u * LANES)
-                    scale = self.args.inputs[form.scales][self._vector(panel * COLUMNS + u * LANES)]
-                    code.emit(tirx.BufferStore(total, total[place] * scale, [place]))
+                    code.emit(tirx.BufferStore(total, total[place] * self._scale(form, panel, u), [place]))
+
+    def _scale(self, form: Quantized, panel: Index, u: int) -> Any:
+        assert form.scales is not None  # of integers
+        return self.args.inputs[form.scales][self._vector(panel * COLUMNS + u * LANES)]
 
     def _named(self, x: Any) -> Any:
         return self.code.bind(x, "x", hidden=False)
