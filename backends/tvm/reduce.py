@@ -27,6 +27,7 @@ BLOCK = 1 << 13  # elements above which a lane-split float sum is taken in block
 TERMS = 1 << 7  # of a block that each accumulator takes
 ROWS = 256  # the same for sums along an outer axis, an element a lane
 GRAIN = 1 << 14  # units of work of a piece at least, where a schedule does not say how many pieces there are
+UNKNOWN = 64  # pieces of a sum of a symbolic number of elements
 PIECES = 256  # at most so many of them run in parallel, over all results
 Sink = Callable[[Sequence[Index], Any], None]
 
@@ -173,7 +174,7 @@ class Reduction:
                 return 1
             wanted = min(-(-4 * cores // steps), work // GRAIN, PIECES // steps)
         else:
-            wanted = min(4 * cores, PIECES) if steps == 1 else 1
+            wanted = UNKNOWN if steps == 1 else 1
         first = self.inner[0].size
         if isinstance(first, int):
             wanted = min(wanted, first // self.lanes if width == 1 and len(self.inner) == 1 else first)
@@ -336,7 +337,7 @@ class Reduction:
         tiles = code.ceildiv(last, width)
         sizes = [*(a.size for a in outer), tiles]
         steps = product(code, sizes)
-        pieces = self._pieces(steps, width) if isinstance(last, int) else 1
+        pieces = self._pieces(steps, width) if isinstance(last, int) and isinstance(self.count, int) else 1
         if pieces == 1:
             whole = self.inner[0].size if self.inner else 1  # reduced axes of one element are no loops
 
