@@ -24,8 +24,9 @@ from graphopt.backends.tvm.convthirdform import chunks_of, planes_of
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source, store_computed
 from graphopt.backends.tvm.loops import SMALL
+from graphopt.backends.tvm.partsproduct import LANES, WORDS, is_nan
 from graphopt.backends.tvm.thirdform import COLUMNS, STEP, TILE
-from graphopt.backends.tvm.thirds import LANES, ORDER, PARTS, WORDS, is_nan, split_pair, thirds
+from graphopt.backends.tvm.thirds import ORDER, PARTS, split_pair, thirds
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
