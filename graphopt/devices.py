@@ -14,7 +14,7 @@ import torch
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.base import Backend
 from graphopt.errors import BuildError, DeviceError, UsageError
-from graphopt.hidden import hidden
+from graphopt.hidden import missing_here
 from graphopt.options import Options
 from graphopt.target import Target, detect, detect_gpu
 
@@ -60,13 +60,6 @@ def choose_target(device: torch.device, options: Options) -> Target:
         hint = "; backend=\"triton\" runs them under Triton's interpreter, to check them" if target.is_gpu else ""
         raise DeviceError(f"kernels for target {options.target!r} cannot run here: {why}{hint}")
     return target
-
-
-def missing_here(target: Target) -> str:
-    """Why kernels for a CPU, which the user named, cannot run here, in words; empty if they can. What is hidden is tried."""
-    here = detect()
-    unannounced = hidden(here, target.features)
-    return replace(here, features=(*here.features, *unannounced)).lacks(target)
 
 
 def _with_settings(target: Target) -> Target:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cache
 
-from graphopt.target import AMX_REQUEST, Target
+from graphopt.target import AMX_REQUEST, Target, detect
 
 # machine code of a function without arguments: shapes are set (the configuration is at rdi), the instruction, tiles are released
 _LOAD_SHAPES, _RELEASE, _RETURN = "c4e2784907", "c4e27849c0", "c3"
@@ -42,3 +43,9 @@ def works(feature: str) -> bool:
 def hidden(here: Target, wanted: Collection[str] = tuple(_INSTRUCTIONS)) -> tuple[str, ...]:
     """Of the features ``wanted``, those that this machine, described by ``here``, has and does not announce."""
     return tuple(f for f in _INSTRUCTIONS if f in wanted and not here.has(f) and here.has("amx_tile") and works(f))
+
+
+def missing_here(target: Target) -> str:
+    """Why kernels for a CPU, which the user named, cannot run here, in words; empty if they can. What is hidden is tried."""
+    here = detect()
+    return replace(here, features=tuple(sorted((*here.features, *hidden(here, target.features))))).lacks(target)

@@ -21,6 +21,8 @@ from graphopt.accelerators import ACCELERATORS
 from graphopt.errors import DeviceError, nearest
 from graphopt.processors import PROCESSORS
 
+THIRDS_PRODUCTS = 6  # of bf16 on AMX tiles, for one of f32
+HALVES_PRODUCTS = 3  # of f16, as fast
 MATRIX_UNITS = ("mma", "wgmma", "tcgen05", "mfma")
 MOST_CACHES = 8  # that Linux may list of a processor
 _VECTOR_BITS = (("avx512f", 512), ("avx2", 256), ("avx", 256))  # all others: 128, or as wide as SVE is

@@ -27,6 +27,7 @@ from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.autotune.tasks import Scheduler, Task
 from graphopt.autotune.tuner import Budget, Listener, Outcome, Standing, Tuner
 from graphopt.errors import BuildError, DatabaseError, DeviceError, DiskFullError, UsageError, counted, first_line
+from graphopt.hidden import missing_here
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
 
@@ -241,6 +242,6 @@ def check_device(name: str, machine: Target | None = None) -> Target:
     target = machine if machine and name == "cpu" else Target.from_name(name)
     if target.kind != "cpu":
         raise DeviceError(f"{name!r}: only processors are tuned so far")
-    if why := (machine or detect()).lacks(target):
+    if why := machine.lacks(target) if machine else missing_here(target):
         raise DeviceError(f"kernels for {name!r} cannot be timed {'on the other machine' if machine else 'here'}: {why}")
     return target

@@ -15,14 +15,14 @@ from graphopt.ir.graph import Value
 from graphopt.ir.stage import staged_values
 from graphopt.lower import KernelStep
 from graphopt.profile import Profile
-from graphopt.target import Target
+from graphopt.target import HALVES_PRODUCTS, THIRDS_PRODUCTS, Target
 from graphopt.trials import cannot_be_tried, case_maker
 from graphopt.tuning import spaces_of
 
 MOST_BETWEEN = 256 << 20  # bytes over which weights are rotated at most
 WORTH = 0.01  # share of the models' time from which on it is measured what PyTorch takes for a task
 
-LeastSeconds = Callable[[float, float, bool], float]
+LeastSeconds = Callable[[float, float, int], float]
 """(floating-point operations, bytes from memory, whether products may be summed from thirds) -> seconds that the machine needs at least."""
 
 
@@ -96,7 +96,7 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
         limited = use.flops if _by_multiply_adds(use.step) else 0  # the limit is that of f32
         share = use.seconds / total if total else 0.0
         read = min(use.weight_bytes, use.bytes) if cold else 0  # of a table, the rows that are taken
-        floor = least(limited, read, _by_thirds(w, target)) if least else 0.0
+        floor = least(limited, read, _tile_products(w, target)) if least else 0.0
         subject = Subject(w, case_maker(w, use.sizes), use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
         eager = library(subject) if library and share >= WORTH else 0.0
         found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, eager, use.flops, read))
@@ -109,9 +109,10 @@ def _by_multiply_adds(step: KernelStep) -> bool:
     return all(n.operands[0].dtype == types.f32 for n in step.workload.graph.nodes() if n.op.has(Trait.CONTRACTION))
 
 
-def _by_thirds(w: Workload, target: Target) -> bool:
-    """Whether a kernel may multiply numbers of f32 as sums of narrower ones, for which there are faster instructions."""
-    return any(Rule.SPLIT_NUMBERS in rules for space in spaces_of(w, target) for rules in space.rules.values())
+def _tile_products(w: Workload, target: Target) -> int:
+    """How many products of narrower numbers, for which there are faster instructions, a kernel may make one of f32 of; 0 if none."""
+    split = [s.template for s in spaces_of(w, target) for rules in s.rules.values() if Rule.SPLIT_NUMBERS in rules]
+    return 0 if not split else HALVES_PRODUCTS if "halves" in split else THIRDS_PRODUCTS
 
 
 def _use(step: KernelStep, staged: Any, sizes: Mapping[str, int]) -> _Use:

@@ -10,6 +10,7 @@ from graphopt import devices, hidden
 from graphopt.errors import DeviceError
 from graphopt.options import Options
 from graphopt.target import Target, detect
+from graphopt.tuning import check_device
 
 
 def test_an_instruction_that_is_missing_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,11 +25,14 @@ def test_an_instruction_that_is_missing_does_not_work(monkeypatch: pytest.Monkey
 def test_a_processor_that_is_named_may_use_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     granite = Target.from_name("cpu:graniterapids:2")
     here = replace(granite, features=tuple(f for f in granite.features if f != "amx_fp16"))
-    monkeypatch.setattr(devices, "detect", lambda: here)
+    monkeypatch.setattr(hidden, "detect", lambda: here)
     monkeypatch.setattr(hidden, "works", lambda feature: True)
-    assert devices.missing_here(granite) == "" and hidden.hidden(here) == ("amx_fp16",)
+    assert hidden.missing_here(granite) == "" and hidden.hidden(here) == ("amx_fp16",)
+    assert check_device("cpu:graniterapids:2") == granite
     monkeypatch.setattr(hidden, "works", lambda feature: False)
-    assert "amx_fp16" in devices.missing_here(granite)
+    assert "amx_fp16" in hidden.missing_here(granite)
+    with pytest.raises(DeviceError, match="amx_fp16"):
+        check_device("cpu:graniterapids:2")
 
 
 def test_nothing_hidden_is_used_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

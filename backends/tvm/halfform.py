@@ -17,16 +17,20 @@ _ONCE = (512, 384, 256, 320, 192, 128, 96, 64, 32)  # of one that is read once
 _GROUP = 8  # pairs of row tiles of a task
 
 
-def packed_halves(v: Value) -> tuple[Value, Value] | None:
-    """The packed inputs that a factor ``[K, N]`` is made of, or None: halves ``f16[panels, K / 32, 2, 2, 16, 16, 2]``, units ``f32[N]``."""
+def packed_halves(v: Value) -> tuple[Value, Value, Value] | None:
+    """The packed inputs that a factor ``[K, N]`` is made of, or None: halves ``f16[panels, K / 32, 2, 2, 16, 16, 2]``, units ``f32[N]``,
+    shares ``f32[K]``."""
     cut = v.defined_by("slice")
     product = cut.operands[0].defined_by("mul") if cut is not None else None
-    total = product.operands[0].defined_by("add") if product is not None else None
-    if product is None or total is None or not product.operands[1].is_input:
+    inner = product.operands[0].defined_by("mul") if product is not None else None
+    total = inner.operands[0].defined_by("add") if inner is not None else None
+    column = inner.operands[1].defined_by("reshape") if inner is not None else None
+    if product is None or total is None or column is None or not (product.operands[1].is_input and column.operands[0].is_input):
         return None
-    parts = [c.operands[0].defined_by("slice") if (c := x.defined_by("cast")) is not None else None for x in total.operands]
     source: Value | None = None
-    for part, piece in enumerate(parts):
+    for part, x in enumerate(total.operands):
+        cast = x.defined_by("cast")
+        piece = cast.operands[0].defined_by("slice") if cast is not None else None
         if piece is None or piece.attrs["axis"] != 0 or piece.attrs["start"] != part * int(product.result.shape[0]):
             return None
         merged = piece.operands[0].defined_by("reshape")
@@ -36,7 +40,7 @@ def packed_halves(v: Value) -> tuple[Value, Value] | None:
         source = moved.operands[0]
     if source is None or not source.is_input or source.dtype != types.f16 or source.type.strides is not None:
         return None
-    return (source, product.operands[1]) if source.shape[2:] == (2, 2, TILE, TILE, 2) else None
+    return (source, product.operands[1], column.operands[0]) if source.shape[2:] == (2, 2, TILE, TILE, 2) else None
 
 
 def refusal(graph: Graph, t: Target) -> str | None:
@@ -48,7 +52,8 @@ def refusal(graph: Graph, t: Target) -> str | None:
             return "not a product of f32"
         if packed_halves(node.operands[1]) is None:
             return "the second factor is not split into halves"
-    return None
+    shares = [packed_halves(node.operands[1]) for node in products_of(graph)]
+    return None if len({p[2] for p in shares if p is not None}) == 1 else "products of different shares"
 
 
 def rows_of(graph: Graph) -> Dim:

@@ -1,12 +1,14 @@
 """Products of f32 on AMX tiles that multiply f16: each factor is a sum of two f16 times a power of two, and three of four products count.
 
-    x = (h + l) * unit      h: x / unit rounded to f16, 11 bits of the significand; l: the rest, rounded to f16
-    x * y = (h h' + h l' + l h') * unit * unit'   +   (l l', below 2**-22 of h h': left out)
+    x * share = (h + l) * unit      h: x * share / unit rounded to f16, 11 bits of the significand; l: the rest, rounded to f16
+    x * y     = (h h' + h l' + l h') * unit * unit'   +   (l l', below 2**-22 of h h': left out)
 
 Products of f16 are exact in f32, which is also what the tiles sum in. What is lost of each term, 2**-22 at most, in the mean far
-less, is less than what a library's sum of K terms in f32 loses from K of some hundred on. The unit of a row of ``x`` (of a chunk of
-the depth) brings its largest element to between 2**14 and 2**15: nothing overflows, and of smaller elements at most 2**-39 of the
-largest is lost. The weight was split before (:mod:`graphopt.passes.layout.halves`) and lies in memory as tiles do.
+less, is less than what a library's sum of K terms in f32 loses from K of some hundred on. The weight was split before
+(:mod:`graphopt.passes.layout.halves`) and lies in memory as tiles do; the share of an element of the depth is how large its row of the
+weight is. The unit of a row of ``x`` (of a chunk of the depth) brings its largest element, times shares, to between 2**14 and 2**15:
+nothing overflows, and of others at most 2**-39 of the largest is lost. A row most of whose elements are below 2**-17 of its largest
+loses too much: it is made nan, and summed in f32 as rows with infinities are.
 
 While the tiles multiply a block of the weight, for all rows of a task, the next block is asked for. Sums are added to totals times the
 units of row and column.
@@ -41,6 +43,7 @@ _LINE = 32  # f16 of a cache line
 _AHEAD = 9 * 512
 _EXPONENT = 0x7F800000
 _LEAST = 27 << 23  # the exponent of 2**-100: of what a unit is made of
+_SMALL = 17  # halves of what is 2**-17 of the largest lose digits
 _TOP = 14  # the exponent that the largest of a row has in units
 
 
@@ -80,6 +83,7 @@ class HalvesKernel(PartsProduct):
         if any(p is None for p in packed):
             raise BuildError("the second factor is not split into halves")
         self.weights = [(self.args.inputs[p[0]], self.args.inputs[p[1]]) for p in packed if p is not None]  # tiles, units
+        self.shares = next(self.args.inputs[p[2]] for p in packed if p is not None)
 
     def _begin(self, rows: int, first: Index) -> None:
         code = self.code
@@ -159,9 +163,10 @@ class HalvesKernel(PartsProduct):
         code, per_row, total = self.code, COLUMNS // LANES, self.totals[which]
         at = self._total_at(place, q)
         row, c = code.div(q, per_row), code.mod(q, per_row)
-        unit = tirx.Broadcast(code.load(self.units, code.simplify(place * self.side + row)), LANES)
-        unit = unit * self.weights[which][1][vector_at(code, self.panel * COLUMNS + c * LANES)]
-        code.emit(tirx.BufferStore(total, total[at] + self.acc[vector_at(code, q * LANES)] * unit, [at]))
+        x = tirx.Broadcast(code.load(self.units, code.simplify(place * self.side + row)), LANES)
+        y = self.weights[which][1][vector_at(code, self.panel * COLUMNS + c * LANES)]
+        # the smaller one first: nothing leaves the range that the result is in
+        code.emit(tirx.BufferStore(total, total[at] + self.acc[vector_at(code, q * LANES)] * tirx.min(x, y) * tirx.max(x, y), [at]))
 
     # --- the first factor ---------------------------------------------------------------------------------------------------
 
@@ -183,9 +188,11 @@ class HalvesKernel(PartsProduct):
                 line = code.bind_index(code.simplify(i * wide), "line")
                 with code.loop(steps * STEP // LANES, "serial", "s") as s, code.loop(LANES, kind, "v") as v:
                     k = code.simplify(chunk * (steps * STEP) + s * LANES + v)
-                    code.store(lines, code.simplify(line + s * LANES + v), self._left_at(lead, k))
+                    code.store(lines, code.simplify(line + s * LANES + v), self._left_at(lead, k) * code.load(self.shares, k))
                 largest = self._largest(lines, line, steps * STEP // LANES)
-                code.store(ups, i, tirx.reinterpret("float32", tirx.const((254 + _TOP) << 23, "uint32") - largest))
+                up = tirx.reinterpret("float32", tirx.const((254 + _TOP) << 23, "uint32") - largest)
+                uneven = self._uneven(lines, line, steps * STEP // LANES, largest)
+                code.store(ups, i, tirx.Select(uneven, tirx.const(float("nan"), "float32"), up))
                 unit = tirx.reinterpret("float32", largest - tirx.const(_TOP << 23, "uint32"))
                 code.store(self.units, code.simplify(start + i), unit)
             with code.loop(steps, "serial", "s") as s:
@@ -218,10 +225,29 @@ class HalvesKernel(PartsProduct):
         top = tirx.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.umax", most)
         return code.bind(tirx.max(tirx.bitwise_and(top, tirx.const(_EXPONENT, "uint32")), tirx.const(_LEAST, "uint32")), "largest")
 
+    def _uneven(self, lines: Any, line: Index, vectors: int, largest: Any) -> Any:
+        """Whether more than half of a row's elements that are not zero are below 2**-17 of its largest."""
+        code = self.code
+        held = code.alloc(LANES, "int32", "even", scope="local")
+        at = vector_at(code, 0)
+
+        def all_of(n: int, dtype: str = "int32") -> Any:
+            return tirx.Broadcast(tirx.const(n, dtype), LANES)
+
+        code.emit(tirx.BufferStore(held, all_of(0), [at]))
+        least = tirx.Broadcast(largest - tirx.const(_SMALL << 23, "uint32"), LANES)
+        with code.loop(vectors, "serial", "s") as s:
+            x = tirx.reinterpret(f"uint32x{LANES}", lines[vector_at(code, line + s * LANES)])
+            x = tirx.bitwise_and(x, all_of(0x7FFFFFFF, "uint32"))
+            large = tirx.Select(tirx.GE(x, least), all_of(1), tirx.Select(tirx.GT(x, all_of(0, "uint32")), all_of(-1), all_of(0)))
+            code.emit(tirx.BufferStore(held, held[at] + large, [at]))
+        return tirx.LT(tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", held[at]), tirx.const(0, "int32"))
+
     def _weight_vector(self, which: int, panel: Index, k: Index, c: int) -> Any:
         code, (weight, unit) = self.code, self.weights[which]
         step, pair, row = code.div(k, STEP), code.div(code.mod(k, STEP), TILE), code.mod(k, TILE)
         at = self._weight_at(panel, 0) + step * (2 * PARTS * _ELEMENTS) + row * (2 * LANES) + pair
         places = (tirx.Ramp(i64(code.simplify(at + (p * 2 + c) * _ELEMENTS)), i64(2), LANES) for p in range(PARTS))
         high, low = (weight[p].astype(f"float32x{LANES}") for p in places)
-        return (high + low) * unit[vector_at(code, panel * COLUMNS + c * LANES)]
+        share = tirx.Broadcast(code.load(self.shares, k), LANES)
+        return (high + low) * share * unit[vector_at(code, panel * COLUMNS + c * LANES)]

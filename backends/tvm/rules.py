@@ -20,6 +20,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("int8", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.TENSORIZE),
     ("quantized", "default"): _TILED,  # what makes floats of its weight stands inline
     ("quantized-tiles", "default"): (*_TILED, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
+    ("halves", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("thirds", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("conv", "default"): (*_TILED, Rule.CACHE_WRITE),
     ("conv-thirds", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),

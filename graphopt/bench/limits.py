@@ -13,12 +13,11 @@ import torch
 
 from graphopt.errors import GraphoptError
 from graphopt.pages import Pages
-from graphopt.target import Target, detect
+from graphopt.target import THIRDS_PRODUCTS, Target, detect
 
 MEMORY_BYTES = 1 << 30  # far beyond the last-level cache, where memory allows
 STEPS = 1 << 16
 TILE_STEPS = 1 << 10
-THIRDS_PRODUCTS = 6  # of bf16, for one of f32
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,13 @@ class Limits:
     buffer: int
     tiles: float = 0.0
 
-    def least_seconds(self, flops: float, read: float, thirds: bool = False) -> float:
+    def least_seconds(self, flops: float, read: float, products: int = 0) -> float:
         """No run can be faster: its arithmetic at full speed, or its bytes, whichever takes longer.
 
         Args:
-            thirds: products of f32 may be summed from thirds on tiles, six products of bf16 for one.
+            products: of tiles that one of f32 may be summed from, six of thirds or three of halves; 0 if it may not.
         """
-        return max(flops / (self.by_thirds if thirds else self.flops), read / self.bytes)
+        return max(flops / max(self.flops, self.tiles / products if products else 0.0), read / self.bytes)
 
     @property
     def by_thirds(self) -> float:

@@ -204,14 +204,18 @@ def rebuilt(g: Graph, site: Site, packed: Sequence[Value], unpacked: Unpack) -> 
     assert old is not None
     body, operands = Graph("body", old.symbols), list[Value]()
     mapping: dict[Value, Value] = {}
-    plain = old.inputs[site.input]
+    plain, given = old.inputs[site.input], dict[Value, Value]()
     for v, operand in zip(old.inputs, site.fusion.operands, strict=True):
         if v is plain:
-            weight = unpacked(Builder(body), [body.add_input(p.type.logical, v.hint) for p in packed])
-            operands += packed
+            for p in packed:
+                if p not in site.fusion.operands:  # else another product of the region reads it already
+                    given[p] = body.add_input(p.type.logical, v.hint)
+                    operands.append(p)
         if v is not plain or _other_uses(plain, site):
             mapping[v] = body.add_input(v.type, v.hint)
             operands.append(operand)
+    shared = dict(zip(site.fusion.operands, old.inputs, strict=True))
+    weight = unpacked(Builder(body), [given[p] if p in given else mapping[shared[p]] for p in packed])
     read = site.matmul.operands[1]
     for node in old.nodes():
         if read.producer is node and len(read.uses) == 1:

@@ -27,8 +27,9 @@ def test_products_of_thirds_may_be_as_fast_as_tiles() -> None:
     """Six products of bf16 for one of f32: 1000 GFLOP/s where tiles make 6000, and what the vector units make where that is more."""
     machine = Limits(400e9, 30e9, 2, 1, tiles=6e12)
     assert machine.least_seconds(4e9, 0) == pytest.approx(0.01)
-    assert machine.least_seconds(4e9, 0, thirds=True) == pytest.approx(0.004)
-    assert Limits(400e9, 30e9, 2, 1).least_seconds(4e9, 0, thirds=True) == pytest.approx(0.01)
+    assert machine.least_seconds(4e9, 0, products=6) == pytest.approx(0.004)
+    assert machine.least_seconds(4e9, 0, products=3) == pytest.approx(0.002)
+    assert Limits(400e9, 30e9, 2, 1).least_seconds(4e9, 0, products=6) == pytest.approx(0.01)
 
 
 def test_best_seconds_runs_three_times_at_least() -> None:

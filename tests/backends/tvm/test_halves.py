@@ -18,16 +18,18 @@ M = dims.symbol("M")
 GRANITE = Target.from_name("cpu:graniterapids:2")
 
 
-def packing(k: int, n: int) -> Graph:
-    """From a weight to what the kernel reads."""
+def packing(k: int, n: int, products: int = 1) -> Graph:
+    """From weights to what the kernel reads: shares, then halves and units of each."""
     g = Graph("packing")
-    g.set_outputs(list(halves.pack(Builder(g), g.add_input(TensorType(types.f32, (k, n))), False)))
+    b = Builder(g)
+    share, made = halves.pack(b, [(g.add_input(TensorType(types.f32, (k, n))), False) for _ in range(products)])
+    g.set_outputs([share, *(v for pair in made for v in pair)])
     return g
 
 
-def packed(w: torch.Tensor) -> list[torch.Tensor]:
-    """What the kernel reads of a weight."""
-    return [x.contiguous() for x in evaluate(packing(*w.shape), [w])]
+def packed(*weights: torch.Tensor) -> list[torch.Tensor]:
+    """What the kernel reads of weights."""
+    return [x.contiguous() for x in evaluate(packing(*weights[0].shape, len(weights)), list(weights))]
 
 
 def region(rows: tuple, k: int, n: int, *, prologue: bool = False, epilogue: bool = False, products: int = 1) -> Graph:
@@ -39,8 +41,8 @@ def region(rows: tuple, k: int, n: int, *, prologue: bool = False, epilogue: boo
             g.symbols[d.name] = dims.Range(1, None)
     x = g.add_input(TensorType(types.f32, (*rows, k)), "x")
     x = b.gelu(x) if prologue else x
-    forms = packing(k, n).outputs
-    ys = [b.matmul(x, halves.unpack(b, [g.add_input(p.type.logical, "w") for p in forms], n)) for _ in range(products)]
+    share, *forms = [g.add_input(v.type.logical, "w") for v in packing(k, n, products).outputs]
+    ys = [b.matmul(x, halves.unpack(b, [*forms[2 * i : 2 * i + 2], share], n)) for i in range(products)]
     y = b.mul(b.silu(ys[0]), ys[1]) if products == 2 else ys[0]
     if epilogue:
         y = b.gelu(b.add(y, g.add_input(TensorType(types.f32, (n,)), "b")))
@@ -70,17 +72,13 @@ def bindings(graph: Graph) -> list[dict[str, int]]:
 
 
 def values(graph: Graph, **sizes: int) -> list[torch.Tensor]:
-    """Random inputs; a packed weight is one that was random before."""
+    """Random inputs; packed weights are ones that were random before."""
     generator = torch.Generator().manual_seed(0)
-    out: list[torch.Tensor] = []
-    for v in graph.inputs:
-        shape = [d if isinstance(d, int) else dims.evaluate(d, sizes) for d in v.shape]
-        if v.dtype == types.f16:
-            k, n = 32 * shape[1], 32 * shape[0]
-            out += packed(torch.randn(k, n, generator=generator))
-        elif v.hint != "w":
-            out.append(torch.randn(shape, generator=generator))
-    return out
+    weights = [v for v in graph.inputs if v.dtype == types.f16]
+    k, n = 32 * int(weights[0].shape[1]), 32 * int(weights[0].shape[0])
+    forms = iter(packed(*(torch.randn(k, n, generator=generator) for _ in weights)))
+    shapes = [[d if isinstance(d, int) else dims.evaluate(d, sizes) for d in v.shape] for v in graph.inputs]
+    return [next(forms) if v.hint == "w" else torch.randn(s, generator=generator) for v, s in zip(graph.inputs, shapes, strict=True)]
 
 
 def default(w: Workload) -> Schedule:
@@ -152,7 +150,9 @@ def test_infinite_and_large_and_small_values(builder, kernels_dir, fp16_tiles) -
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15])
-@pytest.mark.parametrize("form", ["normal", "positive", "outliers"])
+@pytest.mark.parametrize("form", [
+    "normal", "positive", "outliers", "time", "masked", "spread", "a giant row that meets nothing", "a giant feature that meets one column",
+])
 def test_the_error_is_no_larger_than_that_of_a_sum_in_f32(builder, kernels_dir, fp16_tiles, scale: float, form: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 768, generator=generator) * scale, torch.randn(768, 96, generator=generator) * scale
@@ -161,13 +161,24 @@ def test_the_error_is_no_larger_than_that_of_a_sum_in_f32(builder, kernels_dir, 
     if form == "outliers":  # a channel that is ten thousand times as large, and multiplied by next to nothing
         x[:, 5] *= 1e4
         w[5] *= 1e-4
+    if form == "time":  # seconds since 1970
+        x[:, 5], w[5] = 1.6e9 * scale, 1e-9 * scale
+    if form == "masked":
+        x[:, 5], w[5] = torch.finfo(torch.float32).min, 0.0
+    if form == "spread":
+        spread = torch.logspace(-6, 6, 768)
+        x, w = x * spread, w / spread[:, None]
+    if form == "a giant row that meets nothing":
+        x[:, 5], w[5] = 0.0, 1e9 * scale
+    if form == "a giant feature that meets one column":
+        x[:, 5], w[5, 1:] = -1e9 * scale, 0.0
     want = x.double() @ w.double()
     one_by_one = torch.zeros(64, 96)
     for k in range(768):
         one_by_one += x[:, k, None] * w[k]
 
     def error(y: torch.Tensor) -> float:
-        return float((y.double() - want).norm() / want.norm())
+        return float(((y.double() - want).norm(dim=0) / want.norm(dim=0)).max())
 
     (got,) = one(builder, kernels_dir, region((64,), 768, 96))([x, *packed(w)])
     assert error(got) <= error(one_by_one)
@@ -201,17 +212,31 @@ def test_one_packing_for_pass_and_kernel() -> None:
     assert (halfform.COLUMNS, halfform.STEP, halfform.TILE) == (halves.COLUMNS, halves.DEPTH, halves.TILE)
     graph = region((32,), 64, 40)
     (node,) = halfform.products_of(graph)
-    assert halfform.packed_halves(node.operands[1]) == tuple(graph.inputs[1:])
+    _, share, *halves_and_units = graph.inputs
+    assert halfform.packed_halves(node.operands[1]) == (*halves_and_units, share)
     assert halfform.packed_halves(node.operands[0]) is None
 
 
+def test_what_is_large_and_small_at_once(builder, kernels_dir, fp16_tiles) -> None:
+    """Units whose product leaves the range, of results that do not."""
+    run = one(builder, kernels_dir, region((32,), 64, 32))
+    for x, w in ((2.0**78, 2.0**-100), (2.0**-62, 2.0**-62), (2.0**-100, 2.0**100)):
+        got = run([torch.full((32, 64), x), *packed(torch.full((64, 32), w))])[0]
+        assert torch.equal(got, torch.full((32, 32), 64 * x * w))
+    x, w = torch.zeros(32, 64), torch.zeros(64, 32)
+    x[:, 0], x[:, 1], w[2], w[1] = 2.0**78, 2.0**51, 2.0**78, 2.0**51
+    assert torch.equal(run([x, *packed(w)])[0], torch.full((32, 32), 2.0**102))
+
+
 def test_halves_are_close_to_the_weight() -> None:
-    """Within 2**-22 of an element, and 2**-39 of the largest of its column."""
+    """Within 2**-22 of an element, and half of the smallest f16 in units and shares."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(64, 40, generator=generator) * torch.logspace(-30, 30, 40) * torch.logspace(0, -12, 64)[:, None]
     g = Graph("both")
     b = Builder(g)
-    x = g.add_input(TensorType(types.f32, (64, 40)))
-    g.set_outputs([halves.unpack(b, halves.pack(b, x, False), 40)])
-    got = evaluate(g, [w])[0]
-    assert ((got.double() - w.double()).abs() <= 2.0**-22 * w.abs().double() + 2.0**-39 * w.abs().amax(0).double()).all()
+    share, ((both, unit),) = halves.pack(b, [(g.add_input(TensorType(types.f32, (64, 40))), False)])
+    g.set_outputs([halves.unpack(b, [both, unit, share], 40), share, unit])
+    got, shares, units = evaluate(g, [w])
+    step = 2.0**-25 * shares.double()[:, None] * units.double()[:40]
+    assert ((got.double() - w.double()).abs() <= 2.0**-22 * w.abs().double() + step).all()
+    assert ((got.double() - w.double()).abs() <= 2.0**-21 * w.abs().double()).all()  # shares follow the rows: nothing is small here
