@@ -378,31 +378,44 @@ class Reduction:
         long = self._is_long(ROWS)
         acc = code.alloc(width, m.held, "acc")
         total = code.alloc(width, m.total, "total") if long else acc
-        rest = self.inner[1:]
 
         def fill(buffer: Any, dtype: str) -> None:
             lanewise(code, width, lanes, lambda l: code.store(buffer, l, self._constant(m.start, dtype)))
 
-        def span(begin: Index, length: Index) -> None:
-            with code.loop(length, "serial", "k") as k:
-                here = code.simplify(begin + k)
+        def update(reduced: list[Index]) -> None:
+            at = [code.simplify(first + reduced[0]), *reduced[1:]] if self.inner else []
+            lanewise(code, width, lanes, lambda l: self._join(acc, l, self._lane_index(outer, code.simplify(start + l)), at))
 
-                def update(reduced: list[Index]) -> None:
-                    lanewise(code, width, lanes, lambda l: self._join(
-                        acc, l, self._lane_index(outer, code.simplify(start + l)), [here, *reduced][: len(self.inner)]))  # fmt: skip
-
-                self._loops(rest, update)
-
+        axes = [Axis(a.members, a.size if k else count) for k, a in enumerate(self.inner)]
         if not long:
             fill(acc, m.held)
-            span(first, count)
+            self._loops(axes, update)
             return acc
         fill(total, m.total)
-        with code.loop(code.ceildiv(count, ROWS), "serial", "block") as block:
-            fill(acc, m.held)
-            span(code.simplify(first + block * ROWS), code.bind_index(code.least(count - block * ROWS, ROWS)))
-            lanewise(code, width, lanes, lambda l: code.store(total, l, m.join(code.load(total, l), code.load(acc, l).astype(m.total))))
+        level, steps = self._block()
+
+        def blocks(above: list[Index]) -> None:
+            size = axes[level].size
+            with code.loop(code.ceildiv(size, steps), "serial", "block") as block:
+                done = code.simplify(block * steps)
+                fill(acc, m.held)
+                part = Axis(axes[level].members, code.bind_index(code.least(size - done, steps)))
+                self._loops([part, *axes[level + 1 :]], lambda at: update([*above, code.simplify(done + at[0]), *at[1:]]))
+                lanewise(code, width, lanes, lambda l: code.store(total, l, m.join(code.load(total, l), code.load(acc, l).astype(m.total))))
+
+        self._loops(axes[:level], blocks)
         return total
+
+    def _block(self) -> tuple[int, int]:
+        """The elements of a column that one accumulator takes: some steps of a reduced axis, and all of the axes within it.
+
+        Returns:
+            The position of that axis among the reduced ones, and how many steps: no more than ``ROWS`` elements.
+        """
+        level, within = len(self.inner) - 1, 1
+        while level and isinstance(n := self.inner[level].size, int) and within * n <= ROWS:
+            level, within = level - 1, within * n
+        return level, ROWS // within
 
     def _store_columns(self, outer: list[Index], start: Index, width: int, total: Any) -> None:
         code = self.code

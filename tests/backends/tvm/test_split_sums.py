@@ -132,6 +132,23 @@ def test_a_product_that_is_summed_is_rounded_once(compile_all, shape) -> None:
     assert torch.equal(run([x, y], None)[0], torch.full([kept], 2.0**-24))
 
 
+LONG = {
+    "the inner axis is long": ("(%x: f32[2, 3, 20000, 33]) -> f32[3, 33] {\n %0: f32[3, 33] = mean(%x) {axes = [0, 2]}", {}),
+    "both axes fill a block": ("(%x: f32[301, 2, 100, 17]) -> f32[2, 17] {\n %0: f32[2, 17] = mean(%x) {axes = [0, 2]}", {}),
+    "three axes": ("(%x: f32[30, 2, 300, 3, 7, 20]) -> f32[2, 3, 20] {\n %0: f32[2, 3, 20] = sum(%x) {axes = [0, 2, 4]}", {}),
+    "symbolic": ("(%x: f32[B, 2, H, 17]) -> f32[2, 17] where 1 <= B, 1 <= H {\n %0: f32[2, 17] = sum(%x) {axes = [0, 2]}",
+                 {"B": 3, "H": 20001}),
+}  # fmt: skip
+
+
+def test_the_error_of_a_sum_down_columns_does_not_grow_with_its_length(compile_all) -> None:
+    """Whichever of the reduced axes is the long one. The terms are not negative: the error of one f32 accumulator is many times eager's."""
+    graphs = [parse_graph(f"graph @g{text}\n return %0\n}}") for text, _ in LONG.values()]
+    runs = compile_all([(g, "reduction") for g in graphs])
+    for graph, run, (_, bindings) in zip(graphs, runs, LONG.values(), strict=True):
+        check(graph, run, [x.abs() for x in values(graph, **bindings)], bindings)
+
+
 @pytest.mark.parametrize("name", ["cpu:graniterapids:2", "cpu:x86-64-v3:8", "cpu:aarch64:4"])
 def test_who_gets_a_split_sketch(name: str) -> None:
     """Device-free: where results alone are tasks enough, or sums are short, nothing is divided."""
