@@ -220,11 +220,13 @@ class Reduction:
             kept = code.unflatten(row, [a.size for a in self.kept])
             self.sink(self._result_index(kept), self._final(code.load(acc, 0)))
 
-    def _kind(self, steps: Index, pieces: int) -> str:
-        if not self.tuning.parallel or (isinstance(steps, int) and steps * pieces == 1):
+    def _kind(self, steps: Index, pieces: int, width: int = 1) -> str:
+        """The kind of a loop over tasks of ``width`` results each, or over pieces of them: these there are only where threads pay."""
+        if not self.tuning.parallel:
             return "serial"
-        if isinstance(steps, int) and isinstance(self.count, int) and steps * self.count * self.weight < SMALL:
-            return "serial"
+        if pieces == 1 and isinstance(steps, int):
+            small = isinstance(self.count, int) and steps * self.count * self.weight * width < SMALL
+            return "serial" if steps == 1 or small else "parallel"
         return "parallel"
 
     def _row_total(self, kept: list[Index], start: Index, length: Index, total_type: str) -> Any:
@@ -311,7 +313,7 @@ class Reduction:
         width = self._width(across)
         tiles = code.ceildiv(last, width)
         steps = product(code, [*(a.size for a in outer), tiles])
-        with code.loop(steps, self._kind(steps, 1), "tile") as tile:
+        with code.loop(steps, self._kind(steps, 1, width), "tile") as tile:
             at = code.unflatten(tile, [*(a.size for a in outer), tiles])
             start = self._tile_start(at[-1], last, width)
             if width > 1 and not isinstance(last, int):

@@ -9,7 +9,7 @@ import torch
 from tvm_check import check, values
 
 from graphopt.autotune.sketch import Sketch, sketches_of
-from graphopt.autotune.space import Workload
+from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.backends.tvm.build import load_kernel
 from graphopt.ir.graph import Graph
@@ -147,6 +147,26 @@ def test_the_error_of_a_sum_down_columns_does_not_grow_with_its_length(compile_a
     runs = compile_all([(g, "reduction") for g in graphs])
     for graph, run, (_, bindings) in zip(graphs, runs, LONG.values(), strict=True):
         check(graph, run, [x.abs() for x in values(graph, **bindings)], bindings)
+
+
+def test_sums_down_columns_run_in_parallel_where_threads_pay() -> None:
+    """Device-free: in pieces where there are fewer tiles of columns than threads, else tile by tile; small ones on one thread."""
+    target = Target.from_name("cpu:graniterapids:2")
+
+    def kernel(shape: tuple[int, int], **knobs: bool) -> tuple[bool, bool]:
+        """Whether the kernel has a parallel loop, and whether it has partial results."""
+        rows, columns = shape
+        text = f"(%x: f32[{rows}, {columns}]) -> f32[{columns}] {{\n %0: f32[{columns}] = sum(%x) {{axes = [0]}}\n return %0\n}}"
+        w = Workload.of(parse_graph(f"graph @g{text}"), "reduction")
+        template = TvmBackend().templates(w, target)[0]
+        space = template.space(w, target)
+        source = template.emit(w, Schedule.make(space.template, **{**dict(space.default().knobs), **knobs}), target)
+        return "T.parallel(" in source.text, "partial" in source.text
+
+    assert [kernel(shape) for shape in ((3000, 64), (8000, 64), (32000, 64), (33000, 64))] == [(True, True)] * 4
+    assert [kernel(shape) for shape in ((16000, 128), (1000, 128), (500, 1024))] == [(True, False)] * 3
+    assert [kernel(shape) for shape in ((1000, 64), (200, 128), (9, 40))] == [(False, False)] * 3
+    assert not kernel((32000, 64), parallel=False)[0]
 
 
 @pytest.mark.parametrize("name", ["cpu:graniterapids:2", "cpu:x86-64-v3:8", "cpu:aarch64:4"])
