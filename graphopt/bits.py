@@ -29,8 +29,9 @@ from graphopt.folding import without_norms
 from graphopt.ledger import Ledger
 from graphopt.ledger_times import families
 from graphopt.linears import layers_of, replaced
+from graphopt.moves import relative_error
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantization import Progress, ledger_of, quantize, relative_error
+from graphopt.quantization import Progress, ledger_of, quantize
 
 SCHEMES = ("int8-weight", "int4-weight")
 METHODS = ("rtn", "gptq", "split")  # that round a layer without changing another
@@ -133,9 +134,11 @@ def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
     given |= {"method": method, "calibration": None if calibration is None else list(calibration)}
     samples = samples_of(given["calibration"], args, kwargs)
-    if any(Scheme.parse(s).activations for s in schemes):  # once for all: what stays in float is no other model
-        model = without_norms(model, list(layers_of(model)), samples)
+    reference, note = model, ""
     moved = _judge(model, metric, samples)
+    if any(Scheme.parse(s).activations for s in schemes):  # once for all: what stays in float is no other model
+        model, note = without_norms(model, list(layers_of(model)), samples)
+    given["reference"] = reference
     made = {s: quantize(model, args, kwargs, scheme=s, measure=measure, revert=False, progress=progress, **given) for s in schemes}
     ledgers = {s: ledger_of(m) for s, m in made.items()}
     if measure and not any(e.seconds for ledger in ledgers.values() for e in ledger.entries):
@@ -168,6 +171,7 @@ def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
         chosen -= 1
         result = quantize(model, args, kwargs, scheme=points[chosen].schemes, measure=measure, progress=progress, **given)
     losses[chosen] = moved(result)
+    ledger_of(result).notes += [note] if note else []
     points = [Point(p.schemes, p.saved, p.expected, losses.get(i)) for i, p in enumerate(points)]
     unit = "seconds" if measure else "bytes"
     return result, Front(unit, _whole(ledgers[schemes[0]], measure), budget, options, points, chosen)

@@ -60,7 +60,8 @@ class Ledger:
         scheme: as asked for; of schemes by layer, how many layers each was given to.
         entries: a weight each, in the model's order.
         seconds, float_seconds: of a whole run on the example inputs, in the end and before; None if nothing was measured.
-        output_error: of the model's first output.
+        output_error: of the model's first output, against that of the model that was given.
+        notes: what else people should know, a sentence each.
     """
 
     scheme: str
@@ -68,6 +69,7 @@ class Ledger:
     seconds: float | None = None
     float_seconds: float | None = None
     output_error: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bytes_saved(self) -> int:
@@ -92,7 +94,7 @@ class Ledger:
             ratio = self.float_seconds / self.seconds
             verdict = f"{ratio:.2f} times as fast" if ratio >= 1 else f"slower: {ratio:.2f} times as fast"
             lines.append(f"a run {self.float_seconds * 1e3:.3f} ms in float, {self.seconds * 1e3:.3f} ms quantized: {verdict}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def table(self, width: int = 160) -> str:
         """Text for people, a line a weight; below it, the summary."""

@@ -24,6 +24,7 @@ from graphopt.ledger import Entry, Ledger
 from graphopt.ledger_times import RUNS, measure_times
 from graphopt.linears import FLOAT, is_convolution, layers_of, left_in_float, linears_of, replaced, schemes_of, smooth_of, weight_of
 from graphopt.model import compile
+from graphopt.moves import EXACT, move
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantized_conv import QuantizedConv
 from graphopt.quantized_linear import QuantizedLinear, largest_of, quantize_groups
@@ -32,7 +33,6 @@ from graphopt.split import SplitLinear
 
 LEAST = 1 << 14  # elements of the smallest weight that is worth it
 METHODS = ("rtn", "gptq", "smoothquant", "awq", "split")
-EXACT = 1e-3  # how far moving scales may move an output in f32, relative to its norm
 HESSIANS = 1 << 29  # bytes of those that are kept at a time
 
 Quantized = QuantizedLinear | SplitLinear | QuantizedConv
@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]
 def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
              scheme: str | Mapping[str, str] = "int8-weight", method: str = "rtn", calibration: Iterable[Any] | None = None,
              observer: str = "minmax", keep: Iterable[str] = (), measure: bool = True, revert: bool = True, least: int = LEAST,
-             progress: Progress | None = None, **options: Any) -> nn.Module:  # fmt: skip
+             progress: Progress | None = None, reference: nn.Module | None = None, **options: Any) -> nn.Module:  # fmt: skip
     """Quantize the linear layers of a model, and, by schemes of both factors, its convolutions.
 
     Args:
@@ -61,6 +61,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         measure: compile both models, and time each kernel against the float one.
         revert: put back in float what became slower.
         least: elements of the smallest weight that is quantized; a convolution's count 64 times.
+        reference: the model that this is another form of, which errors of outputs are told against; batch norms are folded already then.
         options: of the compilations, see :class:`graphopt.Options`.
 
     Returns:
@@ -83,9 +84,10 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     left = left_in_float(model, schemes, tuple(keep), least)
     both = any(s.activations for s in schemes.values())
     schemes = {n: s for n, s in schemes.items() if n not in left}
-    if convolutions := [n for n in schemes if n not in linears_of(model)]:
+    given, note = model if reference is None else reference, ""
+    if reference is None and (convolutions := [n for n in schemes if n not in linears_of(model)]):
         told("folding batch norms", 0, 1)
-        model = without_norms(model, convolutions, samples or samples_of(None, args, kwargs))
+        model, note = without_norms(model, convolutions, samples or samples_of(calibration, args, kwargs))
     if method in ("smoothquant", "awq"):
         told("smoothing", 0, 1)
         model = _smooth(model, samples, schemes, method)
@@ -94,12 +96,14 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     _set_steps(model, linears, made, samples, observer, told, left)
     counts = Counter(m.scheme for m in made.values())
     said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
-    ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()])
+    ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()],
+                    notes=[note] if note else [])  # fmt: skip
     entries = {e.name: e for e in ledger.entries}
     result = replaced(model, made)
     if tree_leaves((args, kwargs)):
         told("measuring errors", 0, 1)
-        ledger.output_error = _output_errors(model, result, linears, made, entries, args, kwargs)
+        _layer_errors(model, linears, made, entries, args, kwargs)
+        ledger.output_error = move(given, result, args, kwargs)
         if measure and made:
             told("measuring times", 0, 1)
             measure_times(model, result, entries, ledger, args, kwargs, options)
@@ -108,7 +112,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
                 result = replaced(model, {n: m for n, m in made.items() if n not in slower})
                 _revert(slower, entries)
                 told("measuring again", 0, 1)
-                ledger.output_error = _relative(model, result, args, kwargs)
+                ledger.output_error = move(given, result, args, kwargs)
                 ledger.seconds = compile(result, args, kwargs, **options).profile(*args, runs=RUNS, **kwargs).seconds
     result.ledger = ledger  # type: ignore[assignment]
     return result
@@ -121,7 +125,7 @@ def _smooth(model: nn.Module, samples: Sequence[Sample], schemes: Mapping[str, S
     alone = [n for n in schemes if n in linears and not any(n in g.linears for g in groups)]
     result = replaced(model, smoothed(model, groups, alone, samples, schemes, method, weight_of))
     for sample in samples:
-        moved = _relative(model, result, *sample)
+        moved = move(model, result, *sample)
         if moved is not None and not moved < EXACT:
             raise GraphoptError(f"{method}: moving scales changed the output by {moved:.3g} of its norm, before anything was rounded; "
                                 "the model may take another way for some inputs than for the first of the calibration")  # fmt: skip
@@ -233,9 +237,9 @@ def _revert(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
 # --- errors -------------------------------------------------------------------------------------------------------------
 
 
-def _output_errors(model: nn.Module, result: nn.Module, linears: Mapping[str, nn.Module], made: Mapping[str, Quantized],
-                   entries: Mapping[str, Entry], args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:  # fmt: skip
-    """Each layer's error, given the float model's inputs, one layer at a time in memory; returns that of the model."""
+def _layer_errors(model: nn.Module, linears: Mapping[str, nn.Module], made: Mapping[str, Quantized], entries: Mapping[str, Entry],
+                  args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # fmt: skip
+    """Each layer's error, given the float model's inputs, one layer at a time in memory."""
     sums: dict[str, tuple[float, float]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -255,26 +259,3 @@ def _output_errors(model: nn.Module, result: nn.Module, linears: Mapping[str, nn
             h.remove()
     for name, (a, b) in sums.items():
         entries[name].output_error = (a / b) ** 0.5 if b else 0.0
-    return _relative(model, result, args, kwargs)
-
-
-def _relative(model: nn.Module, result: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
-    """The error of the model's first floating-point output, relative to its norm."""
-    with torch.no_grad(), inferring(model), inferring(result):
-        both = [tree_leaves(m(*args, **kwargs)) for m in (model, result)]
-    floats = [next((x.double() for x in xs if isinstance(x, torch.Tensor) and x.is_floating_point()), None) for xs in both]
-    want, got = floats
-    if want is None or got is None:
-        return None
-    return relative_error([(got, want)])
-
-
-def relative_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Of results beside those wanted, relative to the norm of these. Where both are the same infinity, none; inf if one is nan alone."""
-    lost = norm = 0.0
-    for got, want in pairs:
-        same = (got == want) | (got.isnan() & want.isnan())
-        lost += float(torch.where(same, 0.0, got - want).square().sum())
-        norm += float(want[want.isfinite()].square().sum())
-    error = (lost / max(norm, 1e-60)) ** 0.5
-    return error if error == error else float("inf")

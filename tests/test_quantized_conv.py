@@ -56,8 +56,8 @@ QUANTIZED = ["stem", "down.0", "wide.0", "up.0"]
 
 
 def test_batch_norms_are_folded_first(model: Bottleneck) -> None:
-    folded = without_norms(model, ["down.0", "wide.0"], [((X,), {})])
-    assert [n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["up.1"]
+    folded, note = without_norms(model, ["down.0", "wide.0"], [((X,), {})])
+    assert not note and [n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == ["up.1"]
     assert torch.allclose(folded(X), model(X), atol=1e-5) and isinstance(model.down[1], nn.BatchNorm2d)
 
 
@@ -75,7 +75,134 @@ class TwoReaders(nn.Module):
 
 def test_what_others_read_is_not_folded() -> None:
     model = TwoReaders().eval()
-    assert without_norms(model, ["a", "b"], [((X,), {})]) is model
+    assert without_norms(model, ["a", "b"], [((X,), {})]) == (model, "")
+
+
+@torch.no_grad()
+def error(made: nn.Module, model: nn.Module) -> float:
+    """Of the output, relative to its norm."""
+    return float((made(X) - model(X)).norm() / model(X).norm())
+
+
+class NormAndRelu(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
+def pair(what: str) -> nn.Sequential:
+    """A convolution and a batch norm, one of which does something besides."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(3, 16, 3), (NormAndRelu if what == "subclass" else nn.BatchNorm2d)(16)).eval()
+    made[1].running_var.uniform_(0.5, 2)
+    match what:
+        case "hook behind the norm":
+            made[1].register_forward_hook(lambda m, args, y: torch.relu(y))
+        case "hook before the norm":
+            made[1].register_forward_pre_hook(lambda m, args: (torch.relu(args[0]),))
+        case "hook behind the convolution":
+            made[0].register_forward_hook(lambda m, args, y: y * 2)
+        case "forward of its own":
+            made[1].forward = lambda x: torch.relu(nn.BatchNorm2d.forward(made[1], x))
+    return made
+
+
+@pytest.mark.parametrize("what", ["subclass", "hook behind the norm", "hook before the norm", "hook behind the convolution",
+                                  "forward of its own"])  # fmt: skip
+def test_what_does_more_than_its_class_says_is_not_folded(what: str) -> None:
+    model = pair(what)
+    assert without_norms(model, ["0"], [((X,), {})])[0] is model
+    if "convolution" in what:
+        return  # its hook goes with it when it is quantized
+    made = graphopt.quantize(model, (X,), scheme="int8-dynamic", measure=False, least=1)
+    assert type(made[0]) is QuantizedConv and type(made[1]) is type(model[1])
+    assert ledger_of(made).output_error == pytest.approx(error(made, model), rel=1e-3)
+    assert ledger_of(made).output_error < 0.03
+
+
+class Aliased(nn.Module):
+    """A convolution and a batch norm that have two names each, the later of which are called."""
+
+    def __init__(self, listed_first: bool) -> None:
+        super().__init__()
+        conv, norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        for name, m in [("all", nn.ModuleList([conv, norm])), ("c", conv), ("n", norm)][:: 1 if listed_first else -1]:
+            setattr(self, name, m)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.all[1](self.c(x))
+
+
+@pytest.mark.parametrize("listed_first", [False, True])
+def test_modules_of_two_names_are_folded(listed_first: bool) -> None:
+    torch.manual_seed(0)
+    model = Aliased(listed_first).eval()
+    model.n.running_var.uniform_(0.5, 2)
+    folded, note = without_norms(model, ["all.0" if listed_first else "c"], [((X,), {})])
+    assert isinstance(folded.n, nn.Identity) and folded.n is folded.all[1] and not note
+    assert torch.allclose(folded(X), model(X), atol=1e-5)
+    made = graphopt.quantize(model, (X,), scheme="int8-dynamic", measure=False, least=1)
+    assert made.c is made.all[0] and 0 < ledger_of(made).output_error < 0.03
+
+
+class ByFunction(nn.Module):
+    """A function in the place of the norm's (or the convolution's) module."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which, self.c, self.n = which, nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c(x) if self.which == "norm" else nn.functional.conv2d(x, self.c.weight)
+        n = self.n
+        return nn.functional.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias) if self.which == "norm" else n(x)
+
+
+@pytest.mark.parametrize("which", ["norm", "convolution"])
+def test_what_a_function_reads_is_not_folded(which: str) -> None:
+    model = ByFunction(which).eval()
+    assert without_norms(model, ["c"], [((X,), {})]) == (model, "")
+    assert 0 < ledger_of(graphopt.quantize(model, (X,), scheme="int8-dynamic", measure=False, least=1)).output_error < 0.03
+
+
+class TwoWays(nn.Module):
+    """The norm is left out for some inputs, or looked into, or the way depends on what the input holds."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which, self.c, self.n = which, nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.n.running_var.fill_(4.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.c(x)
+        if self.which == "size" and x.shape[0] == 1:
+            return y
+        if self.which == "values" and float(x.sum()) > 1e9:
+            return y
+        return self.n(y) * (self.n.eps if self.which == "looked into" else 1.0)
+
+
+@pytest.mark.parametrize(("which", "why"), [("size", "moved by"), ("looked into", "AttributeError"), ("values", "could not be exported")])
+def test_what_cannot_be_folded_is_said(which: str, why: str) -> None:
+    torch.manual_seed(0)
+    model = TwoWays(which).eval()
+    other = X[:1] if which == "size" else X
+    made = graphopt.quantize(model, (X,), scheme="int8-dynamic", measure=False, least=1, calibration=[X, other])
+    assert isinstance(made.n, nn.BatchNorm2d) and ledger_of(made).output_error < 0.03
+    (note,) = ledger_of(made).notes
+    assert note.startswith("batch norms were not folded") and why in note and note in str(ledger_of(made))
+    best, _ = fastest_within(model, (X,), budget=0.5, schemes=("int8-dynamic",), measure=False, least=1, calibration=[X, other])
+    assert ledger_of(best).notes == [note] and type(best.c) is QuantizedConv
+    assert error(best, model) < 0.03
+
+
+def test_errors_are_told_against_the_model_that_was_given(model: Bottleneck, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.folding.EXACT", float("inf"))  # whatever folding does
+    monkeypatch.setattr("graphopt.folding._folded", lambda conv, norm: conv)
+    wrong = graphopt.quantize(model, (X,), scheme="int8-dynamic", measure=False, least=1 << 11)
+    moved = error(wrong, model)
+    assert ledger_of(wrong).output_error == pytest.approx(moved, rel=1e-3) and moved > 0.05
+    chosen, front = fastest_within(model, (X,), budget=100.0, schemes=("int8-dynamic",), measure=False, least=1 << 11)
+    assert ledger_of(chosen).output_error == pytest.approx(moved, rel=1e-3) == front.points[front.chosen].loss
 
 
 @pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic"])
