@@ -145,7 +145,9 @@ class _Walk:
             if before is not None and before.op.name == "pad":
                 self.twins[v] = self._pad(rw, before)
             elif before is not None and all(d == 1 for s in before.operands[1:] for d in s.shape[1:]):
-                self.twins[v] = self._pointwise(rw, before)
+                scales = [self._operand(rw, s, v.type.rank) for s in before.operands[1:]]
+                image = self.last(rw, before.operands[0])  # itself, even where it has the shape of a vector
+                self.twins[v] = rw.create("quantize", [image, *scales], dict(before.attrs))
             else:
                 self.twins[v] = rw.transpose(v, perm=last_perm(v.type.rank))
         return self.twins[v]

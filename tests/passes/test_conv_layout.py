@@ -184,6 +184,21 @@ def test_an_output_of_one_pixel_keeps_its_rank() -> None:
     }""")
 
 
+@pytest.mark.parametrize("scale", ["1, 1, 1, 1", ""])
+@pytest.mark.parametrize("image", ["1, 64, 1, 1", "1, 4, 1, 3", "1, 1, 4, 3", "1, 1, 1, 1", "B, 64, 1, 1"])
+def test_a_rounded_image_keeps_its_rank(image: str, scale: str) -> None:
+    """Though it may have the shape of a vector over the channels."""
+    n, c, h, w = image.split(", ")
+    after = check_pass(ConvLayout(), f"""graph @g(%x: f32[{image}], %s: f32[{scale}], weight %w: i8[8, {c}, 1, 1]) -> i32[{n}, 8, {h}, {w}]
+    where 1 <= B {{
+      %0: i8[{image}] = quantize(%x, %s) {{dtype = i8, bits = 8}}
+      %1: i32[{n}, 8, {h}, {w}] = conv(%0, %w) {{stride = [1, 1], padding = [0, 0], dilation = [1, 1], acc = i32}}
+      return %1
+    }}""")
+    (rounded,) = (n for n in after.nodes() if n.op.name == "quantize")
+    assert rounded.operands[0].defined_by("transpose") is not None, after  # in front of it there would be a copy of the image
+
+
 def test_a_channels_last_pool_of_what_a_conv_gives_stays() -> None:
     check_pass(ConvLayout(), """graph @g(%x: f32[B, 4, 6], weight %w: f32[2, 4, 1]) -> f32[B, 2, 5] where 1 <= B {
       %0: f32[B, 2, 6] = conv(%x, %w) {stride = [1], padding = [0], dilation = [1]}
