@@ -268,6 +268,16 @@ def test_other_numbers_of_axes(dims: int, image: tuple[int, ...]) -> None:
     assert torch.allclose(made(x[0]), made(x)[0]), "an image without an axis of images"
 
 
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic"])
+@pytest.mark.parametrize("shape", [(1, 64, 1, 1), (2, 64, 1, 1), (1, 64, 1, 7), (1, 64, 7, 1)])
+def test_images_of_one_pixel_line_or_column(scheme: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    made = graphopt.quantize(nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU()), (x,), scheme=scheme, measure=False, least=1)
+    compiled = graphopt.compile(made, (x,))
+    assert torch.allclose(compiled(x), made(x), atol=1e-5) and not compiled._compiled.report.fallbacks
+
+
 @pytest.mark.parametrize("step", [None, 0.05])
 def test_the_operator_is_what_the_graph_says(step: float | None) -> None:
     """Eager and the interpreter: the same integers, whatever the image holds."""

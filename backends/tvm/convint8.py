@@ -371,6 +371,7 @@ class ConvInt8Kernel:
         for more in tests[1:]:
             test = tirx.And(test, more)
         first: Index = 0 if isinstance(self.images, int) and self.images == 1 else n
+        index = [0 if o == 1 else i for i, o in zip(index, planes.out, strict=True)]  # as operands that broadcast are read
         with code.when(test) if test is not None else nullcontext():
             self._store(at, [first, *index], panel)
 
@@ -379,7 +380,8 @@ class ConvInt8Kernel:
 
         def element(c: Index) -> None:
             total = code.bind(code.load(self.acc, code.simplify(at + c)))
-            store_computed(self.args, [*index, code.simplify(panel * COLUMNS + c)], {self.form.node.result: total}, self.sources)
+            channel: Index = 0 if filters == 1 else code.simplify(panel * COLUMNS + c)
+            store_computed(self.args, [*index, channel], {self.form.node.result: total}, self.sources)
 
         for c in range(0, COLUMNS, LANES):
             left = code.simplify(filters - panel * COLUMNS - c)

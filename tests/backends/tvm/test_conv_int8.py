@@ -84,7 +84,13 @@ FLOATS = {
     "1x1": region((1, 9, 7, 64), (1, 1), 32, what="floats"),
     "3x3": region((1, 9, 7, 64), (3, 3), 40, padding=1, what="floats"),
     "3x3, any number of images": region((N, 5, 7, 64), (3, 3), 32, padding=1, what="floats"),
+    "one pixel": region((1, 1, 1, 64), (1, 1), 32, what="floats"),
+    "one pixel of several images": region((3, 4, 4, 64), (4, 4), 40, what="floats"),
+    "one line": region((2, 1, 7, 64), (3, 3), 32, padding=1, what="floats"),
+    "one column, strided": region((1, 7, 2, 64), (2, 2), 32, stride=2, what="floats"),
+    "one filter": region((1, 5, 3, 64), (3, 3), 1, padding=1, what="floats"),
     "1x1, integers again": region((1, 9, 7, 64), (1, 1), 32, what="integers", given=True),
+    "one pixel, integers again": region((2, 1, 1, 64), (1, 1), 40, what="integers", given=True),
     "3x3, integers again": region((2, 9, 7, 64), (3, 3), 27, padding=1, what="integers", given=True),
 }  # fmt: skip
 
@@ -124,7 +130,11 @@ def jobs(graphs: dict[str, Graph], t: Target, **change: object) -> list[tuple[Wo
     return out
 
 
-def compare(builder, folder, todo: list[tuple[Workload, Schedule]], error: float = 0.0) -> None:
+def compare(builder, folder, todo: list[tuple[Workload, Schedule]], error: float = 0.0, halves: bool = False) -> None:
+    """Args:
+        error: relative and absolute, of floats.
+        halves: integers may be one off where what was rounded lay beside a half: under one in a hundred.
+    """
     from graphopt.backends.tvm.build import load_kernel
 
     for (w, s), path in zip(todo, builder.build_many(todo, detect(), folder), strict=True):
@@ -135,7 +145,9 @@ def compare(builder, folder, todo: list[tuple[Workload, Schedule]], error: float
             got = torch.full(shape, 77, dtype=graph.outputs[0].dtype.torch)
             kernel(*inputs, got, *sizes.values())
             (want,) = evaluate(graph, inputs, bindings=sizes)
-            close = torch.allclose(got.double(), want.double(), rtol=error, atol=error)
+            close = torch.allclose(got.double(), want.double(), rtol=error, atol=1 if halves else error)
+            if halves:
+                close = close and float((got == want).double().mean()) > 0.99
             assert close, f"{graph}\n{s}\n{sizes}\n{(got != want).nonzero()[:5]}"
 
 
@@ -145,7 +157,7 @@ def test_sums_are_exact(builder, kernels_dir) -> None:
 
 def test_floats_and_integers_of_the_sums(builder, kernels_dir) -> None:
     compare(builder, kernels_dir, jobs({k: g for k, g in FLOATS.items() if "again" not in k}, detect()), 1e-6)
-    compare(builder, kernels_dir, jobs({k: g for k, g in FLOATS.items() if "again" in k}, detect()), 1.0)  # beside a half: either
+    compare(builder, kernels_dir, jobs({k: g for k, g in FLOATS.items() if "again" in k}, detect()), halves=True)
 
 
 SOME = {k: EXACT[k] for k in ("1x1, in place", "3x3, strided", "3x3, dilated, few channels", "7x7 of a stem", "deep, in blocks",
