@@ -3,10 +3,13 @@
     scores [keys, queries and parts]   =  K [keys, depth]             *  Q^T [depth, queries and parts]
     sums [queries and parts, columns] +=  P [queries and parts, keys] *  V [keys, columns]
 
-Queries, and the weights of a block, become integers of 30 bits and a sign, counted from a power of two near the largest of a row, and
-those are four bytes each: the products of bytes are exact in i32, and so is each sum as f32, of which four are put together at the
-end. What that loses is 2**-30 of the largest number of a row, and nothing of those above 2**-6 of it. With as many multiplications
-as there are parts, tiles still take a fraction of the time of vectors of floats, of which each key takes one multiply-add a query.
+Queries, and the weights of a block times the values' scales, become integers of 30 bits and a sign, counted from the power of two below
+the largest of a row, and those are four bytes each: the products of bytes are exact in i32, and so is each sum as f32, of which four
+are put together at the end. What that loses is 2**-30 of the largest number of a row, and nothing of those above 2**-6 of it: tokens
+that are hidden, or whose weight is next to nothing, take no digits of the others, whatever their scales are; a query's outlier of more
+than 2**10 times the other elements does, and so does such a token to those columns in which its value is zero. With as many
+multiplications as there are parts, tiles still take a fraction of the time of vectors of floats, of which each key takes one
+multiply-add a query.
 
 Keys are the rows of a tile as they lie in memory. Values are interleaved, four rows' bytes in a word, as the second factor of a tile
 product has them; their columns are in another order then, to which the result's places are put right. Integers of 4 bits, rows of
@@ -112,6 +115,9 @@ class DecodeTilesKernel(DecodeKernel):
             for r in range(self.rows):
                 code.store(scores, code.simplify(r * self.step + here + n), tirx.const(float("-inf"), F32))
         self._new_tops(scores, head, steps)
+        largest = [code.alloc(LANES, "int32", "largest") for _ in range(self.rows)]
+        for x in largest:
+            self._write(x, 0, tirx.Broadcast(tirx.const(0, "int32"), LANES))
         with code.loop(steps, "serial", "s") as s:
             row = code.bind_index(code.simplify(base + s * STEP), "row")
             for r in range(self.rows):
@@ -120,7 +126,11 @@ class DecodeTilesKernel(DecodeKernel):
                     self._ask(_SOON, STEP, share, self.value_bytes, of_values, row)
                     self._ask(0, _LATER, share, self.key_bytes, of_keys, code.simplify(row + self.block))
 
-                self._weight_bytes(scores, r, s, head, ask)
+                self._weigh(scores, r, s, head, largest[r], ask)
+        self._new_units(largest)
+        with code.loop(steps, "serial", "s") as s:
+            for r in range(self.rows):
+                self._weight_bytes(scores, r, s)
         for chunk in range(self.width // BYTES):
             self._sum(chunk, steps, of_keys, of_values, base, here, at)
 
@@ -232,50 +242,58 @@ class DecodeTilesKernel(DecodeKernel):
         return range(group * GROUP, min(self.rows, (group + 1) * GROUP))
 
     def _new_tops(self, scores: Any, head: Index, steps: Index) -> None:
-        """What a block's largest scores change: sums are multiplied by ``again``; from scores, ``shift`` is taken off; weights times
-        values' scales are integers when multiplied by ``up``, whose highest part counts ``unit``."""
+        """What a block's largest scores change: sums are multiplied by ``again``; from scores, ``shift`` is taken off."""
         code, low, zero = self.code, self._splat(float("-inf")), self._splat(0.0)
         most = [code.alloc(LANES, F32, "most") for _ in range(self.rows)]
-        largest = code.alloc(LANES, "int32", "largest")
         for x in most:
             self._write(x, 0, low)
-        self._write(largest, 0, tirx.Broadcast(tirx.const(0, "int32"), LANES))
         with code.loop(code.simplify(steps * TILES), "serial", "n") as n:
             for r, x in enumerate(most):
                 self._write(x, 0, tirx.max(scores[self._vector(r * self.step + n * LANES)], x[self._vector(0)]))
-            bits = keybytes.magnitude(self.scales["value"][self._vector(n * LANES)])
-            self._write(largest, 0, tirx.max(bits, largest[self._vector(0)]))
-        scale = tirx.reinterpret(F32, tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", largest[self._vector(0)]))
         (own,) = combine_each(code, [x[self._vector(0)] for x in most], LANES, MAX)
         place = self._vector(head * LANES)
         old = self._named(self.tops[place])
         new = code.bind(tirx.max(own, old))
         shift = code.bind(tirx.Select(tirx.EQ(new, low), zero, new))
-        again, share = (self._power(x - shift) for x in (old, own))
-        bound = keybytes.magnitude(share * tirx.Broadcast(code.bind(scale), LANES))
-        up, unit = keybytes.units(self._named(keybytes.exponent(bound)))
+        again = self._power(old - shift)
         code.emit(tirx.BufferStore(self.tops, new, [place]))
-        for name, x in (("again", again), ("shift", shift), ("up", up), ("unit", unit)):
+        for name, x in (("again", again), ("shift", shift)):
             self._write(self.of_rows[name], 0, x)
+
+    def _new_units(self, largest: Sequence[Any]) -> None:
+        """From the bits of a block's largest weights times scales: they are integers when multiplied by ``up``, whose highest part counts
+        ``unit``. A bound that knows no weights, such as the largest scale, would let hidden tokens take the digits of the others."""
+        code = self.code
+        for r, x in enumerate(largest):
+            most = code.bind(tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", x[self._vector(0)]), "most")
+            up, unit = keybytes.units(code.bind(keybytes.exponent(most), "power"))
+            code.store(self.of_rows["up"], r, up)
+            code.store(self.of_rows["unit"], r, unit)
 
     def _of_row(self, name: str, r: int) -> Any:
         return tirx.Broadcast(self.code.bind(self.code.load(self.of_rows[name], r), name), LANES)
 
-    def _weight_bytes(self, scores: Any, r: int, s: Index, head: Index, ask: Callable[[tuple[int, int]], None]) -> None:
-        """A row's weights of 64 keys, times the values' scales, as bytes ``[group, step, 4 queries, part, 64 keys]``."""
-        code = self.code
-        shift, up = self._of_row("shift", r), self._of_row("up", r)
-        parts, total = [], None
+    def _weigh(self, scores: Any, r: int, s: Index, head: Index, largest: Any, ask: Callable[[tuple[int, int]], None]) -> None:
+        """A row's weights of 64 keys, times the values' scales, in the place of scores; the bits of the largest, in ``largest``."""
+        code, shift, total = self.code, self._of_row("shift", r), None
         for u in range(0, STEP, LANES):
             near = code.simplify(s * STEP + u)
             ask((r * TILES + u // LANES, self.rows * TILES))
             e = self._power(scores[self._vector(r * self.step + near)] - shift)
             total = e if total is None else total + e
-            whole = self._named(keybytes.parts(e * self.scales["value"][self._vector(near)], up))
-            parts.append(self._named(tirx.Shuffle([whole], [i * PARTS + p for p in range(PARTS) for i in range(LANES)])))
+            share = self._named(e * self.scales["value"][self._vector(near)])
+            self._write(scores, r * self.step + near, share)
+            self._write(largest, 0, tirx.max(keybytes.magnitude(share), largest[self._vector(0)]))
         at = self._vector((head * self.rows + r) * LANES)
         again = tirx.Select(tirx.EQ(i64(s), i64(0)), code.load(self.of_rows["again"], r), tirx.const(1.0, F32))
         code.emit(tirx.BufferStore(self.totals, self.totals[at] * tirx.Broadcast(code.bind(again), LANES) + total, [at]))
+
+    def _weight_bytes(self, scores: Any, r: int, s: Index) -> None:
+        """What :meth:`_weigh` left of 64 keys, as bytes ``[group, step, 4 queries, part, 64 keys]``."""
+        code, up, parts = self.code, self._of_row("up", r), []
+        for u in range(0, STEP, LANES):
+            whole = self._named(keybytes.parts(scores[self._vector(r * self.step + s * STEP + u)], up))
+            parts.append(self._named(tirx.Shuffle([whole], [i * PARTS + p for p in range(PARTS) for i in range(LANES)])))
         group, query = divmod(r, GROUP)
         to = code.simplify((group * (self.block // STEP) + s) * TILE + query * (PARTS * BYTES))
         for p, x in enumerate(keybytes.transpose_quarters(code, parts, BYTES)):

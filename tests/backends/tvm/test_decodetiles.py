@@ -123,6 +123,31 @@ def test_numbers_of_any_size(compile_all, scale: float) -> None:
     check(graph, run, [q * 0.0, k, a, v, b], factor=2.0)
 
 
+HIDDEN = {
+    "a mask": cached(4, 2, 300, extra=", %m: b1[1, 300]", names=", %m"),
+    "a mask to add": cached(4, 2, 300, extra=", %m: f32[1, 300]", names=", %m"),
+    "nothing but low scores": cached(4, 2, 300),
+}
+
+
+@on_tiles
+def test_hidden_tokens_take_no_digits(compile_all) -> None:
+    """Slots of a cache that are not filled yet hold any scales; so may tokens whose weight is nothing."""
+    for graph, run in zip(HIDDEN.values(), compile_all([(g, "attention") for g in HIDDEN.values()]), strict=True):
+        for large in (1e3, 1e9, 1e30):
+            q, k, a, v, b, *masks = inputs(graph)
+            a, b = a.abs() + 0.1, b.abs() * 0.01 + 0.01
+            b[:, :, 100:] *= large
+            for mask in masks:
+                hidden = torch.arange(300) >= 100
+                mask.copy_(~hidden if mask.dtype == torch.bool else hidden * torch.finfo(torch.float32).min)
+            if masks:
+                a[:, :, 100:] *= large
+            else:
+                q, k[:, :, :100], k[:, :, 100:], a[:, :, 100:] = q.abs(), k[:, :, :100].abs(), -127, 50.0
+            check(graph, run, [q, k, a, v, b, *masks], factor=2.0)
+
+
 @on_tiles
 def test_numbers_that_are_none(compile_all) -> None:
     """A row with a query that is none is nan, whether or not a float would have come of it; so are all that see such a scale of values."""
