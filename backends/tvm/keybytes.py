@@ -19,6 +19,7 @@ PARTS = 4  # bytes of a word
 INFINITE, _MAGNITUDE = 0x7F800000, 0x7FFFFFFF
 _BITS = 30  # of an integer, beside the sign: with the carry of the lower bytes they fit a word
 _CARRY = 0x00808080
+_REACH = 10  # powers of two below the largest number
 _LEAST = (127 - 90) << 23  # of the exponents that numbers are counted from
 
 
@@ -113,6 +114,24 @@ class ByteRows:
 def exponent(largest: Any) -> Any:
     """The bits of the power of two below the largest of some numbers, whose bits are given as i32; of less than 2**-90, 2**-90."""
     return tirx.max(tirx.bitwise_and(largest, _like(largest, INFINITE)), _like(largest, _LEAST))
+
+
+def countable(most: Any) -> Any:
+    """Whether numbers, of which ``most`` has the largest's bits, are near enough to what they are counted from: all finite, and all zero
+    or one of at least 2**-90."""
+    least = tirx.Or(tirx.EQ(most, _like(most, 0)), tirx.GE(most, _like(most, _LEAST)))
+    return tirx.And(tirx.LT(most, _like(most, INFINITE)), least)
+
+
+def outweighed(bits: Any, most: Any, few: int) -> Any:
+    """A vector of i32, from magnitudes: 1 for a number below 2**-10 of the largest, ``-few`` for others, 0 for zero.
+
+    A sum above zero over a row says that those few elements leave the others too few digits: a product in which the few meet zeros would
+    have a greater error than a sum of f32 has.
+    """
+    nothing, low = tirx.Broadcast(tirx.const(0, "int32"), LANES), tirx.Broadcast(most - tirx.const(_REACH << 23, "int32"), LANES)
+    one, less = (tirx.Broadcast(tirx.const(n, "int32"), LANES) for n in (1, -few))
+    return tirx.Select(tirx.EQ(bits, nothing), nothing, tirx.Select(tirx.LT(bits, low), one, less))
 
 
 def magnitude(x: Any) -> Any:

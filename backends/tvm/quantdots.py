@@ -7,8 +7,8 @@ look-up and a multiply-add for each row.
 
 Integers stand in words, every other row of 4 bits (every fourth of 2) in a word's bytes once the others are masked: elements of the
 first factor are put into that order. Instructions multiply bytes without a sign by bytes with one: of integers with a sign the sign bit
-is turned, and what that adds is taken off before the first product. A row that is not finite is multiplied as floats; spans of
-numbers below 2**-90 lose digits.
+is turned, and what that adds is taken off before the first product. A row is multiplied as floats if it is not finite, or
+a span of it is below 2**-90 or has its most elements below 2**-10 of its largest (:func:`keybytes.outweighed`).
 
 Of integers of 8 bits, which would be interleaved first, this was measured, and is slower than floats: 22 GB/s instead of 27, though
 from the second-level cache it is twice as fast.
@@ -16,14 +16,14 @@ from the second-level cache it is twice as fast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
 
 from graphopt.backends.tvm import keybytes
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.keybytes import BYTES, INFINITE, LANES, PARTS
+from graphopt.backends.tvm.keybytes import BYTES, LANES, PARTS
 from graphopt.backends.tvm.quantform import Quantized
 from graphopt.backends.tvm.quantized import BLOCK, QuantizedKernel
 
@@ -43,23 +43,56 @@ class QuantizedDotsKernel(QuantizedKernel):
         code = self.code
         x = self._left()
         sums = self._sums(x)
-        largest = code.alloc(LANES, "int32", "largest")
-        here = self._ramp(0)
-        code.emit(tirx.BufferStore(largest, self._splat(tirx.const(0, "int32")), here))
-        with code.loop(self.depth // LANES, "serial", "c") as c:
-            bits = keybytes.magnitude(x[self._ramp(code.simplify(c * LANES))[0]])
-            code.emit(tirx.BufferStore(largest, tirx.max(largest[here[0]], bits), here))
-        most = code.bind(tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", largest[here[0]]), "most")
-        finite = tirx.LT(most, tirx.const(INFINITE, "int32"))
-        with code.when(finite):
+        floats = code.alloc(1, "int32", "floats")
+        code.store(floats, 0, tirx.const(0, "int32"))
+        self.most: dict[tuple[int, int], Any] = {}
+        for form in self.forms:
+            if (spans := (_span(form), form.depth)) not in self.most:
+                self.most[spans] = self._largest(form, x, floats)
+        countable = code.bind(tirx.EQ(code.load(floats, 0), tirx.const(0, "int32")), "countable")
+        with code.when(countable):
             self.bytes_of = self._bytes_of_forms(x)
             self._all_panels(x, sums)
-        with code.when(tirx.Not(finite)):
+        with code.when(tirx.Not(countable)):
             self.dots = False
             self._all_panels(x, sums)
         return code
 
     # --- the first factor ---------------------------------------------------------------------------------------------------
+
+    def _largest(self, form: Quantized, left: Any, floats: Any) -> Any:
+        """The bits of the largest element of each span; ``floats`` becomes 1 if bytes would lose digits of one of them."""
+        code = self.code
+        most_of = code.alloc(-(-form.depth // _span(form)), "int32", "most")
+
+        def block(b: Index, start: Index, count: int) -> None:
+            held, here = code.alloc(LANES, "int32", "largest"), self._ramp(0)
+
+            def reduce(change: Callable[[Any, Any], Any], name: str) -> Any:
+                code.emit(tirx.BufferStore(held, self._splat(tirx.const(0, "int32")), here))
+                with code.loop(count, "serial", "c") as c:
+                    bits = self._named(keybytes.magnitude(left[self._ramp(code.simplify(start + c * LANES))[0]]))
+                    code.emit(tirx.BufferStore(held, change(held[here[0]], bits), here))
+                return code.bind(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.{name}", held[here[0]]), name)
+
+            most = reduce(tirx.max, "smax")
+            code.store(most_of, b, most)
+            few = reduce(lambda sums, bits: sums + keybytes.outweighed(bits, most, 1), "add")
+            lost = tirx.Or(tirx.Not(keybytes.countable(most)), few > tirx.const(0, "int32"))
+            with code.when(lost):
+                code.store(floats, 0, tirx.const(1, "int32"))
+
+        self._each_span(form, block)
+        return most_of
+
+    def _each_span(self, form: Quantized, block: Callable[[Index, Index, int], None]) -> None:
+        """Call ``block`` with each span's number, where it starts, and its vectors."""
+        span = _span(form)
+        whole, rest = divmod(form.depth, span)
+        with self.code.loop(whole, "serial", "block") as b:
+            block(b, self.code.simplify(b * span), -(-span // LANES))
+        if rest:
+            block(whole, whole * span, -(-rest // LANES))
 
     def _bytes_of_forms(self, left: Any) -> list[tuple[Any, Any, Any]]:
         """The first factor as bytes, for each span of rows that a product sums by itself."""
@@ -83,16 +116,10 @@ class QuantizedDotsKernel(QuantizedKernel):
                  for p in range(PARTS) for b in range(4)]  # fmt: skip
         zeros, ones = (tirx.Broadcast(tirx.const(n, "int32"), LANES) for n in (0, 0x01010101))
 
-        def block(b: Index, length: int) -> None:
-            start, count = code.simplify(b * span), -(-length // LANES)
-            held = code.alloc(LANES, "int32", "largest")
-            here = self._ramp(0)
-            code.emit(tirx.BufferStore(held, zeros, here))
-            with code.loop(count, "serial", "c") as c:
-                bits = keybytes.magnitude(left[self._ramp(code.simplify(start + c * LANES))[0]])
-                code.emit(tirx.BufferStore(held, tirx.max(held[here[0]], bits), here))
-            most = tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", held[here[0]])
-            up, unit = keybytes.units(code.bind(keybytes.exponent(code.bind(most)), "power"))
+        def block(b: Index, start: Index, count: int) -> None:
+            held, here = code.alloc(LANES, "int32", "sums"), self._ramp(0)
+            most = code.bind(code.load(self.most[span, form.depth], b), "most")
+            up, unit = keybytes.units(code.bind(keybytes.exponent(most), "power"))
             up = self._splat(code.bind(up, "up"))
             code.store(units, b, unit)
             code.emit(tirx.BufferStore(held, zeros, here))
@@ -109,11 +136,7 @@ class QuantizedDotsKernel(QuantizedKernel):
             taken = total * tirx.Broadcast(tirx.const(-_middle(form), "int32"), PARTS)
             code.emit(tirx.BufferStore(begin, taken, [tirx.Ramp(i64(code.simplify(b * PARTS)), i64(1), PARTS)]))
 
-        whole, rest = divmod(form.depth, span)
-        with code.loop(whole, "serial", "block") as b:
-            block(b, span)
-        if rest:
-            block(whole, rest)
+        self._each_span(form, block)
         return words, units, begin
 
     # --- sums ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ tiles multiply a third as often as for f32 from thirds.
 Rows become bytes once, shared among the cores. A task interleaves a panel's rows, four bytes in a word, as the second factor of a tile
 product has them, for all of its row tiles. Their columns are in another order then, which is put right where sums leave the tiles.
 
-A row that is not finite is summed again, as floats.
+A row is summed again, as floats, if bytes would lose digits: it is not finite, or below 2**-90, or seven of eight of its elements that
+are not zero are below 2**-10 of its largest. That is slow, so rows of which more elements are large are let through: an output that
+gives none of those any weight can have a greater error than a sum of f32.
 
 Reference: as in :mod:`amx`.
 """
@@ -34,6 +36,7 @@ TILE = amx.ROWS * BYTES  # bytes of a tile
 WORDS = TILE // 4
 COLUMNS = 64  # of a panel: four tiles
 F32 = "float32"
+_FEW = 7  # so many elements count as little as one that is large
 _AHEAD = 3072  # bytes of a panel, asked for while its rows are interleaved
 
 
@@ -103,9 +106,15 @@ class QuantizedTilesKernel:
         with code.loop(self.depth // LANES, "serial", "c") as c:
             self._write(largest, 0, tirx.max(largest[self._vector(0)], keybytes.magnitude(row[self._vector(c * LANES)])))
         most = code.bind(tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", largest[self._vector(0)]), "most")
+        self._write(largest, 0, tirx.Broadcast(tirx.const(0, "int32"), LANES))
+        with code.loop(self.depth // LANES, "serial", "c") as c:
+            bits = self._named(keybytes.magnitude(row[self._vector(c * LANES)]))
+            self._write(largest, 0, largest[self._vector(0)] + keybytes.outweighed(bits, most, _FEW))
+        few = code.bind(tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", largest[self._vector(0)]), "few")
         up, unit = keybytes.units(code.bind(keybytes.exponent(most), "power"))
         up = tirx.Broadcast(code.bind(up, "up"), LANES)
-        code.store(self.units, r, unit)
+        exact = tirx.And(keybytes.countable(most), few <= tirx.const(0, "int32"))
+        code.store(self.units, r, tirx.Select(exact, unit, tirx.const(float("nan"), F32)))
         start = code.simplify(code.div(r, amx.ROWS) * (self.steps * PARTS * TILE) + code.mod(r, amx.ROWS) * BYTES)
         start = code.bind_index(start, "start")
         with code.loop(self.steps, "serial", "s") as s:
@@ -184,23 +193,30 @@ class QuantizedTilesKernel:
                 self._write(total, (io * amx.ROWS + i) * COLUMNS + u * LANES, value * scales[u])
 
     def _mend(self, form: Quantized, panel: Index, total: Any, row: Index, count: Index) -> None:
-        """Sum rows that are not finite, whose unit is nan, again: one element of the depth after the other, as f32."""
+        """Sum rows whose unit is nan again: one element of the depth after the other, as f32."""
         code, source = self.code, self.args.inputs[form.integers]
         start = code.bind_index(code.simplify(panel * (form.depth * COLUMNS)), "w")
         with code.loop(count, "serial", "i") as i:
             bits = tirx.reinterpret("int32", code.load(self.units, code.simplify(row + i)))
             with code.when(tirx.bitwise_and(bits, tirx.const(keybytes.INFINITE, "int32")) >= tirx.const(keybytes.INFINITE, "int32")):
                 at = code.bind_index(code.simplify(i * COLUMNS), "at")
-                for u in range(4):
-                    self._write(total, at + u * LANES, tirx.Broadcast(tirx.const(0.0, F32), LANES))
-                with code.loop(self.depth, "serial", "k") as k:
-                    x = tirx.Broadcast(code.bind(self._element(code.simplify(row + i), k), "x"), LANES)
-                    for u in range(4):
-                        place = self._vector(at + u * LANES)
-                        y = source[self._vector(start + k * COLUMNS + u * LANES)].astype(f"int32x{LANES}").astype(f"{F32}x{LANES}")
-                        code.emit(tirx.BufferStore(total, total[place] + x * y, [place]))
-                for u in range(4):
-                    place = self._vector(at + u * LANES)
+                acc = [code.alloc(LANES, F32, "acc") for _ in range(4)]  # each by itself, to become a register
+                places = [self._vector(at + u * LANES) for u in range(4)]
+                nothing = tirx.Broadcast(tirx.const(0.0, F32), LANES)
+                for place in places:
+                    code.emit(tirx.BufferStore(total, nothing, [place]))
+                with code.loop(self.steps, "serial", "s") as s:  # sums of sums: fewer roundings of a large one
+                    for held in acc:
+                        self._write(held, 0, nothing)
+                    with code.loop(BYTES, "serial", "k") as n:
+                        k = code.bind_index(code.simplify(s * BYTES + n), "k")
+                        x = tirx.Broadcast(code.bind(self._element(code.simplify(row + i), k), "x"), LANES)
+                        for u, held in enumerate(acc):
+                            y = source[self._vector(start + k * COLUMNS + u * LANES)].astype(f"int32x{LANES}").astype(f"{F32}x{LANES}")
+                            self._write(held, 0, held[self._vector(0)] + x * y)
+                    for place, held in zip(places, acc, strict=True):
+                        code.emit(tirx.BufferStore(total, total[place] + held[self._vector(0)], [place]))
+                for u, place in enumerate(places):
                     code.emit(tirx.BufferStore(total, total[place] * self._scale(form, panel, u), [place]))
 
     def _scale(self, form: Quantized, panel: Index, u: int) -> Any:

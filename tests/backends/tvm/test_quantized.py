@@ -144,15 +144,29 @@ def test_one_row_of_any_numbers(builder, kernels_dir, name: str) -> None:
         return [out]
 
     infinities = () if "zeros" in name else ("inf", "-inf")  # sums of a group, less its zero points' share, are nan there
-    for change in ("outliers", "small", "zero", "nan", *infinities):
+    for change in ("outliers", "1e-25", "1e-33", "0", "nan", *infinities):
         x, *rest = values(w.graph)
         if change == "outliers":
             x[:, ::50] *= 1e4
-        elif change in ("small", "zero"):
-            x *= 1e-25 if change == "small" else 0.0
+        elif change in ("1e-25", "1e-33", "0"):
+            x *= float(change)
         else:
             x[0, 70] = float(change)
         check(w.graph, run, [x, *rest], factor=4.0)
+    (product,) = [n for n in w.graph.nodes() if n.op.name == "matmul"]
+    form = quantform.quantized(product.operands[1])
+    assert form is not None
+    for large in (30.0, 300.0, 1e4, 1e6, 1e12):  # where weights are zero: no digits of the others go with it
+        for outliers in ([0], [0, form.per_word, 3 * form.per_word]):
+            x, q, *rest = values(w.graph)
+            x[:, outliers] = large
+            zero = 1 << (form.bits - 1) if form.zeros is not None else 0
+            for k in outliers:
+                q[:, k // form.per_word] &= ~((1 << form.bits) - 1)
+                q[:, k // form.per_word] |= zero
+            if form.zeros is not None:
+                rest[1].fill_(zero)
+            check(w.graph, run, [x, q, *rest], factor=4.0)
 
 
 def test_many_rows(builder, kernels_dir) -> None:
@@ -188,7 +202,13 @@ def test_rows_of_any_numbers_on_tiles(builder, kernels_dir) -> None:
 
     check(w.graph, run, [x, *rest], factor=4.0)
     x, *rest = values(w.graph)
-    check(w.graph, run, [x * 1e-20, *rest], factor=4.0)
+    for small in (1e-20, 1e-33):
+        check(w.graph, run, [x * small, *rest], factor=4.0)
+    outliers = [0, 60, 61, 200]  # where weights are zero: no digits of the others go with them
+    rest[0][:, outliers] = 0
+    for row, large in enumerate((30.0, 300.0, 1e3, 1e4, 1e6, 1e12)):
+        x[row, outliers] = large
+    check(w.graph, run, [x, *rest], factor=4.0)
 
 
 REFUSED = {
