@@ -10,6 +10,7 @@ Kamil, "Parallel Associative Reductions in Halide", CGO 2017). A product that is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
@@ -49,7 +50,9 @@ class Reduction:
         self.monoid = self._monoid()
 
     def _monoid(self) -> Monoid | None:
-        return Monoid.of(self.op, self.x.dtype)
+        """How accumulators are joined. Products are held in f64: near 1, roundings of f32 that tie all go one way and add up."""
+        m = Monoid.of(self.op, self.x.dtype)
+        return replace(m, held=m.total) if self.op == "prod" else m
 
     # --- entry ----------------------------------------------------------------------------------------------------------
 
@@ -107,7 +110,7 @@ class Reduction:
         value = Expressions(self.args, self.sources).at(self.x, self._operand_index(kept, reduced))
         if (self.monoid is not None and self.monoid.held == "uint8" and self.x.dtype != types.u8) or self.op in ("any", "all"):
             return scalar.cast(value, self.x.dtype, types.b1).astype("uint8")
-        return value
+        return value.astype("float64") if self.op == "prod" and self.x.dtype.is_float else value
 
     def _join(self, acc: Any, at: Index, kept: Sequence[Index], reduced: Sequence[Index]) -> None:
         """Join the operand's element with an accumulator; one that is a product is added without being rounded before."""

@@ -149,6 +149,18 @@ def test_the_error_of_a_sum_down_columns_does_not_grow_with_its_length(compile_a
         check(graph, run, [x.abs() for x in values(graph, **bindings)], bindings)
 
 
+def test_products_of_many_factors_near_one(compile_all) -> None:
+    """In pieces of one row, along rows, and down columns: products held in f32 are several times as wrong as eager's."""
+    cases = (("(%x: f32[1048576]) -> f32[] {\n %0: f32[] = prod(%x) {axes = [0]}", 1e-4),
+             ("(%x: f32[3, 300000]) -> f32[3] {\n %0: f32[3] = prod(%x) {axes = [1]}", 1e-4),
+             ("(%x: f32[90000, 5]) -> f32[5] {\n %0: f32[5] = prod(%x) {axes = [0]}", 1e-4),
+             ("(%x: bf16[300, 20]) -> bf16[20] {\n %0: bf16[20] = prod(%x) {axes = [0]}", 0.1))  # fmt: skip
+    graphs = [parse_graph(f"graph @g{text}\n return %0\n}}") for text, _ in cases]
+    runs = compile_all([(g, "reduction") for g in graphs])
+    for graph, run, (_, spread) in zip(graphs, runs, cases, strict=True):
+        check(graph, run, [(1 + spread * values(graph)[0].double()).to(graph.inputs[0].dtype.torch)])
+
+
 def test_sums_down_columns_run_in_parallel_where_threads_pay() -> None:
     """Device-free: in pieces where there are fewer tiles of columns than threads, else tile by tile; small ones on one thread."""
     target = Target.from_name("cpu:graniterapids:2")
