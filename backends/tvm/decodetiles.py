@@ -7,9 +7,9 @@ Queries, and the weights of a block times the values' scales, become integers of
 the largest of a row, and those are four bytes each: the products of bytes are exact in i32, and so is each sum as f32, of which four
 are put together at the end. What that loses is 2**-30 of the largest number of a row, and nothing of those above 2**-6 of it: tokens
 that are hidden, or whose weight is next to nothing, take no digits of the others, whatever their scales are; a query's outlier of more
-than 2**10 times the other elements does, and so does such a token to those columns in which its value is zero. With as many
-multiplications as there are parts, tiles still take a fraction of the time of vectors of floats, of which each key takes one
-multiply-add a query.
+than 2**10 times the other elements does, and so does such a token to those columns in which its value is zero; so do numbers below
+2**-90. With as many multiplications as there are parts, tiles still take a fraction of the time of vectors of floats, of which each key
+takes one multiply-add a query.
 
 Keys are the rows of a tile as they lie in memory. Values are interleaved, four rows' bytes in a word, as the second factor of a tile
 product has them; their columns are in another order then, to which the result's places are put right. Integers of 4 bits, rows of
