@@ -24,6 +24,7 @@ from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.tvm import amx, dots8
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.convint8form import fours_of, in_place, planes_of
+from graphopt.backends.tvm.dots8 import WORD
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source, store_computed
 from graphopt.backends.tvm.int8form import STEP
@@ -32,7 +33,6 @@ from graphopt.backends.tvm.panelform import COLUMNS, TILE
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph, Value
 
-WORD = 4  # bytes that an instruction multiplies and adds at a time
 LINE = 64  # bytes of a cache line
 LANES = 16  # channels that the epilogue takes at a time
 PANEL = STEP * COLUMNS  # bytes of a step of a panel

@@ -21,13 +21,12 @@ from tvm import tirx
 
 from graphopt.backends.tvm import amx, dots8
 from graphopt.backends.tvm.code import Index
+from graphopt.backends.tvm.dots8 import WORD
 from graphopt.backends.tvm.int8form import packed_fours
 from graphopt.backends.tvm.panelform import COLUMNS, products_of, statistic_of
 from graphopt.backends.tvm.panelproduct import PanelProduct
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph
-
-WORD = 4  # bytes that an instruction multiplies and adds at a time
 
 
 class Int8Kernel(PanelProduct):

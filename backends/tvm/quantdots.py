@@ -21,9 +21,9 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.tvm import keybytes
+from graphopt.backends.tvm import dots8, keybytes
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.keybytes import BYTES, LANES, PARTS
+from graphopt.backends.tvm.keybytes import LANES, PARTS
 from graphopt.backends.tvm.quantform import Quantized
 from graphopt.backends.tvm.quantized import BLOCK, QuantizedKernel
 
@@ -128,7 +128,7 @@ class QuantizedDotsKernel(QuantizedKernel):
                 parts = self._named(keybytes.parts(left[at[0]], up))
                 fours_of = self._named(tirx.reinterpret(f"int32x{LANES}", tirx.Shuffle([parts], order)))
                 code.emit(tirx.BufferStore(words, fours_of, at))
-                code.emit(tirx.BufferStore(held, _dot(held[here[0]], ones, fours_of), here))
+                code.emit(tirx.BufferStore(held, dots8.dot("vnni", held[here[0]], ones, fours_of, LANES), here))
             total = self._named(held[here[0]])
             for lanes in (8, 4):
                 low, high = (tirx.Shuffle([total], list(range(first, first + lanes))) for first in (0, lanes))
@@ -200,7 +200,7 @@ class QuantizedDotsKernel(QuantizedKernel):
                     value = self._bytes(form, word, s)
                     for p in range(PARTS):
                         to = self._ramp(p * LANES)
-                        code.emit(tirx.BufferStore(acc[u], _dot(acc[u][to[0]], value, x[s][p]), to))
+                        code.emit(tirx.BufferStore(acc[u], dots8.dot("vnni", acc[u][to[0]], value, x[s][p], LANES), to))
 
     def _bytes(self, form: Quantized, word: Any, s: int) -> Any:
         """Four rows' integers, without signs."""
@@ -218,10 +218,3 @@ def _span(form: Quantized) -> int:
 def _middle(form: Quantized) -> int:
     """What is taken off the bytes that are multiplied."""
     return 1 << (form.bits - 1) if form.signed or form.zeros is not None else 0
-
-
-def _dot(total: Any, plain: Any, signed: Any) -> Any:
-    """``total`` and the products of four bytes in each word, those of the first factor without a sign."""
-    both = [tirx.reinterpret(f"int8x{BYTES}", x) for x in (plain, signed)]
-    return tirx.call_llvm_pure_intrin(f"int32x{LANES}", "llvm.x86.avx512.vpdpbusd.512", total, *both)
-
