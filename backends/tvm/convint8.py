@@ -26,7 +26,7 @@ from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.convint8form import fours_of, in_place, planes_of
 from graphopt.backends.tvm.dots8 import WORD
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source, store_computed
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source, always, store_computed
 from graphopt.backends.tvm.int8form import STEP
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.panelform import COLUMNS, TILE
@@ -80,7 +80,7 @@ class ConvInt8Kernel:
                 summed[n.result] = None
         for v in [*self.graph.inputs, *(n.result for n in self.graph.nodes() if n.name != "constant")]:
             if all(d == 1 for d in v.shape) and v not in summed and v.dtype.is_float:
-                sources[v] = _always(self.code.bind(Expressions(self.args, dict(sources)).at(v, [0] * v.type.rank), "number"))
+                sources[v] = always(self.code.bind(Expressions(self.args, dict(sources)).at(v, [0] * v.type.rank), "number"))
         return sources
 
     def _out_lanes(self) -> int:
@@ -394,8 +394,3 @@ class ConvInt8Kernel:
                 vector_loop(code, c, LANES, lanes, element)
             with code.when(i64(left) < i64(LANES)), code.loop(code.greatest(left, 0), "serial", "v") as v:
                 element(code.simplify(c + v))
-
-
-def _always(value: Any) -> Source:
-    """A value that is known already, at any index."""
-    return lambda _: value

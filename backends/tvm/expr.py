@@ -24,6 +24,11 @@ from graphopt.ir.types import DType
 Source = Callable[[Sequence[Index]], Any]
 
 
+def always(value: Any) -> Source:
+    """A value that is known already, at any index."""
+    return lambda _: value
+
+
 class Arguments:
     """The kernel's tensors: one flat buffer an input and an output, and how to address them."""
 

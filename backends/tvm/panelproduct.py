@@ -20,7 +20,7 @@ from tvm import tirx
 from graphopt.backends.tvm import amx
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, Source
+from graphopt.backends.tvm.expr import Arguments, Expressions, Source, always
 from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.backends.tvm.panelform import COLUMNS, LINE, TILE
@@ -146,7 +146,7 @@ class PanelProduct(ABC):
         if self.statistic is not None:
             found = self._largest(self.statistic.operands[0], lead)
             code.store(most, r, found)
-            sources[self.statistic.result] = _always(found)
+            sources[self.statistic.result] = always(found)
             self._hoist(sources, lead)
         if self.engine == "amx":
             start = code.simplify(code.div(place, self.mr) * self.row_tile + code.mod(place, self.mr) * self.step)
@@ -185,7 +185,7 @@ class PanelProduct(ABC):
         for node in self.graph.nodes():
             if any(v in below for v in node.operands) and node.result.type.rank == self.left.type.rank and node.result.shape[-1] == 1:
                 value = Expressions(self.args, dict(sources)).at(node.result, [*lead, 0])
-                sources[node.result] = _always(value)
+                sources[node.result] = always(value)
                 below[node.result] = None
 
     def _largest(self, x: Value, lead: Sequence[Index]) -> Any:
@@ -322,7 +322,3 @@ class PanelProduct(ABC):
                 write(io, s, -(-self.height // count))
         for i, c in sums:
             amx.store(code, 2 * i + c, total, spot(i, c), COLUMNS * 4)
-
-def _always(value: Any) -> Source:
-    """A value that is known already, at any index."""
-    return lambda _: value

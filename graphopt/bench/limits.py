@@ -43,12 +43,16 @@ class Limits:
         Args:
             products: of tiles that one of f32 may be summed from, six of thirds or three of halves; 0 if it may not.
         """
-        return max(flops / max(self.flops, self.tiles / products if products else 0.0), read / self.bytes)
+        return max(flops / self._peak(products), read / self.bytes)
+
+    def _peak(self, products: int) -> float:
+        """f32 floating-point operations a second, if each may be summed from so many products of tiles."""
+        return max(self.flops, self.tiles / products if products else 0.0)
 
     @property
     def by_thirds(self) -> float:
         """f32 floating-point operations a second of products that may be summed from thirds on tiles."""
-        return max(self.flops, self.tiles / THIRDS_PRODUCTS)
+        return self._peak(THIRDS_PRODUCTS)
 
     def best(self, other: Limits) -> Limits:
         """The higher of two measurements of the same machine."""

@@ -28,6 +28,7 @@ from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
 from graphopt.passes.layout import fours
 from graphopt.passes.quantization.quantize_products import MOST_TERMS
+from graphopt.passes.quantization.quantize_weights import scales
 from graphopt.rewrite import Numerics, PassContext, Reject, Rewriter, erase_dead
 
 
@@ -99,8 +100,7 @@ def rounded_image(b: Builder, x: Value) -> tuple[Value, Value]:
 
 def _rounded(b: Builder, x: Value, axes: tuple[int, ...]) -> tuple[Value, Value]:
     """f32 as i8, and the scales: one for all elements along some axes."""
-    largest = b.create("max", [b.abs(x)], {"axes": axes, "keepdims": True})
-    s = b.maximum(b.mul(largest, 1 / 127), 1e-30)
+    s, _ = scales(b, x, axes, 8, False)
     return b.create("quantize", [x, s], {"dtype": types.i8, "bits": 8}), s
 
 

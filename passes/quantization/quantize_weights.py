@@ -110,10 +110,11 @@ def quantized(rw: Rewriter, w: Value, bits: int, group: int, zero_points: bool, 
     return y
 
 
-def scales(rw: Builder, x: Value, axis: int, bits: int, zero_points: bool, most: float | None = None) -> tuple[Value, Value | None]:
-    """A scale for all elements along an axis, and the integer that stands for zero, if that is not 0; ``most``: what the largest becomes,
-    if not the largest integer."""
-    over = {"axes": (axis,), "keepdims": True}
+def scales(rw: Builder, x: Value, axis: int | tuple[int, ...], bits: int, zero_points: bool,
+           most: float | None = None) -> tuple[Value, Value | None]:  # fmt: skip
+    """A scale for all elements along an axis, or several, and the integer that stands for zero, if that is not 0; ``most``: what the
+    largest becomes, if not the largest integer."""
+    over = {"axes": axis if isinstance(axis, tuple) else (axis,), "keepdims": True}
     if not zero_points:
         largest = rw.create("max", [rw.abs(x)], over)
         return rw.maximum(rw.mul(largest, 1.0 / (most or integer_range(types.i8, bits)[1])), _TINY), None
