@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from graphopt.autotune.space import Constraint, Param, SearchSpace
-from graphopt.backends.tvm.thirdform import products_of
+from graphopt.backends.tvm.thirdform import COLUMNS, TILE, divisors, grouped, products_of, rows_of
 from graphopt.ir import types
-from graphopt.ir.dims import Dim, numel
 from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
 
-COLUMNS = 32  # of a panel: two tiles
-STEP = 32  # of the summed axis: what a row of a tile holds
-TILE = 16  # rows of a tile
 _BLOCKS = (128, 96, 64, 160, 192, 256, 32)  # of a weight that several row tiles are multiplied by
 _ONCE = (512, 384, 256, 320, 192, 128, 96, 64, 32)  # of one that is read once
-_GROUP = 8  # pairs of row tiles of a task
 
 
 def packed_halves(v: Value) -> tuple[Value, Value, Value] | None:
@@ -56,11 +51,6 @@ def refusal(graph: Graph, t: Target) -> str | None:
     return None if len({p[2] for p in shares if p is not None}) == 1 else "products of different shares"
 
 
-def rows_of(graph: Graph) -> Dim:
-    """Rows of the product, all of its leading axes together."""
-    return numel(products_of(graph)[0].result.shape[:-1])
-
-
 def space(graph: Graph, t: Target) -> SearchSpace:
     """All schedules.
 
@@ -72,30 +62,20 @@ def space(graph: Graph, t: Target) -> SearchSpace:
     rows, depth = rows_of(graph), int(node.operands[0].shape[-1])
     panels = -(-int(node.result.shape[-1]) // COLUMNS)
     tiles = 1 if isinstance(rows, int) and rows <= TILE else 2
-    if isinstance(rows, int):
-        count = -(-rows // (tiles * TILE))
-        tile = -(-rows // (tiles * count))
-        group = -(-count // -(-count // _GROUP))
-        groups = -(-count // group)
-    else:
-        tile, group, groups = TILE, _GROUP // 2, 1
+    tile, group, groups = grouped(rows, tiles)
     blocks = [b for b in (_ONCE if group == 1 else _BLOCKS) if depth % b == 0]
     room = 2 * t.cache[1] // 5 // (tiles * group * tile * 4)
-    chunks = [c for c in _divisors(depth // blocks[0]) if c * blocks[0] <= room] or [1]
+    chunks = [c for c in divisors(depth // blocks[0]) if c * blocks[0] <= room] or [1]
     share = -(-panels // max(1, -(-t.cores // groups)))  # each task splits its rows of the first factor: no more tasks than cores
     params = (
         Param("block", tuple(blocks), "tasks"),
         Param("rows", tuple(dict.fromkeys((tile, TILE))), "tile"),
         Param("tiles", tuple(dict.fromkeys((tiles, 2))), "tile"),
         Param("group", tuple(dict.fromkeys((group, 2, 4, 8, 16))), "tasks"),
-        Param("chunk", tuple(dict.fromkeys((chunks[-1], *_divisors(depth // blocks[0])))), "tasks"),
+        Param("chunk", tuple(dict.fromkeys((chunks[-1], *divisors(depth // blocks[0])))), "tasks"),
         Param("panels", tuple(dict.fromkeys((share, -(-share // 2), -(-share // 4), -(-share // 8)))), "tasks"),
         Param("ahead", (True, False)),
         Param("parallel", (True, False), "tasks"),
     )
     whole = Constraint("chunks that do not divide the depth", lambda k: depth % (int(str(k["block"])) * int(str(k["chunk"]))) == 0)
     return SearchSpace("halves", params=params, constraints=(whole,))
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]

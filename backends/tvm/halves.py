@@ -24,11 +24,12 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.tvm import amx
+from graphopt.backends.tvm import amx, keybytes
 from graphopt.backends.tvm.code import Index, i64
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.halfform import COLUMNS, STEP, TILE, packed_halves
+from graphopt.backends.tvm.halfform import packed_halves
 from graphopt.backends.tvm.partsproduct import LANES, OUT_LINE, WORDS, PartsProduct, vector_at
+from graphopt.backends.tvm.thirdform import COLUMNS, STEP, TILE
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph
 
@@ -41,7 +42,6 @@ _LINE = 32  # f16 of a cache line
 # f16 between what is multiplied and what is asked for, where a block is read once: 9 KiB. What is a multiple of 4 KiB away competes for the
 # same places in the first-level cache (measured: a tenth slower)
 _AHEAD = 9 * 512
-_EXPONENT = 0x7F800000
 _LEAST = 27 << 23  # the exponent of 2**-100: of what a unit is made of
 _SMALL = 17  # halves of what is 2**-17 of the largest lose digits
 _TOP = 14  # the exponent that the largest of a row has in units
@@ -74,7 +74,8 @@ class HalvesKernel(PartsProduct):
     Args: see :func:`graphopt.backends.tvm.halfform.space`.
     """
 
-    parts = PARTS
+    parts, order = PARTS, ORDER
+    multiply = staticmethod(amx.multiply_halves)
 
     def __init__(self, graph: Graph, block: int, rows: int, tiles: int, group: int, chunk: int, panels: int, ahead: bool,
                  parallel: bool) -> None:  # fmt: skip
@@ -127,7 +128,7 @@ class HalvesKernel(PartsProduct):
                         assert out is not None
                         self._ask(out, io, code.simplify(s * lines + q))
 
-                self._step(x, self.weights[which][0], w, begin, beside)
+                self._step(which, x, w, begin, beside)
 
             step(0, self._put)
             if steps > 1:
@@ -136,27 +137,8 @@ class HalvesKernel(PartsProduct):
             for q in range(sums * steps, vectors):
                 self._add(which, before, q)
 
-    def _step(self, x: Index, weight: Any, w: Index, begin: Callable[[int], None] | None, beside: Callable[[int], None]) -> None:
-        """32 of the summed axis: three products of 2 x 2 tiles.
-
-        ``begin`` is called with a tile before its first product, ``beside`` after each multiplication.
-        """
-        code, below = self.code, self.steps * HALVES
-        held: tuple[int, int] = (-1, -1)
-        for n, (p, q) in enumerate(ORDER):
-            for i in range(self.tiles):
-                if held[0] != p:
-                    amx.load(code, 4 + i, self.split_rows, code.simplify(x + i * below + p * WORDS), LANES * 4, once=True)
-            for c in range(2):
-                if held[1] != q:
-                    amx.load(code, 6 + c, weight, code.simplify(w + (q * 2 + c) * _ELEMENTS), LANES * 4)
-            held = (p, q)
-            for i in range(self.tiles):
-                for c in range(2):
-                    if n == 0 and begin is not None:
-                        begin(2 * i + c)
-                    amx.multiply_halves(code, 2 * i + c, 4 + i, 6 + c)
-                    beside((n * self.tiles + i) * 2 + c)
+    def _weight_tile(self, which: int, w: Index, part: int, c: int) -> tuple[Any, Index]:
+        return self.weights[which][0], self.code.simplify(w + (part * 2 + c) * _ELEMENTS)
 
     def _add(self, which: int, place: Index, q: Index) -> None:
         """Times the units of its row and its columns."""
@@ -190,10 +172,10 @@ class HalvesKernel(PartsProduct):
                     k = code.simplify(chunk * (steps * STEP) + s * LANES + v)
                     code.store(lines, code.simplify(line + s * LANES + v), self._left_at(lead, k) * code.load(self.shares, k))
                 largest = self._largest(lines, line, steps * STEP // LANES)
-                up = tirx.reinterpret("float32", tirx.const((254 + _TOP) << 23, "uint32") - largest)
+                up = tirx.reinterpret("float32", tirx.const((254 + _TOP) << 23, "uint32") - tirx.reinterpret("uint32", largest))
                 uneven = self._uneven(lines, line, steps * STEP // LANES, largest)
                 code.store(ups, i, tirx.Select(uneven, tirx.const(float("nan"), "float32"), up))
-                unit = tirx.reinterpret("float32", largest - tirx.const(_TOP << 23, "uint32"))
+                unit = tirx.reinterpret("float32", largest - tirx.const(_TOP << 23, "int32"))
                 code.store(self.units, code.simplify(start + i), unit)
             with code.loop(steps, "serial", "s") as s:
                 to = code.bind_index(code.simplify((tile * steps + s) * HALVES), "to")
@@ -206,42 +188,34 @@ class HalvesKernel(PartsProduct):
                             code.store(self.split_rows, code.simplify(to + part * WORDS + i * LANES + v), word)
 
     def _largest(self, lines: Any, line: Index, vectors: int) -> Any:
-        """The bits of the power of two below the largest magnitude of a row; of infinity, those of infinity."""
+        """The bits, as i32, of the power of two below the largest magnitude of a row; of infinity, those of infinity."""
         code, count = self.code, 4
-        magnitude = tirx.Broadcast(tirx.const(0x7FFFFFFF, "uint32"), LANES)
         while vectors % count:
             count //= 2
-        held = code.alloc(count * LANES, "uint32", "largest", scope="local")
+        held = code.alloc(count * LANES, "int32", "largest", scope="local")
         for q in range(count):
-            code.emit(tirx.BufferStore(held, tirx.Broadcast(tirx.const(0, "uint32"), LANES), [vector_at(code, q * LANES)]))
+            code.emit(tirx.BufferStore(held, tirx.Broadcast(tirx.const(0, "int32"), LANES), [vector_at(code, q * LANES)]))
         with code.loop(vectors // count, "serial", "s") as s:
             for q in range(count):
-                x = tirx.reinterpret(f"uint32x{LANES}", lines[vector_at(code, line + (s * count + q) * LANES)])
+                bits = keybytes.magnitude(lines[vector_at(code, line + (s * count + q) * LANES)])
                 at = vector_at(code, q * LANES)
-                code.emit(tirx.BufferStore(held, tirx.max(held[at], tirx.bitwise_and(x, magnitude)), [at]))
+                code.emit(tirx.BufferStore(held, tirx.max(held[at], bits), [at]))
         most = held[vector_at(code, 0)]
         for q in range(1, count):
             most = tirx.max(most, held[vector_at(code, q * LANES)])
-        top = tirx.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.umax", most)
-        return code.bind(tirx.max(tirx.bitwise_and(top, tirx.const(_EXPONENT, "uint32")), tirx.const(_LEAST, "uint32")), "largest")
+        top = tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", most)
+        power = tirx.bitwise_and(top, tirx.const(keybytes.INFINITE, "int32"))
+        return code.bind(tirx.max(power, tirx.const(_LEAST, "int32")), "largest")
 
     def _uneven(self, lines: Any, line: Index, vectors: int, largest: Any) -> Any:
         """Whether more than half of a row's elements that are not zero are below 2**-17 of its largest."""
-        code = self.code
+        code, at = self.code, vector_at(self.code, 0)
         held = code.alloc(LANES, "int32", "even", scope="local")
-        at = vector_at(code, 0)
-
-        def all_of(n: int, dtype: str = "int32") -> Any:
-            return tirx.Broadcast(tirx.const(n, dtype), LANES)
-
-        code.emit(tirx.BufferStore(held, all_of(0), [at]))
-        least = tirx.Broadcast(largest - tirx.const(_SMALL << 23, "uint32"), LANES)
+        code.emit(tirx.BufferStore(held, tirx.Broadcast(tirx.const(0, "int32"), LANES), [at]))
         with code.loop(vectors, "serial", "s") as s:
-            x = tirx.reinterpret(f"uint32x{LANES}", lines[vector_at(code, line + s * LANES)])
-            x = tirx.bitwise_and(x, all_of(0x7FFFFFFF, "uint32"))
-            large = tirx.Select(tirx.GE(x, least), all_of(1), tirx.Select(tirx.GT(x, all_of(0, "uint32")), all_of(-1), all_of(0)))
-            code.emit(tirx.BufferStore(held, held[at] + large, [at]))
-        return tirx.LT(tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", held[at]), tirx.const(0, "int32"))
+            bits = keybytes.magnitude(lines[vector_at(code, line + s * LANES)])
+            code.emit(tirx.BufferStore(held, held[at] + keybytes.outweighed(bits, largest, 1, _SMALL), [at]))
+        return tirx.GT(tirx.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", held[at]), tirx.const(0, "int32"))
 
     def _weight_vector(self, which: int, panel: Index, k: Index, c: int) -> Any:
         code, (weight, unit) = self.code, self.weights[which]

@@ -123,13 +123,13 @@ def countable(most: Any) -> Any:
     return tirx.And(tirx.LT(most, _like(most, INFINITE)), least)
 
 
-def outweighed(bits: Any, most: Any, few: int) -> Any:
-    """A vector of i32, from magnitudes: 1 for a number below 2**-10 of the largest, ``-few`` for others, 0 for zero.
+def outweighed(bits: Any, most: Any, few: int, reach: int = _REACH) -> Any:
+    """A vector of i32, from magnitudes: 1 for a number below ``2**-reach`` of the largest, ``-few`` for others, 0 for zero.
 
     A sum above zero over a row says that those few elements leave the others too few digits: a product in which the few meet zeros would
     have a greater error than a sum of f32 has.
     """
-    nothing, low = tirx.Broadcast(tirx.const(0, "int32"), LANES), tirx.Broadcast(most - tirx.const(_REACH << 23, "int32"), LANES)
+    nothing, low = tirx.Broadcast(tirx.const(0, "int32"), LANES), tirx.Broadcast(most - tirx.const(reach << 23, "int32"), LANES)
     one, less = (tirx.Broadcast(tirx.const(n, "int32"), LANES) for n in (1, -few))
     return tirx.Select(tirx.EQ(bits, nothing), nothing, tirx.Select(tirx.LT(bits, low), one, less))
 

@@ -9,6 +9,7 @@ the panel is summed again by the vector units, and has what f32 gives.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -50,6 +51,8 @@ class PartsProduct(ABC):
     """
 
     parts: int  # of a number
+    order: tuple[tuple[int, int], ...]  # (part of the first factor, of the weight) of each product, small products first
+    multiply = staticmethod(amx.multiply)  # two tiles
 
     def __init__(self, graph: Graph, block: int, rows: int, tiles: int, group: int, chunk: int, panels: int, ahead: bool,
                  parallel: bool) -> None:  # fmt: skip
@@ -107,6 +110,10 @@ class PartsProduct(ABC):
             coming: product, panel and block that come next.
             out: row and column of the task's first element of the output, if its lines are to be asked for meanwhile.
         """
+
+    @abstractmethod
+    def _weight_tile(self, which: int, w: Index, part: int, c: int) -> tuple[Any, Index]:
+        """Buffer and place of a part's tile of 16 columns, of a step whose tiles begin at ``w``."""
 
     @abstractmethod
     def _add(self, which: int, place: Index, q: Index) -> None:
@@ -188,6 +195,29 @@ class PartsProduct(ABC):
             self._put(t)
         with code.loop(self.side * COLUMNS // LANES, "serial", "q") as q:
             self._add(which, code.simplify(here - 1), q)
+
+    def _step(self, which: int, x: Index, w: Index, begin: Callable[[int], None] | None, beside: Callable[[int], None]) -> None:
+        """32 of the summed axis: the products of 2 x 2 tiles, or 1 x 2.
+
+        ``begin`` is called with a tile before its first product, ``beside`` after each multiplication, with its number.
+        """
+        code, below = self.code, self.steps * self.parts * WORDS
+        held: tuple[int, int] = (-1, -1)
+        for n, (p, q) in enumerate(self.order):
+            for i in range(self.tiles):
+                if held[0] != p:
+                    amx.load(code, 4 + i, self.split_rows, code.simplify(x + i * below + p * WORDS), LANES * 4, once=True)
+            for c in range(2):
+                if held[1] != q:
+                    buffer, at = self._weight_tile(which, w, q, c)
+                    amx.load(code, 6 + c, buffer, at, LANES * 4)
+            held = (p, q)
+            for i in range(self.tiles):
+                for c in range(2):
+                    if n == 0 and begin is not None:
+                        begin(2 * i + c)
+                    self.multiply(code, 2 * i + c, 4 + i, 6 + c)
+                    beside((n * self.tiles + i) * 2 + c)
 
     def _put(self, tile: int) -> None:
         """Write a tile of sums, and begin it anew. While one is written the others still sum."""

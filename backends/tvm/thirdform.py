@@ -14,7 +14,7 @@ STEP = 32  # of the summed axis: what a row of a tile holds
 TILE = 16  # rows of a tile
 FEW = 24  # rows below which splitting the weight costs more than the multiplications that it saves
 _BLOCKS = (64, 96, 128, 160, 192, 256, 32)
-_GROUP = 8  # pairs of row tiles that are worth one splitting of the weight
+_GROUP = 8  # places (of one or two row tiles) that are worth one splitting of the weight
 
 
 def products_of(graph: Graph) -> list[Node]:
@@ -45,11 +45,12 @@ def refusal(graph: Graph, t: Target) -> str | None:
             return f"the second factor is not packed in panels of {COLUMNS}"
         if not isinstance(depth := node.operands[0].shape[-1], int) or depth % STEP:
             return f"the summed axis is no multiple of {STEP}"
-    least = dims.bounds(_rows(graph), graph.symbols)[0]
+    least = dims.bounds(rows_of(graph), graph.symbols)[0]
     return None if least is not None and least >= FEW else f"it may have fewer than {FEW} rows"
 
 
-def _rows(graph: Graph) -> Dim:
+def rows_of(graph: Graph) -> Dim:
+    """Rows of the product, all of its leading axes together."""
     return dims.numel(products_of(graph)[0].result.shape[:-1])
 
 
@@ -60,24 +61,18 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     task. ``chunk``: of the summed axis, so that the first factor's thirds stay in the second-level cache. ``panels``: of a task.
     """
     node = products_of(graph)[0]
-    rows, depth = _rows(graph), int(node.operands[0].shape[-1])
+    rows, depth = rows_of(graph), int(node.operands[0].shape[-1])
     panels = -(-int(node.result.shape[-1]) // COLUMNS)
     blocks = [b for b in _BLOCKS if depth % b == 0 and b <= depth]
-    if isinstance(rows, int):
-        pairs = -(-rows // (2 * TILE))
-        tile = -(-rows // (2 * pairs))
-        group = -(-pairs // -(-pairs // _GROUP))
-        groups = -(-pairs // group)
-    else:
-        tile, group, groups = TILE, _GROUP // 2, 1
+    tile, group, groups = grouped(rows, 2)
     room = 2 * t.cache[1] // 5 // (2 * group * tile * 6)
-    chunks = [c for c in _divisors(depth // blocks[0]) if c * blocks[0] <= room] or [1]
+    chunks = [c for c in divisors(depth // blocks[0]) if c * blocks[0] <= room] or [1]
     share = -(-panels // max(1, -(-t.cores // groups)))  # each task splits its rows of the first factor: no more tasks than cores
     return (
         Param("block", tuple(blocks), "tasks"),
         Param("rows", tuple(dict.fromkeys((tile, TILE))), "tile"),
         Param("group", tuple(dict.fromkeys((group, 2, 4, 8, 16))), "tasks"),
-        Param("chunk", tuple(dict.fromkeys((chunks[-1], *_divisors(depth // blocks[0])))), "tasks"),
+        Param("chunk", tuple(dict.fromkeys((chunks[-1], *divisors(depth // blocks[0])))), "tasks"),
         Param("panels", tuple(dict.fromkeys((share, -(-share // 2), -(-share // 4), -(-share // 8)))), "tasks"),
         Param("ahead", (True, False)),
         Param("parallel", (True, False), "tasks"),
@@ -91,5 +86,14 @@ def space(graph: Graph, t: Target) -> SearchSpace:
     return SearchSpace("thirds", params=params(graph, t), constraints=(whole,))
 
 
-def _divisors(n: int) -> list[int]:
+def grouped(rows: Dim, tiles: int) -> tuple[int, int, int]:
+    """(rows of a tile, places of a task, tasks) where so many tiles of rows are multiplied at once, at a place."""
+    if not isinstance(rows, int):
+        return TILE, _GROUP // 2, 1
+    places = -(-rows // (tiles * TILE))
+    group = -(-places // -(-places // _GROUP))
+    return -(-rows // (tiles * places)), group, -(-places // group)
+
+
+def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

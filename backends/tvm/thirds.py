@@ -24,7 +24,6 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.tvm import amx
 from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.partsproduct import LANES, OUT_LINE, WORDS, PartsProduct, vector_at
@@ -83,7 +82,7 @@ class ThirdsKernel(PartsProduct):
     Args: see :func:`graphopt.backends.tvm.thirdform.params`.
     """
 
-    parts = PARTS
+    parts, order = PARTS, ORDER
 
     def __init__(self, graph: Graph, block: int, rows: int, group: int, chunk: int, panels: int, ahead: bool, parallel: bool) -> None:
         super().__init__(graph, block, rows, 2, group, chunk, panels, ahead, parallel)
@@ -128,7 +127,10 @@ class ThirdsKernel(PartsProduct):
                 w = code.bind_index(code.simplify(mine + s * (2 * PARTS * WORDS)), "y")
                 unit = code.simplify((io * steps + s) * each)
 
-                def beside(n: int) -> None:
+                def beside(slot: int) -> None:
+                    n, within = divmod(slot, 4)
+                    if within < 3:  # all of it is done behind the four multiplications of a product
+                        return
                     for q in range(n, each, len(ORDER)):
                         self._split_unit(weight, at, other, code.simplify(unit + q))
                     for q in range(n, sums, len(ORDER)):
@@ -137,7 +139,7 @@ class ThirdsKernel(PartsProduct):
                         assert out is not None
                         self._ask(out, io, code.simplify(s * lines + q))
 
-                self._step(x, w, begin, beside)
+                self._step(which, x, w, begin, beside)
 
             step(0, self._put)
             if steps > 1:
@@ -149,27 +151,8 @@ class ThirdsKernel(PartsProduct):
         with code.loop(code.simplify(self.block - done), "serial", "u") as u:
             self._split_unit(weight, at, other, code.simplify(done + u))
 
-    def _step(self, x: Index, w: Index, begin: Callable[[int], None] | None, beside: Callable[[int], None]) -> None:
-        """32 of the summed axis: six products of 2 x 2 tiles.
-
-        ``begin`` is called with a tile before its first product, ``beside`` after each of the six.
-        """
-        code, below = self.code, self.steps * THIRDS
-        held: tuple[int, int] = (-1, -1)
-        for n, (p, q) in enumerate(ORDER):
-            for i in range(2):
-                if held[0] != p:
-                    amx.load(code, 4 + i, self.split_rows, code.simplify(x + i * below + p * WORDS), LANES * 4, once=True)
-            for c in range(2):
-                if held[1] != q:
-                    amx.load(code, 6 + c, self.split, code.simplify(w + (c * PARTS + q) * WORDS), LANES * 4)
-            held = (p, q)
-            for i in range(2):
-                for c in range(2):
-                    if n == 0 and begin is not None:
-                        begin(2 * i + c)
-                    amx.multiply(code, 2 * i + c, 4 + i, 6 + c)
-            beside(n)
+    def _weight_tile(self, which: int, w: Index, part: int, c: int) -> tuple[Any, Index]:
+        return self.split, self.code.simplify(w + (c * PARTS + part) * WORDS)
 
     def _add(self, which: int, place: Index, q: Index) -> None:
         at = self._total_at(place, q)
