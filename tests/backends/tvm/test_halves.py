@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from split_products import default, runner, schedules
 from tvm_check import check
 
-from graphopt.autotune.space import Schedule, Workload
+from graphopt.autotune.space import Workload
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.hidden import hidden
 from graphopt.ir import Builder, Graph, TensorType, dims, types
@@ -81,43 +82,16 @@ def values(graph: Graph, **sizes: int) -> list[torch.Tensor]:
     return [next(forms) if v.hint == "w" else torch.randn(s, generator=generator) for v, s in zip(graph.inputs, shapes, strict=True)]
 
 
-def default(w: Workload) -> Schedule:
-    template = TvmBackend().templates(w, GRANITE)[0]
-    assert template.name == "halves"
-    return template.space(w, GRANITE).default()
-
-
-def schedules(w: Workload) -> list[Schedule]:
-    """The default, and one other choice of each knob."""
-    first = default(w)
-    space = TvmBackend().templates(w, GRANITE)[0].space(w, GRANITE)
-    out = [first]
-    for p in space.params:
-        others = (Schedule.make("halves", "default", **{**dict(first.knobs), p.name: c}) for c in p.choices[1:])
-        out += [s for s in others if space.rejection(s) is None][:1]
-    return out
-
-
 @pytest.fixture(scope="module")
 def fp16_tiles() -> None:
     if not detect().f32_halves and "amx_fp16" not in hidden(detect()):
         pytest.skip("this processor has no AMX-FP16")
 
 
-def runner(graph: Graph, kernel):
-    def run(inputs, sizes=None):
-        shape = [d if isinstance(d, int) else dims.evaluate(d, sizes) for d in graph.outputs[0].shape]
-        out = torch.full(shape, 77.0)
-        kernel(*inputs, out, *(sizes or {}).values())
-        return [out]
-
-    return run
-
-
 def test_products(builder, kernels_dir, fp16_tiles) -> None:
     from graphopt.backends.tvm.build import load_kernel
 
-    jobs = [(g, w, s) for g in CASES.values() for w in (Workload.of(g, "matmul"),) for s in schedules(w)]
+    jobs = [(g, w, s) for g in CASES.values() for w in (Workload.of(g, "matmul"),) for s in schedules(w, GRANITE, "halves")]
     paths = builder.build_many([(w, s) for _, w, s in jobs], GRANITE, kernels_dir)
     for (graph, w, s), path in zip(jobs, paths, strict=True):
         for sizes in bindings(graph):
@@ -128,7 +102,7 @@ def one(builder, kernels_dir, graph: Graph):
     from graphopt.backends.tvm.build import load_kernel
 
     w = Workload.of(graph, "matmul")
-    s = default(w)
+    s = default(w, GRANITE, "halves")
     return runner(graph, load_kernel(builder.build_many([(w, s)], GRANITE, kernels_dir)[0], w, s))
 
 
@@ -207,9 +181,9 @@ def test_other_products_and_targets_take_another_template() -> None:
 
 
 def test_one_packing_for_pass_and_kernel() -> None:
-    from graphopt.backends.tvm import halfform
+    from graphopt.backends.tvm import halfform, thirdform
 
-    assert (halfform.COLUMNS, halfform.STEP, halfform.TILE) == (halves.COLUMNS, halves.DEPTH, halves.TILE)
+    assert (thirdform.COLUMNS, thirdform.STEP, thirdform.TILE) == (halves.COLUMNS, halves.DEPTH, halves.TILE)
     graph = region((32,), 64, 40)
     (node,) = halfform.products_of(graph)
     _, share, *halves_and_units = graph.inputs

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from split_products import default, runner, schedules
 from tvm_check import check
 
-from graphopt.autotune.space import Schedule, Workload
+from graphopt.autotune.space import Workload
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.ir import Builder, Graph, TensorType, dims, types
 from graphopt.passes.layout import pack_weights
@@ -62,23 +63,6 @@ def values(graph: Graph, **sizes: int) -> list[torch.Tensor]:
     return [torch.randn(s, generator=generator) for s in shapes]
 
 
-def default(w: Workload, t: Target) -> Schedule:
-    template = TvmBackend().templates(w, t)[0]
-    assert template.name == "thirds"
-    return template.space(w, t).default()
-
-
-def schedules(w: Workload, t: Target) -> list[Schedule]:
-    """The default, and one other choice of each knob."""
-    first = default(w, t)
-    space = TvmBackend().templates(w, t)[0].space(w, t)
-    out = [first]
-    for p in space.params:
-        others = (Schedule.make("thirds", "default", **{**dict(first.knobs), p.name: c}) for c in p.choices[1:])
-        out += [s for s in others if space.rejection(s) is None][:1]
-    return out
-
-
 @pytest.fixture(scope="module")
 def target() -> Target:
     t = detect()
@@ -87,20 +71,10 @@ def target() -> Target:
     return t
 
 
-def runner(graph: Graph, kernel):
-    def run(inputs, sizes=None):
-        shape = [d if isinstance(d, int) else dims.evaluate(d, sizes) for d in graph.outputs[0].shape]
-        out = torch.full(shape, 77.0)
-        kernel(*inputs, out, *(sizes or {}).values())
-        return [out]
-
-    return run
-
-
 def test_products(builder, kernels_dir, target: Target) -> None:
     from graphopt.backends.tvm.build import load_kernel
 
-    jobs = [(g, w, s) for g in CASES.values() for w in (Workload.of(g, "matmul"),) for s in schedules(w, target)]
+    jobs = [(g, w, s) for g in CASES.values() for w in (Workload.of(g, "matmul"),) for s in schedules(w, target, "thirds")]
     paths = builder.build_many([(w, s) for _, w, s in jobs], target, kernels_dir)
     for (graph, w, s), path in zip(jobs, paths, strict=True):
         for sizes in bindings(graph):
@@ -113,7 +87,7 @@ def test_infinite_and_large_and_small_values(builder, kernels_dir, target: Targe
 
     graph = region((32,), 64, 32)
     w = Workload.of(graph, "matmul")
-    s = default(w, target)
+    s = default(w, target, "thirds")
     run = runner(graph, load_kernel(builder.build_many([(w, s)], target, kernels_dir)[0], w, s))
     x, packed = values(graph)
     x, packed = x.abs() + 0.1, packed.abs() + 0.1
@@ -138,7 +112,7 @@ def test_the_error_is_no_larger_than_that_of_a_sum_in_f32(builder, kernels_dir, 
 
     graph = region((64,), 768, 96)
     w = Workload.of(graph, "matmul")
-    s = default(w, target)
+    s = default(w, target, "thirds")
     run = runner(graph, load_kernel(builder.build_many([(w, s)], target, kernels_dir)[0], w, s))
     x, packed = (t * scale for t in values(graph))
     x, packed = (x.abs(), packed.abs()) if positive else (x, packed)
