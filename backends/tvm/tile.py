@@ -116,7 +116,7 @@ class TileKernel:
                 row = code.simplify(tile_row * self.mr)
                 sums = []
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
-                    ahead = self._fetch(p.factor, lead, column, tile_row, tiles)
+                    ahead = self._fetch(p.factor, lead, column, tile_row, tiles, 0, self.k)
                     sums.append(self._sum(p, lead, row, column, panel, ahead, total))
                 self._store(lead, row, column, sums)
         return code
@@ -140,7 +140,7 @@ class TileKernel:
                 tile_row = code.simplify(first + io)
                 row, base = code.simplify(tile_row * self.mr), code.simplify(io * size)
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
-                    ahead = None if p.copied else self._fetch(p.factor, lead, column, tile_row, tiles)
+                    ahead = None if p.copied else self._fetch(p.factor, lead, column, io, here, begin, length)
                     acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead, begin)
                     self._everywhere(acc, lambda sums, at, _: code.store(sums, at, tirx.const(0, self.held)))
                     span(begin, length)
@@ -159,8 +159,8 @@ class TileKernel:
             return i
         return self.code.least(i, size - 1)
 
-    def _fetch(self, factor: Factor, lead: Sequence[Index], column: Index, tile: Index,
-               tiles: Index) -> _Ask | None:  # fmt: skip
+    def _fetch(self, factor: Factor, lead: Sequence[Index], column: Index, tile: Index, tiles: Index, begin: Index,
+               length: Index) -> _Ask | None:  # fmt: skip
         """What to do before a vector is read to bring nearer what will be; None if nothing, or if panels are not contiguous.
 
         It is given the first of ``unroll`` steps of the summed axis, which of them it is, and the first column of the vector: what is asked
@@ -185,12 +185,12 @@ class TileKernel:
 
             return near
         lines = -(-self.nr * self.unroll // (line * tiles)) if isinstance(tiles, int) else 1
-        part = code.simplify(code.ceildiv(self.k, self.unroll) * (lines * line))
-        first = code.bind_index(code.simplify(start + self.k * self.nr + tile * part), "ahead")
+        part = code.simplify(code.ceildiv(length, self.unroll) * (lines * line))
+        first = code.bind_index(code.simplify(start + (begin + length) * self.nr + tile * part), "ahead")
 
         def later(k: Index, q: int, u: int) -> None:
             for i in range(lines if q == u == 0 else 0):
-                code.prefetch(buffer, code.simplify(first + (code.div(k, self.unroll) * lines + i) * line))
+                code.prefetch(buffer, code.simplify(first + (code.div(k - begin, self.unroll) * lines + i) * line))
 
         return later
 

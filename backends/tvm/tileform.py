@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 from graphopt.autotune.space import Constraint, Knob, Level, LoopNest, Param, Schedule, SearchSpace
 from graphopt.backends.forms.prepare import flatten_rows
@@ -15,6 +16,7 @@ from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
 
 BLOCK = 128  # terms that are summed before the sum is added to the total, where a schedule does not say
+NEAR = 256  # terms of a block that stays in the second-level cache, beside the next one: half as many sums to add up as of 128
 PLAIN = ("default", "rows-first")  # a row tile is summed to its end; threads divide the panels, or the rows
 BLOCKED = ("blocked", "blocked-rows-first")  # a block of the depth is used by all row tiles of a step, then the next one
 SPLIT = "split-depth"  # a task is a piece of the depth, summed as in the blocked ones; then the pieces' sums are joined
@@ -25,6 +27,7 @@ _COPIED = 4  # row tiles at least that use a panel which is copied
 _MANY = 16  # tiles a core, with which there is nothing to gain from more tasks
 _FEW_ROWS = 8  # rows of the highest tile of a default schedule
 _HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
+_UNEVEN = 1.04  # times its share that a core may be given
 _LINE = 64  # bytes of a cache line
 _AHEAD = 3072  # bytes: 1 and 3 KiB are equally good, 4 KiB are not: lines that far apart compete for a place in the first-level cache
 
@@ -110,11 +113,16 @@ def variants(graph: Graph, t: Target) -> tuple[SearchSpace, ...]:
     """The spaces of the tiled sketches, that of the default first."""
     own, limits, loops = params(graph, t), constraints(graph, t), TileLoops(graph, t)
     out = [SearchSpace("tile", PLAIN, own, limits, loops)]
-    node, _ = _product(graph)
+    node, packed = _product(graph)
     rows, depth = _fixed(node.shape[-2], graph), _depth(graph)
     if not (isinstance(rows, int) and rows <= t.tile[0]) and not (isinstance(depth, int) and depth <= 64):
-        block = Param("block", (BLOCK, 64, 256, 384, 512), "tasks")
-        out.append(SearchSpace("tile", BLOCKED, (*own, block), limits, loops))  # of one row tile, or one block, they are the same loops
+        # a block of a packed panel stays near while row tiles use it, and the next one is fetched meanwhile: not a panel, which may be larger
+        # than a cache. Of one row tile, or one block, the loops are the same.
+        known = {p.name: p.choices[0] for p in own}
+        often = packed and isinstance(rows, int) and rows >= _COPIED * _int(known, "mr")
+        better = often and isinstance(depth, int) and depth >= 2 * NEAR
+        block = Param("block", tuple(dict.fromkeys((NEAR if better else BLOCK, BLOCK, 64, 256, 384, 512))), "tasks")
+        out.insert(0 if better else 1, SearchSpace("tile", BLOCKED, (*own, block), limits, loops))
     split, better = _split(graph, t, own)
     if split:
         out.insert(0 if better else len(out), SearchSpace("tile", (SPLIT,), split, limits, loops))
@@ -254,14 +262,26 @@ def _unroll(t: Target) -> int:
 
 
 def _row_group(result: Value, graph: Graph, mr: int, nr: int, t: Target) -> int:
-    """Row tiles that share a copied panel: as many as leave each core a few steps, a power of two."""
+    """Row tiles that share a panel: as many as leave each core a few steps, and none much more than the others; a power of two."""
     *batch, rows, columns = [_typical(d, graph) for d in result.shape]
     tiles = -(-rows // mr)
-    others = math.prod(batch) * -(-columns // nr)
+    panels = math.prod(batch) * -(-columns // nr)
     group = 64
-    while group > 4 and (group >= 2 * tiles or others * -(-tiles // group) < 4 * t.cores):
+    while group > 4 and (
+        group >= 2 * tiles
+        or panels * -(-tiles // group) < 4 * t.cores
+        or _busiest(panels, tiles, group, t.cores) > _UNEVEN * panels * tiles / t.cores
+    ):
         group //= 2
     return group
+
+
+def _busiest(panels: int, tiles: int, group: int, cores: int) -> int:
+    """Row tiles of the core that gets most, of panels in groups of row tiles, divided in order."""
+    pieces = -(-tiles // group)
+    ends = [-(-panels * pieces * i // cores) for i in range(cores + 1)]
+    before = [e // pieces * tiles + min(e % pieces * group, tiles) for e in ends]
+    return max(b - a for a, b in pairwise(before))
 
 
 def _fixed(d: Dim, graph: Graph) -> Dim:
