@@ -48,6 +48,10 @@ class Arguments:
         """Write an element of output k."""
         self.code.store(self.outputs[k], self.place(k, index), scalar.store(value, self.graph.outputs[k].dtype))
 
+    def ask(self, k: int, index: Sequence[Index]) -> None:
+        """Ask for the cache line of an element of output k, which will be written soon: it comes beside other work."""
+        self.code.prefetch(self.outputs[k], self.place(k, index), write=True)
+
     def place(self, k: int, index: Sequence[Index]) -> Index:
         """Where in its buffer an element of output k lies."""
         return _address(self.code, index, self.output_strides(k))

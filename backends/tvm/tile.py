@@ -139,6 +139,8 @@ class TileKernel:
             with code.loop(here, "serial", "io") as io:
                 tile_row = code.simplify(first + io)
                 row, base = code.simplify(tile_row * self.mr), code.simplify(io * size)
+                with code.when(i64(code.simplify(begin + length)) >= i64(self.k)):
+                    self._ask(lead, row, column)
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
                     ahead = None if p.copied else self._fetch(p.factor, lead, column, io, here, begin, length)
                     acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead, begin)
@@ -152,6 +154,14 @@ class TileKernel:
                     self._everywhere(acc, add)
         with code.loop(here, "serial", "io") as io:
             self._store(lead, code.simplify((first + io) * self.mr), column, totals, code.simplify(io * size))
+
+    def _ask(self, lead: Sequence[Index], row: Index, column: Index) -> None:
+        """Ask for the lines of the outputs that a tile will be written to."""
+        for k, v in enumerate(self.graph.outputs):
+            line = LINE // v.dtype.itemsize
+            for i in range(self.mr):
+                for u in range(0, self.nr, line):
+                    self.args.ask(k, [*lead, self.code.simplify(row + i), self.code.simplify(column + u)])
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
         """An index that is surely inside, unless tiles fit the size."""
