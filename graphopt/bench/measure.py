@@ -20,7 +20,8 @@ from graphopt.bench.limits import Limits
 from graphopt.bench.results import OURS, ModelResult, SystemResult
 from graphopt.bench.session import Session
 from graphopt.bench.stats import Times
-from graphopt.bench.systems import SYSTEMS, SystemFailure
+from graphopt.bench.system import SystemFailure
+from graphopt.bench.systems import system
 from graphopt.bench.work import Work
 
 Tell = Callable[[str], None]
@@ -35,6 +36,7 @@ CALLS = (2, 200)  # the least and the most timed calls of a turn
 class Settings:
     """Attributes:
         systems: names, in the order of the table.
+        ours: the one of them that the others are compared with.
         threads: of each system.
         rounds: turns of each system.
         compile_times: measure cold and warm compile times; otherwise the user's own caches are used.
@@ -46,6 +48,7 @@ class Settings:
     threads: int
     rounds: int = 12
     compile_times: bool = True
+    ours: str = OURS
     environment: Mapping[str, str] = field(default_factory=dict)
     watch: float = 0.5
 
@@ -58,7 +61,7 @@ def measure_limits(session: Session, settings: Settings, before: Limits | None =
 
 def measure(model: str, settings: Settings, tell: Tell) -> ModelResult:
     """All systems on one model."""
-    result = ModelResult(label(model))
+    result = ModelResult(label(model), ours=settings.ours)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-bench-")))
         tell("f64 reference")
@@ -66,7 +69,7 @@ def measure(model: str, settings: Settings, tell: Tell) -> ModelResult:
         ready: dict[str, Session] = {}
         for name in settings.systems:
             found = result.systems[name] = SystemResult(name)
-            missing = SYSTEMS[name].missing()
+            missing = system(name).missing()
             if missing:
                 found.failed = missing
                 continue
@@ -86,7 +89,7 @@ def measure(model: str, settings: Settings, tell: Tell) -> ModelResult:
             found = result.systems[name]
             if samples[name] and not found.failed:
                 found.times = Times(tuple(samples[name]))
-                tell(f"memory of {SYSTEMS[name].title}")
+                tell(f"memory of {system(name).title}")
                 found.memory = _asked(found, session, "memory").get("peak")
     return result
 
@@ -111,39 +114,41 @@ def _reference(model: str, folder: Path, settings: Settings) -> str:
 def _prepared(found: SystemResult, model: str, folder: Path, reference: str, settings: Settings, tell: Tell, stack: ExitStack,
               result: ModelResult) -> Session:  # fmt: skip
     """A process in which the model is ready; what it took is written into the results."""
-    system = SYSTEMS[found.name]
+    chosen = system(found.name)
     own, cache = folder / found.name, folder / f"{found.name}-cache"
     own.mkdir()
     converted: dict[str, Any] = {"seconds": 0.0, "notes": []}
     environment, cache_dir = dict(settings.environment), ""
-    if settings.compile_times and system.cached:
+    if settings.compile_times and chosen.cached:
         cache.mkdir()
         environment["TORCHINDUCTOR_CACHE_DIR"], cache_dir = str(cache), str(cache)
     request: dict[str, Any] = {
         "system": found.name, "model": model, "threads": settings.threads, "folder": str(own), "reference": reference,
-        "cache_dir": cache_dir if found.name == OURS else "",
+        "cache_dir": cache_dir if chosen.ours else "",
     }  # fmt: skip
-    if settings.compile_times and system.cached:
-        tell(f"{system.title}: compile, empty cache")
+    if settings.compile_times and chosen.cached:
+        tell(f"{chosen.title}: compile, empty cache")
         with Session(environment) as cold:
             answer = cold.ask("prepare", **request)
             found.cold = answer["seconds"] - answer["capture_seconds"]
-    elif system.convert:
-        tell(f"{system.title}: convert")
+    elif chosen.convert:
+        tell(f"{chosen.title}: convert")
         with Session(environment) as converter:
             converted = converter.ask("convert", **{k: request[k] for k in ("system", "model", "threads", "folder")})
-    tell(f"{system.title}: " + ("compile, filled cache" if system.cached and settings.compile_times else "prepare"))
+    tell(f"{chosen.title}: " + ("compile, filled cache" if chosen.cached and settings.compile_times else "prepare"))
     session = stack.enter_context(Session(environment))
     answer = session.ask("prepare", **request)
     seconds = answer["seconds"] - answer["capture_seconds"]
     found.capture, found.error = answer["capture_seconds"] + converted["seconds"], answer["error"]
     found.compile_memory, found.notes = answer["compile_peak"], answer["notes"] + converted["notes"]
-    if system.cached:
+    if chosen.cached:
         found.warm = seconds if settings.compile_times else None
     elif found.name != "eager":
         found.cold = seconds
     if answer["work"]:
-        result.work = Work(**answer["work"])
+        found.work = Work(**answer["work"])
+        if found.name == OURS:
+            result.work = found.work
     return session
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from graphopt.bench.limits import Limits
 from graphopt.bench.results import Results
-from graphopt.bench.systems import SYSTEMS
+from graphopt.bench.systems import system
 from graphopt.errors import UsageError
 
 COLORS = {"eager": "#9a9a9a", "graphopt": "#c1272d", "inductor": "#e08a1e", "onnxruntime": "#0f75bc", "openvino": "#5b8c2a"}
+SPARE = ("#7b3fa0", "#1f9e9e", "#8c564b", "#bcbd22")  # of the others, in turn
 LABEL = 0.032  # of the width of the axes: a line of small text
 MARKERS = {"eager": "s", "graphopt": "o", "inductor": "^", "onnxruntime": "v", "openvino": "D"}
 
@@ -61,7 +62,8 @@ def _roofline(axes: Any, results: Results, limits: Limits) -> None:
             if found.times and model.work:
                 y = model.work.flops / found.times.median / 1e9
                 lowest = min(lowest, y)
-                axes.plot(x, y, MARKERS[name], color=COLORS[name], markersize=6, alpha=0.85, zorder=3 if name == "graphopt" else 2)
+                color, marker = look(name)
+                axes.plot(x, y, marker, color=color, markersize=6, alpha=0.85, zorder=3 if name == model.ours else 2)
     floor = lowest / 4
     places = apart([math.log(x / low) / math.log(high / low) for x in intensities], LABEL)
     for place, x, model in zip(places, intensities, known):
@@ -88,16 +90,16 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
 
 def _shares(axes: Any, results: Results, limits: Limits) -> None:
     """Bars: each system's share of the limit, model by model."""
-    names = [n for n in SYSTEMS if any(n in m.systems for m in results.models)]
+    names = list(dict.fromkeys(n for m in results.models for n in m.systems))
     thick = 0.8 / max(len(names), 1)
     for k, name in enumerate(names):
         for i, model in enumerate(results.models):
             share = model.fraction(name, limits)
             at = i + (k - (len(names) - 1) / 2) * thick
             if share is not None:
-                axes.barh(at, share, thick * 0.92, color=COLORS[name])
+                axes.barh(at, share, thick * 0.92, color=look(name)[0])
             elif model.systems.get(name) is not None and model.systems[name].failed:
-                axes.text(0.005, at, "failed", va="center", fontsize=6, color=COLORS[name])
+                axes.text(0.005, at, "failed", va="center", fontsize=6, color=look(name)[0])
     handles = [_handle(name) for name in names]
     axes.axvline(1.0, color="black", linewidth=1.5)
     axes.set_yticks(range(len(results.models)), [m.name for m in results.models])
@@ -109,4 +111,12 @@ def _shares(axes: Any, results: Results, limits: Limits) -> None:
 def _handle(name: str) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=COLORS[name], marker=MARKERS[name], linestyle="", label=SYSTEMS[name].title)
+    color, marker = look(name)
+    return Line2D([], [], color=color, marker=marker, linestyle="", label=system(name).title)
+
+
+def look(name: str) -> tuple[str, str]:
+    """Colour and marker of a system: one in other bits looks like none of the others."""
+    if name in COLORS:
+        return COLORS[name], MARKERS[name]
+    return SPARE[sum(name.encode()) % len(SPARE)], "P"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphopt.bench.limits import Limits
 from graphopt.bench.load import SPREAD_LIMIT, Load
 from graphopt.bench.stats import Times, geometric_mean
-from graphopt.bench.systems import CONVERTERS, SYSTEMS
+from graphopt.bench.systems import system as system_of
 from graphopt.bench.work import Work
 
 OURS, BEST = "graphopt", "best of ONNX Runtime and OpenVINO"
 FORMAT = 1
+
+
+def converters(names: Iterable[str]) -> list[str]:
+    """Those of the systems that run a converted model: the best of them on each model is a peer of its own."""
+    return [n for n in names if system_of(n).convert is not None]
 
 
 @dataclass
@@ -27,6 +33,7 @@ class SystemResult:
         capture: seconds until the compiler had the graph (Dynamo), or the converter its file.
         memory: bytes of the peak of resident memory while it runs, above the process with the model and its weights.
         compile_memory: the same while it compiles.
+        work: what this system's model must do at least, where it is another than the float one: quantized weights have fewer bytes.
     """
 
     name: str
@@ -38,10 +45,12 @@ class SystemResult:
     capture: float | None = None
     memory: int | None = None
     compile_memory: int | None = None
+    work: Work | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        out = {k: v for k, v in vars(self).items() if k != "times"}
+        out = {k: v for k, v in vars(self).items() if k not in ("times", "work")}
+        out["work"] = asdict(self.work) if self.work else None
         if self.times:
             t = self.times
             out |= {"median": t.median, "p10": t.p10, "p90": t.p90, "spread": t.spread, "seconds": list(t.samples)}
@@ -53,8 +62,9 @@ class ModelResult:
     """All systems on one model.
 
     Attributes:
-        work: what the model must do at least; None if it is not known.
+        work: what the float model must do at least; None if it is not known.
         before, during: the machine's load; None where it cannot be seen.
+        ours: the system that the others are compared with.
     """
 
     name: str
@@ -62,6 +72,7 @@ class ModelResult:
     work: Work | None = None
     before: Load | None = None
     during: Load | None = None
+    ours: str = OURS
 
     def median(self, system: str) -> float | None:
         found = self.systems.get(system)
@@ -69,7 +80,7 @@ class ModelResult:
 
     def best_converter(self) -> str | None:
         """The faster one of ONNX Runtime and OpenVINO, if one of them ran."""
-        ran = [(t, name) for name in CONVERTERS if (t := self.median(name)) is not None]
+        ran = [(t, name) for name in converters(self.systems) if (t := self.median(name)) is not None]
         return min(ran)[1] if ran else None
 
     def complaints(self) -> list[str]:
@@ -82,22 +93,23 @@ class ModelResult:
         found = self.systems.get(system)
         if found is None or found.times is None or found.times.spread <= SPREAD_LIMIT:
             return ""
-        return f"{SYSTEMS[system].title}'s times vary by {found.times.spread:.0%} of the median (limit {SPREAD_LIMIT:.0%})"
+        return f"{system_of(system).title}'s times vary by {found.times.spread:.0%} of the median (limit {SPREAD_LIMIT:.0%})"
 
     def ratio(self, peer: str) -> float | None:
         """How many times as fast as a peer graphopt is, by medians; None if a time is missing or nothing may be claimed."""
         name = self.best_converter() if peer == BEST else peer
-        ours, theirs = self.median(OURS), self.median(name) if name else None
-        if name is None or ours is None or theirs is None or self.complaints() or self.doubts(OURS) or self.doubts(name):
+        ours, theirs = self.median(self.ours), self.median(name) if name else None
+        if name is None or ours is None or theirs is None or self.complaints() or self.doubts(self.ours) or self.doubts(name):
             return None
         return theirs / ours
 
     def fraction(self, system: str, limits: Limits | None) -> float | None:
         """The least time that the machine's limits allow, over the time that a system took."""
-        found = self.median(system)
-        if found is None or limits is None or self.work is None:
+        found = self.systems.get(system)
+        work = found.work or self.work if found else None
+        if found is None or found.times is None or limits is None or work is None:
             return None
-        return limits.least_seconds(self.work.flops, self.work.weight_bytes) / found
+        return limits.least_seconds(work.flops, work.weight_bytes) / found.times.median
 
     def to_json(self, limits: Limits | None, peers: list[str]) -> dict[str, Any]:
         return {
@@ -125,8 +137,8 @@ class Results:
 
     def peers(self) -> list[str]:
         """What graphopt is compared with, in order; the best of the two converters last."""
-        names = [n for n in SYSTEMS if n != OURS and any(n in m.systems for m in self.models)]
-        return names + ([BEST] if all(c in names for c in CONVERTERS) else [])
+        names = list(dict.fromkeys(n for m in self.models for n in m.systems if n != m.ours))
+        return names + ([BEST] if len(converters(names)) > 1 else [])
 
     def geometric_mean(self, peer: str) -> tuple[float | None, int]:
         """The mean of the claimed ratios against a peer, and how many there are."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from graphopt.bench.systems import SystemFailure
+from graphopt.bench.system import SystemFailure
 
 
 class Session:

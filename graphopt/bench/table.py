@@ -10,7 +10,7 @@ from rich.text import Text
 
 from graphopt.bench.limits import Limits
 from graphopt.bench.results import BEST, OURS, ModelResult, Results, SystemResult
-from graphopt.bench.systems import SYSTEMS
+from graphopt.bench.systems import system
 
 NOTHING = "-"
 LEGEND = """of limit: the time that the model's arithmetic or its weights need at the measured limits, over the median
@@ -49,8 +49,8 @@ def times_table(results: Results) -> Table:
     for model in results.models:
         for i, found in enumerate(model.systems.values()):
             label = model.name if i == 0 else _least(model, results.limits) if i == 1 else ""
-            style = "bold" if found.name == OURS else ""
-            table.add_row(label, SYSTEMS[found.name].title, *_cells(model, found, results.limits), style=style)
+            style = "bold" if found.name == model.ours else ""
+            table.add_row(label, system(found.name).title, *_cells(model, found, results.limits), style=style)
         table.add_section()
     return table
 
@@ -90,10 +90,11 @@ def milliseconds(seconds: float) -> str:
 def ratio_table(results: Results) -> Table:
     """A row for each model: how many times as fast as each peer graphopt is; then the geometric means."""
     peers = results.peers()
-    table = Table(title="graphopt against its peers: their median time over graphopt's", title_justify="left")
+    ours = system(results.models[0].ours).title if results.models else OURS
+    table = Table(title=f"{ours} against its peers: their median time over its own", title_justify="left")
     table.add_column("model")
     for peer in peers:
-        table.add_column(SHORT[peer], justify="right")
+        table.add_column(SHORT.get(peer, peer), justify="right")
     for model in results.models:
         table.add_row(model.name, *(_ratio(model, peer) for peer in peers))
     table.add_section()
@@ -106,7 +107,7 @@ def _ratio(model: ModelResult, peer: str) -> Text:
     if value is not None:
         return verdict(value)
     name = model.best_converter() if peer == BEST else peer
-    both = name is not None and model.median(OURS) is not None and model.median(name) is not None
+    both = name is not None and model.median(model.ours) is not None and model.median(name) is not None
     return Text("not claimed", style="yellow") if both else Text(NOTHING, style="dim")
 
 
@@ -129,9 +130,9 @@ def remarks(results: Results) -> Iterator[Text]:
     for model in results.models:
         for found in model.systems.values():
             if found.failed:
-                yield Text(f"{model.name}: {SYSTEMS[found.name].title} failed: {found.failed}", style="red")
+                yield Text(f"{model.name}: {system(found.name).title} failed: {found.failed}", style="red")
             for note in found.notes:
-                yield Text(f"{model.name}: {SYSTEMS[found.name].title}: {note}")
+                yield Text(f"{model.name}: {system(found.name).title}: {note}")
         for complaint in model.complaints():
             yield Text(f"{model.name}: no ratio is claimed: {complaint}", style="yellow")
         if not model.complaints():

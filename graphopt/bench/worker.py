@@ -27,7 +27,8 @@ import graphopt
 from graphopt.bench import memory, work
 from graphopt.bench.limits import LimitMeter
 from graphopt.bench.loading import load
-from graphopt.bench.systems import SYSTEMS, Job, Prepared, SystemFailure, in_a_line
+from graphopt.bench.system import Job, Prepared, SystemFailure, in_a_line
+from graphopt.bench.systems import system as system_of
 from graphopt.ir import parse_graph
 
 
@@ -56,7 +57,7 @@ class Worker:
     def convert(self, system: str, model: str, threads: int, folder: str) -> dict[str, Any]:
         """Write the file that the system runs from; seconds, and notes."""
         torch.set_num_threads(threads)
-        chosen, job = SYSTEMS[system], Job(*_load(model), threads, Path(folder))
+        chosen, job = system_of(system), Job(*_load(model), threads, Path(folder))
         assert chosen.convert is not None
         chosen.load()
         start = time.perf_counter()
@@ -66,7 +67,7 @@ class Worker:
     def prepare(self, system: str, model: str, threads: int, folder: str, cache_dir: str, reference: str) -> dict[str, Any]:
         """Compile or load: seconds, error against the reference, peak of memory, the work counted in the graph."""
         torch.set_num_threads(threads)
-        chosen = SYSTEMS[system]
+        chosen = system_of(system)
         chosen.load()
         module, args, kwargs = _load(model)
         self.job = Job(module, args, kwargs, threads, Path(folder), Path(cache_dir) if cache_dir else None)
@@ -83,7 +84,7 @@ class Worker:
         if not self.prepared.keeps_module:
             self.job.module = torch.nn.Module()
         return {"seconds": seconds, "capture_seconds": self.prepared.capture_seconds, "error": error, "compile_peak": peak,
-                "notes": self.prepared.notes, "work": counted() if system == "graphopt" else None}  # fmt: skip
+                "notes": self.prepared.notes, "work": counted() if chosen.ours else None}  # fmt: skip
 
     def run(self, calls: int, untimed: int = 1) -> dict[str, Any]:
         """Seconds of some calls, after some that are not timed."""

@@ -23,12 +23,13 @@ from graphopt.bench.models import MODELS
 from graphopt.bench.plot import plot
 from graphopt.bench.results import OURS, ModelResult, Results
 from graphopt.bench.session import Session
-from graphopt.bench.systems import PEERS, SystemFailure
+from graphopt.bench.system import SystemFailure
+from graphopt.bench.systems import PEERS, QUANTIZED_PEERS, SYSTEMS, by_scheme
 from graphopt.bench.table import show
 from graphopt.errors import UsageError, nearest
 from graphopt.target import detect
 
-PACKAGES = ("torch", "graphopt", "transformers", "onnxruntime", "openvino")
+PACKAGES = ("torch", "graphopt", "transformers", "onnxruntime", "openvino", "nncf", "torchao")
 QUICK_ROUNDS = 4
 INTERRUPTED = 130  # exit status, as shells give for SIGINT
 WIDTH = 112  # tables are no use when their cells are broken
@@ -36,7 +37,8 @@ WIDTH = 112  # tables are no use when their cells are broken
 
 def bench(
     models: Annotated[list[str] | None, typer.Argument(help="Built-in models, all, or file.py:factory.", show_default=False)] = None,
-    against: Annotated[str, typer.Option(help="Whom to compare with besides eager, comma-separated, or none.")] = ",".join(PEERS),
+    against: Annotated[str | None, typer.Option(help="Whom to compare with besides eager, comma-separated, or none.")] = None,
+    quantize: Annotated[str, typer.Option(metavar="SCHEME", help="Compare graphopt's model quantized so, with its own in f32 too.")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every system; all processors if not given.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every system on every model.")] = 12,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_ROUNDS} rounds, and no compile times.")] = False,
@@ -56,6 +58,7 @@ def bench(
     graphopt bench mlp decode --quick                      two models, few rounds, no compile times
     graphopt bench model.py:make --against inductor        a model of your own: make() returns (module, example inputs)
     graphopt bench all --threads 2 --json r.json --plot r.png
+    graphopt bench bert --quantize int8-dynamic --against onnxruntime-int8,openvino-int8
     graphopt bench --list-models
 
     \b
@@ -69,7 +72,8 @@ def bench(
     names = _models(models or [])
     if quick:
         rounds, compile_time = QUICK_ROUNDS, False
-    settings = Settings(_systems(against), threads or torch.get_num_threads(), rounds, compile_time, dict(os.environ))
+    ours, systems = _systems(against, quantize)
+    settings = Settings(systems, threads or torch.get_num_threads(), rounds, compile_time, ours, dict(os.environ))
     results = Results(machine(settings))
     for file in (json_file, plot_file):
         if file is not None and not file.resolve().parent.is_dir():
@@ -88,7 +92,7 @@ def bench(
         plot(results, plot_file)
     if len(results.models) < len(names):
         raise typer.Exit(INTERRUPTED)
-    if any(m.systems[OURS].failed for m in results.models):
+    if any(m.systems[m.ours].failed for m in results.models):
         raise typer.Exit(1)
 
 
@@ -145,12 +149,17 @@ def _models(wanted: list[str]) -> list[str]:
     return names
 
 
-def _systems(against: str) -> tuple[str, ...]:
-    peers = [p.strip() for p in against.split(",") if p.strip() not in ("", "none", "eager")]
+def _systems(against: str | None, quantize: str) -> tuple[str, tuple[str, ...]]:
+    """The system that the others are compared with, and all of them. In f32 the default is all peers, quantized those in 8 or 4 bits."""
+    ours = by_scheme(f"{OURS}-{quantize}").name if quantize else OURS
+    if against is None:
+        against = ",".join(PEERS if not quantize else (n for n in QUANTIZED_PEERS if quantize.startswith(n.split("-")[1])))
+    peers = [p.strip() for p in against.split(",") if p.strip() not in ("", "none", "eager", OURS)]
+    known = [n for n in SYSTEMS if n not in ("eager", OURS)]
     for p in peers:
-        if p not in PEERS:
-            raise UsageError(f"--against {p!r} is none of {', '.join(PEERS)}{nearest(p, PEERS)}")
-    return ("eager", OURS, *(p for p in PEERS if p in peers))
+        if p not in known:
+            raise UsageError(f"--against {p!r} is none of {', '.join(known)}{nearest(p, known)}")
+    return ours, tuple(dict.fromkeys(("eager", ours, OURS, *(p for p in known if p in peers))))
 
 
 def machine(settings: Settings) -> dict[str, Any]:

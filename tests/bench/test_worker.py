@@ -10,7 +10,8 @@ import torch
 
 from graphopt.bench.measure import label
 from graphopt.bench.session import Session
-from graphopt.bench.systems import SYSTEMS, Job, SystemFailure, in_a_line
+from graphopt.bench.system import Job, SystemFailure, in_a_line
+from graphopt.bench.systems import SYSTEMS
 from graphopt.bench.worker import errors, tensors
 
 MODEL = """

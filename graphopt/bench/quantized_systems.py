@@ -1,0 +1,138 @@
+"""The systems that are compared in 8 and 4 bits, each as its makers recommend it.
+
+ONNX Runtime: dynamic quantization of linear layers, static (QDQ, by channel) of models with convolutions. OpenVINO: NNCF's post-training
+quantization, by its preset for transformers where one is. torchao: 4-bit weights under Inductor. Calibration is by the example inputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+import graphopt
+from graphopt.bench.float_systems import (
+    TVM,
+    convert_for_openvino,
+    dynamo,
+    export_onnx,
+    graphopt_model,
+    load_compile,
+    load_graphopt,
+    load_onnxruntime,
+    load_openvino,
+    run_onnxruntime,
+    run_openvino,
+)  # fmt: skip
+from graphopt.bench.system import ONNX, OPENVINO, Job, Prepared, System
+from graphopt.passes.quantization.scheme import Scheme
+
+GROUP = 64  # inputs of an output that share a scale, of torchao's weights: as graphopt's int4-weight
+_OURS = "graphopt-"
+
+
+def by_scheme(name: str) -> System:
+    """graphopt in a scheme of quantization. Raises KeyError if it is none, UsageError if its scheme is not understood."""
+    if not name.startswith(_OURS):
+        raise KeyError(name)
+    scheme = str(Scheme.parse(name.removeprefix(_OURS)))
+    return System(name, f"graphopt, {scheme}", TVM, True, load_graphopt, partial(_graphopt, scheme=scheme))
+
+
+def _graphopt(job: Job, scheme: str) -> Prepared:
+    """Rounded to the nearest, all that can be: nothing is put back because it was slower."""
+    if job.kwargs:
+        made = graphopt.quantize(job.module, job.args, job.kwargs, scheme=scheme, measure=False)
+    else:
+        made = graphopt.quantize(job.module, job.args, scheme=scheme, measure=False)
+    job.module = made
+    return graphopt_model(job)
+
+
+# --- ONNX Runtime --------------------------------------------------------------------------------------------------------
+
+
+def has_convolutions(module: nn.Module) -> bool:
+    """More than the embedding of patches."""
+    return sum(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in module.modules()) > 1
+
+
+def _quantized_onnx(job: Job) -> list[str]:
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    convolutions = has_convolutions(job.module)
+    export_onnx(job)
+    source, prepared, made = (job.folder / name for name in (ONNX, "prepared.onnx", "quantized.onnx"))
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    if convolutions:
+        quantization.quantize_static(
+            str(prepared), str(made), _Once(str(prepared), job), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+        )  # fmt: skip
+    else:
+        quantization.quantize_dynamic(str(prepared), str(made), per_channel=True, weight_type=quantization.QuantType.QInt8)
+    made.replace(source)
+    return ["static, QDQ, by channel" if convolutions else "dynamic"]
+
+
+class _Once:
+    """A reader of calibration data: the example inputs, once."""
+
+    def __init__(self, file: str, job: Job) -> None:
+        import onnx
+
+        names = [i.name for i in onnx.load(file, load_external_data=False).graph.input]
+        self.feeds = [dict(zip(names, job.arrays(len(names)), strict=True))]
+
+    def get_next(self) -> dict[str, Any] | None:
+        return self.feeds.pop() if self.feeds else None
+
+
+# --- OpenVINO ------------------------------------------------------------------------------------------------------------
+
+
+def _quantized_openvino(job: Job) -> list[str]:
+    import nncf
+    import openvino
+
+    convolutions = has_convolutions(job.module)
+    notes = convert_for_openvino(job)
+    model = openvino.Core().read_model(str(job.folder / OPENVINO))
+    feed = dict(enumerate(job.arrays(len(model.inputs))))
+    kind = None if convolutions else nncf.ModelType.TRANSFORMER
+    made = nncf.quantize(model, nncf.Dataset([feed]), model_type=kind, subset_size=1)
+    del model
+    for old in job.folder.glob("model.*"):
+        old.unlink()
+    openvino.save_model(made, str(job.folder / OPENVINO), compress_to_fp16=False)
+    return notes
+
+
+# --- torchao -------------------------------------------------------------------------------------------------------------
+
+
+def _load_torchao() -> None:
+    load_compile()
+    import_module("torchao.quantization")
+
+
+def _torchao(job: Job) -> Prepared:
+    """4-bit weights in groups of 64, by Inductor's own kernels where they are faster (max-autotune)."""
+    from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig
+    from torchao.quantization import quantize_
+
+    quantize_(job.module, Int4WeightOnlyOpaqueTensorConfig(group_size=GROUP))
+    inductor: Any = import_module("torch._inductor.config")
+    inductor.freezing = inductor.max_autotune = True
+    return dynamo(job, import_module("torch._inductor.compile_fx").compile_fx)
+
+
+QUANTIZED = (
+    System("onnxruntime-int8", "ONNX Runtime, int8", ("onnxruntime", "onnx", "onnxscript"), False, load_onnxruntime, run_onnxruntime,
+           _quantized_onnx),
+    System("openvino-int8", "OpenVINO, int8", ("openvino", "nncf"), False, load_openvino, run_openvino, _quantized_openvino),
+    System("torchao-int4", "torchao, int4", ("torchao",), True, _load_torchao, _torchao),
+)  # fmt: skip
