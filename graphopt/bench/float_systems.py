@@ -80,11 +80,12 @@ def graphopt_model(job: Job) -> Prepared:
 # --- ONNX Runtime and OpenVINO: converted in one process, run in another, as they are when they are deployed --------------
 
 
-def export_onnx(job: Job) -> None:
-    """The model as an ONNX file in the job's folder (weights beside it), by torch's exporter."""
+def export_onnx(job: Job, beside: bool = True) -> None:
+    """The model as an ONNX file in the job's folder, by torch's exporter; weights ``beside`` it in another file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(job.module, job.args, str(job.folder / ONNX), kwargs=job.kwargs, dynamo=True, verbose=False, optimize=True)
+        torch.onnx.export(job.module, job.args, str(job.folder / ONNX), kwargs=job.kwargs, dynamo=True, verbose=False, optimize=True,
+                          external_data=beside)  # fmt: skip
 
 
 def _convert_for_onnxruntime(job: Job) -> list[str]:

@@ -64,7 +64,7 @@ def _quantized_onnx(job: Job) -> list[str]:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     convolutions = has_convolutions(job.module)
-    export_onnx(job)
+    export_onnx(job, beside=False)  # what prepares a model for quantization copies one file
     source, prepared, made = (job.folder / name for name in (ONNX, "prepared.onnx", "quantized.onnx"))
     quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
     if convolutions:
