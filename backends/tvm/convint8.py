@@ -339,16 +339,16 @@ class ConvInt8Kernel:
                         ws = [dots8.words(code, self.weight, code.simplify(y + v * lanes * WORD), lanes) for v in range(vectors)]
                         for v, w in enumerate(ws):
                             if excess is not None:  # rows have 128 added
-                                dots8.add_excess(code, self.engine, excess, v, w, lanes)
+                                dots8.add_excess(code, self.engine, excess[v], w, lanes)
                         for i in range(self.mr):
                             four = dots8.four(code, image, code.simplify(x + i * self._row + k * WORD), lanes)
                             for v, w in enumerate(ws):
-                                dots8.add(code, self.engine, sums, i * vectors + v, four, w, lanes)
+                                dots8.add(code, self.engine, sums[i * vectors + v], four, w, lanes)
                 for i in range(self.mr):
                     for v in range(vectors):
-                        taken = None if excess is None else dots8.vector(excess, v, lanes)
+                        taken = None if excess is None else dots8.vector(excess[v], lanes)
                         to = code.simplify(i * COLUMNS + column + v * lanes)
-                        value = dots8.vector(sums, i * vectors + v, lanes)
+                        value = dots8.vector(sums[i * vectors + v], lanes)
                         code.emit(tirx.BufferStore(self.acc, value if taken is None else value - taken, [dots8.ramp(to, lanes)]))
             with code.loop(self.side, "serial", "r") as row:
                 self._finish(n, start, io, row, panel, 0)

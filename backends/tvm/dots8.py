@@ -17,11 +17,11 @@ WORD = 4  # bytes that an instruction multiplies and adds at a time
 ALL_128 = -0x7F7F7F80  # 128 in each byte of a word
 
 
-def zeros(code: Code, vectors: int, lanes: int) -> Any:
-    """Sums that begin at zero."""
-    sums = code.alloc(vectors * lanes, "int32", "sums", scope="local")
-    for q in range(vectors):
-        code.emit(tirx.BufferStore(sums, tirx.Broadcast(tirx.const(0, "int32"), lanes), [ramp(q * lanes, lanes)]))
+def zeros(code: Code, vectors: int, lanes: int) -> list[Any]:
+    """Vectors of sums that begin at zero, each a buffer: one for all would be memory that is asked for and given back at every tile."""
+    sums = [code.alloc(lanes, "int32", "sums") for _ in range(vectors)]
+    for own in sums:
+        code.emit(tirx.BufferStore(own, tirx.Broadcast(tirx.const(0, "int32"), lanes), [ramp(0, lanes)]))
     return sums
 
 
@@ -40,19 +40,19 @@ def four(code: Code, left: Any, at: Index, lanes: int) -> Any:
     return code.bind(tirx.Broadcast(tirx.reinterpret("int32", left[ramp(at, WORD)]), lanes), "x", hidden=False)
 
 
-def vector(sums: Any, q: int, lanes: int) -> Any:
-    """The ``q``-th of several vectors."""
-    return sums[ramp(q * lanes, lanes)]
+def vector(sums: Any, lanes: int) -> Any:
+    """What a buffer holds."""
+    return sums[ramp(0, lanes)]
 
 
-def add(code: Code, engine: str, sums: Any, q: int, x: Any, w: Any, lanes: int) -> None:
-    """Add products to the ``q``-th of several vectors of sums."""
-    code.emit(tirx.BufferStore(sums, dot(engine, vector(sums, q, lanes), x, w, lanes), [ramp(q * lanes, lanes)]))
+def add(code: Code, engine: str, sums: Any, x: Any, w: Any, lanes: int) -> None:
+    """Add products to a vector of sums."""
+    code.emit(tirx.BufferStore(sums, dot(engine, vector(sums, lanes), x, w, lanes), [ramp(0, lanes)]))
 
 
-def add_excess(code: Code, engine: str, sums: Any, q: int, w: Any, lanes: int) -> None:
+def add_excess(code: Code, engine: str, sums: Any, w: Any, lanes: int) -> None:
     """Add what rows with 128 added have too much: 128 times each element of a column."""
-    add(code, engine, sums, q, tirx.Broadcast(tirx.const(ALL_128, "int32"), lanes), w, lanes)
+    add(code, engine, sums, tirx.Broadcast(tirx.const(ALL_128, "int32"), lanes), w, lanes)
 
 
 def dot(engine: str, total: Any, x: Any, w: Any, lanes: int) -> Any:

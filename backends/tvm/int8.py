@@ -29,6 +29,9 @@ from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph
 
 
+CHAINS = 4  # of sums, which divide the steps of 64 elements that a depth is made of
+
+
 class Int8Kernel(PanelProduct):
     """Emits a region with one integer matmul, or two of one first factor, and a pointwise epilogue of the product's shape.
 
@@ -78,10 +81,10 @@ class Int8Kernel(PanelProduct):
             for i, start in enumerate(starts):
                 x = dots8.four(code, left, code.simplify(start + k * WORD), lanes)
                 for v, w in enumerate(ws):
-                    dots8.add(code, self.engine, sums, i * vectors + v, x, w, lanes)
+                    dots8.add(code, self.engine, sums[i * vectors + v], x, w, lanes)
         for i in range(self.mr):
             for v in range(vectors):
-                value = dots8.vector(sums, i * vectors + v, lanes)
+                value = dots8.vector(sums[i * vectors + v], lanes)
                 value = value - taken[v] if taken else value
                 to = code.simplify((io * self.mr + i) * COLUMNS + column + v * lanes)
                 code.emit(tirx.BufferStore(total, value, [dots8.ramp(to, lanes)]))
@@ -89,9 +92,10 @@ class Int8Kernel(PanelProduct):
     def _offsets(self, weight: Any, y: Index, vectors: int) -> list[Any]:
         """128 times the sums of columns: what rows with 128 added have too much."""
         code, lanes = self.code, self.lanes
-        sums = dots8.zeros(code, vectors, lanes)
-        with code.loop(self.depth // WORD, "serial", "k") as k:
-            for v in range(vectors):
-                w = dots8.words(code, weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD), lanes)
-                dots8.add_excess(code, self.engine, sums, v, w, lanes)
-        return [code.bind(dots8.vector(sums, v, lanes), "taken", hidden=False) for v in range(vectors)]
+        sums = [dots8.zeros(code, vectors, lanes) for _ in range(CHAINS)]  # an instruction waits for the one before of its own chain alone
+        with code.loop(self.depth // (CHAINS * WORD), "serial", "k") as k:
+            for own, q in zip(sums, range(CHAINS), strict=True):
+                for v in range(vectors):
+                    at = code.simplify(y + (k * CHAINS + q) * (COLUMNS * WORD) + v * lanes * WORD)
+                    dots8.add_excess(code, self.engine, own[v], dots8.words(code, weight, at, lanes), lanes)
+        return [code.bind(sum(dots8.vector(own[v], lanes) for own in sums), "taken", hidden=False) for v in range(vectors)]

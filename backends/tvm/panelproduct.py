@@ -198,7 +198,7 @@ class PanelProduct(ABC):
         probe([0] * x.type.rank)
         lanes = 1 if probe.scalar_only else self.lanes
         width, monoid = SUMS * lanes, Monoid.of("max", types.i32)
-        acc = code.alloc(width, "int32", "acc", scope="local")
+        acc = code.alloc(width, "int32", "acc")
         with code.loop(SUMS, "unrolled", "u") as u, code.loop(lanes, "vectorized", "v") as v:
             code.store(acc, code.simplify(u * lanes + v), tirx.const(0, "int32"))
 
