@@ -29,6 +29,7 @@ from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph
 
 
+UNROLL = 4  # words of a row at a time
 CHAINS = 4  # of sums, which divide the steps of 64 elements that a depth is made of
 
 
@@ -76,12 +77,20 @@ class Int8Kernel(PanelProduct):
         code, lanes = self.code, self.lanes
         starts = [code.bind_index(code.simplify((tile * self.mr + i) * self.depth), "x") for i in range(self.mr)]
         sums = dots8.zeros(code, self.mr * vectors, lanes)
-        with code.loop(self.depth // WORD, "serial", "k") as k:
+
+        def step(k: Index) -> None:
             ws = [dots8.words(code, weight, code.simplify(y + k * (COLUMNS * WORD) + v * lanes * WORD), lanes) for v in range(vectors)]
             for i, start in enumerate(starts):
                 x = dots8.four(code, left, code.simplify(start + k * WORD), lanes)
                 for v, w in enumerate(ws):
                     dots8.add(code, self.engine, sums[i * vectors + v], x, w, lanes)
+
+        lines = self.depth // self.step
+        with code.loop(lines, "serial", "s") as s:
+            self._fetch(weight, y, code.simplify(io * lines + s))
+            with code.loop(self.step // WORD // UNROLL, "serial", "k") as k:
+                for q in range(UNROLL):
+                    step(code.simplify(s * (self.step // WORD) + k * UNROLL + q))
         for i in range(self.mr):
             for v in range(vectors):
                 value = dots8.vector(sums[i * vectors + v], lanes)
