@@ -53,7 +53,7 @@ DELAYED = {
     ("graphopt/capture/dynamo.py", "graphopt"): "from graphopt import compiler, as above",
 }
 
-OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "matplotlib",
+OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao", "matplotlib",
             "xgboost"}  # fmt: skip
 
 

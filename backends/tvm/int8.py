@@ -28,7 +28,6 @@ from graphopt.backends.tvm.panelproduct import PanelProduct
 from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph
 
-
 UNROLL = 4  # words of a row at a time
 CHAINS = 4  # of sums, which divide the steps of 64 elements that a depth is made of
 

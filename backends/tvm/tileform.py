@@ -116,8 +116,8 @@ def variants(graph: Graph, t: Target) -> tuple[SearchSpace, ...]:
     node, packed = _product(graph)
     rows, depth = _fixed(node.shape[-2], graph), _depth(graph)
     if not (isinstance(rows, int) and rows <= t.tile[0]) and not (isinstance(depth, int) and depth <= 64):
-        # a block of a packed panel stays near while row tiles use it, and the next one is fetched meanwhile: not a panel, which may be larger
-        # than a cache. Of one row tile, or one block, the loops are the same.
+        # A block of a packed panel stays near while row tiles use it, and the next one is fetched meanwhile: not a panel, which may be
+        # larger than a cache. Of one row tile, or one block, the loops are the same.
         known = {p.name: p.choices[0] for p in own}
         often = packed and isinstance(rows, int) and rows >= _COPIED * _int(known, "mr")
         better = often and isinstance(depth, int) and depth >= 2 * NEAR

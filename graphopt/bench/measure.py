@@ -21,7 +21,7 @@ from graphopt.bench.results import OURS, ModelResult, SystemResult
 from graphopt.bench.session import Session
 from graphopt.bench.stats import Times
 from graphopt.bench.system import SystemFailure
-from graphopt.bench.systems import system
+from graphopt.bench.systems import FLOAT, system
 from graphopt.bench.work import Work
 
 Tell = Callable[[str], None]
@@ -147,7 +147,7 @@ def _prepared(found: SystemResult, model: str, folder: Path, reference: str, set
         found.cold = seconds
     if answer["work"]:
         found.work = Work(**answer["work"])
-        if found.name == OURS:
+        if found.name in (OURS, FLOAT.name):
             result.work = found.work
     return session
 

@@ -18,7 +18,6 @@ from graphopt.bench.float_systems import (
     convert_for_openvino,
     dynamo,
     export_onnx,
-    graphopt_model,
     load_compile,
     load_graphopt,
     load_onnxruntime,
@@ -38,17 +37,22 @@ def by_scheme(name: str) -> System:
     if not name.startswith(_OURS):
         raise KeyError(name)
     scheme = str(Scheme.parse(name.removeprefix(_OURS)))
-    return System(name, f"graphopt, {scheme}", TVM, True, load_graphopt, partial(_graphopt, scheme=scheme))
+    return System(name, f"graphopt, {scheme}", TVM, True, load_graphopt, partial(_quantized, scheme=scheme))
 
 
-def _graphopt(job: Job, scheme: str) -> Prepared:
+def _quantized(job: Job, scheme: str) -> Prepared:
     """Rounded to the nearest, all that can be: nothing is put back because it was slower."""
-    if job.kwargs:
-        made = graphopt.quantize(job.module, job.args, job.kwargs, scheme=scheme, measure=False)
-    else:
-        made = graphopt.quantize(job.module, job.args, scheme=scheme, measure=False)
-    job.module = made
-    return graphopt_model(job)
+    job.module = graphopt.quantize(job.module, job.args, job.kwargs, scheme=scheme, measure=False)
+    return _ahead(job)
+
+
+def _ahead(job: Job) -> Prepared:
+    """Compiled ahead of time, as the other systems are: no guards are checked at each call."""
+    graphopt.clear_reports()
+    options: dict[str, Any] = {"cache_dir": job.cache_dir} if job.cache_dir else {}
+    run = partial(graphopt.compile(job.module, job.args, job.kwargs, **options), *job.args, **job.kwargs)
+    run()
+    return Prepared(run)
 
 
 # --- ONNX Runtime --------------------------------------------------------------------------------------------------------
@@ -130,6 +134,7 @@ def _torchao(job: Job) -> Prepared:
     return dynamo(job, import_module("torch._inductor.compile_fx").compile_fx)
 
 
+FLOAT = System(f"{_OURS}float", "graphopt, f32", TVM, True, load_graphopt, _ahead)  # what its quantized models are compared with
 QUANTIZED = (
     System("onnxruntime-int8", "ONNX Runtime, int8", ("onnxruntime", "onnx", "onnxscript"), False, load_onnxruntime, run_onnxruntime,
            _quantized_onnx),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from graphopt.bench.float_systems import FLOATS
-from graphopt.bench.quantized_systems import QUANTIZED, by_scheme
+from graphopt.bench.quantized_systems import FLOAT, QUANTIZED, by_scheme
 from graphopt.bench.system import System
 
-__all__ = ["PEERS", "QUANTIZED_PEERS", "SYSTEMS", "by_scheme", "system"]
+__all__ = ["FLOAT", "PEERS", "QUANTIZED_PEERS", "SYSTEMS", "by_scheme", "system"]
 
-SYSTEMS: dict[str, System] = {s.name: s for s in (*FLOATS, *QUANTIZED)}
+SYSTEMS: dict[str, System] = {s.name: s for s in (*FLOATS, FLOAT, *QUANTIZED)}
 PEERS = ("inductor", "onnxruntime", "openvino")  # in f32, if no others are asked for
 QUANTIZED_PEERS = tuple(s.name for s in QUANTIZED)
 

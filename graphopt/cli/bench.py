@@ -24,7 +24,7 @@ from graphopt.bench.plot import plot
 from graphopt.bench.results import OURS, ModelResult, Results
 from graphopt.bench.session import Session
 from graphopt.bench.system import SystemFailure
-from graphopt.bench.systems import PEERS, QUANTIZED_PEERS, SYSTEMS, by_scheme
+from graphopt.bench.systems import FLOAT, PEERS, QUANTIZED_PEERS, SYSTEMS, by_scheme
 from graphopt.bench.table import show
 from graphopt.errors import UsageError, nearest
 from graphopt.target import detect
@@ -155,11 +155,11 @@ def _systems(against: str | None, quantize: str) -> tuple[str, tuple[str, ...]]:
     if against is None:
         against = ",".join(PEERS if not quantize else (n for n in QUANTIZED_PEERS if quantize.startswith(n.split("-")[1])))
     peers = [p.strip() for p in against.split(",") if p.strip() not in ("", "none", "eager", OURS)]
-    known = [n for n in SYSTEMS if n not in ("eager", OURS)]
+    known = [n for n in SYSTEMS if n not in ("eager", OURS, FLOAT.name)]
     for p in peers:
         if p not in known:
             raise UsageError(f"--against {p!r} is none of {', '.join(known)}{nearest(p, known)}")
-    return ours, tuple(dict.fromkeys(("eager", ours, OURS, *(p for p in known if p in peers))))
+    return ours, tuple(dict.fromkeys(("eager", ours, *((FLOAT.name,) if quantize else ()), *(p for p in known if p in peers))))
 
 
 def machine(settings: Settings) -> dict[str, Any]:
