@@ -53,8 +53,8 @@ DELAYED = {
     ("graphopt/capture/dynamo.py", "graphopt"): "from graphopt import compiler, as above",
 }
 
-OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao", "matplotlib",
-            "xgboost"}  # fmt: skip
+OPTIONAL = {"tvm", "tvm_ffi", "triton", "hypothesis", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "matplotlib",
+            "nncf", "torchao", "xgboost"}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
