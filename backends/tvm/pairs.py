@@ -22,7 +22,7 @@ from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.imported import dot, import_dots
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.pairform import COLUMNS, packed_pairs
-from graphopt.backends.tvm.panelform import products_of
+from graphopt.backends.tvm.panelform import LINE, products_of
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.rowstore import RowStore
 from graphopt.errors import BuildError
@@ -83,7 +83,7 @@ class PairKernel:
             with code.loop(count, "serial", "io") as io:
                 row = code.simplify((first + io) * self.mr)
                 for weight, acc in zip(self.weights, sums, strict=True):
-                    self._dots(left, weight, acc, row, j)
+                    self._dots(left, weight, acc, row, j, io)
                 exact = isinstance(self.m, int) and self.m % self.mr == 0
                 here = self.mr if exact else code.bind_index(code.least(self.m - row, self.mr), "count")
                 rows.write(sums, 0, row, here, code.simplify(j * COLUMNS))
@@ -145,8 +145,8 @@ class PairKernel:
 
     # --- sums ---------------------------------------------------------------------------------------------------------------
 
-    def _dots(self, left: _Left, weight: Any, acc: Any, row: Index, j: Index) -> None:
-        """A pair of a row's elements is broadcast, and multiplied with a pair of each column."""
+    def _dots(self, left: _Left, weight: Any, acc: Any, row: Index, j: Index, io: Index) -> None:
+        """A pair of a row's elements is broadcast, and multiplied with a pair of each column. ``io``: which row tile of the task it is."""
         code, vectors = self.code, COLUMNS // LANES
         exact = isinstance(self.m, int) and self.m % self.mr == 0
         starts = []
@@ -156,28 +156,34 @@ class PairKernel:
             starts.append(code.bind_index(code.simplify(left.base + r * left.step), "x"))
         panel = code.bind_index(code.simplify(j * (self.depth * COLUMNS)), "w")
         chains = 1 if self.mr > 2 else 4 // self.mr  # few rows: sums of their own for neighbouring steps hide the latency
-        sums = code.alloc(chains * self.mr * COLUMNS, "float32", "sums", scope="local")
+        unroll = next(u for u in (4 // chains, 1) if self.depth % (2 * chains * u) == 0)
+        # a buffer for each vector: one for all would be memory that is asked for and given back at every tile
+        sums = [code.alloc(LANES, "float32", "sums") for _ in range(chains * self.mr * vectors)]
 
         def place(q: int) -> list[Any]:
             return [tirx.Ramp(i64(q * LANES), i64(1), LANES)]
 
         nothing = tirx.Broadcast(tirx.const(0, "float32"), LANES)
-        for q in range(chains * self.mr * vectors):
-            code.emit(tirx.BufferStore(sums, nothing, place(q)))
-        with code.loop(self.depth // (2 * chains), "serial", "k") as k:
-            for s in range(chains):
-                at = code.simplify((k * chains + s) * 2)
+        for own in sums:
+            code.emit(tirx.BufferStore(own, nothing, place(0)))
+        steps = self.depth // (2 * chains * unroll)
+        lines = -(-2 * chains * unroll // self.group)  # of the next panel, which is as long as its depth in lines
+        with code.loop(steps, "serial", "k") as k:
+            for q in range(lines):
+                code.prefetch(weight, code.simplify(panel + self.depth * COLUMNS + ((io * steps + k) * lines + q) * (LINE // 2)))
+            for s in range(chains * unroll):
+                at = code.simplify((k * (chains * unroll) + s) * 2)
                 ws = [self._pairs(weight, panel + at * COLUMNS + u * 2 * LANES) for u in range(vectors)]
                 for i, start in enumerate(starts):
                     pair = tirx.reinterpret("uint32", left.buffer[tirx.Ramp(i64(code.simplify(start + at)), i64(1), 2)])
                     x = tirx.reinterpret(f"uint16x{2 * LANES}", tirx.Broadcast(pair, LANES))
                     for u, w in enumerate(ws):
-                        q = (s * self.mr + i) * vectors + u
-                        code.emit(tirx.BufferStore(sums, dot(sums[place(q)[0]], x, w), place(q)))
+                        own = sums[(s % chains * self.mr + i) * vectors + u]
+                        code.emit(tirx.BufferStore(own, dot(own[place(0)[0]], x, w), place(0)))
         for q in range(self.mr * vectors):
-            total = sums[place(q)[0]]
+            total = sums[q][place(0)[0]]
             for s in range(1, chains):
-                total = total + sums[place(s * self.mr * vectors + q)[0]]
+                total = total + sums[s * self.mr * vectors + q][place(0)[0]]
             code.emit(tirx.BufferStore(acc, total, place(q)))
 
     def _pairs(self, weight: Any, at: Index) -> Any:
