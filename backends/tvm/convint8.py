@@ -326,30 +326,29 @@ class ConvInt8Kernel:
         vectors = 2 if lanes * 2 <= COLUMNS else 1
         width = vectors * lanes
         base = code.bind_index(code.simplify(panel * (self.steps * PANEL)), "w")
+        taken = []
+        if self.unsigned:
+            assert width == COLUMNS
+            taken = dots8.excess(code, self.engine, self.weight, base, COLUMNS * WORD, self.steps * STEP // WORD, vectors, lanes)
         with code.loop(here, "serial", "io") as io:
             moved = code.bind_index(code.simplify(io * (self.side * self._row)), "moved")
             with code.loop(COLUMNS // width, "serial", "u") as u:
                 column = code.simplify(u * width)
                 sums = dots8.zeros(code, self.mr * vectors, lanes)
-                excess = dots8.zeros(code, vectors, lanes) if self.unsigned else None
                 with code.loop(self.steps, "serial", "s") as s:
                     x = code.bind_index(code.simplify(self._place(s) + moved), "x")
                     with code.loop(STEP // WORD, "serial", "k") as k:
                         y = code.simplify(base + s * PANEL + (k * COLUMNS + column) * WORD)
                         ws = [dots8.words(code, self.weight, code.simplify(y + v * lanes * WORD), lanes) for v in range(vectors)]
-                        for v, w in enumerate(ws):
-                            if excess is not None:  # rows have 128 added
-                                dots8.add_excess(code, self.engine, excess[v], w, lanes)
                         for i in range(self.mr):
                             four = dots8.four(code, image, code.simplify(x + i * self._row + k * WORD), lanes)
                             for v, w in enumerate(ws):
                                 dots8.add(code, self.engine, sums[i * vectors + v], four, w, lanes)
                 for i in range(self.mr):
                     for v in range(vectors):
-                        taken = None if excess is None else dots8.vector(excess[v], lanes)
                         to = code.simplify(i * COLUMNS + column + v * lanes)
                         value = dots8.vector(sums[i * vectors + v], lanes)
-                        code.emit(tirx.BufferStore(self.acc, value if taken is None else value - taken, [dots8.ramp(to, lanes)]))
+                        code.emit(tirx.BufferStore(self.acc, value - taken[v] if taken else value, [dots8.ramp(to, lanes)]))
             with code.loop(self.side, "serial", "r") as row:
                 self._finish(n, start, io, row, panel, 0)
 

@@ -55,6 +55,21 @@ def add_excess(code: Code, engine: str, sums: Any, w: Any, lanes: int) -> None:
     add(code, engine, sums, tirx.Broadcast(tirx.const(ALL_128, "int32"), lanes), w, lanes)
 
 
+def excess(code: Code, engine: str, weight: Any, start: Index, step: int, count: int, vectors: int, lanes: int) -> list[Any]:
+    """What rows with 128 added have too much, for neighbouring columns: of ``count`` fours of rows, ``step`` elements apart.
+
+    An instruction waits for the one before of its own chain alone.
+    """
+    chains = next(c for c in (4, 2, 1) if count % c == 0)
+    sums = [zeros(code, vectors, lanes) for _ in range(chains)]
+    with code.loop(count // chains, "serial", "k") as k:
+        for q, own in enumerate(sums):
+            for v in range(vectors):
+                at = code.simplify(start + (k * chains + q) * step + v * lanes * WORD)
+                add_excess(code, engine, own[v], words(code, weight, at, lanes), lanes)
+    return [code.bind(sum(vector(own[v], lanes) for own in sums), "taken", hidden=False) for v in range(vectors)]
+
+
 def dot(engine: str, total: Any, x: Any, w: Any, lanes: int) -> Any:
     """``total + x . w`` of the four bytes in each word; ``vnni`` takes those of x as unsigned."""
     vector, bytes_ = f"int32x{lanes}", f"int8x{WORD * lanes}"

@@ -29,7 +29,6 @@ from graphopt.errors import BuildError
 from graphopt.ir.graph import Graph
 
 UNROLL = 4  # words of a row at a time
-CHAINS = 4  # of sums, which divide the steps of 64 elements that a depth is made of
 
 
 class Int8Kernel(PanelProduct):
@@ -67,7 +66,8 @@ class Int8Kernel(PanelProduct):
         with code.loop(COLUMNS // width, "serial", "u") as u:
             y = code.bind_index(code.simplify(at + u * (width * WORD)), "y")
             column = code.simplify(u * width)
-            taken = self._offsets(weight, y, vectors) if self.unsigned else []
+            count = self.depth // WORD
+            taken = dots8.excess(code, self.engine, weight, y, COLUMNS * WORD, count, vectors, lanes) if self.unsigned else []
             with code.loop(here, "serial", "io") as io:
                 self._dot_tile(left, weight, y, total, code.simplify(first + io), io, column, vectors, taken)
 
@@ -96,14 +96,3 @@ class Int8Kernel(PanelProduct):
                 value = value - taken[v] if taken else value
                 to = code.simplify((io * self.mr + i) * COLUMNS + column + v * lanes)
                 code.emit(tirx.BufferStore(total, value, [dots8.ramp(to, lanes)]))
-
-    def _offsets(self, weight: Any, y: Index, vectors: int) -> list[Any]:
-        """128 times the sums of columns: what rows with 128 added have too much."""
-        code, lanes = self.code, self.lanes
-        sums = [dots8.zeros(code, vectors, lanes) for _ in range(CHAINS)]  # an instruction waits for the one before of its own chain alone
-        with code.loop(self.depth // (CHAINS * WORD), "serial", "k") as k:
-            for own, q in zip(sums, range(CHAINS), strict=True):
-                for v in range(vectors):
-                    at = code.simplify(y + (k * CHAINS + q) * (COLUMNS * WORD) + v * lanes * WORD)
-                    dots8.add_excess(code, self.engine, own[v], dots8.words(code, weight, at, lanes), lanes)
-        return [code.bind(sum(dots8.vector(own[v], lanes) for own in sums), "taken", hidden=False) for v in range(vectors)]
