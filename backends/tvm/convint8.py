@@ -328,12 +328,10 @@ class ConvInt8Kernel:
         base = code.bind_index(code.simplify(panel * (self.steps * PANEL)), "w")
         taken = []
         if self.unsigned:
-            assert width == COLUMNS
-            taken = dots8.excess(code, self.engine, self.weight, base, COLUMNS * WORD, self.steps * STEP // WORD, vectors, lanes)
+            taken = dots8.excess(code, self.engine, self.weight, base, COLUMNS * WORD, self.steps * STEP // WORD, COLUMNS // lanes, lanes)
         with code.loop(here, "serial", "io") as io:
             moved = code.bind_index(code.simplify(io * (self.side * self._row)), "moved")
-            with code.loop(COLUMNS // width, "serial", "u") as u:
-                column = code.simplify(u * width)
+            for column in range(0, COLUMNS, width):
                 sums = dots8.zeros(code, self.mr * vectors, lanes)
                 with code.loop(self.steps, "serial", "s") as s:
                     x = code.bind_index(code.simplify(self._place(s) + moved), "x")
@@ -348,7 +346,7 @@ class ConvInt8Kernel:
                     for v in range(vectors):
                         to = code.simplify(i * COLUMNS + column + v * lanes)
                         value = dots8.vector(sums[i * vectors + v], lanes)
-                        code.emit(tirx.BufferStore(self.acc, value - taken[v] if taken else value, [dots8.ramp(to, lanes)]))
+                        code.emit(tirx.BufferStore(self.acc, value - taken[column // lanes + v] if taken else value, [dots8.ramp(to, lanes)]))
             with code.loop(self.side, "serial", "r") as row:
                 self._finish(n, start, io, row, panel, 0)
 
