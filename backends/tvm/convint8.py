@@ -346,7 +346,8 @@ class ConvInt8Kernel:
                     for v in range(vectors):
                         to = code.simplify(i * COLUMNS + column + v * lanes)
                         value = dots8.vector(sums[i * vectors + v], lanes)
-                        code.emit(tirx.BufferStore(self.acc, value - taken[column // lanes + v] if taken else value, [dots8.ramp(to, lanes)]))
+                        value = value - taken[column // lanes + v] if taken else value
+                        code.emit(tirx.BufferStore(self.acc, value, [dots8.ramp(to, lanes)]))
             with code.loop(self.side, "serial", "r") as row:
                 self._finish(n, start, io, row, panel, 0)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -54,6 +55,12 @@ class Limits:
         """f32 floating-point operations a second of products that may be summed from thirds on tiles."""
         return self._peak(THIRDS_PRODUCTS)
 
+    @staticmethod
+    def middle(found: Sequence[Limits]) -> Limits:
+        """The medians of several measurements of the same machine."""
+        flops, read, tiles = (median(getattr(f, name) for f in found) for name in ("flops", "bytes", "tiles"))
+        return Limits(flops, read, found[0].threads, found[0].buffer, tiles)
+
     def best(self, other: Limits) -> Limits:
         """The higher of two measurements of the same machine."""
         return Limits(max(self.flops, other.flops), max(self.bytes, other.bytes), self.threads, self.buffer,
@@ -84,6 +91,7 @@ class LimitMeter:
         self._constants = torch.cat([torch.full((lanes,), 0.999), torch.full((lanes,), 0.001)])
         self._out = torch.empty(peaks.TASKS * max(chains * lanes, 8 * lanes, peaks.TILES_OUT))
         self._tile_input = torch.ones(peaks.TILE_INPUT)
+        self._memory: dict[bool, torch.Tensor] = {}
 
     def measure(self, seconds: float = 0.5, large: bool = True) -> Limits:
         """The best run of each kernel in some seconds: a limit is what was reached once.
@@ -96,8 +104,10 @@ class LimitMeter:
         try:
             fma = best_seconds(lambda: self._fma(self._constants, self._out), seconds)
             tiles = best_seconds(partial(self._tiles, self._tile_input, self._out), seconds) if self._tiles else math.inf
-            size = torch.Size([self.buffer // 4])
-            memory = (Pages().empty(size, torch.float32) if large else torch.empty(size)).fill_(1.0)
+            memory = self._memory.get(large)
+            if memory is None:
+                size = torch.Size([self.buffer // 4])
+                memory = self._memory[large] = (Pages().empty(size, torch.float32) if large else torch.empty(size)).fill_(1.0)
             read = best_seconds(lambda: self._read(memory, self._out), seconds)
         finally:
             torch.set_num_threads(before)

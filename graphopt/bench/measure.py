@@ -28,6 +28,7 @@ Tell = Callable[[str], None]
 """Told what is being done; called between measurements, never during one."""
 
 SILENCE = 0.02  # seconds: threads of OpenMP and of the runtimes spin for some milliseconds after a call
+LIMITS_SLICE = 0.05  # seconds for each of the machine's limits in a round
 SLICE = 0.1  # seconds of timed calls that one turn of a system should take
 CALLS = (2, 200)  # the least and the most timed calls of a turn
 
@@ -59,8 +60,8 @@ def measure_limits(session: Session, settings: Settings, before: Limits | None =
     return found.best(before) if before else found
 
 
-def measure(model: str, settings: Settings, tell: Tell) -> ModelResult:
-    """All systems on one model."""
+def measure(model: str, settings: Settings, tell: Tell, meter: Session | None = None) -> ModelResult:
+    """All systems on one model; ``meter``, a process of its own, measures the machine's limits in turns with them."""
     result = ModelResult(label(model), ours=settings.ours)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-bench-")))
@@ -82,7 +83,7 @@ def measure(model: str, settings: Settings, tell: Tell) -> ModelResult:
         tell("measure")
         result.before = load.watch(settings.watch)
         first = load.snapshot()
-        samples = _rounds(result, ready, settings, tell)
+        samples = _rounds(result, ready, settings, tell, meter)
         last = load.snapshot()
         result.during = load.between(first, last) if first and last else None
         for name, session in ready.items():
@@ -152,8 +153,10 @@ def _prepared(found: SystemResult, model: str, folder: Path, reference: str, set
     return session
 
 
-def _rounds(result: ModelResult, ready: Mapping[str, Session], settings: Settings, tell: Tell) -> dict[str, list[float]]:
+def _rounds(result: ModelResult, ready: Mapping[str, Session], settings: Settings, tell: Tell,
+            meter: Session | None) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of all timed calls of each system."""
+    limits: list[Limits] = []
     samples: dict[str, list[float]] = {name: [] for name in ready}
     calls = {}
     for name, session in ready.items():
@@ -166,6 +169,10 @@ def _rounds(result: ModelResult, ready: Mapping[str, Session], settings: Setting
             if not result.systems[name].failed:
                 time.sleep(SILENCE)
                 samples[name] += _asked(result.systems[name], ready[name], "run", calls=calls[name]).get("seconds", [])
+        if meter:
+            time.sleep(SILENCE)
+            limits.append(Limits(**meter.ask("limits", threads=settings.threads, slice_seconds=LIMITS_SLICE)))
+    result.limits = Limits.middle(limits) if limits else None
     return samples
 
 

@@ -13,10 +13,10 @@ from graphopt.bench.results import Results
 from graphopt.bench.systems import system
 from graphopt.errors import UsageError
 
-COLORS = {"eager": "#9a9a9a", "graphopt": "#c1272d", "inductor": "#e08a1e", "onnxruntime": "#0f75bc", "openvino": "#5b8c2a"}
-SPARE = ("#7b3fa0", "#1f9e9e", "#8c564b", "#bcbd22")  # of the others, in turn
+COLORS = {"eager": "#9a9a9a", "graphopt": "#c1272d", "inductor": "#e08a1e", "onnxruntime": "#0f75bc", "openvino": "#5b8c2a",
+          "torchao": "#7b3fa0"}  # fmt: skip
 LABEL = 0.032  # of the width of the axes: a line of small text
-MARKERS = {"eager": "s", "graphopt": "o", "inductor": "^", "onnxruntime": "v", "openvino": "D"}
+MARKERS = {"eager": "s", "graphopt": "o", "inductor": "^", "onnxruntime": "v", "openvino": "D", "torchao": "X"}
 
 
 def plot(results: Results, file: Path) -> None:
@@ -116,7 +116,10 @@ def _handle(name: str) -> Any:
 
 
 def look(name: str) -> tuple[str, str]:
-    """Colour and marker of a system: one in other bits looks like none of the others."""
-    if name in COLORS:
-        return COLORS[name], MARKERS[name]
-    return SPARE[sum(name.encode()) % len(SPARE)], "P"
+    """Colour and marker of a system: in other bits, or compiled otherwise, a maker's is darker."""
+    maker, form = name.partition("-")[::2]
+    if not form:
+        return COLORS[maker], MARKERS[maker]
+    dark = 0.8 if form == "float" else 0.55
+    red, green, blue = (round(int(COLORS[maker][i : i + 2], 16) * dark) for i in (1, 3, 5))
+    return f"#{red:02x}{green:02x}{blue:02x}", MARKERS[maker]

@@ -31,6 +31,7 @@ from graphopt.bench.system import ONNX, OPENVINO, Job, Prepared, System
 from graphopt.passes.quantization.scheme import Scheme
 
 GROUP = 64  # inputs of an output that share a scale, of torchao's weights: as graphopt's int4-weight
+EXTRA = "bench-quantized"
 _OURS = "graphopt-"
 
 
@@ -146,6 +147,7 @@ FLOAT = System(f"{_OURS}float", "graphopt, f32", TVM, True, load_graphopt, _ahea
 QUANTIZED = (
     System("onnxruntime-int8", "ONNX Runtime, int8", ("onnxruntime", "onnx", "onnxscript"), False, load_onnxruntime, run_onnxruntime,
            _quantized_onnx),
-    System("openvino-int8", "OpenVINO, int8", ("openvino", "nncf"), False, load_openvino, run_openvino, _quantized_openvino),
-    System("torchao-int4", "torchao, int4", ("torchao",), True, _load_torchao, _torchao),
+    System("openvino-int8", "OpenVINO, int8", ("openvino", "nncf"), False, load_openvino, run_openvino, _quantized_openvino,
+           EXTRA),
+    System("torchao-int4", "torchao, int4", ("torchao",), True, _load_torchao, _torchao, extra=EXTRA),
 )  # fmt: skip

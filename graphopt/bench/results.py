@@ -64,6 +64,7 @@ class ModelResult:
     Attributes:
         work: what the float model must do at least; None if it is not known.
         before, during: the machine's load; None where it cannot be seen.
+        limits: what the machine reached in turns with the systems, medians: clocks change, and so does where a virtual machine's cores are.
         ours: the system that the others are compared with.
     """
 
@@ -72,6 +73,7 @@ class ModelResult:
     work: Work | None = None
     before: Load | None = None
     during: Load | None = None
+    limits: Limits | None = None
     ours: str = OURS
 
     def median(self, system: str) -> float | None:
@@ -105,15 +107,18 @@ class ModelResult:
 
     def fraction(self, system: str, limits: Limits | None) -> float | None:
         """The least time that the machine's limits allow, over the time that a system took."""
-        found = self.systems.get(system)
-        work = found.work or self.work if found else None
-        if found is None or found.times is None or limits is None or work is None:
-            return None
-        return limits.least_seconds(work.flops, work.weight_bytes) / found.times.median
+        found = self.median(system)
+        least = self.least_seconds(limits, self.systems[system].work) if found else None
+        return least / found if least and found else None
+
+    def least_seconds(self, limits: Limits | None, work: Work | None = None) -> float | None:
+        """The time that some work (the float model's if None) needs at the limits: those that were measured in turns, if there are some."""
+        limits, work = self.limits or limits, work or self.work
+        return None if limits is None or work is None else limits.least_seconds(work.flops, work.weight_bytes)
 
     def to_json(self, limits: Limits | None, peers: list[str]) -> dict[str, Any]:
         return {
-            "name": self.name, "work": asdict(self.work) if self.work else None,
+            "name": self.name, "limits": asdict(self.limits) if self.limits else None, "work": asdict(self.work) if self.work else None,
             "load": {"before": asdict(self.before) if self.before else None, "during": asdict(self.during) if self.during else None},
             "complaints": [*self.complaints(), *filter(None, map(self.doubts, self.systems))],
             "ratios": {p: self.ratio(p) for p in peers},

@@ -78,6 +78,7 @@ class System:
         load: imports what it needs, before the memory's baseline is taken.
         prepare: compiles, or loads what was converted, and runs once.
         convert: writes a file for ``prepare`` into the job's folder, in another process; returns notes.
+        extra: of graphopt's installation, with which its packages come.
     """
 
     name: str
@@ -87,6 +88,7 @@ class System:
     load: Callable[[], None]
     prepare: Callable[[Job], Prepared]
     convert: Callable[[Job], list[str]] | None = None
+    extra: str = "bench"
 
     @property
     def ours(self) -> bool:
@@ -96,7 +98,7 @@ class System:
     def missing(self) -> str | None:
         """What to install, or None."""
         absent = [p for p in self.packages if importlib.util.find_spec(p) is None]
-        return f"{', '.join(absent)} not installed: pip install {' '.join(absent)} (or 'graphopt[bench]')" if absent else None
+        return f"{', '.join(absent)} not installed: pip install {' '.join(absent)} (or 'graphopt[{self.extra}]')" if absent else None
 
 
 def in_a_line(error: BaseException, limit: int = 160) -> str:

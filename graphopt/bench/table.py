@@ -56,9 +56,8 @@ def times_table(results: Results) -> Table:
 
 
 def _least(model: ModelResult, limits: Limits | None) -> str:
-    if model.work is None or limits is None:
-        return ""
-    return f"limit {milliseconds(limits.least_seconds(model.work.flops, model.work.weight_bytes))} ms"
+    least = model.least_seconds(limits)
+    return f"limit {milliseconds(least)} ms" if least else ""
 
 
 def _cells(model: ModelResult, found: SystemResult, limits: Limits | None) -> list[str]:

@@ -110,10 +110,10 @@ class Worker:
             self.prepared.run()
         return {"peak": memory.peak() - self.baseline, "all": memory.peak()}
 
-    def limits(self, threads: int) -> dict[str, Any]:
-        """Multiply-adds and bytes a second of this machine."""
+    def limits(self, threads: int, slice_seconds: float = 0.5) -> dict[str, Any]:
+        """Multiply-adds and bytes a second of this machine, the best run of each in some seconds."""
         self.meter = self.meter or LimitMeter(threads)
-        return vars(self.meter.measure())
+        return vars(self.meter.measure(slice_seconds))
 
 
 def _load(model: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -125,7 +125,7 @@ def _run(results: Results, names: list[str], settings: Settings, keep: Callable[
                 except SystemFailure as failure:
                     results.limits_failed = str(failure)
             if name is not None:
-                results.models.append(measure(name, settings, partial(tell, label(name))))
+                results.models.append(measure(name, settings, partial(tell, label(name)), None if results.limits_failed else meter))
                 keep()
                 if not console.is_terminal:
                     typer.echo(_line(results.models[-1], len(results.models), len(names)), err=True)
