@@ -143,7 +143,7 @@ def _narrow(x: Any) -> Any:
     return x.to(torch.bfloat16) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-FLOAT = System(f"{_OURS}float", "graphopt, f32", TVM, True, load_graphopt, _ahead)  # what its quantized models are compared with
+FLOAT = System(f"{_OURS}float", "graphopt, f32, ahead of time", TVM, True, load_graphopt, _ahead)
 QUANTIZED = (
     System("onnxruntime-int8", "ONNX Runtime, int8", ("onnxruntime", "onnx", "onnxscript"), False, load_onnxruntime, run_onnxruntime,
            _quantized_onnx),

@@ -20,6 +20,7 @@ from graphopt.errors import UsageError
 def test_without_a_scheme_the_float_systems_are_compared() -> None:
     assert _systems(None, "") == ("graphopt", ("eager", "graphopt", *PEERS))
     assert _systems("none", "") == ("graphopt", ("eager", "graphopt"))
+    assert _systems(FLOAT.name, "") == ("graphopt", ("eager", "graphopt", FLOAT.name))
     assert _systems("openvino, inductor", "") == ("graphopt", ("eager", "graphopt", "inductor", "openvino"))
 
 
