@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.errors import GraphoptError
 
 if TYPE_CHECKING:
+    from graphopt.fake_quantization import fake_quantize
     from graphopt.model import CompiledModel, compile
     from graphopt.options import Options
     from graphopt.quantization import quantize
@@ -26,11 +27,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "CompiledModel": "graphopt.model", "compile": "graphopt.model", "Options": "graphopt.options", "Report": "graphopt.report",
     "reports": "graphopt.report", "clear_reports": "graphopt.report", "refresh": "graphopt.weights",
-    "quantize": "graphopt.quantization",
+    "quantize": "graphopt.quantization", "fake_quantize": "graphopt.fake_quantization",
 }  # fmt: skip
 
 __all__ = [
-    "CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "quantize", "refresh", "reports",
+    "CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "fake_quantize", "quantize",
+    "refresh", "reports",
 ]  # fmt: skip
 
 

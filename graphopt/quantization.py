@@ -93,7 +93,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         model = _smooth(model, samples, schemes, method)
     linears = layers_of(model) if both else linears_of(model)  # what is said of in the ledger
     made = _rounded(model, {n: linears[n] for n in schemes}, schemes, method, samples, told)
-    _set_steps(model, linears, made, samples, observer, told, left)
+    set_steps(model, linears, made, samples, observer, told, left)
     counts = Counter(m.scheme for m in made.values())
     said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
     ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()],
@@ -170,7 +170,7 @@ def _smoothing(linears: Mapping[str, nn.Module], look: Look) -> Look:
     return shown
 
 
-def _set_steps(model: nn.Module, linears: Mapping[str, nn.Module], made: dict[str, Quantized], samples: Sequence[Sample], observer: str,
+def set_steps(model: nn.Module, linears: Mapping[str, nn.Module], made: dict[str, Any], samples: Sequence[Sample], observer: str,
                told: Progress, left: dict[str, str]) -> None:  # fmt: skip
     """Find the ranges of static layers' inputs. Those that have none stay in float: they leave ``made``, and ``left`` is told."""
     static = [n for n, m in made.items() if not isinstance(m, SplitLinear) and m.activations == "static"]

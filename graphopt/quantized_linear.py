@@ -116,10 +116,15 @@ def in_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") -> tor
     if not bool(torch.isfinite(w).all()):
         count = int((~torch.isfinite(w)).sum())
         raise UsageError(f"{name} cannot be quantized: {count} of its {w.numel()} elements are infinite or no numbers")
-    n, k = w.shape
+    return divided(w, scheme)
+
+
+def divided(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """A weight ``[N, K]`` as ``[N, G, g]``, zeros behind the last column."""
+    n, k = weight.shape
     group = group_size(k, scheme)
     groups = -(-k // group)
-    return functional.pad(w, (0, groups * group - k)).reshape(n, groups, group)
+    return functional.pad(weight, (0, groups * group - k)).reshape(n, groups, group)
 
 
 def quantize_groups(weight: torch.Tensor, scheme: Scheme, name: str = "weight") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

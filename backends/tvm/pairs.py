@@ -156,7 +156,8 @@ class PairKernel:
             starts.append(code.bind_index(code.simplify(left.base + r * left.step), "x"))
         panel = code.bind_index(code.simplify(j * (self.depth * COLUMNS)), "w")
         chains = 1 if self.mr > 2 else 4 // self.mr  # few rows: sums of their own for neighbouring steps hide the latency
-        unroll = next(u for u in (4 // chains, 1) if self.depth % (2 * chains * u) == 0)
+        unroll = 4 // chains
+        assert self.depth % 8 == 0, "packing fills the depth up to 32"
         # a buffer for each vector: one for all would be memory that is asked for and given back at every tile
         sums = [code.alloc(LANES, "float32", "sums") for _ in range(chains * self.mr * vectors)]
 

@@ -55,10 +55,11 @@ class TileKernel:
         rows, columns: the tile; columns are a multiple of lanes, or fewer than lanes.
         unroll: steps of the summed axis that are unrolled.
         group: row tiles that a parallel step takes, with one panel of the second factor (copied once for them, where it must be).
-        prefetch: while a packed panel is used, bring the next one into the second-level cache, a part with every row tile.
+        prefetch: while a packed panel is used, bring the next one into the second-level cache, a part with every row tile; ``blocked``, the
+            next block.
         ahead: bytes of a packed panel, and of the next one, that are asked for before they are needed; 0 leaves it to the hardware.
         block: terms that are summed before the sum is added to the total.
-        blocked: sum a block of all row tiles of a step before the next block, so that a block of a panel stays in the first-level
+        blocked: sum a block of all row tiles of a step before the next block, so that a block of a panel stays in a near
             cache; otherwise a row tile is summed to its end.
         rows_first: threads divide the rows first, not the panels.
         copied: copy also panels of a factor whose columns lie side by side, but with other columns between its rows.
@@ -177,8 +178,8 @@ class TileKernel:
         for evenly comes sooner than what is asked for in bursts.
 
         The hardware follows a panel that it has seen begin, but too late: a panel is read from memory while its first row
-        tile waits for it. Each row tile asks for an equal part of the panel after its own (``prefetch``). Of panels that are used but once,
-        it does not run far enough before the reader, and stops at each page: what lies ``ahead`` is asked for.
+        tile waits for it. Each row tile asks for an equal part of what follows the rows that are used (``prefetch``). Of panels that
+        are used but once, it does not run far enough before the reader, and stops at each page: what lies ``ahead`` is asked for.
         """
         code = self.code
         here = factor.panel_start(lead, column) if self.prefetch or self.ahead else None
@@ -194,7 +195,8 @@ class TileKernel:
                     code.prefetch(buffer, code.simplify(start + (k + q) * self.nr + (u + self.ahead // size)))
 
             return near
-        lines = -(-self.nr * self.unroll // (line * tiles)) if isinstance(tiles, int) else 1
+        sharers = tiles if isinstance(tiles, int) else self.group if self.blocked else self.nr * self.unroll
+        lines = -(-self.nr * self.unroll // (line * sharers))
         part = code.simplify(code.ceildiv(length, self.unroll) * (lines * line))
         first = code.bind_index(code.simplify(start + (begin + length) * self.nr + tile * part), "ahead")
 

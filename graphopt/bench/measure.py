@@ -125,7 +125,7 @@ def _prepared(found: SystemResult, model: str, folder: Path, reference: str, set
         environment["TORCHINDUCTOR_CACHE_DIR"], cache_dir = str(cache), str(cache)
     request: dict[str, Any] = {
         "system": found.name, "model": model, "threads": settings.threads, "folder": str(own), "reference": reference,
-        "cache_dir": cache_dir if chosen.ours else "",
+        "cache_dir": cache_dir if chosen.is_graphopt else "",
     }  # fmt: skip
     if settings.compile_times and chosen.cached:
         tell(f"{chosen.title}: compile, empty cache")
@@ -171,7 +171,10 @@ def _rounds(result: ModelResult, ready: Mapping[str, Session], settings: Setting
                 samples[name] += _asked(result.systems[name], ready[name], "run", calls=calls[name]).get("seconds", [])
         if meter:
             time.sleep(SILENCE)
-            limits.append(Limits(**meter.ask("limits", threads=settings.threads, slice_seconds=LIMITS_SLICE)))
+            try:
+                limits.append(Limits(**meter.ask("limits", threads=settings.threads, slice_seconds=LIMITS_SLICE)))
+            except SystemFailure:
+                meter = None  # the limits that were measured before count
     result.limits = Limits.middle(limits) if limits else None
     return samples
 

@@ -39,7 +39,7 @@ def plot(results: Results, file: Path) -> None:
     _roofline(roof, results, results.limits)
     _shares(bars, results, results.limits)
     m = results.machine
-    figure.suptitle(f"{m['processor']}, {m['threads']} threads, f32, batch as in the model; medians of {m['rounds']} rounds", fontsize=10)
+    figure.suptitle(f"{m['processor']}, {m['threads']} threads, batch as in the model; medians of {m['rounds']} rounds", fontsize=10)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
@@ -56,12 +56,12 @@ def _roofline(axes: Any, results: Results, limits: Limits) -> None:
     middle = math.sqrt(low * ridge)
     axes.annotate(f"{limits.bytes / 1e9:.1f} GB/s: measured read of memory", (middle, middle * limits.bytes / 1e9), ha="left", va="top",
                   xytext=(8, -2), textcoords="offset points", fontsize=8)  # fmt: skip
-    lowest = low * limits.bytes / 1e9
+    lowest, highest = low * limits.bytes / 1e9, limits.flops / 1e9
     for model, x in zip(known, intensities):
         for name, found in model.systems.items():
             if found.times and model.work:
                 y = model.work.flops / found.times.median / 1e9
-                lowest = min(lowest, y)
+                lowest, highest = min(lowest, y), max(highest, y)
                 color, marker = look(name)
                 axes.plot(x, y, marker, color=color, markersize=6, alpha=0.85, zorder=3 if name == model.ours else 2)
     floor = lowest / 4
@@ -71,7 +71,7 @@ def _roofline(axes: Any, results: Results, limits: Limits) -> None:
         style = {"textcoords": "axes fraction", "rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
         axes.annotate(model.name, (x, lowest / 1.3), xytext=(place, 0.015), arrowprops=line, **style)
     axes.set(xscale="log", yscale="log", xlabel="floating-point operations for each byte of weights", ylabel="GFLOP/s",
-             title="where the models stand under the limits", xlim=(low, high), ylim=(floor, limits.flops / 1e9 * 1.6))  # fmt: skip
+             title="where the models stand under the limits", xlim=(low, high), ylim=(floor, highest * 1.6))  # fmt: skip
     axes.grid(which="major", alpha=0.3)
 
 
@@ -91,12 +91,14 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
 def _shares(axes: Any, results: Results, limits: Limits) -> None:
     """Bars: each system's share of the limit, model by model."""
     names = list(dict.fromkeys(n for m in results.models for n in m.systems))
+    most = 1.0
     thick = 0.8 / max(len(names), 1)
     for k, name in enumerate(names):
         for i, model in enumerate(results.models):
             share = model.fraction(name, limits)
             at = i + (k - (len(names) - 1) / 2) * thick
             if share is not None:
+                most = max(most, share)
                 axes.barh(at, share, thick * 0.92, color=look(name)[0])
             elif model.systems.get(name) is not None and model.systems[name].failed:
                 axes.text(0.005, at, "failed", va="center", fontsize=6, color=look(name)[0])
@@ -104,7 +106,7 @@ def _shares(axes: Any, results: Results, limits: Limits) -> None:
     axes.axvline(1.0, color="black", linewidth=1.5)
     axes.set_yticks(range(len(results.models)), [m.name for m in results.models])
     axes.invert_yaxis()
-    axes.set(xlabel="least time by the limits (arithmetic or weights) over the median", title="share of the limit", xlim=(0, 1.08))
+    axes.set(xlabel="least time by the limits (arithmetic or weights) over the median", title="share of the limit", xlim=(0, 1.08 * most))
     axes.legend(handles=handles, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=len(names), frameon=False)
 
 

@@ -40,7 +40,7 @@ def by_scheme(name: str) -> System:
     if not name.startswith(_OURS):
         raise KeyError(name)
     scheme = str(Scheme.parse(name.removeprefix(_OURS)))
-    return System(name, f"graphopt, {scheme}", TVM, True, load_graphopt, partial(_quantized, scheme=scheme))
+    return System(name, f"graphopt, {scheme}", TVM, True, load_graphopt, partial(_quantized, scheme=scheme), narrow=True)
 
 
 def _quantized(job: Job, scheme: str) -> Prepared:
@@ -146,8 +146,8 @@ def _narrow(x: Any) -> Any:
 FLOAT = System(f"{_OURS}float", "graphopt, f32, ahead of time", TVM, True, load_graphopt, _ahead)
 QUANTIZED = (
     System("onnxruntime-int8", "ONNX Runtime, int8", ("onnxruntime", "onnx", "onnxscript"), False, load_onnxruntime, run_onnxruntime,
-           _quantized_onnx),
+           _quantized_onnx, narrow=True),
     System("openvino-int8", "OpenVINO, int8", ("openvino", "nncf"), False, load_openvino, run_openvino, _quantized_openvino,
-           EXTRA),
-    System("torchao-int4", "torchao, int4", ("torchao",), True, _load_torchao, _torchao, extra=EXTRA),
+           EXTRA, narrow=True),
+    System("torchao-int4", "torchao, int4", ("torchao",), True, _load_torchao, _torchao, extra=EXTRA, narrow=True),
 )  # fmt: skip

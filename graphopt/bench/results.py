@@ -16,9 +16,13 @@ OURS, BEST = "graphopt", "best of ONNX Runtime and OpenVINO"
 FORMAT = 1
 
 
-def converters(names: Iterable[str]) -> list[str]:
-    """Those of the systems that run a converted model: the best of them on each model is a peer of its own."""
-    return [n for n in names if system_of(n).convert is not None]
+def converters(names: Iterable[str], narrow: bool = False) -> list[str]:
+    """Those of the systems that run a converted model, in floats or ``narrow``: of both makers, or none.
+
+    The best of them on each model is a peer of its own.
+    """
+    found = [n for n in names if system_of(n).convert is not None and system_of(n).narrow == narrow]
+    return found if len(found) > 1 else []
 
 
 @dataclass
@@ -82,7 +86,7 @@ class ModelResult:
 
     def best_converter(self) -> str | None:
         """The faster one of ONNX Runtime and OpenVINO, if one of them ran."""
-        ran = [(t, name) for name in converters(self.systems) if (t := self.median(name)) is not None]
+        ran = [(t, name) for name in converters(self.systems, system_of(self.ours).narrow) if (t := self.median(name)) is not None]
         return min(ran)[1] if ran else None
 
     def complaints(self) -> list[str]:
@@ -108,8 +112,10 @@ class ModelResult:
     def fraction(self, system: str, limits: Limits | None) -> float | None:
         """The least time that the machine's limits allow, over the time that a system took."""
         found = self.median(system)
-        least = self.least_seconds(limits, self.systems[system].work) if found else None
-        return least / found if least and found else None
+        if found is None or (self.systems[system].work is None and system_of(system).narrow):
+            return None  # the bytes of its weights are not known
+        least = self.least_seconds(limits, self.systems[system].work)
+        return least / found if least else None
 
     def least_seconds(self, limits: Limits | None, work: Work | None = None) -> float | None:
         """The time that some work (the float model's if None) needs at the limits: those that were measured in turns, if there are some."""
@@ -118,7 +124,8 @@ class ModelResult:
 
     def to_json(self, limits: Limits | None, peers: list[str]) -> dict[str, Any]:
         return {
-            "name": self.name, "limits": asdict(self.limits) if self.limits else None, "work": asdict(self.work) if self.work else None,
+            "name": self.name, "ours": self.ours, "limits": asdict(self.limits) if self.limits else None,
+            "work": asdict(self.work) if self.work else None,
             "load": {"before": asdict(self.before) if self.before else None, "during": asdict(self.during) if self.during else None},
             "complaints": [*self.complaints(), *filter(None, map(self.doubts, self.systems))],
             "ratios": {p: self.ratio(p) for p in peers},
@@ -143,7 +150,7 @@ class Results:
     def peers(self) -> list[str]:
         """What graphopt is compared with, in order; the best of the two converters last."""
         names = list(dict.fromkeys(n for m in self.models for n in m.systems if n != m.ours))
-        return names + ([BEST] if len(converters(names)) > 1 else [])
+        return names + ([BEST] if any(converters(names, system_of(m.ours).narrow) for m in self.models) else [])
 
     def geometric_mean(self, peer: str) -> tuple[float | None, int]:
         """The mean of the claimed ratios against a peer, and how many there are."""

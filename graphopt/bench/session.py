@@ -48,7 +48,7 @@ class Session:
         try:
             self._process.stdin.write(json.dumps({"do": what, **arguments}).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it died, or was ended as it gave no answer
             raise SystemFailure(self._last_words()) from None
         answer: dict[str, Any] = json.loads(self._line(time.monotonic() + seconds, seconds))
         if "failed" in answer:
@@ -72,6 +72,8 @@ class Session:
 
     def _last_words(self) -> str:
         status = self._process.wait()
+        if self._errors.closed:
+            return "the process was ended: it had given no answer"
         self._errors.seek(0)
         lines = [x for x in self._errors.read().decode(errors="replace").splitlines() if x.strip()]
         how = f"signal {-status}" if status < 0 else f"exit status {status}"

@@ -79,6 +79,7 @@ class System:
         prepare: compiles, or loads what was converted, and runs once.
         convert: writes a file for ``prepare`` into the job's folder, in another process; returns notes.
         extra: of graphopt's installation, with which its packages come.
+        narrow: whether weights have fewer bits than the model's.
     """
 
     name: str
@@ -89,9 +90,10 @@ class System:
     prepare: Callable[[Job], Prepared]
     convert: Callable[[Job], list[str]] | None = None
     extra: str = "bench"
+    narrow: bool = False
 
     @property
-    def ours(self) -> bool:
+    def is_graphopt(self) -> bool:
         """Whether it is graphopt, in some form."""
         return self.name.startswith("graphopt")
 

@@ -31,7 +31,7 @@ def show(results: Results, console: Console) -> None:
 def heading(results: Results) -> Text:
     """The machine and its limits, in two lines."""
     m = results.machine
-    text = Text(f"{m['processor']}, {m['threads']} threads; f32; " + ", ".join(f"{k} {v}" for k, v in m["versions"].items()))
+    text = Text(f"{m['processor']}, {m['threads']} threads; " + ", ".join(f"{k} {v}" for k, v in m["versions"].items()))
     if results.limits is None:
         return text.append(f"\nlimits not measured: {results.limits_failed}")
     return text.append(

@@ -84,7 +84,7 @@ class Worker:
         if not self.prepared.keeps_module:
             self.job.module = torch.nn.Module()
         return {"seconds": seconds, "capture_seconds": self.prepared.capture_seconds, "error": error, "compile_peak": peak,
-                "notes": self.prepared.notes, "work": counted() if chosen.ours else None}  # fmt: skip
+                "notes": self.prepared.notes, "work": counted() if chosen.is_graphopt else None}  # fmt: skip
 
     def run(self, calls: int, untimed: int = 1) -> dict[str, Any]:
         """Seconds of some calls, after some that are not timed."""

@@ -154,8 +154,8 @@ def _systems(against: str | None, quantize: str) -> tuple[str, tuple[str, ...]]:
     ours = by_scheme(f"{OURS}-{quantize}").name if quantize else OURS
     if against is None:
         against = ",".join(PEERS if not quantize else (n for n in QUANTIZED_PEERS if quantize.startswith(n.split("-")[1])))
-    peers = [p.strip() for p in against.split(",") if p.strip() not in ("", "none", "eager", OURS)]
-    known = [n for n in SYSTEMS if n not in ("eager", OURS)]
+    peers = [p.strip() for p in against.split(",") if p.strip() not in ("", "none", "eager", ours)]
+    known = [n for n in SYSTEMS if n not in ("eager", ours)]
     for p in peers:
         if p not in known:
             raise UsageError(f"--against {p!r} is none of {', '.join(known)}{nearest(p, known)}")

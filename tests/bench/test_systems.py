@@ -42,8 +42,11 @@ def test_wrong_names_say_what_there_is() -> None:
         system("nothing")
 
 
-def test_converted_models_are_those_of_the_two_runtimes_in_any_bits() -> None:
-    assert converters([*SYSTEMS, "graphopt-int8-weight"]) == ["onnxruntime", "openvino", "onnxruntime-int8", "openvino-int8"]
+def test_the_best_of_two_runtimes_is_among_those_of_as_many_bits() -> None:
+    names = [*SYSTEMS, "graphopt-int8-weight"]
+    assert converters(names) == ["onnxruntime", "openvino"]
+    assert converters(names, narrow=True) == ["onnxruntime-int8", "openvino-int8"]
+    assert converters(["onnxruntime", "onnxruntime-int8"]) == []  # the best of one is no peer of its own
 
 
 def test_every_system_has_a_colour() -> None:

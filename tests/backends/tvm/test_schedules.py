@@ -14,6 +14,7 @@ from graphopt.autotune.sketch import sketches_of
 from graphopt.autotune.space import LoopNest, Workload
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.backends.tvm.build import load_kernel
+from graphopt.backends.tvm.tileform import NEAR, _busiest, variants
 from graphopt.ir.text import parse_graph
 from graphopt.target import Target, detect
 
@@ -131,3 +132,24 @@ def test_what_a_constraint_rejects_it_rejects_with_a_reason() -> None:
                 reasons[sketch.space.rejection(s) or ""] = None
     assert "" in reasons
     assert any(len(r.split()) > 3 for r in reasons), reasons
+
+
+@pytest.mark.parametrize(("rows", "depth", "sketch"), [(128, 512, "blocked"), (128, 500, "default"), (24, 512, "default")])
+def test_packed_panels_of_some_depth_are_used_in_blocks(rows: int, depth: int, sketch: str) -> None:
+    g = parse_graph(f"""
+    graph @g(%x: f32[{rows}, {depth}], %w: f32[2, {depth}, 48]) -> f32[{rows}, 80] {{
+      %0: f32[{depth}, 2, 48] = transpose(%w) {{perm = [1, 0, 2]}}
+      %1: f32[{depth}, 96] = reshape(%0) {{shape = [{depth}, 96]}}
+      %2: f32[{depth}, 80] = slice(%1) {{axis = 1, start = 0, stop = 80, step = 1}}
+      %3: f32[{rows}, 80] = matmul(%x, %2)
+      return %3
+    }}""")
+    first = variants(g, Target.from_name("cpu:x86-64-v4:2"))[0]
+    assert first.sketches[0] == sketch
+    assert sketch == "default" or first.default()["block"] == NEAR
+
+
+def test_row_groups_are_divided_evenly() -> None:
+    assert _busiest(11, 16, 16, 2) == 96  # six of eleven panels
+    assert _busiest(11, 16, 8, 2) == 88  # eleven halves each
+    assert _busiest(4, 25, 16, 2) == 50
