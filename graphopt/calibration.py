@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from graphopt.errors import UsageError, nearest
 
@@ -71,7 +72,11 @@ def watch(model: nn.Module, names: Iterable[str], samples: Iterable[Sample], loo
 
         return seen
 
-    handles = [modules[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    run_hooked(model, samples, [modules[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names])
+
+
+def run_hooked(model: nn.Module, samples: Iterable[Sample], handles: Sequence[RemovableHandle]) -> None:
+    """Run the model on samples, without gradients and in evaluation mode, for the sake of hooks, which are removed afterwards."""
     try:
         with torch.no_grad(), inferring(model):
             for args, kwargs in samples:

@@ -17,10 +17,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from graphopt.calibration import Sample, inferring
+from graphopt.calibration import Sample, inferring, run_hooked
 from graphopt.capture.captured import TensorArgument
 from graphopt.capture.export import exported_graph
 from graphopt.capture.fx import capture_fx
@@ -78,13 +77,7 @@ def _does_no_more(m: nn.Module) -> bool:
 def _calls(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], among: Iterable[nn.Module]) -> Counter[nn.Module]:
     """How often modules are called: of one whose tensors a function reads that is no call."""
     called = Counter[nn.Module]()
-    handles = [m.register_forward_pre_hook(lambda m, _: called.update([m])) for m in among]
-    try:
-        with torch.no_grad(), inferring(model):
-            model(*args, **kwargs)
-    finally:
-        for h in handles:
-            h.remove()
+    run_hooked(model, [(tuple(args), dict(kwargs))], [m.register_forward_pre_hook(lambda m, _: called.update([m])) for m in among])
     return called
 
 

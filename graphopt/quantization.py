@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from graphopt.calibration import OBSERVERS, Look, Observer, Sample, inferring, only_input, samples_of, watch
+from graphopt.calibration import OBSERVERS, Look, Observer, Sample, only_input, run_hooked, samples_of, watch
 from graphopt.clipping import round_clipped
 from graphopt.errors import GraphoptError, UsageError, nearest
 from graphopt.folding import without_norms
@@ -251,11 +251,6 @@ def _layer_errors(model: nn.Module, linears: Mapping[str, nn.Module], made: Mapp
         return look
 
     handles = [linears[name].register_forward_hook(hook(name), with_kwargs=True) for name in made]
-    try:
-        with torch.no_grad(), inferring(model):
-            model(*args, **kwargs)
-    finally:
-        for h in handles:
-            h.remove()
+    run_hooked(model, [(tuple(args), dict(kwargs))], handles)
     for name, (a, b) in sums.items():
         entries[name].output_error = (a / b) ** 0.5 if b else 0.0
