@@ -17,7 +17,6 @@ PROC = Path("/proc")
 OTHERS_LIMIT = 0.08  # processors that others may keep busy: two background daemons, not a compiler
 STOLEN_LIMIT = 0.03  # processors that the hypervisor may take away
 SWITCHES_LIMIT = 60.0  # forced context switches a second: beyond the scheduler's own housekeeping
-SPREAD_LIMIT = 0.10  # interquartile range, relative to the median
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Runs a benchmark: a process for each system, all alive at once, each told in turn to make some calls while the others sleep.
 
 A round visits every system: 20 ms of silence, so that the last one's threads stop spinning; a call that is not timed; then the
-timed ones. The order turns by one each round. Compile times are those of processes of their own, with an empty cache and then
-a filled one; the second of them is the process that is measured.
+timed ones. The order turns by one each round. Rounds go on while they differ too much for a ratio to be claimed, up to a limit.
+Compile times are those of processes of their own, with an empty cache and then a filled one; the second of them is the process
+that is measured.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 from graphopt.bench import load
 from graphopt.bench.limits import Limits
-from graphopt.bench.results import OURS, ModelResult, SystemResult
+from graphopt.bench.results import OURS, UNCERTAINTY_LIMIT, ModelResult, SystemResult
 from graphopt.bench.session import Session
-from graphopt.bench.stats import Times
+from graphopt.bench.stats import Times, ratio_of_medians
 from graphopt.bench.system import SystemFailure
 from graphopt.bench.systems import FLOAT, system
 from graphopt.bench.work import Work
@@ -30,6 +31,7 @@ Tell = Callable[[str], None]
 SILENCE = 0.02  # seconds: threads of OpenMP and of the runtimes spin for some milliseconds after a call
 LIMITS_SLICE = 0.05  # seconds for each of the machine's limits in a round
 SLICE = 0.1  # seconds of timed calls that one turn of a system should take
+PATIENCE = 4  # times the rounds asked for, at most, while a ratio is uncertain
 CALLS = (2, 200)  # the least and the most timed calls of a turn
 
 
@@ -39,7 +41,7 @@ class Settings:
         systems: names, in the order of the table.
         ours: the one of them that the others are compared with.
         threads: of each system.
-        rounds: turns of each system.
+        rounds: turns of each system, at least.
         compile_times: measure cold and warm compile times; otherwise the user's own caches are used.
         environment: of the processes.
         watch: seconds for which the machine is watched before each model.
@@ -154,21 +156,24 @@ def _prepared(found: SystemResult, model: str, folder: Path, reference: str, set
 
 
 def _rounds(result: ModelResult, ready: Mapping[str, Session], settings: Settings, tell: Tell,
-            meter: Session | None) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of all timed calls of each system."""
+            meter: Session | None) -> dict[str, list[tuple[float, ...]]]:  # fmt: skip
+    """Seconds of all timed calls of each system, by turns."""
     limits: list[Limits] = []
-    samples: dict[str, list[float]] = {name: [] for name in ready}
+    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in ready}
     calls = {}
     for name, session in ready.items():
         time.sleep(SILENCE)
         probe = _asked(result.systems[name], session, "run", calls=2).get("seconds", [SLICE])
         calls[name] = max(CALLS[0], min(CALLS[1], round(SLICE / max(min(probe), 1e-9))))
-    for r in range(settings.rounds):
-        tell(f"measure, round {r + 1} of {settings.rounds}")
+    for r in range(PATIENCE * settings.rounds):
+        if r >= settings.rounds and not _uncertain(result, samples):
+            break
+        tell(f"measure, round {r + 1} of {settings.rounds}" if r < settings.rounds else f"measure, round {r + 1}: they differ")
         for name in _turned(list(ready), r):
             if not result.systems[name].failed:
                 time.sleep(SILENCE)
-                samples[name] += _asked(result.systems[name], ready[name], "run", calls=calls[name]).get("seconds", [])
+                if seconds := _asked(result.systems[name], ready[name], "run", calls=calls[name]).get("seconds"):
+                    samples[name].append(tuple(seconds))
         if meter:
             time.sleep(SILENCE)
             try:
@@ -177,6 +182,13 @@ def _rounds(result: ModelResult, ready: Mapping[str, Session], settings: Setting
                 meter = None  # the limits that were measured before count
     result.limits = Limits.middle(limits) if limits else None
     return samples
+
+
+def _uncertain(result: ModelResult, samples: Mapping[str, list[tuple[float, ...]]]) -> bool:
+    """Whether a ratio could not be claimed yet."""
+    times = {name: Times(tuple(turns)) for name, turns in samples.items() if turns and not result.systems[name].failed}
+    ours = times.pop(result.ours, None)
+    return ours is not None and any(ratio_of_medians(t, ours).uncertainty > UNCERTAINTY_LIMIT for t in times.values())
 
 
 def _asked(found: SystemResult, session: Session, what: str, **arguments: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def plot(results: Results, file: Path) -> None:
     _roofline(roof, results, results.limits)
     _shares(bars, results, results.limits)
     m = results.machine
-    figure.suptitle(f"{m['processor']}, {m['threads']} threads, batch as in the model; medians of {m['rounds']} rounds", fontsize=10)
+    figure.suptitle(f"{m['processor']}, {m['threads']} threads, batch as in the model; medians", fontsize=10)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphopt.bench.limits import Limits
-from graphopt.bench.load import SPREAD_LIMIT, Load
-from graphopt.bench.stats import Times, geometric_mean
+from graphopt.bench.load import Load
+from graphopt.bench.stats import TURNS, Ratio, Times, geometric_mean, ratio_of_medians
 from graphopt.bench.systems import system as system_of
 from graphopt.bench.work import Work
 
 OURS, BEST = "graphopt", "best of ONNX Runtime and OpenVINO"
-FORMAT = 1
+FORMAT = 2
+UNCERTAINTY_LIMIT = 0.05  # of a ratio: how far the ends of its 95% interval may be
 
 
 def converters(names: Iterable[str], narrow: bool = False) -> list[str]:
@@ -57,7 +58,7 @@ class SystemResult:
         out["work"] = asdict(self.work) if self.work else None
         if self.times:
             t = self.times
-            out |= {"median": t.median, "p10": t.p10, "p90": t.p90, "spread": t.spread, "seconds": list(t.samples)}
+            out |= {"median": t.median, "p10": t.p10, "p90": t.p90, "spread": t.spread, "seconds": [list(turn) for turn in t.turns]}
         return out
 
 
@@ -94,20 +95,25 @@ class ModelResult:
         out = self.before.complaints("before the measurement") if self.before else []
         return out + (self.during.complaints("during it") if self.during else [])
 
-    def doubts(self, system: str) -> str:
-        """Why the times of a system claim nothing, if they vary too much."""
-        found = self.systems.get(system)
-        if found is None or found.times is None or found.times.spread <= SPREAD_LIMIT:
-            return ""
-        return f"{system_of(system).title}'s times vary by {found.times.spread:.0%} of the median (limit {SPREAD_LIMIT:.0%})"
-
-    def ratio(self, peer: str) -> float | None:
-        """How many times as fast as a peer graphopt is, by medians; None if a time is missing or nothing may be claimed."""
+    def measured(self, peer: str) -> Ratio | None:
+        """How many times as fast as a peer graphopt was, claimed or not; None if a time is missing."""
         name = self.best_converter() if peer == BEST else peer
-        ours, theirs = self.median(self.ours), self.median(name) if name else None
-        if name is None or ours is None or theirs is None or self.complaints() or self.doubts(self.ours) or self.doubts(name):
-            return None
-        return theirs / ours
+        ours, theirs = self.systems.get(self.ours), self.systems.get(name or "")
+        return ratio_of_medians(theirs.times, ours.times) if ours and theirs and ours.times and theirs.times else None
+
+    def doubts(self, peer: str) -> str:
+        """Why the ratio to a peer is not claimed, if the turns differ too much."""
+        found = self.measured(peer)
+        if found is None or found.uncertainty <= UNCERTAINTY_LIMIT:
+            return ""
+        if found.turns < TURNS:
+            return f"fewer than {TURNS} rounds do not tell how sure it is"
+        where = f"between {found.low:.2f} and {found.high:.2f} with 95% confidence"
+        return f"it lies {where}, by {found.turns} rounds (limit {UNCERTAINTY_LIMIT:.0%} to each side)"
+
+    def ratio(self, peer: str) -> Ratio | None:
+        """How many times as fast as a peer graphopt is, by medians; None if a time is missing or nothing may be claimed."""
+        return None if self.complaints() or self.doubts(peer) else self.measured(peer)
 
     def fraction(self, system: str, limits: Limits | None) -> float | None:
         """The least time that the machine's limits allow, over the time that a system took."""
@@ -127,8 +133,9 @@ class ModelResult:
             "name": self.name, "ours": self.ours, "limits": asdict(self.limits) if self.limits else None,
             "work": asdict(self.work) if self.work else None,
             "load": {"before": asdict(self.before) if self.before else None, "during": asdict(self.during) if self.during else None},
-            "complaints": [*self.complaints(), *filter(None, map(self.doubts, self.systems))],
-            "ratios": {p: self.ratio(p) for p in peers},
+            "complaints": [*self.complaints(), *(f"{p}: {doubt}" for p in peers if (doubt := self.doubts(p)))],
+            "ratios": {p: r.value if (r := self.ratio(p)) else None for p in peers},
+            "measured": {p: asdict(r) if (r := self.measured(p)) else None for p in peers},
             "systems": {k: {**s.to_json(), "fraction_of_limit": self.fraction(k, limits)} for k, s in self.systems.items()},
         }  # fmt: skip
 
@@ -154,7 +161,7 @@ class Results:
 
     def geometric_mean(self, peer: str) -> tuple[float | None, int]:
         """The mean of the claimed ratios against a peer, and how many there are."""
-        ratios = [r for m in self.models if (r := m.ratio(peer)) is not None]
+        ratios = [r.value for m in self.models if (r := m.ratio(peer)) is not None]
         return geometric_mean(ratios), len(ratios)
 
     def to_json(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -90,7 +91,7 @@ def ratio_table(results: Results) -> Table:
     """A row for each model: how many times as fast as each peer graphopt is; then the geometric means."""
     peers = results.peers()
     ours = system(results.models[0].ours).title if results.models else OURS
-    table = Table(title=f"{ours} against its peers: their median time over its own", title_justify="left")
+    table = Table(title=f"{ours} against its peers: their median time over its own, with 95% intervals", title_justify="left")
     table.add_column("model")
     for peer in peers:
         table.add_column(SHORT.get(peer, peer), justify="right")
@@ -104,10 +105,8 @@ def ratio_table(results: Results) -> Table:
 def _ratio(model: ModelResult, peer: str) -> Text:
     value = model.ratio(peer)
     if value is not None:
-        return verdict(value)
-    name = model.best_converter() if peer == BEST else peer
-    both = name is not None and model.median(model.ours) is not None and model.median(name) is not None
-    return Text("not claimed", style="yellow") if both else Text(NOTHING, style="dim")
+        return verdict(value.value).append(f" ±{math.ceil(value.uncertainty * 100)}%", style="dim")
+    return Text("not claimed", style="yellow") if model.measured(peer) else Text(NOTHING, style="dim")
 
 
 def verdict(ratio: float) -> Text:
@@ -136,8 +135,8 @@ def remarks(results: Results) -> Iterator[Text]:
             yield Text(f"{model.name}: no ratio is claimed: {complaint}", style="yellow")
         if not model.complaints():
             for name in model.systems:
-                if doubt := model.doubts(name):
-                    yield Text(f"{model.name}: no ratio to it is claimed: {doubt}", style="yellow")
+                if name != model.ours and (doubt := model.doubts(name)):
+                    yield Text(f"{model.name}: the ratio to {system(name).title} is not claimed: {doubt}", style="yellow")
         if model.before is None and any(s.times for s in model.systems.values()):
-            yield Text(f"{model.name}: whether the machine was busy cannot be seen here; only the spread was judged", style="yellow")
+            yield Text(f"{model.name}: whether the machine was busy cannot be seen here", style="yellow")
     yield Text(LEGEND, style="dim")

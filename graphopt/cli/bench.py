@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graphopt.bench.loading import load
-from graphopt.bench.measure import Settings, label, measure, measure_limits
+from graphopt.bench.measure import PATIENCE, Settings, label, measure, measure_limits
 from graphopt.bench.models import MODELS
 from graphopt.bench.plot import plot
-from graphopt.bench.results import OURS, ModelResult, Results
+from graphopt.bench.results import OURS, UNCERTAINTY_LIMIT, ModelResult, Results
 from graphopt.bench.session import Session
 from graphopt.bench.system import SystemFailure
 from graphopt.bench.systems import FLOAT, PEERS, QUANTIZED_PEERS, SYSTEMS, by_scheme
@@ -31,6 +31,7 @@ from graphopt.target import detect
 
 PACKAGES = ("torch", "graphopt", "transformers", "onnxruntime", "openvino", "nncf", "torchao")
 QUICK_ROUNDS = 4
+ROUNDS_HELP = f"Turns of every system on every model; up to {PATIENCE} times as many, while a ratio is not sure to {UNCERTAINTY_LIMIT:.0%}."
 INTERRUPTED = 130  # exit status, as shells give for SIGINT
 WIDTH = 112  # tables are no use when their cells are broken
 
@@ -40,8 +41,8 @@ def bench(
     against: Annotated[str | None, typer.Option(help="Whom to compare with besides eager, comma-separated, or none.")] = None,
     quantize: Annotated[str, typer.Option(metavar="SCHEME", help="Compare graphopt's model quantized so, with its own in f32 too.")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every system; all processors if not given.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every system on every model.")] = 12,
-    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_ROUNDS} rounds, and no compile times.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help=ROUNDS_HELP)] = 12,
+    quick: Annotated[bool, typer.Option("--quick", help=f"--rounds {QUICK_ROUNDS} --no-compile-time")] = False,
     compile_time: Annotated[bool, typer.Option("--compile-time/--no-compile-time", help="Measure compile times with empty caches.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a roofline and the shares of the limits to this PNG.")] = None,
@@ -51,7 +52,7 @@ def bench(
 
     Each system runs in a process of its own; they take turns, round by round. Printed are medians with their spread, the share of
     the machine's measured limits, the error against f64, peak memory, compile times, and the ratios to graphopt's time. If something
-    else kept the machine busy, or times vary too much, no ratio is claimed, and the reason is printed.
+    else kept the machine busy, or the rounds differ too much, no ratio is claimed, and the reason is printed.
 
     \b
     graphopt bench bert                                    BERT against eager, Inductor, ONNX Runtime and OpenVINO

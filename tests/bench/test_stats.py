@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
+import numpy as np
 import pytest
 
-from graphopt.bench.stats import Times, geometric_mean, quantile
+from graphopt.bench.stats import Times, geometric_mean, quantile, ratio_of_medians
 
 
 @pytest.mark.parametrize("samples", [(3.0,), (4.0, 1.0), (5.0, 1.0, 2.0), tuple(float(x * x % 17) + 1 for x in range(40))])
 def test_quantiles_agree_with_the_standard_library(samples: tuple[float, ...]) -> None:
-    times = Times(samples)
+    times = Times((samples,))
     assert times.median == pytest.approx(statistics.median(samples))
     if len(samples) > 1:
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -24,14 +26,14 @@ def test_ends() -> None:
 
 
 def test_spread_is_the_interquartile_range_over_the_median() -> None:
-    assert Times((1.0, 2.0, 3.0, 4.0, 5.0)).spread == pytest.approx((4 - 2) / 3)
-    assert Times((2.0, 2.0)).spread == 0.0
+    assert Times(((1.0, 2.0), (3.0, 4.0, 5.0))).spread == pytest.approx((4 - 2) / 3)
+    assert Times(((2.0, 2.0),)).spread == 0.0
 
 
 def test_one_outlier_moves_neither_median_nor_spread() -> None:
     calm = (1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.0, 1.0)
-    assert Times((*calm, 50.0)).median == pytest.approx(1.0)
-    assert Times((*calm, 50.0)).spread < 0.05
+    assert Times(((*calm, 50.0),)).median == pytest.approx(1.0)
+    assert Times(((*calm, 50.0),)).spread < 0.05
 
 
 def test_geometric_mean() -> None:
@@ -40,6 +42,42 @@ def test_geometric_mean() -> None:
     assert geometric_mean([]) is None
 
 
-def test_no_samples() -> None:
+@pytest.mark.parametrize("turns", [(), ((),), ((1.0,), ())])
+def test_no_samples(turns: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(ValueError):
-        Times(())
+        Times(turns)
+
+
+def test_rounds_that_slow_both_leave_the_ratio_sure() -> None:
+    """Memory of a virtual machine reads at half its speed for some rounds: both systems take twice as long in them."""
+    speed = (1.0, 2.0, 1.0, 1.9, 2.0, 1.0, 1.1, 2.0)
+    ours, theirs = (Times(tuple(tuple(base * s * (1 + k / 1000) for k in range(9)) for s in speed)) for base in (2.0, 7.0))
+    assert ours.spread > 0.5
+    found = ratio_of_medians(theirs, ours)
+    assert found.value == pytest.approx(3.5, rel=1e-3) and found.low <= found.value <= found.high
+    assert found.uncertainty < 0.01
+
+
+def test_rounds_that_slow_one_of_them_make_the_ratio_unsure() -> None:
+    ours = Times(((1.0, 1.0),) * 8)
+    theirs = Times(tuple((t, t) for t in (1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0)))
+    found = ratio_of_medians(theirs, ours)
+    assert (found.low, found.high) == (1.0, 2.0) and found.uncertainty > 0.3
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Of 200 pairs of ten rounds each, whose true ratio is 2: about one in twenty may miss it, small samples some more."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        both, mine, other = (rng.lognormal(0.0, s, size=(10, 1)) for s in (0.3, 0.05, 0.05))
+        calls = rng.lognormal(0.0, 0.05, size=(2, 10, 7))
+        ours, theirs = both * mine * calls[0], 2.0 * both * other * calls[1]
+        found = ratio_of_medians(*(Times(tuple(map(tuple, t.tolist()))) for t in (theirs, ours)))
+        covered += found.low <= 2.0 <= found.high
+    assert 175 <= covered <= 199
+
+
+def test_few_rounds_tell_nothing() -> None:
+    one = Times(((1.0, 1.0, 1.0),))
+    assert ratio_of_medians(one, one).uncertainty == math.inf

@@ -47,8 +47,17 @@ def test_a_meter_that_dies_leaves_what_it_found(monkeypatch: pytest.MonkeyPatch)
     assert not calls.answers and not result.systems["eager"].failed
 
 
+@pytest.mark.parametrize(("peer", "rounds"), [([2.0] * 12, 3), ([2.0, 3.0] * 6, 12)])
+def test_rounds_go_on_while_they_differ(monkeypatch: pytest.MonkeyPatch, peer: list[float], rounds: int) -> None:
+    monkeypatch.setattr(measure, "SILENCE", 0.0)
+    result = ModelResult("m", {n: SystemResult(n) for n in ("eager", "graphopt")})
+    ready = {"eager": Answers(*[{"seconds": [t]} for t in [2.0, *peer]]), "graphopt": Answers(*[{"seconds": [1.0]}] * 13)}
+    samples = _rounds(result, ready, Settings((), 2, rounds=3), lambda _: None, None)  # type: ignore[arg-type]
+    assert [len(turns) for turns in samples.values()] == [rounds, rounds]
+
+
 def test_a_share_is_told_of_work_that_is_known() -> None:
-    found = {n: SystemResult(n, Times((0.01,))) for n in ("graphopt-float", "graphopt-int8-weight", "onnxruntime-int8")}
+    found = {n: SystemResult(n, Times(((0.01,),))) for n in ("graphopt-float", "graphopt-int8-weight", "onnxruntime-int8")}
     found["graphopt-int8-weight"].work = Work(0, 20_000_000)
     m = ModelResult("m", found, Work(0, 80_000_000), limits=Limits(1e12, 10e9, 2, 1), ours="graphopt-int8-weight")
     assert m.fraction("graphopt-float", None) == pytest.approx(0.8)

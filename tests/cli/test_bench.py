@@ -69,7 +69,7 @@ def test_a_tiny_model(tmp_path: Path) -> None:
     assert found["work"] == {"flops": 2 * 4 * (32 * 64 + 64 * 8), "weight_bytes": 4 * (32 * 64 + 64 + 64 * 8 + 8)}
     for system in ("eager", "graphopt"):
         got = found["systems"][system]
-        assert got["median"] > 0 and got["error"] < 1e-5 and len(got["seconds"]) >= 4
+        assert got["median"] > 0 and got["error"] < 1e-5 and sum(map(len, got["seconds"])) >= 4
     compiled = found["systems"]["graphopt"]
     assert compiled["cold"] > 0 and compiled["warm"] > 0
     assert read["limits"]["flops"] > 1e9 and read["limits"]["bytes"] > 1e8
