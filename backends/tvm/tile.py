@@ -8,6 +8,7 @@ stored, in rolled loops over its vectors.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ class TileKernel:
         left([0] * self.left.type.rank)
         self.products = [self._product(n, one_tile, left.scalar_only) for n in nodes]
         self.group = group
+        self.width = columns  # of a tile; panels are ``nr`` wide all the same
+        self.inside = True if isinstance(self.n, int) and self.n % columns == 0 else None  # whether all its columns are; None: not known
 
     def _product(self, node: Node, one_tile: bool, scalar_only: bool) -> Product:
         ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
@@ -107,20 +110,46 @@ class TileKernel:
                 jo, go = go, jo
             column = code.simplify(jo * self.nr)
             first = code.simplify(go * self.group)
-            if self.blocked and not any(p.dots for p in self.products):
-                self._by_blocks(lead, column, first, tiles)
+            last = self._last()
+            if last is None:
+                self._step(lead, column, first, tiles)
                 return code
-            panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
-            totals = [None if p.dots else code.alloc(self.mr * self.nr, self.held, "total") for p in self.products]
-            with code.loop(self._here(first, tiles), "serial", "io") as io:
-                tile_row = code.simplify(first + io)
-                row = code.simplify(tile_row * self.mr)
-                sums = []
-                for p, panel, total in zip(self.products, panels, totals, strict=True):
-                    ahead = self._fetch(p.factor, lead, column, tile_row, tiles, 0, self.k)
-                    sums.append(self._sum(p, lead, row, column, panel, ahead, total))
-                self._store(lead, row, column, sums)
+            whole = copy.copy(self)
+            whole.inside = True
+            full = i64(code.simplify(column + self.nr)) <= i64(self.n)
+            with code.when(full):
+                whole._step(lead, column, first, tiles)
+            with code.when(tirx.Not(full)):
+                last._step(lead, column, first, tiles)
         return code
+
+    def _last(self) -> TileKernel | None:
+        """The kernel of the last panel, where that has vectors of no column at all: it leaves them out."""
+        if self.inside or not isinstance(self.n, int) or self.n < self.nr or any(p.dots or p.copied for p in self.products):
+            return None
+        rest = -(-(self.n % self.nr) // self.lanes) * self.lanes
+        if rest == self.nr or not all(self._packed_width(p.result.producer.operands[1]) for p in self.products if p.result.producer):
+            return None
+        last = copy.copy(self)
+        last.width, last.inside = rest, self.n % self.lanes == 0
+        return last
+
+    def _step(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index) -> None:
+        """Row tiles from ``first`` on with the panel of ``column``."""
+        code = self.code
+        if self.blocked and not any(p.dots for p in self.products):
+            self._by_blocks(lead, column, first, tiles)
+            return
+        panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
+        totals = [None if p.dots else code.alloc(self.mr * self.width, self.held, "total") for p in self.products]
+        with code.loop(self._here(first, tiles), "serial", "io") as io:
+            tile_row = code.simplify(first + io)
+            row = code.simplify(tile_row * self.mr)
+            sums = []
+            for p, panel, total in zip(self.products, panels, totals, strict=True):
+                ahead = self._fetch(p.factor, lead, column, tile_row, tiles, 0, self.k)
+                sums.append(self._sum(p, lead, row, column, panel, ahead, total))
+            self._store(lead, row, column, sums)
 
     def _here(self, first: Index, tiles: Index) -> Index:
         """Row tiles of a step."""
@@ -129,7 +158,7 @@ class TileKernel:
 
     def _by_blocks(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index) -> None:
         """All row tiles of a step, a block of the summed axis at a time; then they are stored. Panels are copied a block at a time."""
-        code, size, here = self.code, self.mr * self.nr, self._here(first, tiles)
+        code, size, here = self.code, self.mr * self.width, self._here(first, tiles)
         totals = [code.alloc(self.group * size, self.held, "total") for _ in self.products]
         for total in totals:
             with code.loop(code.simplify(here * (size // self.lanes)), "serial", "q") as q, code.loop(self.lanes, "vectorized", "v") as v:
@@ -161,7 +190,7 @@ class TileKernel:
         for k, v in enumerate(self.graph.outputs):
             line = LINE // v.dtype.itemsize
             for i in range(self.mr):
-                for u in range(0, self.nr, line):
+                for u in range(0, self.width, line):
                     self.args.ask(k, [*lead, self.code.simplify(row + i), self.code.simplify(column + u)])
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
@@ -221,7 +250,7 @@ class TileKernel:
             def right(k: Index, j: Index) -> Any:
                 return p.factor.at(lead, k, code.simplify(column + j))
 
-            return sum_dots(code, self.k, rows, self.nr, self.vector, self.result.dtype, self.held, left, right)
+            return sum_dots(code, self.k, rows, self.width, self.vector, self.result.dtype, self.held, left, right)
         zero = tirx.const(0, self.held)
         acc, span = self._tile_sum(p, lead, rows, column, panel, ahead)
         if isinstance(self.k, int) and self.k <= self.block:
@@ -251,23 +280,23 @@ class TileKernel:
         """``body(row's accumulators, place in them, place in the tile)`` for all vectors of the tile."""
         code = self.code
         for i, sums in enumerate(acc):
-            for u in range(0, self.nr, self.lanes):
+            for u in range(0, self.width, self.lanes):
                 with code.loop(self.lanes, "vectorized", "v") as v:
-                    body(sums, code.simplify(u + v), code.simplify(i * self.nr + u + v))
+                    body(sums, code.simplify(u + v), code.simplify(i * self.width + u + v))
 
     def _tile_sum(self, p: Product, lead: Sequence[Index], rows: Sequence[Index], column: Index, panel: Any,
                   ahead: _Ask | None, begin: Index = 0) -> tuple[list[Any], Callable[[Index, Index], None]]:  # fmt: skip
         """A tile's accumulators, and ``span(first, length)``, which adds so many terms to them; a copied panel starts at ``begin``."""
-        code, a, nr = self.code, self.left, self.nr
+        code, a, nr, width = self.code, self.left, self.nr, self.width
         # a row of accumulators a buffer: small enough to become registers, whatever else the loop does with memory
-        acc = [code.alloc(nr, self.held, "acc") for _ in rows]
-        line = code.alloc(nr, self.held, "line")
+        acc = [code.alloc(width, self.held, "acc") for _ in rows]
+        line = code.alloc(width, self.held, "line")
 
         def step(base: Index, q: int, asks: bool) -> None:
             k = code.simplify(base + q)
             # the factor's vectors are read first; then a row's element is needed once, by neighbouring instructions, so that
             # accumulators, vectors and one broadcast element fit into the registers
-            for u in range(0, nr, self.lanes):
+            for u in range(0, width, self.lanes):
                 if asks and ahead is not None:
                     ahead(base, q, u)
                 with code.loop(self.lanes, "vectorized", "v") as v:
@@ -276,7 +305,7 @@ class TileKernel:
                     code.store(line, at, inside if inside is not None else p.factor.at(lead, k, code.simplify(column + at)))
             for sums, r in zip(acc, rows, strict=True):
                 x = code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a")
-                for u in range(0, nr, self.lanes):
+                for u in range(0, width, self.lanes):
                     with code.loop(self.lanes, "vectorized", "v") as v:
                         at = code.simplify(u + v)
                         code.store(sums, at, code.load(sums, at) + x * code.load(line, at))
@@ -309,22 +338,21 @@ class TileKernel:
     def _store(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any], base: Index = 0) -> None:
         """Write the tile, which starts at ``base`` of ``sums``: all of its vectors, or element by element where the edge cuts it off."""
         code = self.code
-        fits_columns = isinstance(self.n, int) and self.n % self.nr == 0
         fits_rows = isinstance(self.m, int) and self.m % self.mr == 0
         count = self.mr if fits_rows else code.bind_index(code.least(self.m - row, self.mr), "rows")
 
         def lines(width: int) -> None:
             with code.loop(count, "serial", "i") as i:
                 if width:
-                    with code.loop(self.nr // width, "serial", "u") as u, code.loop(width, "vectorized", "v") as v:
+                    with code.loop(self.width // width, "serial", "u") as u, code.loop(width, "vectorized", "v") as v:
                         self._element(lead, row, column, i, code.simplify(u * width + v), sums, base)
                 else:
-                    with code.loop(code.least(self.n - column, self.nr), "serial", "j") as j:
+                    with code.loop(code.least(self.n - column, self.width), "serial", "j") as j:
                         self._element(lead, row, column, i, j, sums, base)
 
         lanes = self._store_lanes(lead)
-        if fits_columns:
-            lines(lanes)
+        if self.inside is not None:
+            lines(lanes if self.inside else 0)
             return
         full = i64(code.simplify(column + self.nr)) <= i64(self.n)
         if not isinstance(self.n, int) or self.n >= self.nr:
@@ -349,6 +377,6 @@ class TileKernel:
         at = [*lead, code.simplify(row + i), code.simplify(column + j)]
 
         def summed(acc: Any) -> Any:
-            return scalar.rounded(code.bind(code.load(acc, code.simplify(base + i * self.nr + j))), self.result.dtype)
+            return scalar.rounded(code.bind(code.load(acc, code.simplify(base + i * self.width + j))), self.result.dtype)
 
         store_computed(self.args, at, {p.result: summed(acc) for p, acc in zip(self.products, sums, strict=True)})

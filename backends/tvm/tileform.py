@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from graphopt.autotune.space import Constraint, Knob, Level, LoopNest, Param, Schedule, SearchSpace
 from graphopt.backends.forms.prepare import flatten_rows
@@ -27,7 +27,8 @@ _COPIED = 4  # row tiles at least that use a panel which is copied
 _MANY = 16  # tiles a core, with which there is nothing to gain from more tasks
 _FEW_ROWS = 8  # rows of the highest tile of a default schedule
 _HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
-_UNEVEN = 1.04  # times its share that a core may be given
+_UNEVEN = 1.02  # times its share that a core may be given
+_FINE = 256  # steps a core that are even enough, whatever they are
 _LINE = 64  # bytes of a cache line
 _AHEAD = 3072  # bytes: 1 and 3 KiB are equally good, 4 KiB are not: lines that far apart compete for a place in the first-level cache
 
@@ -74,7 +75,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("mr", tuple(dict.fromkeys((mr, *heights))), "tile"),
         Param("nr", tuple(dict.fromkeys((nr, *(v * lanes for v in (1, 2, 3, 4))))), "tile"),
         Param("unroll", tuple(dict.fromkeys((_unroll(t), 4, 1, 2, 8)))),
-        Param("group", tuple(dict.fromkeys((_row_group(node, graph, mr, nr, t), 1, 2, 4, 8, 16, 32, 64))), "tasks"),
+        Param("group", tuple(dict.fromkeys((_division(graph, mr, nr, t)[0], 1, 2, 4, 8, 16, 32, 64))), "tasks"),
         Param("prefetch", (False,) if packed and not several else (several, not several)),
         Param("parallel", (True, False), "tasks"),
         *([Param("ahead", (_AHEAD, 0, 1024, 2048))] if packed and not several else []),
@@ -113,16 +114,16 @@ def variants(graph: Graph, t: Target) -> tuple[SearchSpace, ...]:
     """The spaces of the tiled sketches, that of the default first."""
     own, limits, loops = params(graph, t), constraints(graph, t), TileLoops(graph, t)
     out = [SearchSpace("tile", PLAIN, own, limits, loops)]
-    node, packed = _product(graph)
+    node, _ = _product(graph)
     rows, depth = _fixed(node.shape[-2], graph), _depth(graph)
     if not (isinstance(rows, int) and rows <= t.tile[0]) and not (isinstance(depth, int) and depth <= 64):
         # A block of a packed panel stays near while row tiles use it, and the next one is fetched meanwhile: not a panel, which may be
         # larger than a cache. Of one row tile, or one block, the loops are the same.
         known = {p.name: p.choices[0] for p in own}
-        often = packed and isinstance(rows, int) and rows >= _COPIED * _int(known, "mr")
-        better = often and isinstance(depth, int) and depth >= 2 * NEAR
+        better = _blocks(graph, _int(known, "mr"))
+        rows_first = _division(graph, _int(known, "mr"), _int(known, "nr"), t)[1]
         block = Param("block", tuple(dict.fromkeys((NEAR if better else BLOCK, BLOCK, 64, 256, 384, 512))), "tasks")
-        out.insert(0 if better else 1, SearchSpace("tile", BLOCKED, (*own, block), limits, loops))
+        out.insert(0 if better else 1, SearchSpace("tile", BLOCKED[::-1] if rows_first else BLOCKED, (*own, block), limits, loops))
     split, better = _split(graph, t, own)
     if split:
         out.insert(0 if better else len(out), SearchSpace("tile", (SPLIT,), split, limits, loops))
@@ -175,18 +176,20 @@ class TileLoops:
         rows_first, blocked = s.sketch.endswith("rows-first"), s.sketch in (*BLOCKED, SPLIT)
         k = -(-k // split)
         block = min(k, s["block"] if blocked else BLOCK)
-        tiles, panels = -(-m // mr), -(-n // nr)
+        tiles, panels = -(-m // mr), float(-(-n // nr))
+        if self.packed:  # unused vectors of the last one are left out
+            panels += _last_panel(n, nr, lanes) / nr - 1
         pieces = -(-tiles // s["group"])
         height = tiles / pieces  # row tiles of a step, a mean
         tasks = self.count * panels * pieces * split
-        cores = min(self.target.cores, tasks) if s["parallel"] else 1
+        cores = min(self.target.cores, math.ceil(tasks)) if s["parallel"] else 1
 
         def touched(rows: float, depth: float, columns: float) -> tuple[float, ...]:
             line = max(depth * self.size, min(_LINE, k * self.size))
             totals = 4.0 * rows * columns if blocked else 0.0
             return (rows * line, depth * columns * self.read, rows * columns * self.ends, totals)
 
-        across, down = (min(cores, pieces), 1) if rows_first else (1, min(cores, panels))  # how threads divide rows, and columns
+        across, down = (min(cores, pieces), 1) if rows_first else (1, min(cores, math.ceil(panels)))  # how threads divide rows, and columns
         thread = touched(max(height * mr, m / across), k, max(nr, n / down))
         tile = Level(height, touched(mr, block if blocked else k, nr))
         blocks = Level(k / block, touched(height * mr if blocked else mr, block, nr))
@@ -261,27 +264,50 @@ def _unroll(t: Target) -> int:
     return 4 if t.arch != "aarch64" else 1 if t.sve_bits > 128 else 2
 
 
-def _row_group(result: Value, graph: Graph, mr: int, nr: int, t: Target) -> int:
-    """Row tiles that share a panel: as many as leave each core a few steps, and none much more than the others; a power of two."""
-    *batch, rows, columns = [_typical(d, graph) for d in result.shape]
-    tiles = -(-rows // mr)
-    panels = math.prod(batch) * -(-columns // nr)
+def _blocks(graph: Graph, mr: int) -> bool:
+    """Whether a packed panel is better used a block at a time: several row tiles use it, and it is more than two blocks."""
+    node, packed = _product(graph)
+    rows, depth = _fixed(node.shape[-2], graph), _depth(graph)
+    return packed and isinstance(rows, int) and rows >= _COPIED * mr and isinstance(depth, int) and depth >= 2 * NEAR
+
+
+def _division(graph: Graph, mr: int, nr: int, t: Target) -> tuple[int, bool]:
+    """Row tiles that share a panel, and whether threads divide the rows first.
+
+    As many tiles as leave each core a few steps, and none much more work than the others; a power of two. Panels in blocks can be divided
+    in either order, as they are near then.
+    """
+    node, packed = _product(graph)
+    *batch, rows, columns = [_typical(d, graph) for d in node.shape]
+    last = _last_panel(columns, nr, t.lanes(8 if node.dtype.bits == 64 else 4)) / nr if packed else 1.0
+    tiles, panels, count = -(-rows // mr), -(-columns // nr), math.prod(batch)
+    share = count * tiles * (panels - 1 + last) / t.cores
+    orders = (False, True) if _blocks(graph, mr) else (False,)
     group = 64
-    while group > 4 and (
-        group >= 2 * tiles
-        or panels * -(-tiles // group) < 4 * t.cores
-        or _busiest(panels, tiles, group, t.cores) > _UNEVEN * panels * tiles / t.cores
-    ):
+    while True:
+        most, order = min((_busiest(panels, tiles, group, t.cores, count, last, o), o) for o in orders)
+        few = group >= 2 * tiles or count * panels * -(-tiles // group) < 4 * t.cores
+        if group == 4 or not (few or most > _UNEVEN * share):
+            return group, order
         group //= 2
-    return group
 
 
-def _busiest(panels: int, tiles: int, group: int, cores: int) -> int:
-    """Row tiles of the core that gets most, of panels in groups of row tiles, divided in order."""
+def _last_panel(columns: int, nr: int, lanes: int) -> int:
+    """Columns of the last packed panel that are computed: vectors of no column at all are left out."""
+    return -(-(columns % nr) // lanes) * lanes or nr
+
+
+def _busiest(panels: int, tiles: int, group: int, cores: int, count: int = 1, last: float = 1.0, rows_first: bool = False) -> float:
+    """Row tiles of the core that gets most, of panels in groups of row tiles, divided in order; ``last``: what the last panel's take."""
     pieces = -(-tiles // group)
-    ends = [-(-panels * pieces * i // cores) for i in range(cores + 1)]
-    before = [e // pieces * tiles + min(e % pieces * group, tiles) for e in ends]
-    return max(b - a for a, b in pairwise(before))
+    if count * panels * pieces > _FINE * cores:
+        return count * tiles * (panels - 1 + last) / cores
+    heights = [min(group, tiles - p * group) for p in range(pieces)]
+    widths = [1.0] * (panels - 1) + [last]
+    work = [h * w for h in heights for w in widths] if rows_first else [h * w for w in widths for h in heights]
+    before = list(accumulate(work * count, initial=0.0))
+    ends = [-(-(len(before) - 1) * i // cores) for i in range(cores + 1)]
+    return max(before[b] - before[a] for a, b in pairwise(ends))
 
 
 def _fixed(d: Dim, graph: Graph) -> Dim:

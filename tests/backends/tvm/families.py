@@ -68,6 +68,7 @@ def families(t: Target) -> dict[str, tuple[Graph, str]]:
     add("rowwise", {name: text.replace("C", "127") for name, text in ROWS.items()})
     add("matmul", _PRODUCTS)
     add("matmul", {f"packed, {m} rows": packed_product(m, 300, 100, nr) for m in (1, 7, 35, "M")})
+    add("matmul", {"packed, a narrow last panel": packed_product(35, 300, nr + 16, nr)})
     found.update({f"conv: {name}": (CASES[name], "conv") for name in _CONVOLUTIONS})
     found["conv-depthwise: strided"] = (PAIRS["strided"], "conv-depthwise")
     found.update({f"pool: {name}": (POOLS[name], kind_of(POOLS[name])) for name in _POOLS})

@@ -134,7 +134,7 @@ def test_what_a_constraint_rejects_it_rejects_with_a_reason() -> None:
     assert any(len(r.split()) > 3 for r in reasons), reasons
 
 
-@pytest.mark.parametrize(("rows", "depth", "sketch"), [(128, 512, "blocked"), (128, 500, "default"), (24, 512, "default")])
+@pytest.mark.parametrize(("rows", "depth", "sketch"), [(128, 512, "blocked-rows-first"), (128, 500, "default"), (24, 512, "default")])
 def test_packed_panels_of_some_depth_are_used_in_blocks(rows: int, depth: int, sketch: str) -> None:
     g = parse_graph(f"""
     graph @g(%x: f32[{rows}, {depth}], %w: f32[2, {depth}, 48]) -> f32[{rows}, 80] {{
@@ -153,3 +153,6 @@ def test_row_groups_are_divided_evenly() -> None:
     assert _busiest(11, 16, 16, 2) == 96  # six of eleven panels
     assert _busiest(11, 16, 8, 2) == 88  # eleven halves each
     assert _busiest(4, 25, 16, 2) == 50
+    two_thirds = {"last": 2 / 3}  # 512 columns are eleven panels of 48, the last of which has 32
+    assert _busiest(11, 16, 8, 2, **two_thirds) == 88  # the core that has not the last panel
+    assert _busiest(11, 16, 8, 2, **two_thirds, rows_first=True) == pytest.approx(8 * (10 + 2 / 3))
