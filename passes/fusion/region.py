@@ -311,7 +311,10 @@ class Region:
         return reason
 
     def _rounding_of(self, product: Node) -> dict[Node, None]:
-        return rounding_of(product) if self.costs.for_cpu else {}  # a CPU's kernel makes integers of all rows before it multiplies
+        """What a product's kernel does before it multiplies: a CPU's rounds all rows, to floats of 8 bits where it multiplies on tiles."""
+        found = rounding_of(product) if self.costs.for_cpu else {}
+        floats = any(n.op.name == "quantize" and n.result.dtype.is_float for n in found)
+        return {} if floats and self.costs.target.bf16_products != "amx" else found
 
     def _settle_rows(self) -> None:
         """Rows are known: what was taken for repeated work is done once a row."""

@@ -12,7 +12,7 @@ largest number takes the place of 127. bf16 holds them as they are, and products
 When: only where a scheme is asked for (``options={"quantize": "int8-dynamic"}``), for each matmul of f32 whose right operand is a
 staged (weight-only) matrix. Products of one ``x`` share its rounding; fusion takes it into the kernel of each. Declined with a
 remark: batches of matrices, other dtypes, weights of fewer than ``least`` elements or with a side below 16, and sums of more than 2^17
-terms, which an i32 may not hold; floats of 8 bits on a target without AMX tiles.
+terms, which an i32 may not hold; floats of 8 bits on a target that multiplies no bf16.
 
 Numerics: lossy. An element of either factor moves by half a step of its scale at most; of e4m3 by 2^-4 of itself, of e5m2 by 2^-3.
 Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
@@ -93,7 +93,7 @@ class QuantizeProducts(Pass):
         if k * n < self.least or min(k, n) < fours.LEAST:
             return Reject(f"its weight is {k} by {n}, too few elements", w)
         if self.storage:
-            return Reject(f"no kernel of this target multiplies {self.storage}") if t is not None and t.bf16_products != "amx" else None
+            return Reject(f"no kernel of this target multiplies {self.storage}") if t is not None and not t.bf16_products else None
         return Reject(f"sums of {k} terms may exceed 32 bits", w) if k > MOST_TERMS else None
 
 

@@ -180,10 +180,15 @@ def in_f8(text: str, dtype: str, most: float) -> str:
 def test_floats_of_eight_bits(dtype: str, most: float) -> None:
     the_pass = QuantizeProducts(least=64, storage=dtype)
     g = check_pass(the_pass, BEFORE, in_f8(AFTER, dtype, most))
-    fused = check_pass(Fuse(), g, numerics=Numerics.BITWISE)
-    (region,) = [n for n in fused.nodes() if n.op.name == "fusion"]
+    check_pass(Fuse(), g, numerics=Numerics.BITWISE)
+    on_tiles, in_vectors = g.clone(), g.clone()
+    run_passes(on_tiles, [Fuse()], PassContext(target=Target.from_name("cpu:sapphirerapids")))
+    (region,) = [n for n in on_tiles.nodes() if n.op.name == "fusion"]
     names = [n.op.name for n in region.body.nodes()]
     assert (names.count("max"), names.count("quantize"), names.count("cast"), names.count("dequantize")) == (1, 1, 1, 1)
+    run_passes(in_vectors, [Fuse()], PassContext(target=Target.from_name("cpu:znver4")))  # its kernel takes rows as they are
+    regions = [[n.op.name for n in r.body.nodes()] for r in in_vectors.nodes() if r.op.name == "fusion"]
+    assert [("quantize" in names, "matmul" in names) for names in regions] == [(False, False), (True, False), (False, True)]
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(5, 64, generator=generator), torch.randn(64, 32, generator=generator)
     (y,) = evaluate(g, [x, w])
@@ -192,8 +197,8 @@ def test_floats_of_eight_bits(dtype: str, most: float) -> None:
     assert bool(((y - x @ w).abs() <= limit).all()) and float((y - x @ w).norm()) > 0
 
 
-def test_floats_of_eight_bits_need_tiles() -> None:
-    for name, fires in (("cpu:znver4", False), ("cpu:sapphirerapids", True)):
+def test_floats_of_eight_bits_need_products_of_bf16() -> None:
+    for name, fires in (("cpu:x86-64-v4", False), ("cpu:znver4", True), ("cpu:sapphirerapids", True)):
         g, ctx = parse_graph(BEFORE), PassContext(target=Target.from_name(name))
         run_passes(g, [QuantizeProducts(least=64, storage="f8e4m3")], ctx)
         assert any(n.op.name == "quantize" for n in g.nodes()) == fires
