@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graphopt.asked import came_to_nothing
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.base import Backend
 from graphopt.backends.eager import LibraryCall
@@ -319,6 +321,9 @@ def optimize(graph: Graph, target: Target, options: Options, report: Report) -> 
     report.pipeline = [str(p) for p in pipeline]
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
     report.passes, report.remarks = ctx.runs, ctx.remarks
+    for note in came_to_nothing(options, graph, ctx.remarks):
+        report.notes.append(note)
+        warnings.warn(note, stacklevel=2)
     report.seconds["passes"] = time.perf_counter() - start
 
 
