@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphopt.calibration import inferring, samples_of
 from graphopt.errors import UsageError
+from graphopt.fake_quantized import without_fakes
 from graphopt.folding import without_norms
 from graphopt.ledger import Ledger
 from graphopt.ledger_times import families
@@ -134,6 +135,7 @@ def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
     given |= {"method": method, "calibration": None if calibration is None else list(calibration)}
     samples = samples_of(given["calibration"], args, kwargs)
+    model, _ = without_fakes(model)
     reference, note = model, ""
     moved = _judge(model, metric, samples)
     if any(Scheme.parse(s).activations for s in schemes):  # once for all: what stays in float is no other model

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from graphopt.calibration import OBSERVERS, Look, Observer, Sample, only_input, run_hooked, samples_of, watch
 from graphopt.clipping import round_clipped
 from graphopt.errors import GraphoptError, UsageError, nearest
+from graphopt.fake_quantized import without_fakes
 from graphopt.folding import without_norms
 from graphopt.gptq import Hessian, round_weight
 from graphopt.ledger import Entry, Ledger
@@ -47,7 +48,8 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     """Quantize the linear layers of a model, and, by schemes of both factors, its convolutions.
 
     Args:
-        model: stays as it is; what is not quantized is shared with the result.
+        model: stays as it is; what is not quantized is shared with the result. Of one that :func:`graphopt.fake_quantize` made, the
+            layers that were trained are quantized.
         args, kwargs: example inputs: errors of outputs and times are measured on them.
         scheme: ``int8-weight``, ``int4-weight``, ``int4-weight-g128-zp``, ``int8-dynamic``, ``int8-static`` ..., see
             docs/quantization.md; or such by layer, ``{"lm_head": "int8-weight", "*.down": "float", "*": "int4-weight"}``: the first
@@ -73,6 +75,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
             weight holds infinities or nan (names it).
     """
     told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
+    model, trained = without_fakes(model)
     schemes = schemes_of(scheme, list(layers_of(model)))
     for name, value, known in (("method", method, METHODS), ("observer", observer, OBSERVERS)):
         if value not in known:
@@ -98,6 +101,8 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
     ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()],
                     notes=[note] if note else [])  # fmt: skip
+    if others := Counter(s for n, s in trained.items() if n in made and s != str(schemes[n])):
+        ledger.notes.append(f"trained with rounding by another scheme: {', '.join(f'{s} ({count})' for s, count in others.items())}")
     entries = {e.name: e for e in ledger.entries}
     result = replaced(model, made)
     if tree_leaves((args, kwargs)):

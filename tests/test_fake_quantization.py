@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 import graphopt
+from graphopt.bits import fastest_within
 from graphopt.errors import UsageError
-from graphopt.fake_quantization import FakeQuantized, rounded, straight_through
+from graphopt.fake_quantized import FakeQuantized, rounded, straight_through
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantized_linear import divided
+from graphopt.quantized_linear import QuantizedLinear, divided
 
 WEIGHTS = ("int8-weight", "int4-weight", "int4-weight-g32-zp", "int2-weight", "fp8-e4m3-weight", "fp8-e5m2-weight")
 BOTH = ("int8-dynamic", "int8-static", "fp8-e4m3-dynamic", "fp8-e4m3-static")
@@ -108,6 +109,23 @@ def test_training_helps_and_trains_the_model_itself() -> None:
         functional.mse_loss(fake(x), wanted).backward()
         optimizer.step()
     assert loss() < 0.85 * before
+
+
+def test_the_trained_model_is_quantized_as_the_one_behind_it() -> None:
+    model, x = linear()
+    fake = graphopt.fake_quantize(model, scheme="int4-weight", least=1)
+    for given in (fake, graphopt.fake_quantize(fake, scheme="int4-weight", least=1)):
+        made = graphopt.quantize(given, (x,), scheme="int4-weight", keep=["2"], measure=False, least=1)
+        assert [e.name for e in made.ledger.entries] == ["0", "2"] and not made.ledger.notes
+        assert made[2].weight is model[2].weight  # type: ignore[index]
+        assert torch.equal(made(x), graphopt.quantize(model, scheme="int4-weight", keep=["2"], least=1)(x))
+    assert isinstance(fake[0], FakeQuantized) and isinstance(fake[2], FakeQuantized)  # type: ignore[index]
+    (note,) = graphopt.quantize(fake, (x,), scheme="int8-weight", measure=False, least=1).ledger.notes
+    assert note == "trained with rounding by another scheme: int4-weight (2)"
+    alone = graphopt.fake_quantize(nn.Linear(64, 32), scheme="int4-weight", least=1)
+    assert isinstance(graphopt.quantize(alone, scheme="int4-weight", least=1), QuantizedLinear)
+    best, _ = fastest_within(fake, (x,), budget=1.0, measure=False, least=1)
+    assert isinstance(best[0], QuantizedLinear)  # type: ignore[index]
 
 
 @pytest.mark.tvm
