@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from graphopt.calibration import inferring, samples_of
-from graphopt.errors import UsageError
+from graphopt.calibration import inferring, samples_of, tried, try_out
+from graphopt.errors import UsageError, first_line
 from graphopt.fake_quantized import without_fakes
 from graphopt.folding import without_norms
 from graphopt.ledger import Ledger
@@ -110,7 +110,7 @@ class Front:
         return console.file.getvalue() + f"within {self.budget:.3%}: {self.points[self.chosen].saved * scale:.2f} {unit} saved\n"
 
 
-def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, budget: float,
+def fastest_within(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: Mapping[str, Any] | None = None, *, budget: float,
                    schemes: Sequence[str] = SCHEMES, metric: Metric | None = None, method: str = "rtn",
                    calibration: Iterable[Any] | None = None, measure: bool = True, progress: Progress | None = None,
                    **given: Any) -> tuple[nn.Module, Front]:  # fmt: skip
@@ -133,9 +133,11 @@ def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     if method not in METHODS:
         raise UsageError(f"bits by layer take the methods {', '.join(METHODS)}; {method!r} changes more than the layer that it rounds")
     told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
-    given |= {"method": method, "calibration": None if calibration is None else list(calibration)}
-    samples = samples_of(given["calibration"], args, kwargs)
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    samples = samples_of(calibration, args, kwargs)
+    given |= {"method": method, "calibration": None if calibration is None else [k or a for a, k in samples]}
     model, _ = without_fakes(model)
+    try_out(model, args, kwargs, [] if calibration is None else samples)
     reference, note = model, ""
     moved = _judge(model, metric, samples)
     if any(Scheme.parse(s).activations for s in schemes):  # once for all: what stays in float is no other model
@@ -182,8 +184,11 @@ def fastest_within(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
 def _judge(model: nn.Module, metric: Metric | None, samples: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> Metric:
     """What a model moved the metric by, as a share of the float model's. Raises UsageError if that is 0 or no finite number."""
     if metric is not None:
-        with torch.no_grad():
-            was = float(metric(model))
+        try:
+            with torch.no_grad():
+                was = float(metric(model))
+        except Exception as failed:
+            raise UsageError(f"the metric of the float model raised {type(failed).__name__}: {first_line(failed)}") from failed
         if not abs(was) > 0 or was in (float("inf"), float("-inf")):
             raise UsageError(f"the metric of the float model is {was}: no share of it can be told")
 
@@ -194,7 +199,7 @@ def _judge(model: nn.Module, metric: Metric | None, samples: Sequence[tuple[tupl
 
         return moved
     with torch.no_grad(), inferring(model):
-        wanted = [_floats(model(*args, **kwargs)) for args, kwargs in samples]
+        wanted = [_floats(tried(model, sample, f"calibration batch {i}")) for i, sample in enumerate(samples)]
 
     def error(other: nn.Module) -> float:
         with torch.no_grad(), inferring(other):

@@ -13,6 +13,8 @@ entropy as in Migacz, "8-bit Inference with TensorRT", GTC 2017.
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from graphopt.errors import UsageError, nearest
+from graphopt.errors import GraphoptError, UsageError, first_line, nearest
 
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")
 BINS = 2048
@@ -42,8 +44,10 @@ def samples_of(calibration: Iterable[Any] | None, args: Sequence[Any], kwargs: M
         calibration: None for the example inputs alone.
 
     Raises:
-        UsageError: there is nothing to calibrate on.
+        UsageError: there is nothing to calibrate on, or one call is given in the place of several.
     """
+    if isinstance(calibration, torch.Tensor | Mapping | str):
+        raise UsageError(f"calibration is one {type(calibration).__name__}, not several calls of the model: give calibration=[inputs, ...]")
     if calibration is None:
         found: list[Sample] = [(tuple(args), dict(kwargs))] if args or kwargs else []
     else:
@@ -59,12 +63,67 @@ def _sample(item: Any) -> Sample:
     return (tuple(item), {}) if isinstance(item, list | tuple) else ((item,), {})
 
 
+def try_out(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Call the model with the example inputs, if there are any, and the first sample: what does not fit is said before all long work.
+
+    Raises:
+        UsageError: the model raised.
+    """
+    with torch.no_grad(), inferring(model):
+        if args or kwargs:
+            tried(model, (tuple(args), dict(kwargs)), "the example inputs")
+        for sample in samples[:1]:
+            tried(model, sample, "calibration batch 0")
+
+
+def tried(model: nn.Module, sample: Sample, said: str) -> Any:
+    """What a call of the model gives.
+
+    Raises:
+        UsageError: the model raised. Says of what (``said``) and in which module; of arguments that are too many or too few, how they
+            are given.
+    """
+    args, kwargs = sample
+    try:
+        return model(*args, **kwargs)
+    except GraphoptError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{said}: {_misfit(model, sample) or _raised(model, error)}") from error
+
+
+def _misfit(model: nn.Module, sample: Sample) -> str:
+    """Why a model's ``forward`` does not take as many arguments, or such names; empty if it does."""
+    args, kwargs = sample
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:  # of a module that is no Python
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([*(type(x).__name__ for x in args), *(f"{name}=..." for name in kwargs)])
+        return (f"{type(model).__name__} takes ({', '.join(signature.parameters)}), and is given ({given}): {error}. A tuple or list is "
+                "taken as arguments, a dict as keyword arguments: of batches (x, y), give x alone, [x for x, y in batches]")  # fmt: skip
+    return ""
+
+
+def _raised(model: nn.Module, error: Exception) -> str:
+    """An exception in a line, with the innermost module that it came through."""
+    names, where = {id(m): name for name, m in model.named_modules()}, ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        inner = frame.f_locals.get("self")
+        if names.get(id(inner)):
+            where = f", in {names[id(inner)]} ({type(inner).__name__})"
+    return f"the model raised {type(error).__name__}: {first_line(error)}{where}"
+
+
 def watch(model: nn.Module, names: Iterable[str], samples: Iterable[Sample], look: Look) -> None:
     """Run the model on samples, and show the inputs of some of its modules."""
     modules = dict(model.named_modules())
 
     def hook(name: str) -> Callable[..., None]:
-        def seen(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        def seen(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], __: torch.Tensor) -> None:
             x = only_input(args, kwargs).detach().to(torch.float32)
             if not bool(torch.isfinite(x).all()):
                 raise UsageError(f"calibration met infinite elements, or such that are no numbers, in the input of {name}")
@@ -72,15 +131,24 @@ def watch(model: nn.Module, names: Iterable[str], samples: Iterable[Sample], loo
 
         return seen
 
-    run_hooked(model, samples, [modules[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names])
+    # behind the module, which itself says best what it does not take
+    handles = [modules[name].register_forward_hook(hook(name), with_kwargs=True) for name in names]
+    run_hooked(model, samples, handles, "calibration batch")
 
 
-def run_hooked(model: nn.Module, samples: Iterable[Sample], handles: Sequence[RemovableHandle]) -> None:
-    """Run the model on samples, without gradients and in evaluation mode, for the sake of hooks, which are removed afterwards."""
+def run_hooked(model: nn.Module, samples: Iterable[Sample], handles: Sequence[RemovableHandle], said: str = "") -> None:
+    """Run the model on samples, without gradients and in evaluation mode, for the sake of hooks, which are removed afterwards.
+
+    Args:
+        said: what samples are to users, who are told which of them the model does not take; empty where it takes all.
+    """
     try:
         with torch.no_grad(), inferring(model):
-            for args, kwargs in samples:
-                model(*args, **kwargs)
+            for i, (args, kwargs) in enumerate(samples):
+                if said:
+                    tried(model, (args, kwargs), f"{said} {i}")
+                else:
+                    model(*args, **kwargs)
     finally:
         for h in handles:
             h.remove()

@@ -66,7 +66,7 @@ def schemes_of(scheme: str | Mapping[str, str], names: Sequence[str]) -> dict[st
     Raises:
         UsageError: there is no such scheme, or a pattern fits no layer.
     """
-    if isinstance(scheme, str):
+    if not isinstance(scheme, Mapping):
         return dict.fromkeys(names, Scheme.parse(scheme))
     parsed = {pattern: None if s == FLOAT else Scheme.parse(s) for pattern, s in scheme.items()}
     for pattern in parsed:

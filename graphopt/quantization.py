@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from graphopt.calibration import OBSERVERS, Look, Observer, Sample, only_input, run_hooked, samples_of, watch
+from graphopt.calibration import OBSERVERS, Look, Observer, Sample, only_input, run_hooked, samples_of, try_out, watch
 from graphopt.clipping import round_clipped
 from graphopt.errors import GraphoptError, UsageError, nearest
 from graphopt.fake_quantized import without_fakes
@@ -41,7 +41,7 @@ Progress = Callable[[str, int, int], None]
 """Told (what goes on, done, total)."""
 
 
-def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: Mapping[str, Any] | None = None, *,
              scheme: str | Mapping[str, str] = "int8-weight", method: str = "rtn", calibration: Iterable[Any] | None = None,
              observer: str = "minmax", keep: Iterable[str] = (), measure: bool = True, revert: bool = True, least: int = LEAST,
              progress: Progress | None = None, reference: nn.Module | None = None, **options: Any) -> nn.Module:  # fmt: skip
@@ -50,7 +50,7 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     Args:
         model: stays as it is; what is not quantized is shared with the result. Of one that :func:`graphopt.fake_quantize` made, the
             layers that were trained are quantized.
-        args, kwargs: example inputs: errors of outputs and times are measured on them.
+        args, kwargs: example inputs (one tensor alone will do): errors of outputs and times are measured on them.
         scheme: ``int8-weight``, ``int4-weight``, ``int4-weight-g128-zp``, ``int8-dynamic``, ``int8-static`` ..., see
             docs/quantization.md; or such by layer, ``{"lm_head": "int8-weight", "*.down": "float", "*": "int4-weight"}``: the first
             pattern that fits a layer's name counts, and what none fits stays in float.
@@ -71,10 +71,11 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         ``ledger`` is the :class:`~graphopt.ledger.Ledger`.
 
     Raises:
-        UsageError: there is no such scheme, method or observer, a pattern of ``keep`` fits nothing, there is nothing to calibrate on, or a
-            weight holds infinities or nan (names it).
+        UsageError: there is no such scheme, method or observer, a pattern of ``keep`` fits nothing, there is nothing to calibrate on, the
+            model does not take the example inputs or the calibration (names the batch), or a weight holds infinities or nan (names it).
     """
     told, kwargs = progress or (lambda *_: None), dict(kwargs or {})
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     model, trained = without_fakes(model)
     schemes = schemes_of(scheme, list(layers_of(model)))
     for name, value, known in (("method", method, METHODS), ("observer", observer, OBSERVERS)):
@@ -83,14 +84,16 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     if method == "split" and any(s.activations for s in schemes.values()):
         raise UsageError("method 'split' rounds weights alone; give a scheme of weights, such as int2-weight")
     static = any(s.activations == "static" for s in schemes.values())
-    samples = samples_of(calibration, args, kwargs) if method not in ("rtn", "split") or static else []
     left = left_in_float(model, schemes, tuple(keep), least)
     both = any(s.activations for s in schemes.values())
     schemes = {n: s for n, s in schemes.items() if n not in left}
+    convolutions = [n for n in schemes if n not in linears_of(model)] if reference is None else []
+    samples = samples_of(calibration, args, kwargs) if method not in ("rtn", "split") or static or convolutions else []
+    try_out(model, args, kwargs, [] if calibration is None else samples)
     given, note = model if reference is None else reference, ""
-    if reference is None and (convolutions := [n for n in schemes if n not in linears_of(model)]):
+    if convolutions:
         told("folding batch norms", 0, 1)
-        model, note = without_norms(model, convolutions, samples or samples_of(calibration, args, kwargs))
+        model, note = without_norms(model, convolutions, samples)
     if method in ("smoothquant", "awq"):
         told("smoothing", 0, 1)
         model = _smooth(model, samples, schemes, method)
@@ -101,6 +104,8 @@ def quantize(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
     ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()],
                     notes=[note] if note else [])  # fmt: skip
+    if measure and not tree_leaves((args, kwargs)):
+        ledger.notes.append("there were no example inputs: nothing was timed, and errors of outputs are not known")
     if others := Counter(s for n, s in trained.items() if n in made and s != str(schemes[n])):
         ledger.notes.append(f"trained with rounding by another scheme: {', '.join(f'{s} ({count})' for s, count in others.items())}")
     entries = {e.name: e for e in ledger.entries}
@@ -132,8 +137,11 @@ def _smooth(model: nn.Module, samples: Sequence[Sample], schemes: Mapping[str, S
     for sample in samples:
         moved = move(model, result, *sample)
         if moved is not None and not moved < EXACT:
+            why = "the model may take another way for some inputs than for the first of the calibration"
+            if torch.is_autocast_enabled("cpu"):
+                why = "torch.autocast is on, and rounds more than that: quantize outside of it"
             raise GraphoptError(f"{method}: moving scales changed the output by {moved:.3g} of its norm, before anything was rounded; "
-                                "the model may take another way for some inputs than for the first of the calibration")  # fmt: skip
+                                f"{why}")  # fmt: skip
     return result
 
 

@@ -111,5 +111,7 @@ def test_wrong_requests() -> None:
         fastest_within(m, (x,), budget=0.1, method="awq")
     with pytest.raises(UsageError, match="no share of it"):
         fastest_within(m, (x,), budget=0.1, metric=lambda _: 0.0)
+    with pytest.raises(UsageError, match="the metric of the float model raised KeyError: 'x'"):
+        fastest_within(m, (x,), budget=0.1, metric=lambda _: {}["x"])
     with pytest.raises(UsageError, match="there is no scheme"):
         fastest_within(m, (x,), budget=0.1, schemes=("int3",))

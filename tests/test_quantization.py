@@ -228,6 +228,8 @@ def test_zeros_and_denormals() -> None:
 def test_wrong_requests(block: Block) -> None:
     with pytest.raises(UsageError, match="there is no scheme"):
         graphopt.quantize(block, scheme="int5-weight")
+    with pytest.raises(UsageError, match="there is no scheme None; schemes are int8-weight"):
+        graphopt.quantize(block, scheme=None)
     with pytest.raises(UsageError, match="floats have no zero points"):
         graphopt.quantize(block, scheme="fp8-e4m3-weight-zp")
     with pytest.raises(UsageError, match="fits none of the layers"):
@@ -236,6 +238,16 @@ def test_wrong_requests(block: Block) -> None:
         graphopt.compile(block, (torch.randn(1, 128),), quantize="int8")
     with pytest.raises(UsageError, match="frozen"):
         graphopt.Options(quantize="int8-weight", freeze=False)
+
+
+def test_one_tensor_and_no_inputs(block: Block) -> None:
+    """One tensor is one argument, as of ``graphopt.compile``; without any, the ledger says what it cannot know."""
+    x = torch.randn(3, 128)
+    one = graphopt.quantize(block, x, measure=False).ledger
+    assert one == graphopt.quantize(block, (x,), measure=False).ledger and one.output_error and not one.notes
+    none = graphopt.quantize(block).ledger
+    assert none.notes == ["there were no example inputs: nothing was timed, and errors of outputs are not known"]
+    assert none.notes[0] in none.summary() and not graphopt.quantize(block, measure=False).ledger.notes
 
 
 def test_rounding_is_that_of_the_pass() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphopt
+from graphopt.bits import fastest_within
 from graphopt.calibration import BINS, OBSERVERS, Observer, samples_of
 from graphopt.clipping import round_clipped
 from graphopt.errors import UsageError
@@ -166,6 +167,28 @@ def test_samples() -> None:
     x = torch.ones(1)
     assert samples_of([x, (x, 2), {"y": x}], (), {}) == [((x,), {}), ((x, 2), {}), ((), {"y": x})]
     assert samples_of(None, (x,), {"y": 1}) == [((x,), {"y": 1})]
+
+
+def test_calibration_that_the_model_does_not_take_is_told_by_its_batch() -> None:
+    model, x = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)), torch.randn(4, 128)
+    narrow = "model raised RuntimeError: mat1 and mat2 shapes cannot be multiplied .*, in 0 \\(Linear\\)"
+    for calibration, words in (
+        ([x, x[:, :96]], f"^calibration batch 1: the {narrow}"), ([x[:, :96]], f"^calibration batch 0: the {narrow}"),
+        ([(x, x)], r"^calibration batch 0: Sequential takes \(input\), and is given \(Tensor, Tensor\): .* of batches \(x, y\), give"),
+        ([{"x": x}], r"is given \(x=...\): missing a required argument: 'input'"),
+        (x, "calibration is one Tensor"), ({"input": x}, "calibration is one dict"),
+    ):  # fmt: skip
+        for method, scheme in (("gptq", "int4-weight"), ("smoothquant", "int8-weight"), ("rtn", "int8-static")):
+            with pytest.raises(UsageError, match=words) as error:
+                graphopt.quantize(model, (x,), scheme=scheme, method=method, calibration=calibration, measure=False)
+        assert isinstance(calibration, torch.Tensor | dict) or error.value.__cause__ is not None
+        with pytest.raises(UsageError, match=words):
+            fastest_within(model, (x,), budget=0.1, calibration=calibration, measure=False)
+        with pytest.raises(UsageError, match=words):
+            graphopt.fake_quantize(model, scheme="int8-static", calibration=calibration)
+    with pytest.raises(UsageError, match=f"^the example inputs: the {narrow}"):
+        graphopt.quantize(model, (x[:, :96],))
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
 
 
 # --- observers ------------------------------------------------------------------------------------------------------------
@@ -493,6 +516,12 @@ def test_calibration_is_without_dropout_and_names_what_is_no_number() -> None:
     assert model.training and model[0].training
     with pytest.raises(UsageError, match="in the input of 1"):
         graphopt.quantize(model, (x / 0,), scheme="int4-weight", method="gptq", measure=False)
+
+
+def test_autocast_is_named_where_it_moves_outputs() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128)).eval(), torch.randn(8, 128) * torch.linspace(0.1, 9, 128)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(graphopt.errors.GraphoptError, match=r"torch\.autocast is on"):
+        graphopt.quantize(model, (x,), scheme="int8-dynamic", method="smoothquant", measure=False)
 
 
 @pytest.mark.parametrize(("scheme", "method"), [("int2-weight", "split"), ("int8-dynamic", "smoothquant"), ("int8-dynamic", "rtn")])
