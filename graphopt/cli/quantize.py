@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ import typer
 from graphopt.bench.loading import load, load_function, load_samples
 from graphopt.bits import SCHEMES, Front, fastest_within, plot
 from graphopt.cli.explain import _quiet
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, first_line
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantization import ledger_of, quantize
 
@@ -50,6 +52,8 @@ def quantize_command(
             raise UsageError(f"--{option} goes {'only' if budget is None else 'not'} with --fastest-within")
     for name in (scheme, *names):
         Scheme.parse(name)  # before anything is loaded
+    if out is not None:
+        _folder(out)
     module, args, kwargs = load(model)
     if isinstance(module, Path):
         raise UsageError(f"{model} is an exported program; graphopt quantize takes a factory that returns a module and example inputs")
@@ -62,17 +66,45 @@ def quantize_command(
         else:
             made, front = fastest_within(module, args, kwargs, budget=budget, schemes=names, metric=judge, cache_dir=cache_dir, **given)
     ledger = ledger_of(made)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        torch.save(made, out / "model.pt")
-        (out / "ledger.json").write_text(json.dumps(ledger.to_json(), indent=2))
-        if front is not None:
-            (out / "front.json").write_text(json.dumps(front.to_json(), indent=2))
-            _picture(front, out / "front.png")
     if as_json:
         typer.echo(json.dumps(ledger.to_json() if front is None else {**ledger.to_json(), "front": front.to_json()}, indent=2))
     else:
         typer.echo(str(ledger) + ("" if front is None else front.table(160)), nl=False)
+    if out is not None:
+        _write(made, front, out)
+
+
+def _folder(out: Path) -> None:
+    """Make the folder of ``--out``, before anything takes long. Raises UsageError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # which tells more than permissions do
+            pass
+    except FileExistsError as error:
+        raise UsageError(f"--out {out} is a file: give a folder, which is made if there is none") from error
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from error
+
+
+def _write(made: torch.nn.Module, front: Front | None, out: Path) -> None:
+    """Write the files of ``--out``. Raises UsageError."""
+    try:
+        (out / "ledger.json").write_text(json.dumps(ledger_of(made).to_json(), indent=2))
+        if front is not None:
+            (out / "front.json").write_text(json.dumps(front.to_json(), indent=2))
+            _picture(front, out / "front.png")
+        _save(made, out / "model.pt")
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from error
+
+
+def _save(made: torch.nn.Module, file: Path) -> None:
+    """Raises UsageError for a model that cannot be pickled."""
+    try:
+        torch.save(made, file)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # as Python says it of local classes, lambdas, locks
+        file.unlink()
+        raise UsageError(f"{file} is not written, the model cannot be pickled: {first_line(error)}") from error
 
 
 def _picture(front: Front, file: Path) -> None:

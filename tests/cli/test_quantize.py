@@ -67,6 +67,32 @@ def test_fastest_within(model: str, tmp_path: Path) -> None:
     assert as_json["front"]["chosen"] == len(as_json["front"]["points"]) - 1
 
 
+def test_what_the_model_does_not_take(model: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong_samples.py").write_text("import torch\ndef make():\n    return [torch.ones(3, 128), torch.ones(3, 96)]\n")
+    (tmp_path / "wrong_metric.py").write_text("def judge(m):\n    return m.no_such_layer\n")
+    done = run(model, "--method", "gptq", "--calibration", f"{tmp_path}/wrong_samples.py:make", "--no-measure")
+    assert done.exit_code == 2 and done.output.count("\n") == 1, done.output
+    assert done.output.startswith("graphopt: error: calibration batch 1: the model raised RuntimeError: mat1 and mat2 shapes")
+    done = run(model, "--fastest-within", "1%", "--metric", f"{tmp_path}/wrong_metric.py:judge", "--no-measure")
+    assert done.exit_code == 2 and "the metric of the float model raised AttributeError" in done.output
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """It is said before the model is loaded."""
+    (tmp_path / "file").write_text("")
+    for out, words in (("file", "is a file: give a folder"), ("file/q", "cannot be written: Not a directory")):
+        done = run("no_such_model.py:make", "--out", str(tmp_path / out))
+        assert done.exit_code == 2 and words in done.output, done.output
+
+
+def test_a_model_that_cannot_be_pickled(tmp_path: Path) -> None:
+    """The ledger is printed and written all the same."""
+    (tmp_path / "unpicklable_model.py").write_text(MODEL.replace("torch.nn.ReLU()", "type('Local', (torch.nn.ReLU,), {})()"))
+    done = run(f"{tmp_path}/unpicklable_model.py:make", "--no-measure", "--out", str(tmp_path / "q"))
+    assert done.exit_code == 2 and "the model cannot be pickled" in done.output and "2 of 2 weights quantized" in done.output
+    assert [p.name for p in (tmp_path / "q").iterdir()] == ["ledger.json"]
+
+
 @pytest.mark.parametrize(("args", "words"), [
     (("--fastest-within", "much"), "give a share"), (("--fastest-within", "1%", "--metric", "nothing"), "names no function"),
     (("--fastest-within", "1%", "--schemes", "int4-weight,int5"), "there is no scheme"),
