@@ -15,8 +15,8 @@ class Entry:
     """One weight.
 
     Attributes:
-        name: of its module.
-        shape: outputs by inputs.
+        name: of its module; of a weight that is not called so, with its name behind that (``attention.in_proj_weight``).
+        shape: outputs by inputs, which of a convolution are channels and taps; of what is no such layer, as it is stored.
         scheme: as users write it; empty where it was left in float.
         verdict: ``quantized``; ``reverted: ...`` or ``left: ...`` with the reason.
         float_bytes, bytes: of the weight, before and after.
@@ -29,7 +29,7 @@ class Entry:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     scheme: str
     verdict: str
     float_bytes: int

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from graphopt.errors import UsageError
 from graphopt.passes.quantization.quantize_products import MOST_TERMS
@@ -22,7 +24,7 @@ USES = 64  # pixels, at least, that an element of a convolution's weight is take
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """By name: ``nn.Linear`` itself, smoothed, and transformers' ``Conv1D``."""
+    """By name: ``nn.Linear``, what is derived from it and does no more, smoothed layers, and transformers' ``Conv1D``."""
     return {name: m for name, m in model.named_modules() if _weight(m) is not None}
 
 
@@ -38,8 +40,18 @@ def is_convolution(m: nn.Module) -> bool:
 
 def _weight(m: nn.Module) -> nn.Parameter | None:
     """The matrix of a module that is a linear layer, if it is one."""
-    plain = type(m) in (nn.Linear, Smoothed) or (type(m).__name__ == "Conv1D" and hasattr(m, "nf"))
+    plain = isinstance(m, Smoothed) or _is_linear(m) or (type(m).__name__ == "Conv1D" and hasattr(m, "nf"))
     return m.weight if plain and isinstance(m.weight, nn.Parameter) else None
+
+
+def _is_linear(m: nn.Module) -> bool:
+    """Whether a module is ``nn.Linear``, or is derived from it and has nothing of its own that the quantized layer would lack."""
+    kind = type(m)
+    if kind is nn.Linear or not isinstance(m, nn.Linear):
+        return kind is nn.Linear
+    inherits = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__ and "forward" not in vars(m)
+    own = set(m._parameters) != {"weight", "bias"} or bool(m._modules) or bool(m._buffers)
+    return inherits and not own and kind is not NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention, which never calls it
 
 
 def weight_of(m: nn.Module) -> torch.Tensor:
@@ -49,7 +61,7 @@ def weight_of(m: nn.Module) -> torch.Tensor:
         return m.weight.flatten(1)
     weight = _weight(m)
     assert weight is not None
-    return weight if type(m) in (nn.Linear, Smoothed) else weight.t()
+    return weight if isinstance(m, nn.Linear | Smoothed) else weight.t()
 
 
 def smooth_of(m: nn.Module) -> torch.Tensor | None:
@@ -89,7 +101,7 @@ def left_in_float(model: nn.Module, schemes: Mapping[str, Scheme], keep: Sequenc
         least: elements of the smallest weight that is quantized; a convolution's count ``USES`` times.
 
     Raises:
-        UsageError: a pattern fits no layer.
+        UsageError: a pattern fits no layer, or a lazy layer has no shape yet.
     """
     layers = layers_of(model)
     for pattern in keep:
@@ -97,6 +109,8 @@ def left_in_float(model: nn.Module, schemes: Mapping[str, Scheme], keep: Sequenc
     holders: dict[int, list[str]] = {}
     for name, m in model.named_modules():
         for p in m.parameters(recurse=False):
+            if is_lazy(p):
+                raise UsageError(f"the weights of {name} have no shape yet ({type(m).__name__}): call the model once before")
             holders.setdefault(id(p), []).append(name)
     out = {}
     for name, m in layers.items():
@@ -124,5 +138,6 @@ def left_in_float(model: nn.Module, schemes: Mapping[str, Scheme], keep: Sequenc
 def replaced(model: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the model's modules with some in the place of others; tensors are shared."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo |= {id(t): t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)}  # of weight_norm, pruning
     memo |= {id(m): made[name] for name, m in model.named_modules() if name in made}
     return copy.deepcopy(model, memo)

@@ -31,6 +31,7 @@ from graphopt.quantized_conv import QuantizedConv
 from graphopt.quantized_linear import QuantizedLinear, largest_of, quantize_groups
 from graphopt.smoothing import groups_of, smoothed
 from graphopt.split import SplitLinear
+from graphopt.unquantized import unquantized
 
 LEAST = 1 << 14  # elements of the smallest weight that is worth it
 METHODS = ("rtn", "gptq", "smoothquant", "awq", "split")
@@ -85,7 +86,6 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
         raise UsageError("method 'split' rounds weights alone; give a scheme of weights, such as int2-weight")
     static = any(s.activations == "static" for s in schemes.values())
     left = left_in_float(model, schemes, tuple(keep), least)
-    both = any(s.activations for s in schemes.values())
     schemes = {n: s for n, s in schemes.items() if n not in left}
     convolutions = [n for n in schemes if n not in linears_of(model)] if reference is None else []
     samples = samples_of(calibration, args, kwargs) if method not in ("rtn", "split") or static or convolutions else []
@@ -97,17 +97,19 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
     if method in ("smoothquant", "awq"):
         told("smoothing", 0, 1)
         model = _smooth(model, samples, schemes, method)
-    linears = layers_of(model) if both else linears_of(model)  # what is said of in the ledger
+    linears = layers_of(model)
     made = _rounded(model, {n: linears[n] for n in schemes}, schemes, method, samples, told)
     set_steps(model, linears, made, samples, observer, told, left)
     counts = Counter(m.scheme for m in made.values())
     said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
-    ledger = Ledger(said, [_entry(name, m, made.get(name), left.get(name, "")) for name, m in linears.items()],
-                    notes=[note] if note else [])  # fmt: skip
+    ledger = Ledger(said, notes=[note] if note else [])
+    others = unquantized(model)
+    for name, m in model.named_modules():
+        ledger.entries += [_entry(name, m, made.get(name), left.get(name, ""))] if name in linears else others.get(name, [])
     if measure and not tree_leaves((args, kwargs)):
         ledger.notes.append("there were no example inputs: nothing was timed, and errors of outputs are not known")
-    if others := Counter(s for n, s in trained.items() if n in made and s != str(schemes[n])):
-        ledger.notes.append(f"trained with rounding by another scheme: {', '.join(f'{s} ({count})' for s, count in others.items())}")
+    if differing := Counter(s for n, s in trained.items() if n in made and s != str(schemes[n])):
+        ledger.notes.append(f"trained with rounding by another scheme: {', '.join(f'{s} ({count})' for s, count in differing.items())}")
     entries = {e.name: e for e in ledger.entries}
     result = replaced(model, made)
     if tree_leaves((args, kwargs)):

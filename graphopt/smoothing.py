@@ -161,7 +161,7 @@ def _multiplied(linear: nn.Module, s: torch.Tensor, weight_of: Callable[[nn.Modu
     made = copy.copy(linear)
     weight = linear._parameters["weight"]
     assert weight is not None
-    plain = weight_of(linear).shape == weight.shape and type(linear) is nn.Linear
+    plain = weight_of(linear).shape == weight.shape and isinstance(linear, nn.Linear)
     scaled = weight.detach() * (s if plain else s.unsqueeze(1)).to(weight.dtype)
     made._parameters = {**linear._parameters, "weight": nn.Parameter(scaled, weight.requires_grad)}
     return made

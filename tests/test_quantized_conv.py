@@ -232,7 +232,8 @@ def test_layers_are_chosen_by_what_they_cost(model: Bottleneck) -> None:
 
 def test_schemes_of_weights_alone_leave_them(model: Bottleneck) -> None:
     ledger = ledger_of(graphopt.quantize(model, (X,), scheme="int8-weight", measure=False, least=16))
-    assert [e.name for e in ledger.entries] == ["head"]
+    assert [e.name for e in ledger.entries if e.quantized] == ["head"] and len(ledger.entries) == len(QUANTIZED) + 3
+    assert all("with their images alone" in e.verdict for e in ledger.entries if e.name != "head")
     ledger = ledger_of(graphopt.quantize(model, (X,), scheme={"up.0": "int8-static", "*": "int8-weight"}, measure=False, least=16))
     verdicts = {e.name: e.verdict for e in ledger.entries}
     assert verdicts["up.0"] == verdicts["head"] == "quantized" and "with their images alone" in verdicts["stem"]
