@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_zeros_and_denormals() -> None:
 def test_wrong_requests(block: Block) -> None:
     with pytest.raises(UsageError, match="there is no scheme"):
         graphopt.quantize(block, scheme="int5-weight")
-    with pytest.raises(UsageError, match="there is no scheme None; schemes are int8-weight"):
+    with pytest.raises(UsageError, match="there is no scheme None; schemes of weights are int8-weight"):
         graphopt.quantize(block, scheme=None)
     with pytest.raises(UsageError, match="floats have no zero points"):
         graphopt.quantize(block, scheme="fp8-e4m3-weight-zp")
@@ -238,6 +239,16 @@ def test_wrong_requests(block: Block) -> None:
         graphopt.compile(block, (torch.randn(1, 128),), quantize="int8")
     with pytest.raises(UsageError, match="frozen"):
         graphopt.Options(quantize="int8-weight", freeze=False)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("int4-weigth", "(did you mean 'int4-weight'?)"), ("int5-weight", "-g32, -g64, -g128 or -g256"),
+    ("int4-weight-zp-g64", "(the group comes first: int4-weight-g64-zp)"), ("int4-weight-g16", "32, 64, 128 or 256 rows, not 16"),
+    ("int8-dynamic-g64", "'int8-dynamic-g64': -g64 is for weights alone"), ("int8-static-zp", "'int8-static-zp': -zp is for weights alone"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_scheme(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        Scheme.parse(text)
 
 
 def test_one_tensor_and_no_inputs(block: Block) -> None:

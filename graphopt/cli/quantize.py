@@ -15,28 +15,31 @@ from graphopt.bench.loading import load, load_function, load_samples
 from graphopt.bits import SCHEMES, Front, fastest_within, plot
 from graphopt.cli.explain import _quiet
 from graphopt.errors import UsageError, first_line
-from graphopt.passes.quantization.scheme import Scheme
+from graphopt.passes.quantization.scheme import FORMS, Scheme
 from graphopt.quantization import ledger_of, quantize
+
+WITHIN = """Choose the scheme of each layer: as fast as can be while the metric moves by no more than this share of the float model's,
+0.5% or 0.005. Without --metric: while the outputs move by no more than this share of their norm, on the calibration."""
 
 
 def quantize_command(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="file.py:factory, module:factory, or a built-in model.")],
-    scheme: Annotated[str, typer.Option(help="int8-, int4-weight, with -g32, -zp; fp8-e4m3-weight; int8-dynamic ...")] = "int8-weight",
+    scheme: Annotated[str, typer.Option(help=f"How numbers are stored: {FORMS}.")] = "int8-weight",
     method: Annotated[str, typer.Option(help="rtn (to the nearest), gptq, smoothquant, awq or split.")] = "rtn",
     calibration: Annotated[str | None, typer.Option(help="file.py:factory of calls to look at; the example inputs otherwise.")] = None,
     observer: Annotated[str, typer.Option(help="Ranges of a static scheme: minmax, percentile, mse, entropy.")] = "minmax",
     keep: Annotated[list[str] | None, typer.Option(help="A layer that stays in float; * for anything. May be given again.")] = None,
-    within: Annotated[str | None, typer.Option("--fastest-within", help="Choose bits by layer: what the metric may move by, 0.5%.")] = None,
+    within: Annotated[str | None, typer.Option("--fastest-within", help=WITHIN)] = None,
     schemes: Annotated[str, typer.Option(help="Those to choose from, for --fastest-within.")] = ",".join(SCHEMES),
-    metric: Annotated[str | None, typer.Option(help="file.py:function of a model; the error of the outputs otherwise.")] = None,
+    metric: Annotated[str | None, typer.Option(help="file.py:function of a model that gives a number; for --fastest-within.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for model.pt (for torch.load), ledger.json, front.json, front.png.")] = None,
     measure: Annotated[bool, typer.Option(help="Time each kernel against the float one.")] = True,
     revert: Annotated[bool, typer.Option(help="Put back in float what became slower.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON.")] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where kernels are kept; ~/.cache/graphopt unless given.")] = None,
 ) -> None:
-    """Quantize a model's linear layers, and print the ledger.
+    """Quantize a model's linear layers (by int8-static and int8-dynamic its convolutions, too), and print the ledger.
 
     \b
     graphopt quantize model.py:make --scheme int8-weight                  a scale an output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from graphopt.errors import UsageError, nearest
@@ -45,20 +45,20 @@ class Scheme:
         """
         found = _FORM.fullmatch(text) if isinstance(text, str) else None
         if found is None or found["name"] not in SCHEMES:
-            close = nearest(str(text), SCHEMES)
-            having = ", ".join(SCHEMES)
-            raise UsageError(f"there is no scheme {text!r}{close}; schemes are {having}, and -g32, -g64, -g128, -zp behind them")
+            raise UsageError(f"there is no scheme {text!r}{_ordered(str(text)) or nearest(str(text), SCHEMES)}; {FORMS}")
         scheme = SCHEMES[found["name"]]
         if found["group"]:
             scheme = replace(scheme, group=int(found["group"][2:]))
         if found["zero"]:
             scheme = replace(scheme, zero_points=True)
         if scheme.activations and (scheme.group or scheme.zero_points):
-            raise UsageError(f"scheme {text!r}: with rounded activations a column has one scale and no zero points")
+            wrong = found["group"] or found["zero"]
+            raise UsageError(f"scheme {text!r}: {wrong} is for weights alone; where inputs are rounded, too, an output's weights have one "
+                             "scale, and no zero point")  # fmt: skip
         if scheme.storage and scheme.zero_points:
             raise UsageError(f"scheme {text!r}: floats have no zero points")
         if scheme.group not in GROUPS:
-            raise UsageError(f"scheme {text!r}: a group has one of {', '.join(map(str, GROUPS[1:]))} rows, not {scheme.group}")
+            raise UsageError(f"scheme {text!r}: a group has {_either(GROUPS[1:])} rows, not {scheme.group}")
         return scheme
 
     def make(self) -> tuple[Pass, ...]:
@@ -91,3 +91,19 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("fp8-e5m2-static", 8, activations="static", storage="f8e5m2"),
     )
 }
+
+
+def _either(choices: Sequence[object]) -> str:
+    return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+
+
+def _ordered(text: str) -> str:
+    """A hint for a scheme whose parts are all right, but not their order; else an empty string."""
+    parts = re.fullmatch(r"(?P<name>[\w-]+?)-zp(?P<group>-g\d+)", text)
+    return f" (the group comes first: {parts['name']}{parts['group']}-zp)" if parts and parts["name"] in SCHEMES else ""
+
+
+WEIGHTS, BOTH = (", ".join(name for name, s in SCHEMES.items() if bool(s.activations) is both) for both in (False, True))
+FORMS = (f"schemes of weights are {WEIGHTS}, which may be followed by a group, {_either([f'-g{g}' for g in GROUPS[1:]])}, and, if they are "
+         f"integers, by zero points, -zp; schemes of weights and inputs are {BOTH}")  # fmt: skip
+"""All that users may write."""

@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from graphopt.cli.main import app
+from graphopt.passes.quantization.scheme import SCHEMES
 
 MODEL = '''
 import torch
@@ -91,6 +92,11 @@ def test_a_model_that_cannot_be_pickled(tmp_path: Path) -> None:
     done = run(f"{tmp_path}/unpicklable_model.py:make", "--no-measure", "--out", str(tmp_path / "q"))
     assert done.exit_code == 2 and "the model cannot be pickled" in done.output and "2 of 2 weights quantized" in done.output
     assert [p.name for p in (tmp_path / "q").iterdir()] == ["ledger.json"]
+
+
+def test_help_lists_all_schemes() -> None:
+    text = run("--help").output
+    assert all(name in text for name in SCHEMES) and "-g256" in text and "Without --metric" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("args", "words"), [
