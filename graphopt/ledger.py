@@ -85,7 +85,7 @@ class Ledger:
         reverted = sum(e.verdict.startswith("reverted") for e in self.entries)
         was, now = sum(e.float_bytes for e in self.entries), sum(e.bytes for e in self.entries)
         what = f"{done} of {len(self.entries)} weights quantized, {reverted} reverted as slower"
-        lines = [f"{self.scheme}: {what}; {_mb(was)} became {_mb(now)}"]
+        lines = [f"{self.scheme}: {what}; {_size(was)} became {_size(now)}"]
         if self.output_error is not None:
             lines.append(f"the model's output moved by {self.output_error:.3g} of its norm")
         if not done:
@@ -124,5 +124,5 @@ def _us(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.1f}"
 
 
-def _mb(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -274,3 +274,8 @@ def testfamilies() -> None:
 def test_a_ledger_of_what_is_slower() -> None:
     text = Ledger("int8-weight", [Entry("a", (2, 2), "int8-weight", "quantized", 16, 8)], seconds=2.0, float_seconds=1.0).summary()
     assert "slower: 0.50 times as fast" in text
+
+
+@pytest.mark.parametrize(("was", "now", "text"), [(2_000_000, 530_000, "2.0 MB became 530.0 kB"), (16, 8, "0.0 kB became 0.0 kB")])
+def test_small_weights_are_told_in_kilobytes(was: int, now: int, text: str) -> None:
+    assert text in Ledger("int8-weight", [Entry("a", (2, 2), "int8-weight", "quantized", was, now)]).summary()
