@@ -36,6 +36,7 @@ from graphopt.quantization import Progress, ledger_of, quantize
 
 SCHEMES = ("int8-weight", "int4-weight")
 METHODS = ("rtn", "gptq", "split")  # that round a layer without changing another
+LEFT = "left: as asked"  # of layers that were given no scheme
 LOOKS = 8  # models along the way that are judged, besides those that the search needs
 
 Metric = Callable[[nn.Module], float]
@@ -176,9 +177,19 @@ def fastest_within(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kw
         result = quantize(model, args, kwargs, scheme=points[chosen].schemes, measure=measure, progress=progress, **given)
     losses[chosen] = moved(result)
     ledger_of(result).notes += [note] if note else []
+    _explain(ledger_of(result), list(ledgers.values()))
     points = [Point(p.schemes, p.saved, p.expected, losses.get(i)) for i, p in enumerate(points)]
     unit = "seconds" if measure else "bytes"
     return result, Front(unit, _whole(ledgers[schemes[0]], measure), budget, options, points, chosen)
+
+
+def _explain(ledger: Ledger, alone: Sequence[Ledger]) -> None:
+    """Say of what the search left that it did, and of what no scheme could have, why. ``alone``: each scheme's, of all layers."""
+    quantized = {e.name for found in alone for e in found.entries if e.quantized}
+    why = {e.name: e.verdict for found in alone for e in found.entries if not e.quantized}
+    for e in ledger.entries:
+        if e.verdict == LEFT:
+            e.verdict = "left: the search left it in float" if e.name in quantized else why[e.name]
 
 
 def _judge(model: nn.Module, metric: Metric | None, samples: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> Metric:

@@ -105,6 +105,16 @@ def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [e.name for e in made.ledger.entries if e.quantized] == ["2"]
 
 
+def test_why_layers_are_left() -> None:
+    """The user asked for one alone; another is too small for any scheme, and others the search left."""
+    torch.manual_seed(0)
+    m = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((128, 256), (256, 128), (128, 8), (8, 2048)))).eval()
+    made, _ = fastest_within(m, (torch.randn(2, 128),), budget=0.0, keep=["3"], measure=False)
+    assert [e.verdict for e in made.ledger.entries] == [
+        *["left: the search left it in float"] * 2, "left: 1024 elements are too few", "left: as asked"
+    ]  # fmt: skip
+
+
 def test_wrong_requests() -> None:
     m, x = model(), torch.randn(2, 128)
     with pytest.raises(UsageError, match="changes more than the layer"):
