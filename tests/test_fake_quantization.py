@@ -50,6 +50,22 @@ def test_convolutions(scheme: str) -> None:
         torch.testing.assert_close(fake(x)[0], fake[2](fake[1](fake[0](x[0]))), rtol=1e-4, atol=1e-5)  # type: ignore[index]
 
 
+def test_convolutions_keep_the_integers_that_they_were_trained_with() -> None:
+    """Batch norms are folded into them afterwards: a factor for each output, some of them negative."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)), torch.randn(8, 3, 9, 9)
+    nn.init.normal_(model[1].weight)  # type: ignore[arg-type]
+    fake = graphopt.fake_quantize(model, scheme="int8-dynamic", least=1)
+    for _ in range(3):
+        fake(x).square().mean().backward()
+    made, unfolded = (graphopt.quantize(m.eval(), (x,), scheme="int8-dynamic", measure=False, least=1)[0] for m in (fake, fake[:1]))  # type: ignore[index]
+    signs = model[1].weight.sign().to(torch.int8).reshape(-1, 1, 1, 1)  # type: ignore[operator, union-attr]
+    assert torch.equal(made.integers, unfolded.integers * signs) and not torch.equal(made.scales, unfolded.scales)
+    whole = graphopt.quantize(fake, (x,), scheme="int8-dynamic", measure=False, least=1)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x), fake(x), rtol=0, atol=1e-5)
+
+
 def test_a_matrix_that_lies_the_other_way() -> None:
     modeling = pytest.importorskip("transformers.pytorch_utils")
     torch.manual_seed(0)
