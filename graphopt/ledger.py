@@ -7,7 +7,7 @@ from io import StringIO
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 @dataclass
@@ -98,8 +98,8 @@ class Ledger:
 
     def table(self, width: int = 160) -> str:
         """Text for people, a line a weight; below it, the summary."""
-        errors = ("weight error", "output error")
-        table = Table("weight", "shape", "scheme", *errors, "MB", "kernel", "us", "float us", "speedup", "GB/s", "verdict")
+        measures = ("weight error", "output error", "MB", "kernel", "us", "float us", "speedup", "GB/s")
+        table = Table(Column("weight", no_wrap=True), "shape", "scheme", *measures, "verdict")
         for e in self.entries:
             rate = f"{e.bytes_read / e.seconds / 1e9:.1f}" if e.seconds and e.bytes_read else ""
             table.add_row(

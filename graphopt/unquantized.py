@@ -22,7 +22,7 @@ from graphopt.split import SplitLinear
 
 _NOT_TOLD = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 _REASONS: dict[type[nn.Module] | tuple[type[nn.Module], ...], str] = {
-    (nn.MultiheadAttention, NonDynamicallyQuantizableLinear): "nn.MultiheadAttention multiplies by it without calling a layer",
+    (nn.MultiheadAttention, NonDynamicallyQuantizableLinear): "nn.MultiheadAttention reads it without calling a layer",
     (nn.RNNBase, nn.RNNCellBase): "recurrent layers are not quantized",
     _ConvTransposeNd: "transposed convolutions are not quantized",
     nn.Bilinear: "bilinear layers are not quantized",

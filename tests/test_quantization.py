@@ -279,3 +279,8 @@ def test_a_ledger_of_what_is_slower() -> None:
 @pytest.mark.parametrize(("was", "now", "text"), [(2_000_000, 530_000, "2.0 MB became 530.0 kB"), (16, 8, "0.0 kB became 0.0 kB")])
 def test_small_weights_are_told_in_kilobytes(was: int, now: int, text: str) -> None:
     assert text in Ledger("int8-weight", [Entry("a", (2, 2), "int8-weight", "quantized", was, now)]).summary()
+
+
+def test_names_are_whole_whatever_the_verdict() -> None:
+    name = "encoder.layers.11.self_attn.in_proj_weight"
+    assert name in Ledger("s", [Entry(name, (2304, 768), "", f"left: {'why it is ' * 20}", 16, 16)]).table()
