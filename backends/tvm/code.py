@@ -24,6 +24,7 @@ _KINDS = {
     "serial": tirx.ForKind.SERIAL, "parallel": tirx.ForKind.PARALLEL,
     "vectorized": tirx.ForKind.VECTORIZED, "unrolled": tirx.ForKind.UNROLLED,
 }  # fmt: skip
+_DEEP = 1000  # nodes of a float, with definitions in the place of names, from which on it is kept in memory
 ARRAY_DATA = 1  # field number of the data pointer in tvm_struct_get
 
 
@@ -49,7 +50,8 @@ class Code:
         self.params: list[Any] = []
         self._blocks: list[list[Any]] = [[]]
         self._names: dict[str, int] = {}
-        self._in_vector = 0
+        self._vectors: list[tuple[int, Any, Index]] = []  # of vectorized loops: the block they stand in, the lane and how many there are
+        self._nodes: dict[Any, int] = {}  # of bound floats, definitions in the place of names
 
     # --- names, sizes and index arithmetic -----------------------------------------------------------------------------
 
@@ -168,9 +170,11 @@ class Code:
         self.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(start), i64(extent)))
         start, extent = (x if isinstance(x, int | tirx.Var) else self._veil(x, name) for x in (start, extent))
         self._blocks.append([])
-        self._in_vector += kind == "vectorized"
+        if kind == "vectorized":
+            self._vectors.append((len(self._blocks) - 2, self.simplify(var - start), extent))
         yield var
-        self._in_vector -= kind == "vectorized"
+        if kind == "vectorized":
+            self._vectors.pop()
         self.emit_loop(var, start, extent, kind)
 
     def emit_loop(self, var: Any, start: Index, extent: Index, kind: str) -> None:
@@ -204,17 +208,63 @@ class Code:
         if held.startswith("float"):
             if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
                 value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
-        elif hidden and not self._in_vector and not isinstance(value, tvm.ir.Call):
+            count = self._count(value)
+            if count > _DEEP and (kept := self._kept(value, name)) is not None:
+                return kept
+            var = tirx.Var(self.fresh(name), value.ty)
+            self._nodes[var] = count
+            self.emit(tirx.Bind(var, value))
+            return var
+        if hidden and not self._vectors and not isinstance(value, tvm.ir.Call):
             # among symbolic sizes even hidden integers are reasoned about; what is read from memory is not, and LLVM
             # turns the memory into a register again (that of the scope "local" would be asked for and given back each time)
             cell = self.alloc(1, held, f"{name}_cell")
             self.store(cell, 0, value)
             return self.load(cell, 0)
-        elif hidden and not isinstance(value, tvm.ir.Call):
+        if hidden and not isinstance(value, tvm.ir.Call):
             other = held[1:] if held.startswith("u") else f"u{held}"
             return tirx.reinterpret(held, self.bind(tirx.reinterpret(other, value), name))
         var = tirx.Var(self.fresh(name), value.ty)
         self.emit(tirx.Bind(var, value))
+        return var
+
+    def _count(self, value: Any) -> int:
+        """Nodes of a float with definitions in the place of names, as the analyzer sees it; it stops beyond ``_DEEP``."""
+        count, pending = 0, [value]
+        while pending and count <= _DEEP:
+            e = pending.pop()
+            if isinstance(e, tirx.Var):
+                count += self._nodes.get(e, 1)
+                continue
+            count += 1
+            if isinstance(e, tvm.ir.Call):
+                pending.extend(e.args)
+            elif isinstance(e, tirx.Select):
+                pending += (e.condition, e.true_value, e.false_value)
+            else:  # of arithmetic, comparisons and conversions; what is read from memory has none of them
+                pending += [getattr(e, name) for name in ("a", "b", "value") if hasattr(e, name)]
+        return count
+
+    def _kept(self, value: Any, name: str) -> Any:
+        """A float's value through memory, which LLVM turns into a register again: the analyzer does not look behind it.
+
+        Chains whose steps read a value several times, as each rounding to bf16 does, would take it minutes. None where no memory of
+        their own can be had for the lanes.
+        """
+        held, _, wide = str(value.ty.dtype).partition("x")
+        lanes = int(wide or 1)
+        if self._vectors:
+            if len(self._vectors) > 1 or not isinstance(self._vectors[0][2], int):
+                return None
+            block, at, extent = self._vectors[0]
+            cell = tirx.decl_buffer((i64(extent),), held, self.fresh(f"{name}_cell"), layout=None)
+            self._blocks[block].append(tirx.stmt.AllocBuffer(cell))
+        else:
+            at = tirx.Ramp(i64(0), i64(1), lanes) if lanes > 1 else i64(0)
+            cell = self.alloc(lanes, held, f"{name}_cell")
+        self.emit(tirx.BufferStore(cell, value, [at]))
+        var = tirx.Var(self.fresh(name), value.ty)
+        self.emit(tirx.Bind(var, cell[at]))
         return var
 
     def bind_index(self, value: Index, name: str = "i", extent: Index | None = None) -> Index:

@@ -99,10 +99,7 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
     if source.is_float:
         if to.is_float:
             x = x if COMPUTE[source] == name else let(x.astype(name))
-            if to == types.bf16:  # a nan from memory may be a signalling one, whose low bits alone tell it from infinity
-                bits = tirx.reinterpret("uint32", rounded(x, to))
-                return tirx.reinterpret("float32", tirx.Select(vecmath.isnan(x), _u32(0x7FC00000), bits))
-            return rounded(x, to)
+            return _kept_nan(x, rounded(x, to)) if to == types.bf16 else rounded(x, to)
         if to == types.i64:
             return x.astype("int64")
         if to == types.u8:
@@ -110,6 +107,17 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
         wide = x.astype("int32")
         return wide if to == types.i32 else wide.astype(name)
     return rounded(let(x.astype(name)), to)
+
+
+def _kept_nan(x: Any, low: Any) -> Any:
+    """An f32 rounded to bf16, a nan where it was one: one from memory may be a signalling one, whose low bits alone tell it from infinity.
+
+    Without a selection, for the reason that :func:`rounded` has none.
+    """
+    magnitude = tirx.bitwise_and(tirx.reinterpret("uint32", x), _u32(0x7FFFFFFF))
+    beyond = vecmath.intrinsic("llvm.usub.sat", "uint32", magnitude, _u32(0x7F800000))
+    quiet = tirx.shift_left(vecmath.intrinsic("llvm.umin", "uint32", beyond, _u32(1)), _u32(22))
+    return tirx.reinterpret("float32", tirx.bitwise_or(tirx.reinterpret("uint32", low), quiet))
 
 
 FACTOR = {types.f8e4m3: 256.0, types.f8e5m2: 1.0}  # of what f8_part gives
