@@ -44,28 +44,28 @@ def linear(c: Context, x: Value, w: Value, bias: Value | None = None) -> Value:
     return y if bias is None else c.b.add(y, bias)
 
 
-def _added(c: Context, bias: Value, product: Value, beta: Number, alpha: Number) -> Value:
-    """beta * bias + alpha * product; a beta of zero does not read the bias, not even its nan."""
+def _added(c: Context, bias: Value, a: Value, b: Value, beta: Number, alpha: Number) -> Value:
+    """beta * bias + alpha * a @ b; a beta of zero does not read the bias, not even its nan. Half precision is rounded once, at the end."""
+    dtype = c.math_dtype(c.dtype)
+    c.require(a.dtype == b.dtype == bias.dtype == c.dtype and not c.dtype.is_bool and (c.dtype.is_float or (alpha == 1 and beta == 1)))
+    product: Value = c.b.create("matmul", [a, b], {"acc": dtype} if dtype != c.dtype else {})
     if alpha != 1:
-        product = c.b.mul(product, c.constant(alpha, c.dtype))
-    if beta == 0:
-        return product
-    c.require(bias.dtype == c.dtype and c.math_dtype(c.dtype) == c.dtype, "half precision is rounded once, after the sum")
-    if beta != 1:
-        bias = c.b.mul(bias, c.constant(beta, c.dtype))
-    return c.b.add(product, bias)
+        product = c.b.mul(product, c.constant(alpha, dtype))
+    if beta != 0:
+        bias = c.to(bias, dtype)
+        product = c.b.add(product, bias if beta == 1 else c.b.mul(bias, c.constant(beta, dtype)))
+    return c.to(product, c.dtype)
 
 
 @lowers("addmm", "baddbmm")
 def addmm(c: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alpha: Number = 1) -> Value:
-    c.require(c.dtype.is_float or (alpha == 1 and beta == 1))
-    return _added(c, bias, _product(c, a, b), beta, alpha)
+    return _added(c, bias, a, b, beta, alpha)
 
 
 @lowers("addmv")
 def addmv(c: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alpha: Number = 1) -> Value:
-    c.require(c.dtype.is_float or (alpha == 1 and beta == 1))
-    return _added(c, bias, matmul(c, a, b), beta, alpha)
+    column, shift = c.b.reshape(b, (*b.shape, 1)), c.b.reshape(bias, (*bias.shape, 1)) if bias.type.rank else bias
+    return c.b.reshape(_added(c, shift, a, column, beta, alpha), c.shape)
 
 
 # convolution -----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ def test_matrix_products() -> None:
 
 def test_half_precision_sums_are_rounded_once() -> None:
     x, w, b = (torch.randn(*s, dtype=torch.bfloat16) for s in ((3, 64), (5, 64), (5,)))
-    check(F.linear, x, w, b, library=("aten.addmm.default",))
+    check(F.linear, x, w, b)
+    check(lambda x, w, b: torch.addmm(b, x, w.t(), beta=0.5, alpha=2.0), x, w, b)
+    check(lambda w, x, b: torch.addmv(b, w, x[0]), w, x, b)
     check(F.linear, x, w)
 
 
