@@ -138,11 +138,13 @@ def smoothed(model: nn.Module, groups: Sequence[Group], alone: Sequence[str], sa
 class Smoothed(nn.Module):
     """A linear layer with a weight ``[N, K]``, of inputs that are multiplied by ``smooth`` ``[K]`` first."""
 
+    bias: nn.Parameter | None
     smooth: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, smooth: torch.Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight.detach(), requires_grad=False), bias
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)  # an attribute that is None would be none of the module's parameters
         self.register_buffer("smooth", smooth)
         self.register_forward_pre_hook(called)
 

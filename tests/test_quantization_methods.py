@@ -17,6 +17,7 @@ from graphopt.calibration import BINS, OBSERVERS, Observer, samples_of
 from graphopt.clipping import round_clipped
 from graphopt.errors import UsageError
 from graphopt.gptq import Hessian, round_weight
+from graphopt.linears import replaced, weight_of
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantized_linear import QuantizedLinear, dequantize_groups, integer_linear, pack_rows, quantize_groups
 from graphopt.scales import ROWS, Inputs, scales, smoothquant_scales
@@ -296,7 +297,6 @@ def test_a_tied_weight_is_left(block: Block) -> None:
 
 @pytest.mark.parametrize("method", ["smoothquant", "awq"])
 def test_scales_are_moved_exactly(block: Block, method: str) -> None:
-    from graphopt.linears import replaced, weight_of
     from graphopt.smoothing import smoothed
 
     x = torch.randn(200, 96, dtype=torch.float64)
@@ -333,6 +333,76 @@ def test_a_layer_smooths_its_own_inputs(block: Block) -> None:
             errors[method] = float((made(x) - block(x)).norm() / block(x).norm())
     assert made.down.smooth is not None and errors["smoothquant"] < errors["rtn"] / 2, errors
     assert {json.loads(k.schedule)["template"] for k in compiled.report.kernels if k.kind == "matmul"} == {"int8"}
+
+
+class Gated(nn.Module):
+    """What multiplies is read twice, so that no normalization can take scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.down = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.sigmoid(self.gate(x)) * x)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).logits
+
+
+def without_biases(kind: str) -> tuple[nn.Module, torch.Tensor, list[torch.Tensor]]:
+    """A model whose linear layers have no biases, an example, and calls to calibrate on, of uneven columns."""
+    if kind == "llama":
+        transformers = pytest.importorskip("transformers")
+        config = transformers.LlamaConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                                          intermediate_size=256, vocab_size=500, use_cache=False)  # fmt: skip
+        model, calibration = Logits(transformers.LlamaForCausalLM(config)), [torch.randint(500, (4, 32)) for _ in range(3)]
+        return model.eval(), torch.randint(500, (2, 16)), calibration
+    layer, uneven = {"bias": False}, torch.logspace(-1.5, 1, 128)
+    norm = nn.LayerNorm(128, bias=False)
+    norm.weight = nn.Parameter(uneven.clone())
+    model = {"mlp": lambda: nn.Sequential(nn.Linear(128, 200, **layer), nn.ReLU(), nn.Linear(200, 128, **layer)),
+             "norm": lambda: nn.Sequential(norm, nn.Linear(128, 200, **layer)), "gated": Gated}[kind]()  # fmt: skip
+    return model.eval(), torch.randn(6, 128) * uneven, [torch.randn(100, 128) * uneven for _ in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "norm", "gated", "llama"])
+@pytest.mark.parametrize(("scheme", "method", "most"), [
+    ("int4-weight", "awq", 0.25), ("int8-weight", "awq", 0.02), ("int8-dynamic", "smoothquant", 0.04),
+    ("int8-static", "smoothquant", 0.05),
+])  # fmt: skip
+def test_layers_without_biases_that_carry_scales(kind: str, scheme: str, method: str, most: float) -> None:
+    """Compiled as exact as in eager, by the same integers in f64; loaded, the same."""
+    torch.manual_seed(0)
+    model, x, calibration = without_biases(kind)
+    made = graphopt.quantize(model, (x,), scheme=scheme, method=method, calibration=calibration, measure=False, least=1)
+    smoothed = {n: m for n, m in made.named_modules() if isinstance(m, QuantizedLinear) and m.smooth is not None}
+    assert (smoothed or kind == "llama") and all(m.bias is None for m in smoothed.values())
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    with torch.no_grad():
+        want, got, compiled = model(x), made(x), graphopt.compile(made, (x,), strict=True)(x)
+        assert 0 < float((got - want).norm() / want.norm()) < most
+        assert torch.equal(torch.load(file, weights_only=False)(x), got)
+        if scheme.endswith("weight"):
+            wide = {n: linear_in_f64(m) for n, m in made.named_modules() if isinstance(m, QuantizedLinear)}
+            true = replaced(made, wide).double()(x.double() if x.is_floating_point() else x)
+            assert float((compiled - true).abs().max()) <= max(4 * float((got - true).abs().max()), 1e-6 * float(true.abs().max()))
+        assert float((compiled - got).norm() / got.norm()) < 2e-3
+
+
+def linear_in_f64(m: QuantizedLinear) -> nn.Linear:
+    """What a layer of quantized weights stands for, its inputs' scales multiplied in."""
+    weight = dequantize_groups(m.integers, m.scales.double(), m.zeros, m.bits, m.in_features)
+    layer = nn.Linear(m.in_features, m.out_features, bias=False)
+    layer.weight = nn.Parameter(weight if m.smooth is None else weight * m.smooth.double())
+    return layer
 
 
 def test_smoothquant_on_planted_outliers(block: Block) -> None:
