@@ -1,7 +1,9 @@
 """Which scales to move from the inputs of linear layers into their weights: candidates are tried on calibrated rows, and the best kept.
 
 Rows ``x`` and weights are divided and multiplied by ``s`` ``[K]``, both are rounded as the scheme will round them, and ``s`` is that
-with the least squared error of the outputs. Moving nothing is among the candidates.
+with the least squared error of the outputs. Moving nothing is among the candidates, and is kept unless another wins by more than
+rounding another grid does by chance: where rows have much in common (large means), one error in common to all is most of what is measured,
+which the layers behind may make much of.
 
 - SmoothQuant: ``s = max|x|^a / max|w|^(1 - a)``. One strength ``a`` for a model leaves layers behind an activation far from their best:
   a single token in a single channel may be a hundred times as large as the rest. Here each group of layers has a strength of its own.
@@ -21,6 +23,7 @@ from graphopt.quantized_linear import dequantize_groups, largest_of, on_grid, qu
 
 STRENGTHS = tuple(i / 10 for i in range(3, 11))  # SmoothQuant's alpha
 POWERS = tuple(i / 20 for i in range(1, 21))  # AWQ's
+SURE = 2.0  # deviations of the difference that chance makes: moving must win by as many
 ROWS = 512  # of a layer's inputs that are kept
 
 
@@ -70,13 +73,26 @@ def scales(method: str, inputs: Inputs, weights: Sequence[torch.Tensor], schemes
     """The best scales ``[K]`` for the weights ``[N, K]`` of a group, each with its scheme; ``method`` is ``smoothquant`` or ``awq``."""
 
     def made(power: float, most: torch.Tensor) -> torch.Tensor:
-        if not power:
-            return torch.ones_like(most)
         return smoothquant_scales(most, weights, power) if method == "smoothquant" else awq_scales(inputs.mean, power)
 
-    powers = (0.0, *(STRENGTHS if method == "smoothquant" else POWERS))
-    errors = [_error(made(p, inputs.rest), inputs, weights, schemes) for p in powers]
-    return made(powers[errors.index(min(errors))], inputs.most)
+    powers = STRENGTHS if method == "smoothquant" else POWERS
+    wrong = _wrong(torch.ones_like(inputs.most), inputs, weights, schemes)
+    tried = [made(p, inputs.rest) for p in powers]
+    errors = [float(_wrong(s, inputs, weights, schemes).square().sum()) for s in tried]
+    best = errors.index(min(errors))
+    if not errors[best] < float(wrong.square().sum()) * (1 - SURE * (4 / _draws(wrong)) ** 0.5):
+        return torch.ones_like(inputs.most)
+    # a static range will be that of all rows; of weights, others than those that were tried would round otherwise
+    return made(powers[best], inputs.most) if any(s.activations == "static" for s in schemes) else tried[best]
+
+
+def _draws(wrong: torch.Tensor) -> float:
+    """How many independent numbers of like size errors ``[R, N]`` are; where rows are much alike, little more than one an output.
+
+    A sum of n squares has the variance ``2 / n`` of its mean squared, the difference of two such sums twice that.
+    """
+    total, products = float(wrong.square().sum()), float((wrong @ wrong.t()).square().sum())
+    return wrong.shape[1] * total**2 / products if products else 1.0
 
 
 def smoothquant_scales(most: torch.Tensor, weights: Sequence[torch.Tensor], strength: float) -> torch.Tensor:
@@ -92,15 +108,15 @@ def awq_scales(mean: torch.Tensor, power: float) -> torch.Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
-def _error(s: torch.Tensor, inputs: Inputs, weights: Sequence[torch.Tensor], schemes: Sequence[Scheme]) -> float:
-    """Squared errors of the outputs, each relative to its norm, for the rows that are held out."""
-    x, lost = inputs.rows, 0.0
+def _wrong(s: torch.Tensor, inputs: Inputs, weights: Sequence[torch.Tensor], schemes: Sequence[Scheme]) -> torch.Tensor:
+    """Errors of the outputs ``[R, N]`` of all weights, relative to the norm of each one's, for the rows that are held out; f64."""
+    x, out = inputs.rows, []
     for w, scheme in zip(weights, schemes, strict=True):
         q = dequantize_groups(*quantize_groups(w * s, scheme), scheme.bits, w.shape[1])
-        y = x @ w.t()
-        wrong = _as_rounded(x / s, scheme, float((inputs.rest / s).max())) @ q.t() - y
-        lost += float((wrong.norm() / y.norm().clamp_min(1e-30)).square())
-    return lost
+        y = (x @ w.t()).double()
+        got = _as_rounded(x / s, scheme, float((inputs.rest / s).max())) @ q.t()
+        out.append((got - y) / y.norm().clamp_min(1e-150))
+    return torch.cat(out, 1)
 
 
 def _as_rounded(x: torch.Tensor, scheme: Scheme, most: float) -> torch.Tensor:
