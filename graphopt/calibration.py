@@ -5,7 +5,8 @@ An :class:`Observer` keeps a histogram of magnitudes, from which each method fin
     minmax       the largest that was seen
     percentile   99.99% of all are below it
     mse          the squared error of what is rounded and of what is clipped is least
-    entropy      the distribution of the rounded values tells most of the true one (least Kullback-Leibler divergence)
+    entropy      the distribution of the rounded values tells most of the true one (least Kullback-Leibler divergence), among the ranges
+                 whose squared error is no greater than that of all: a divergence makes nothing of how large what it clips is
 
 Reference: Wu et al., "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation", arXiv:2004.09602;
 entropy as in Migacz, "8-bit Inference with TensorRT", GTC 2017.
@@ -14,6 +15,7 @@ entropy as in Migacz, "8-bit Inference with TensorRT", GTC 2017.
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,9 +207,12 @@ class Observer:
         if method == "percentile":
             below = self.counts.cumsum(0) / self.counts.sum()
             return min(self.largest, self.width * (1 + int((below < PERCENTILE).sum())))
-        ends = range(LEVELS + 1, BINS + 1, 8)
-        loss = self._squared_error if method == "mse" else self._divergence
-        best = min(ends, key=loss)
+        whole = min(math.ceil(self.largest / self.width), BINS)
+        errors = {end: self._squared_error(end) for end in (*range(LEVELS + 1, BINS + 1, 8), whole)}
+        if method == "mse":
+            best = min(errors, key=lambda end: errors[end])
+        else:
+            best = min([end for end, error in errors.items() if error <= errors[whole]], key=self._divergence)
         return min(self.largest, best * self.width)
 
     def step(self, method: str, most: float = LEVELS) -> float:
@@ -222,12 +227,16 @@ class Observer:
         return float((self.counts * (wrong**2 + 0.0)).sum())
 
     def _divergence(self, end: int) -> float:
-        """KL(p || q): p is the distribution up to a bin, with what lies beyond in its last bin; q has one density a level."""
-        kept = self.counts[:end]
+        """KL(p || q): p is the distribution up to a bin, with what lies beyond in its last bin; q has one density a level.
+
+        The first bin is left out of both: what is zero stays zero in any range, and of inputs behind a ReLU or a dropout would be most.
+        """
+        kept = self.counts[:end].clone()
+        kept[0] = 0.0
         p = kept.clone()
         p[-1] += self.counts[end:].sum()
         level = (torch.arange(end) * (LEVELS + 1)) // end
-        filled = (kept > 0).double()
+        filled = (p > 0).double()
         sums = torch.zeros(LEVELS + 1, dtype=torch.float64).index_add_(0, level, kept)
         bins = torch.zeros(LEVELS + 1, dtype=torch.float64).index_add_(0, level, filled)
         q = (sums / bins.clamp_min(1))[level] * filled

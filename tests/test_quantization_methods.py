@@ -213,6 +213,40 @@ def test_ranges() -> None:
     assert error(found["mse"]) <= min(error(found[m]) for m in OBSERVERS) * 1.01
 
 
+SHAPES_OF_INPUTS = {
+    "normal": lambda x: x,
+    "behind a ReLU": torch.relu,
+    "nine of ten are zeros": lambda x: x * (torch.rand_like(x) < 0.1),
+    "99 of 100 are zeros": lambda x: x * (torch.rand_like(x) < 0.01),
+    "one value": torch.ones_like,
+    "zeros and ones": lambda x: (x > 1).float(),
+    "small and large": lambda x: x * torch.where(torch.rand_like(x) < 0.5, 0.01, 1.0),
+    "two heaps": lambda x: x * 0.1 + 1 + 9 * (x > 1),
+    "heavy tails": lambda x: x.exp() * x,
+    "shares": lambda x: torch.softmax(3 * x, -1),
+    "a large channel": lambda x: x * (1 + 99 * torch.eye(64)[7]),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES_OF_INPUTS)
+def test_entropy_is_not_far_worse_than_the_whole_range(kind: str) -> None:
+    """Also where most is zero, which every range represents; and by squared errors ``mse`` is the best, up to the width of bins."""
+    torch.manual_seed(0)
+    x, layer, observer = SHAPES_OF_INPUTS[kind](torch.randn(2000, 64)), nn.Linear(64, 64, bias=False), Observer()
+    for part in x.split(500):
+        observer.see(part)
+    errors, squares = {}, {}
+    with torch.no_grad():
+        want = layer(x)
+        for method in OBSERVERS:
+            step = observer.step(method)
+            rounded = (x / step).round().clamp(-128, 127) * step
+            errors[method] = float((layer(rounded) - want).norm() / want.norm())
+            squares[method] = float((rounded - x).square().sum())
+    assert errors["entropy"] <= 1.05 * errors["minmax"] + 1e-6, errors
+    assert squares["mse"] <= 1.1 * min(squares.values()) + 1e-6, squares
+
+
 def test_a_histogram_widens() -> None:
     observer = Observer()
     for i in range(12):
