@@ -180,7 +180,7 @@ def fastest_within(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kw
     _explain(ledger_of(result), list(ledgers.values()))
     points = [Point(p.schemes, p.saved, p.expected, losses.get(i)) for i, p in enumerate(points)]
     unit = "seconds" if measure else "bytes"
-    return result, Front(unit, _whole(ledgers[schemes[0]], measure), budget, options, points, chosen)
+    return result, Front(unit, _whole(ledgers, measure), budget, options, points, chosen)
 
 
 def _explain(ledger: Ledger, alone: Sequence[Ledger]) -> None:
@@ -244,10 +244,15 @@ def _options(ledgers: Mapping[str, Ledger], measure: bool) -> list[Option]:
     return out
 
 
-def _whole(ledger: Ledger, measure: bool) -> float:
+def _whole(ledgers: Mapping[str, Ledger], measure: bool) -> float:
+    """Of all layers that some scheme may be given to: a scheme of weights alone knows no convolutions. Of times that were taken for each
+    scheme, the longest."""
+    entries = [e for ledger in ledgers.values() for e in ledger.entries]
     if not measure:
-        return float(sum(e.float_bytes for e in ledger.entries))
-    return sum(seconds for _, seconds in dict.fromkeys((e.together, e.float_seconds) for e in ledger.entries if e.float_seconds))
+        return float(sum({e.name: e.float_bytes for e in entries}.values()))
+    sets = families([e.together or (e.name,) for e in entries])
+    kernels = [dict.fromkeys((e.together or (e.name,), e.float_seconds or 0.0) for e in ledger.entries) for ledger in ledgers.values()]
+    return sum(max(sum(t for names, t in found if set(names) <= set(members)) for found in kernels) for members in sets)
 
 
 def _way(options: Sequence[Option]) -> list[Point]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.bits import Option, _options, _way, fastest_within, plot
+from graphopt.bits import Option, _options, _way, _whole, fastest_within, plot
 from graphopt.errors import UsageError
 from graphopt.ledger import Entry, Ledger
 
@@ -45,6 +45,27 @@ def test_no_set_of_layers_saves_more_for_as_little() -> None:
     for p in _way(options):
         better = [s for s, loss in every if loss <= p.expected + 1e-12]
         assert p.saved >= max(better) - max(o.saved for o in options)  # the greedy bound: less than one option is missed
+
+
+def test_the_whole_is_that_of_all_schemes() -> None:
+    """A scheme of weights alone knows no convolutions, and layers may share a kernel in one and not in another."""
+
+    def entry(name: str, seconds: float | None, together: tuple[str, ...]) -> Entry:
+        return Entry(name, (2, 2), "s", "quantized", 16, 4, float_seconds=seconds, together=together)
+
+    weights = Ledger("w", [entry("a", 5.0, ("a", "b")), entry("b", 5.0, ("a", "b")), entry("c", None, ())])
+    both = Ledger("d", [entry("conv", 7.0, ("conv",)), entry("a", 2.0, ("a",)), entry("b", 2.5, ("b",)), entry("c", 1.0, ("c",))])
+    for ledgers in ({"w": weights, "d": both}, {"d": both, "w": weights}):
+        assert _whole(ledgers, True) == 5.0 + 7.0 + 1.0 and _whole(ledgers, False) == 64.0
+
+
+@pytest.mark.parametrize("schemes", [("int8-weight", "int8-dynamic"), ("int8-dynamic", "int4-weight")])
+def test_the_share_that_is_left_of_a_net_of_convolutions(schemes: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 256))
+    _, front = fastest_within(net.eval(), (torch.randn(2, 3, 12, 12),), budget=0.5, schemes=schemes, measure=False)
+    assert front.whole == 4 * (27 * 32 + 288 * 64 + 64 * 256)
+    assert all(0.2 * front.whole < front.whole - p.saved <= front.whole for p in front.points)
 
 
 def test_layers_of_one_kernel_are_chosen_together() -> None:
