@@ -26,12 +26,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from graphopt.errors import GraphoptError, UsageError, first_line, nearest
+from graphopt.passes.quantization.quantize_weights import TINY
 
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")
 BINS = 2048
 LEVELS = 127  # magnitudes of 8 bits
 PERCENTILE = 0.9999
-_TINY = 1e-30
 
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a call of the model."""
@@ -217,7 +217,7 @@ class Observer:
 
     def step(self, method: str, most: float = LEVELS) -> float:
         """The scale for that range, whose end becomes ``most``."""
-        return max(self.range(method) / most, _TINY)
+        return max(self.range(method) / most, TINY)
 
     def _squared_error(self, end: int) -> float:
         """Of magnitudes rounded to ``LEVELS`` steps up to a bin, and clipped beyond it."""

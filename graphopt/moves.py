@@ -34,5 +34,5 @@ def relative_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
         same = (got == want) | (got.isnan() & want.isnan())
         lost += float(torch.where(same, 0.0, got - want).square().sum())
         norm += float(want[want.isfinite()].square().sum())
-    error = (lost / max(norm, 1e-60)) ** 0.5
+    error = (lost / max(norm, 1e-150)) ** 0.5
     return error if error == error else float("inf")

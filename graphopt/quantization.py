@@ -237,7 +237,9 @@ def _entry(name: str, m: nn.Module, quantized: Quantized | None, why: str) -> En
     shape = (weight.shape[0], weight.shape[1])
     if quantized is None:
         return Entry(name, shape, "", f"left: {why}", weight.nbytes, weight.nbytes)
-    error = float((quantized.weight.flatten(1) - weight.detach()).norm() / weight.detach().norm().clamp_min(1e-30))
+    wrong = quantized.weight.flatten(1) - weight.detach()
+    lost, norm = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (wrong, weight.detach()))
+    error = float(lost / norm.clamp_min(1e-150))
     return Entry(name, shape, quantized.scheme, "quantized", weight.nbytes, quantized.nbytes, error)
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from graphopt.passes.quantization.quantize_weights import TINY
 from graphopt.passes.quantization.scheme import Scheme
-from graphopt.quantized_linear import EXACT, LIBRARY, TINY, quantize_groups
+from graphopt.quantized_linear import EXACT, LIBRARY, quantize_groups
 
 _SIGNATURE = "integer_conv(Tensor x, Tensor integers, Tensor scales, Tensor? step, int[] stride, int[] padding, int[] dilation) -> Tensor"
 LIBRARY.define(_SIGNATURE)  # type: ignore[no-untyped-call]

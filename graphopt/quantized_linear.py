@@ -13,10 +13,9 @@ from torch.nn import functional
 
 from graphopt.errors import UsageError
 from graphopt.ir.opset.quantize import LARGEST
-from graphopt.passes.quantization.quantize_weights import FLOATS
+from graphopt.passes.quantization.quantize_weights import FLOATS, TINY
 from graphopt.passes.quantization.scheme import Scheme
 
-TINY = 1e-30  # scale of a group of zeros
 _LIMITS = {d.torch: most for d, most in LARGEST.items()}
 EXACT = (1 << 24) // (128 * 128)  # products of 8 bits that f32 sums exactly, in any order
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
+from graphopt.passes.quantization.quantize_weights import TINY
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.quantized_linear import dequantize_groups, largest_of, on_grid, quantize_groups
 
@@ -98,7 +99,7 @@ def _draws(wrong: torch.Tensor) -> float:
 def smoothquant_scales(most: torch.Tensor, weights: Sequence[torch.Tensor], strength: float) -> torch.Tensor:
     """``max|x|^a / max|w|^(1 - a)`` a channel ``[K]``, of the weights ``[N, K]`` of a group; 1 where a channel is silent."""
     w_most = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-    s = most.pow(strength) / w_most.clamp_min(1e-30).pow(1 - strength)
+    s = most.pow(strength) / w_most.clamp_min(TINY).pow(1 - strength)
     return torch.where((most > 0) & (w_most > 0), s, 1.0).clamp(1e-4, 1e4)
 
 
@@ -124,5 +125,5 @@ def _as_rounded(x: torch.Tensor, scheme: Scheme, most: float) -> torch.Tensor:
     if not scheme.activations:
         return x
     limit = largest_of(scheme)
-    step = (x.abs().amax(1, keepdim=True) if scheme.activations == "dynamic" else x.new_tensor(most)).clamp_min(1e-30) / limit
+    step = ((x.abs().amax(1, keepdim=True) if scheme.activations == "dynamic" else x.new_tensor(most)) / limit).clamp_min(TINY)
     return on_grid((x / step).unsqueeze(1), torch.ones(len(x), 1, dtype=x.dtype), None, scheme).squeeze(1) * step

@@ -226,6 +226,28 @@ def test_zeros_and_denormals() -> None:
         assert not q.weight[1].any() and bool(torch.isfinite(q.weight).all())
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES[::2], "int8-dynamic", "fp8-e4m3-weight"])
+@pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-35])
+def test_tiny_weights_keep_their_digits(scheme: str, size: float) -> None:
+    """Whatever the size of normal numbers, compiled, too; of denormal ones, the error says what is lost."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(128, 200, bias=False)).eval(), torch.randn(6, 128)
+    made, errors = None, []
+    for factor in (1.0, size / float(model[0].weight.detach().abs().max())):
+        with torch.no_grad():
+            model[0].weight.mul_(factor)
+        made = graphopt.quantize(model, (x,), scheme=scheme, measure=False)
+        errors.append((made.ledger.entries[0].weight_error, made.ledger.entries[0].output_error, made.ledger.output_error))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02) and errors[0][0] > 1e-3
+    with torch.no_grad():
+        got, want = graphopt.compile(made, (x,), strict=True)(x).double(), made(x).double()
+    assert float((got - want).norm() / want.norm()) < 2e-3
+    with torch.no_grad():
+        model[0].weight.mul_(1e-42 / size)
+    lost = graphopt.quantize(model, (x,), scheme=scheme, measure=False).ledger.entries[0]
+    assert lost.weight_error == 1.0
+
+
 def test_wrong_requests(block: Block) -> None:
     with pytest.raises(UsageError, match="there is no scheme"):
         graphopt.quantize(block, scheme="int5-weight")

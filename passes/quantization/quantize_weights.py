@@ -28,7 +28,7 @@ from graphopt.rewrite import Numerics, PassContext, Reject, Rewriter
 BITS = (8, 4, 2)
 GROUPS = (0, 32, 64, 128, 256)
 FLOATS = {d.name: d for d in LARGEST}
-_TINY = 1e-30  # scale of a group of zeros
+TINY = 1.2e-38  # least scale, that of a group of zeros: a normal f32 whose reciprocal is finite
 
 
 class QuantizeWeights(Pass):
@@ -117,10 +117,10 @@ def scales(rw: Builder, x: Value, axis: int | tuple[int, ...], bits: int, zero_p
     over = {"axes": axis if isinstance(axis, tuple) else (axis,), "keepdims": True}
     if not zero_points:
         largest = rw.create("max", [rw.abs(x)], over)
-        return rw.maximum(rw.mul(largest, 1.0 / (most or integer_range(types.i8, bits)[1])), _TINY), None
+        return rw.maximum(rw.mul(largest, 1.0 / (most or integer_range(types.i8, bits)[1])), TINY), None
     low = rw.minimum(rw.create("min", [x], over), 0.0)
     high = rw.maximum(rw.create("max", [x], over), 0.0)
-    scale = rw.maximum(rw.mul(rw.sub(high, low), 1.0 / integer_range(types.u8, bits)[1]), _TINY)
+    scale = rw.maximum(rw.mul(rw.sub(high, low), 1.0 / integer_range(types.u8, bits)[1]), TINY)
     return scale, rw.create("quantize", [rw.neg(low), scale], {"dtype": types.u8, "bits": bits})
 
 

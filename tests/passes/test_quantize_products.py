@@ -28,14 +28,14 @@ where 1 <= B {
   %1: f32[B, 1] = max(%0) {axes = [1], keepdims = true}
   %2: f32[] = constant() {value = 0.007874015748031496}
   %3: f32[B, 1] = mul(%1, %2)
-  %4: f32[] = constant() {value = 1e-30}
+  %4: f32[] = constant() {value = 1.2e-38}
   %5: f32[B, 1] = maximum(%3, %4)
   %6: i8[B, 64] = quantize(%x, %5) {dtype = i8, bits = 8}
   %7: f32[64, 32] = abs(%w)
   %8: f32[1, 32] = max(%7) {axes = [0], keepdims = true}
   %9: f32[] = constant() {value = 0.007874015748031496}
   %10: f32[1, 32] = mul(%8, %9)
-  %11: f32[] = constant() {value = 1e-30}
+  %11: f32[] = constant() {value = 1.2e-38}
   %12: f32[1, 32] = maximum(%10, %11)
   %13: i8[64, 32] = quantize(%w, %12) {dtype = i8, bits = 8}
   %14: i32[B, 32] = matmul(%6, %13) {acc = i32}

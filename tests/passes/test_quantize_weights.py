@@ -29,7 +29,7 @@ where 1 <= B {
   %2: f32[1, 32] = max(%1) {axes = [0], keepdims = true}
   %3: f32[] = constant() {value = 0.007874015748031496}
   %4: f32[1, 32] = mul(%2, %3)
-  %5: f32[] = constant() {value = 1e-30}
+  %5: f32[] = constant() {value = 1.2e-38}
   %6: f32[1, 32] = maximum(%4, %5)
   %7: i8[64, 32] = quantize(%0, %6) {dtype = i8, bits = 8}
   %8: f32[64, 32] = dequantize(%7, %6)
