@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from graphopt.errors import GraphoptError, UsageError, first_line, nearest
@@ -46,7 +47,7 @@ def samples_of(calibration: Iterable[Any] | None, args: Sequence[Any], kwargs: M
         calibration: None for the example inputs alone.
 
     Raises:
-        UsageError: there is nothing to calibrate on, or one call is given in the place of several.
+        UsageError: there is nothing to calibrate on, or tensors without elements alone; or one call is given in the place of several.
     """
     if isinstance(calibration, torch.Tensor | Mapping | str):
         raise UsageError(f"calibration is one {type(calibration).__name__}, not several calls of the model: give calibration=[inputs, ...]")
@@ -54,7 +55,8 @@ def samples_of(calibration: Iterable[Any] | None, args: Sequence[Any], kwargs: M
         found: list[Sample] = [(tuple(args), dict(kwargs))] if args or kwargs else []
     else:
         found = [_sample(item) for item in calibration]
-    if not found:
+    tensors = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+    if not found or (tensors and not any(x.numel() for x in tensors)):
         raise UsageError("there is nothing to calibrate on: give example inputs, or calibration=[inputs, ...]")
     return found
 

@@ -26,6 +26,7 @@ class Entry:
         seconds, float_seconds: of that kernel's call, and of the float model's kernel. Where one kernel multiplies by several
             weights, those of all of them: ``together`` names them.
         bytes_read: at least, by the call.
+        remark: what calibration did not tell of its inputs; empty if nothing.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Entry:
     float_seconds: float | None = None
     bytes_read: int | None = None
     together: tuple[str, ...] = ()
+    remark: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -105,7 +107,8 @@ class Ledger:
             table.add_row(
                 e.name, "x".join(map(str, e.shape)), e.scheme, _error(e.weight_error), _error(e.output_error),
                 f"{e.bytes / 1e6:.2f}", e.kernel or "", _us(e.seconds), _us(e.float_seconds), f"{e.speedup:.2f}" if e.speedup else "", rate,
-                e.verdict + (f" (one kernel with {len(e.together) - 1} more)" if len(e.together) > 1 else ""),
+                e.verdict + (f" (one kernel with {len(e.together) - 1} more)" if len(e.together) > 1 else "")
+                + (f"; {e.remark}" if e.remark else ""),
             )  # fmt: skip
         console = Console(file=StringIO(), width=width, highlight=False, color_system=None)
         console.print(table)

@@ -35,6 +35,7 @@ from graphopt.unquantized import unquantized
 
 LEAST = 1 << 14  # elements of the smallest weight that is worth it
 METHODS = ("rtn", "gptq", "smoothquant", "awq", "split")
+CUT = 0.1  # share of an input's norm beyond a static range that is remarked on
 HESSIANS = 1 << 29  # bytes of those that are kept at a time
 
 Quantized = QuantizedLinear | SplitLinear | QuantizedConv
@@ -98,7 +99,7 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
         told("smoothing", 0, 1)
         model = _smooth(model, samples, schemes, method)
     linears = layers_of(model)
-    made = _rounded(model, {n: linears[n] for n in schemes}, schemes, method, samples, told)
+    made, remarks = _rounded(model, {n: linears[n] for n in schemes}, schemes, method, samples, told)
     set_steps(model, linears, made, samples, observer, told, left)
     counts = Counter(m.scheme for m in made.values())
     said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
@@ -111,6 +112,8 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
     if differing := Counter(s for n, s in trained.items() if n in made and s != str(schemes[n])):
         ledger.notes.append(f"trained with rounding by another scheme: {', '.join(f'{s} ({count})' for s, count in differing.items())}")
     entries = {e.name: e for e in ledger.entries}
+    for name in made:
+        entries[name].remark = remarks.get(name, "")
     result = replaced(model, made)
     if tree_leaves((args, kwargs)):
         told("measuring errors", 0, 1)
@@ -148,12 +151,13 @@ def _smooth(model: nn.Module, samples: Sequence[Sample], schemes: Mapping[str, S
 
 
 def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], schemes: Mapping[str, Scheme], method: str, samples: Sequence[Sample],
-             told: Progress) -> dict[str, Quantized]:  # fmt: skip
-    """Quantized layers by name.
+             told: Progress) -> tuple[dict[str, Quantized], dict[str, str]]:  # fmt: skip
+    """Quantized layers by name, and remarks on some.
 
     What looks at products of inputs takes layers in waves whose Hessians fit into memory, each given what the ones before became.
     """
     made: dict[str, Quantized] = {}
+    remarks: dict[str, str] = {}
     looks = {"gptq": round_weight, "awq": round_clipped}.get(method)
     for name in [n for n, m in linears.items() if is_convolution(m)]:  # to the nearest, by any method
         made[name] = QuantizedConv.of(linears[name], schemes[name], f"{name}.weight")
@@ -172,7 +176,9 @@ def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], schemes: Mappin
                 continue
             parts = quantize_groups(weight, scheme, what) if looks is None else looks(weight, hessians[name], scheme, what)
             made[name] = QuantizedLinear(*parts, bias, weight.shape[1], str(scheme), smooth=smooth_of(linears[name]))
-    return made
+            if method == "gptq":
+                remarks[name] = hessians[name].remark()
+    return made, remarks
 
 
 def _smoothing(linears: Mapping[str, nn.Module], look: Look) -> Look:
@@ -215,7 +221,7 @@ def _waves(linears: Mapping[str, nn.Module]) -> list[list[str]]:
     waves: list[list[str]] = []
     room = 0
     for name, m in linears.items():
-        size = 4 * weight_of(m).shape[1] ** 2
+        size = 8 * weight_of(m).shape[1] ** 2
         if not waves or size > room:
             waves.append([])
             room = HESSIANS
@@ -251,6 +257,16 @@ def _revert(names: Sequence[str], entries: Mapping[str, Entry]) -> None:
         e.bytes = e.float_bytes
 
 
+def _cut_off(x: torch.Tensor, quantized: Quantized) -> float:
+    """The share of an input's norm that is beyond a static range; 0 where there is none."""
+    if isinstance(quantized, SplitLinear) or quantized.step is None:
+        return 0.0
+    smooth = quantized.smooth if isinstance(quantized, QuantizedLinear) else None
+    x = (x if smooth is None else x * smooth).detach().double()
+    most = quantized.step.double() * largest_of(Scheme.parse(quantized.scheme))
+    return float((x.abs() - most).clamp_min(0).norm() / x.norm().clamp_min(1e-150))
+
+
 # --- errors -------------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +277,10 @@ def _layer_errors(model: nn.Module, linears: Mapping[str, nn.Module], made: Mapp
 
     def hook(name: str) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor) -> None:
-            wrong = (made[name](only_input(args, kwargs)) - output).double()
+            x = only_input(args, kwargs)
+            wrong = (made[name](x) - output).double()
+            if (cut := _cut_off(x, made[name])) > CUT:
+                entries[name].remark = f"{cut:.0%} of the example inputs' norm is beyond the range that calibration met"
             a, b = sums.get(name, (0.0, 0.0))
             sums[name] = a + float(wrong.square().sum()), b + float(output.double().square().sum())
 

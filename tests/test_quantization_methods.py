@@ -304,6 +304,40 @@ def test_gptq_by_blocks_is_gptq_by_columns() -> None:
     assert float((q != pack_rows(want, 4, True)).float().mean()) < 0.01  # the two inverses differ by rounding
 
 
+@pytest.mark.parametrize("name", ["int4-weight", "int2-weight"])
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 16, 64, 128, 256])
+def test_gptq_of_few_rows_is_no_worse_than_to_the_nearest(name: str, alike: bool, count: int) -> None:
+    """On other rows than it saw."""
+    scheme, w = Scheme.parse(name), torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    seen, others = (rows(n, 256, seed) if alike else torch.randn(n, 256, generator=torch.Generator().manual_seed(seed))
+                    for n, seed in ((count, 5), (2000, 6)))  # fmt: skip
+    got, nearest = (lost(p, w, others, scheme.bits) for p in (round_weight(w, hessian(seen), scheme), quantize_groups(w, scheme)))
+    assert got <= 1.01 * nearest and (not alike or count < 128 or got < 0.9 * nearest), (got, nearest)
+
+
+def test_what_calibration_does_not_tell_is_said() -> None:
+    """Of GPTQ's rows, and of static ranges that the example inputs leave."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)).eval(), torch.randn(8, 128)
+    given = {"scheme": "int4-weight", "method": "gptq", "measure": False}
+    made = graphopt.quantize(model, (x,), calibration=[torch.randn(50, 128)], **given)
+    assert [e.remark for e in made.ledger.entries] == ["calibration had 50 rows of 128 columns"] * 2
+    assert "50 rows of 128" in made.ledger.table(300)
+    made = graphopt.quantize(model, (x,), calibration=[torch.randn(500, 128)], **given)
+    assert [e.remark for e in made.ledger.entries] == ["", ""]
+    made = graphopt.quantize(model, (x,), calibration=[torch.zeros(500, 128)], **given)
+    nearest = graphopt.quantize(model, (x,), scheme="int4-weight", measure=False)
+    assert made.ledger.entries[0].remark == "to the nearest, as calibration met nothing but zeros there"
+    assert torch.equal(made[0].weight, nearest[0].weight)
+    made = graphopt.quantize(model, (x,), scheme="int8-static", calibration=[torch.zeros(4, 128)], measure=False)
+    first, last = made.ledger.entries
+    assert "nothing but zeros" in first.verdict and "of the example inputs' norm is beyond" in last.remark
+    for scheme, method in (("int4-weight", "gptq"), ("int8-static", "rtn"), ("int4-weight", "awq")):
+        with pytest.raises(UsageError, match="nothing to calibrate on"):
+            graphopt.quantize(model, (x,), scheme=scheme, method=method, calibration=[x[:0]], measure=False)
+
+
 def test_silent_channels() -> None:
     scheme, w, x = Scheme.parse("int4-weight"), torch.randn(10, 128), rows(300, 128)
     x[:, 5] = 0
