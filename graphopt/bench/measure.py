@@ -20,7 +20,7 @@ from graphopt.bench import load
 from graphopt.bench.limits import Limits
 from graphopt.bench.results import OURS, UNCERTAINTY_LIMIT, ModelResult, SystemResult
 from graphopt.bench.session import Session
-from graphopt.bench.stats import Times, ratio_of_medians
+from graphopt.bench.stats import LOOKS, Times, ratio_of_medians
 from graphopt.bench.system import SystemFailure
 from graphopt.bench.systems import FLOAT, system
 from graphopt.bench.work import Work
@@ -31,7 +31,7 @@ Tell = Callable[[str], None]
 SILENCE = 0.02  # seconds: threads of OpenMP and of the runtimes spin for some milliseconds after a call
 LIMITS_SLICE = 0.05  # seconds for each of the machine's limits in a round
 SLICE = 0.1  # seconds of timed calls that one turn of a system should take
-PATIENCE = 4  # times the rounds asked for, at most, while a ratio is uncertain
+PATIENCE = 2 ** (LOOKS - 1)  # times the rounds asked for, at most, while a ratio is uncertain
 CALLS = (2, 200)  # the least and the most timed calls of a turn
 
 
@@ -165,8 +165,9 @@ def _rounds(result: ModelResult, ready: Mapping[str, Session], settings: Setting
         time.sleep(SILENCE)
         probe = _asked(result.systems[name], session, "run", calls=2).get("seconds", [SLICE])
         calls[name] = max(CALLS[0], min(CALLS[1], round(SLICE / max(min(probe), 1e-9))))
+    looks = [settings.rounds * 2**k for k in range(LOOKS)]
     for r in range(PATIENCE * settings.rounds):
-        if r >= settings.rounds and not _uncertain(result, samples):
+        if r in looks and not _uncertain(result, samples):
             break
         tell(f"measure, round {r + 1} of {settings.rounds}" if r < settings.rounds else f"measure, round {r + 1}: they differ")
         for name in _turned(list(ready), r):

@@ -105,7 +105,9 @@ def ratio_table(results: Results) -> Table:
 def _ratio(model: ModelResult, peer: str) -> Text:
     value = model.ratio(peer)
     if value is not None:
-        return verdict(value.value).append(f" ±{math.ceil(value.uncertainty * 100)}%", style="dim")
+        sure = value.low > 1 or value.high < 1
+        text = verdict(value.value) if sure else Text(f"{int(value.value * 100) / 100:.2f}x (no difference)")
+        return text.append(f" ±{math.ceil(value.uncertainty * 100)}%", style="dim")
     return Text("not claimed", style="yellow") if model.measured(peer) else Text(NOTHING, style="dim")
 
 

@@ -94,7 +94,7 @@ def test_one_round_claims_nothing() -> None:
     found = {n: SystemResult(n, Times(((t, t, t),))) for n, t in (("eager", 2.0), ("graphopt", 1.0))}
     m = ModelResult("m", found, before=QUIET, during=QUIET)
     assert m.ratio("eager") is None
-    assert "fewer than 3 rounds do not tell how sure it is" in text(results(m))
+    assert "fewer than 4 rounds do not tell how sure it is" in text(results(m))
 
 
 def test_a_failure_is_a_line_not_a_gap() -> None:

@@ -47,12 +47,12 @@ def test_a_meter_that_dies_leaves_what_it_found(monkeypatch: pytest.MonkeyPatch)
     assert not calls.answers and not result.systems["eager"].failed
 
 
-@pytest.mark.parametrize(("peer", "rounds"), [([2.0] * 12, 3), ([2.0, 3.0] * 6, 12)])
+@pytest.mark.parametrize(("peer", "rounds"), [([2.0] * 16, 4), ([2.0, 3.0] * 8, 16)])
 def test_rounds_go_on_while_they_differ(monkeypatch: pytest.MonkeyPatch, peer: list[float], rounds: int) -> None:
     monkeypatch.setattr(measure, "SILENCE", 0.0)
     result = ModelResult("m", {n: SystemResult(n) for n in ("eager", "graphopt")})
-    ready = {"eager": Answers(*[{"seconds": [t]} for t in [2.0, *peer]]), "graphopt": Answers(*[{"seconds": [1.0]}] * 13)}
-    samples = _rounds(result, ready, Settings((), 2, rounds=3), lambda _: None, None)  # type: ignore[arg-type]
+    ready = {"eager": Answers(*[{"seconds": [t]} for t in [2.0, *peer]]), "graphopt": Answers(*[{"seconds": [1.0]}] * 17)}
+    samples = _rounds(result, ready, Settings((), 2, rounds=4), lambda _: None, None)  # type: ignore[arg-type]
     assert [len(turns) for turns in samples.values()] == [rounds, rounds]
 
 
