@@ -5,43 +5,55 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Graph, is_view
+from graphopt.ir.ops import Trait
 from graphopt.options import Options
 from graphopt.passes.precision.autocast import Autocast
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.remarks import Remark
 
 
-def came_to_nothing(options: Options, graph: Graph, remarks: Iterable[Remark]) -> list[str]:
+def came_to_nothing(options: Options, products: bool, remarks: Iterable[Remark]) -> list[str]:
     """A line for each of ``quantize`` and ``precision`` that was asked for and changed nothing, with the reason.
 
-    Nothing of a graph that has no product with a matrix: of a model in several graphs, some are like that.
-
     Args:
-        graph: after the passes.
+        products: whether there was a product with a weight, before the passes; of a model in several graphs, some have none.
         remarks: of the passes.
     """
     remarks, out = list(remarks), list[str]()
-    if not any(v.weight and v.type.rank > 1 for v in graph.inputs) and not any(_is_product(n) for n in graph.nodes()):
+    if not products or options.fuel is not None or options.skip_rewrites:
         return out
     if options.quantize:
         names = {p.name for p in Scheme.parse(options.quantize).make()}
-        out.append(_reason(f"quantize={options.quantize!r}", names, graph, remarks))
+        out.append(_reason(f"quantize={options.quantize!r}", names, remarks))
     if options.precision:
-        out.append(_reason(f"precision={options.precision!r}", {Autocast.name}, graph, remarks))
+        out.append(_reason(f"precision={options.precision!r}", {Autocast.name}, remarks))
     return [line for line in out if line]
 
 
-def _is_product(node: Node) -> bool:
-    return (node.attrs["kind"] if node.op.name == "fusion" else node.op.name) in ("matmul", "conv")
+def has_products(graph: Graph) -> bool:
+    """Whether a matrix product, a convolution, or what the IR does not know, reads a frozen matrix, as it is or through views."""
+    weights = {v for v in graph.inputs if v.weight and v.type.rank > 1}
+    for node in graph.nodes():
+        reads = any(x in weights for x in node.operands)
+        if reads and (node.op.name in ("matmul", "conv") or node.op.has(Trait.OPAQUE)):
+            return True
+        if reads and (is_view(node) or node.op.name == "cast"):
+            weights |= set(node.results)
+    return False
 
 
-def _reason(asked: str, passes: set[str], graph: Graph, remarks: list[Remark]) -> str:
+def in_training(options: Options) -> list[str]:
+    """What ``quantize`` and ``precision`` come to where gradients are recorded, a line each: nothing."""
+    asked = [f"{name}={value!r}" for name, value in (("quantize", options.quantize), ("precision", options.precision)) if value]
+    why = "no weight is frozen, as gradients are recorded: call the model under torch.no_grad()"
+    return [f"{what} changed nothing: {why}" for what in asked]
+
+
+def _reason(asked: str, passes: set[str], remarks: list[Remark]) -> str:
     mine = [r for r in remarks if r.pass_name in passes]
     if any(r.kind == "passed" for r in mine):
         return ""
-    if not any(v.weight for v in graph.inputs):
-        return f"{asked} changed nothing: no weight is frozen, as gradients are recorded: call the model under torch.no_grad()"
     missed = Counter(r.message for r in mine if r.kind == "missed")
     if not missed:
         return f"{asked} changed nothing: no product of f32 with a weight was found"

@@ -90,7 +90,7 @@ def tried(model: nn.Module, sample: Sample, said: str) -> Any:
     args, kwargs = sample
     try:
         return model(*args, **kwargs)
-    except GraphoptError:
+    except (GraphoptError, MemoryError):
         raise
     except Exception as error:
         raise UsageError(f"{said}: {_misfit(model, sample) or _raised(model, error)}") from error

@@ -24,17 +24,24 @@ BLOCK = 128  # columns whose effect on later ones is applied at once
 
 
 class Hessian:
-    """The sum of ``x^T x`` over rows: ``[K, K]`` f32; ``held``, that of each fourth row; ``rows``, how many there were."""
+    """The sum of ``x^T x`` over rows: ``[K, K]`` f32; ``held``, that of each fourth row while rows are few; ``rows``, how many there were.
 
-    def __init__(self, columns: int) -> None:
-        self.matrix, self.held, self.rows = torch.zeros(columns, columns), torch.zeros(columns, columns), 0
+    Args:
+        holds: whether rows are held out at all.
+    """
+
+    def __init__(self, columns: int, holds: bool = True) -> None:
+        self.matrix, self.rows = torch.zeros(columns, columns), 0
+        self.held = torch.zeros(columns, columns) if holds else None
 
     def see(self, x: torch.Tensor) -> None:
         self.matrix += x.t() @ x
-        if self.rows < ENOUGH * len(self.matrix):  # else nobody asks
+        if self.held is not None:
             fourth = x[-self.rows % 4 :: 4]
             self.held += fourth.t() @ fourth
         self.rows += len(x)
+        if not self.few:
+            self.held = None  # nobody asks
 
     @property
     def few(self) -> bool:
@@ -79,15 +86,16 @@ def round_weight(weight: torch.Tensor, hessian: Hessian, scheme: Scheme, name: s
 def best_damping(weight: torch.Tensor, hessian: Hessian, scheme: Scheme, name: str = "weight") -> float | None:
     """The damping by which some outputs of a weight have the least error on held-out rows, the others being looked at; None if rounding
     to the nearest has less. Of rows that are many there is no need to ask."""
-    if not hessian.few:
+    held = hessian.held
+    if held is None or not hessian.few:
         return DAMPING if hessian.rows or bool(hessian.matrix.any()) else None
     some = weight.detach()[:: -(-len(weight) // OUTPUTS)]
     seen = Hessian(len(hessian.matrix))
-    seen.matrix = hessian.matrix - hessian.held
+    seen.matrix = hessian.matrix - held
 
     def lost(parts: Rounded) -> float:
         wrong = dequantize_groups(*parts, scheme.bits, some.shape[1]) - some
-        return float(((wrong @ hessian.held) * wrong).double().sum())
+        return float(((wrong @ held) * wrong).double().sum())
 
     errors: dict[float | None, float] = {None: lost(quantize_groups(some, scheme, name))}
     for damping in DAMPINGS if bool((seen.matrix.diagonal() > 0).any()) else ():

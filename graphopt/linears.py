@@ -47,10 +47,13 @@ def _weight(m: nn.Module) -> nn.Parameter | None:
 def _is_linear(m: nn.Module) -> bool:
     """Whether a module is ``nn.Linear``, or is derived from it and has nothing of its own that the quantized layer would lack."""
     kind = type(m)
-    if kind is nn.Linear or not isinstance(m, nn.Linear):
-        return kind is nn.Linear
+    if not isinstance(m, nn.Linear) or "bias" not in m._parameters:  # whose bias is computed, or pruned
+        return False
+    if kind is nn.Linear:
+        return True
     inherits = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__ and "forward" not in vars(m)
-    own = set(m._parameters) != {"weight", "bias"} or bool(m._modules) or bool(m._buffers)
+    hooked = bool(m._forward_hooks) or bool(m._forward_pre_hooks)
+    own = set(m._parameters) != {"weight", "bias"} or bool(m._modules) or bool(m._buffers) or hooked
     return inherits and not own and kind is not NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention, which never calls it
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from graphopt.calibration import OBSERVERS, Look, Observer, Sample, only_input, run_hooked, samples_of, try_out, watch
+from graphopt.calibration import OBSERVERS, Look, Observer, Sample, inferring, only_input, run_hooked, samples_of, try_out, watch
 from graphopt.clipping import round_clipped
 from graphopt.errors import GraphoptError, UsageError, nearest
 from graphopt.fake_quantized import without_fakes
@@ -90,7 +90,8 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
     schemes = {n: s for n, s in schemes.items() if n not in left}
     convolutions = [n for n in schemes if n not in linears_of(model)] if reference is None else []
     samples = samples_of(calibration, args, kwargs) if method not in ("rtn", "split") or static or convolutions else []
-    try_out(model, args, kwargs, [] if calibration is None else samples)
+    if reference is None:  # else whoever made it tried
+        try_out(model, args, kwargs, [] if calibration is None else samples)
     given, note = model if reference is None else reference, ""
     if convolutions:
         told("folding batch norms", 0, 1)
@@ -104,7 +105,8 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
     counts = Counter(m.scheme for m in made.values())
     said = scheme if isinstance(scheme, str) else ", ".join(f"{s} ({count})" for s, count in counts.items()) or FLOAT
     ledger = Ledger(said, notes=[note] if note else [])
-    others = unquantized(model)
+    with torch.no_grad(), inferring(model):  # parametrizations are computed, some of which change themselves in training
+        others = unquantized(model)
     for name, m in model.named_modules():
         ledger.entries += [_entry(name, m, made.get(name), left.get(name, ""))] if name in linears else others.get(name, [])
     if measure and not tree_leaves((args, kwargs)):
@@ -165,7 +167,7 @@ def _rounded(model: nn.Module, linears: Mapping[str, nn.Module], schemes: Mappin
     for wave in _waves(linears) if looks is not None else [list(linears)]:
         hessians: dict[str, Hessian] = {}
         if looks is not None:
-            hessians = {n: Hessian(weight_of(linears[n]).shape[1]) for n in wave}
+            hessians = {n: Hessian(weight_of(linears[n]).shape[1], holds=method == "gptq") for n in wave}
             told("looking at inputs", len(made), len(linears))
             watch(replaced(model, made), wave, samples, _smoothing(linears, lambda name, x, seen=hessians: seen[name].see(x)))  # type: ignore[misc]
         for name in wave:
@@ -280,7 +282,8 @@ def _layer_errors(model: nn.Module, linears: Mapping[str, nn.Module], made: Mapp
             x = only_input(args, kwargs)
             wrong = (made[name](x) - output).double()
             if (cut := _cut_off(x, made[name])) > CUT:
-                entries[name].remark = f"{cut:.0%} of the example inputs' norm is beyond the range that calibration met"
+                text = f"{cut:.0%} of the example inputs' norm is beyond the range that calibration met"
+                entries[name].remark = "; ".join(filter(None, (entries[name].remark, text)))
             a, b = sums.get(name, (0.0, 0.0))
             sums[name] = a + float(wrong.square().sum()), b + float(output.double().square().sum())
 

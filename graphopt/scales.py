@@ -77,23 +77,25 @@ def scales(method: str, inputs: Inputs, weights: Sequence[torch.Tensor], schemes
         return smoothquant_scales(most, weights, power) if method == "smoothquant" else awq_scales(inputs.mean, power)
 
     powers = STRENGTHS if method == "smoothquant" else POWERS
-    wrong = _wrong(torch.ones_like(inputs.most), inputs, weights, schemes)
+    unmoved, products = _error(torch.ones_like(inputs.most), inputs, weights, schemes)
     tried = [made(p, inputs.rest) for p in powers]
-    errors = [float(_wrong(s, inputs, weights, schemes).square().sum()) for s in tried]
+    errors = [_error(s, inputs, weights, schemes)[0] for s in tried]
     best = errors.index(min(errors))
-    if not errors[best] < float(wrong.square().sum()) * (1 - SURE * (4 / _draws(wrong)) ** 0.5):
+    outputs = sum(len(w) for w in weights)
+    if not errors[best] < unmoved * (1 - SURE * (4 / _draws(products, outputs)) ** 0.5):
         return torch.ones_like(inputs.most)
     # a static range will be that of all rows; of weights, others than those that were tried would round otherwise
     return made(powers[best], inputs.most) if any(s.activations == "static" for s in schemes) else tried[best]
 
 
-def _draws(wrong: torch.Tensor) -> float:
-    """How many independent numbers of like size errors ``[R, N]`` are; where rows are much alike, little more than one an output.
+def _draws(products: torch.Tensor, outputs: int) -> float:
+    """How many independent numbers of like size errors are, given their products ``[R, R]`` of rows with rows; where rows are much alike,
+    little more than one an output.
 
     A sum of n squares has the variance ``2 / n`` of its mean squared, the difference of two such sums twice that.
     """
-    total, products = float(wrong.square().sum()), float((wrong @ wrong.t()).square().sum())
-    return wrong.shape[1] * total**2 / products if products else 1.0
+    squares = float(products.square().sum())
+    return outputs * float(products.trace()) ** 2 / squares if squares else 1.0
 
 
 def smoothquant_scales(most: torch.Tensor, weights: Sequence[torch.Tensor], strength: float) -> torch.Tensor:
@@ -109,15 +111,19 @@ def awq_scales(mean: torch.Tensor, power: float) -> torch.Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
-def _wrong(s: torch.Tensor, inputs: Inputs, weights: Sequence[torch.Tensor], schemes: Sequence[Scheme]) -> torch.Tensor:
-    """Errors of the outputs ``[R, N]`` of all weights, relative to the norm of each one's, for the rows that are held out; f64."""
-    x, out = inputs.rows, []
+def _error(s: torch.Tensor, inputs: Inputs, weights: Sequence[torch.Tensor], schemes: Sequence[Scheme]) -> tuple[float, torch.Tensor]:
+    """Squared errors of the outputs, each weight's relative to its outputs' norm, for the rows that are held out; and the products
+    ``[R, R]`` of rows of errors with one another, f64."""
+    x, lost = inputs.rows, 0.0
+    products = torch.zeros(len(x), len(x), dtype=torch.float64)
     for w, scheme in zip(weights, schemes, strict=True):
         q = dequantize_groups(*quantize_groups(w * s, scheme), scheme.bits, w.shape[1])
-        y = (x @ w.t()).double()
-        got = _as_rounded(x / s, scheme, float((inputs.rest / s).max())) @ q.t()
-        out.append((got - y) / y.norm().clamp_min(1e-150))
-    return torch.cat(out, 1)
+        y = x @ w.t()
+        wrong = _as_rounded(x / s, scheme, float((inputs.rest / s).max())) @ q.t() - y
+        wrong /= y.norm().clamp_min(1e-30)
+        lost += float(wrong.norm().square())
+        products += (wrong @ wrong.t()).double()
+    return lost, products
 
 
 def _as_rounded(x: torch.Tensor, scheme: Scheme, most: float) -> torch.Tensor:

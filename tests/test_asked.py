@@ -36,6 +36,19 @@ def test_a_scheme_that_changed_nothing_says_why(dtype: torch.dtype, grad: bool, 
         assert reason in compiled(dtype, grad, **options)
 
 
+class Products(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ x.t()
+
+
+@pytest.mark.parametrize("module", [Products(), nn.Embedding(300, 64)])
+def test_a_graph_without_a_weight_to_round_says_nothing(module: nn.Module) -> None:
+    x = torch.arange(40) if isinstance(module, nn.Embedding) else torch.randn(8, 256)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        graphopt.compile(module, (x,), quantize="int8-weight", precision="bf16")(x)
+
+
 def test_precision_that_changed_nothing_says_why() -> None:
     with pytest.warns(UserWarning, match="precision='f16' changed nothing"):
         assert "changed nothing" in compiled(torch.float64, False, precision="f16", target="cpu:x86-64-v3")

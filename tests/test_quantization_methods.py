@@ -703,3 +703,32 @@ def test_pytorchs_own_encoder_calls_its_layers(scheme: str, method: str, monkeyp
     with torch.no_grad():
         made(x)
     assert seen and 0 < made.ledger.output_error < 0.5
+
+
+class Doubled(nn.Linear):
+    """Does more than the linear layer that it is derived from, by a hook."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def test_a_layer_derived_from_linear_keeps_its_hooks() -> None:
+    model, x = nn.Sequential(Doubled(128, 128), nn.Linear(128, 128)).eval(), torch.randn(8, 128)
+    made = graphopt.quantize(model, (x,), scheme="int8-weight", measure=False)
+    assert type(made[0]) is Doubled and made.ledger.output_error < 0.02
+    assert any(e.name == "0" and e.verdict.startswith("left: Doubled is more than") for e in made.ledger.entries)
+
+
+def test_a_model_in_training_stays_as_it_is() -> None:
+    """Spectral norms take a step of their power iteration whenever the weight is computed in training."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64)), nn.Linear(64, 64)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    graphopt.quantize(model, (torch.randn(4, 64),), scheme="int8-weight", measure=False, least=1)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_pruned_bias_is_told() -> None:
+    model = nn.Sequential(nn.utils.prune.l1_unstructured(nn.Linear(128, 128), "bias", 0.5), nn.Linear(128, 128)).eval()
+    made = graphopt.quantize(model, (torch.randn(4, 128),), scheme="int8-weight", measure=False)
+    assert [e.quantized for e in made.ledger.entries if e.name in ("0", "1")] == [False, True]

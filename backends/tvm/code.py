@@ -254,7 +254,7 @@ class Code:
         held, _, wide = str(value.ty.dtype).partition("x")
         lanes = int(wide or 1)
         if self._vectors:
-            if len(self._vectors) > 1 or not isinstance(self._vectors[0][2], int):
+            if len(self._vectors) > 1 or lanes > 1 or not isinstance(self._vectors[0][2], int):
                 return None
             block, at, extent = self._vectors[0]
             cell = tirx.decl_buffer((i64(extent),), held, self.fresh(f"{name}_cell"), layout=None)

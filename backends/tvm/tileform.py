@@ -177,7 +177,7 @@ class TileLoops:
         k = -(-k // split)
         block = min(k, s["block"] if blocked else BLOCK)
         tiles, panels = -(-m // mr), float(-(-n // nr))
-        if self.packed:  # unused vectors of the last one are left out
+        if self.packed and n >= nr and split == 1:  # unused vectors of the last one are left out
             panels += _last_panel(n, nr, lanes) / nr - 1
         pieces = -(-tiles // s["group"])
         height = tiles / pieces  # row tiles of a step, a mean

@@ -103,10 +103,12 @@ def _write(made: torch.nn.Module, front: Front | None, out: Path) -> None:
 
 def _save(made: torch.nn.Module, file: Path) -> None:
     """Raises UsageError for a model that cannot be pickled."""
+    part = file.with_name(f"{file.name}.part")
     try:
-        torch.save(made, file)
+        torch.save(made, part)
+        part.replace(file)  # one that was there stays until this one is whole
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # as Python says it of local classes, lambdas, locks
-        file.unlink()
+        part.unlink()
         raise UsageError(f"{file} is not written, the model cannot be pickled: {first_line(error)}") from error
 
 

@@ -140,12 +140,14 @@ def test_an_interrupt_ends_it_and_what_was_tried_is_kept(runner: ProcessRunner) 
             wait = 10.0
 
     killer = threading.Thread(target=interrupt, daemon=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
     killer.start()
     try:
         outcome, p = setup.run(Budget(seconds=120))
     finally:
         ended.set()
         killer.join()
+        signal.signal(signal.SIGINT, before)
     assert outcome.why == "interrupted"
     assert outcome.trials == len(setup.records) == p.trials
 
