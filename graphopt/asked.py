@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 
@@ -11,6 +12,7 @@ from graphopt.options import Options
 from graphopt.passes.precision.autocast import Autocast
 from graphopt.passes.quantization.scheme import Scheme
 from graphopt.remarks import Remark
+from graphopt.report import Report
 
 
 def came_to_nothing(options: Options, products: bool, remarks: Iterable[Remark]) -> list[str]:
@@ -48,6 +50,13 @@ def in_training(options: Options) -> list[str]:
     asked = [f"{name}={value!r}" for name, value in (("quantize", options.quantize), ("precision", options.precision)) if value]
     why = "no weight is frozen, as gradients are recorded: call the model under torch.no_grad()"
     return [f"{what} changed nothing: {why}" for what in asked]
+
+
+def say(report: Report, notes: Iterable[str]) -> None:
+    """In the report, and as warnings."""
+    for note in notes:
+        report.notes.append(note)
+        warnings.warn(note, stacklevel=3)
 
 
 def _reason(asked: str, passes: set[str], remarks: list[Remark]) -> str:

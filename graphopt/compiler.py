@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graphopt.asked import came_to_nothing, has_products
+from graphopt.asked import came_to_nothing, has_products, say
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.base import Backend
 from graphopt.backends.eager import LibraryCall
@@ -315,16 +314,14 @@ def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Op
 def optimize(graph: Graph, target: Target, options: Options, report: Report) -> None:
     """Run the pipeline on a graph in place, and report on it."""
     start = time.perf_counter()
-    products = has_products(graph)
+    products = bool(options.quantize or options.precision) and has_products(graph)
     ctx = PassContext(target=target, owns_weights=options.own_weights, fuel=Fuel(options.fuel, options.skip_rewrites))
     instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
     pipeline = edit_pipeline(default_pipeline(quantize=options.quantize, precision=options.precision), options.pipeline)
     report.pipeline = [str(p) for p in pipeline]
     run_passes(graph, pipeline, ctx, instruments, structure=options.verify != "off")
     report.passes, report.remarks = ctx.runs, ctx.remarks
-    for note in came_to_nothing(options, products, ctx.remarks):
-        report.notes.append(note)
-        warnings.warn(note, stacklevel=2)
+    say(report, came_to_nothing(options, products, ctx.remarks))
     report.seconds["passes"] = time.perf_counter() - start
 
 

@@ -210,10 +210,9 @@ class Code:
                 value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
             count = self._count(value)
             if count > _DEEP and (kept := self._kept(value, name)) is not None:
-                return kept
-            var = tirx.Var(self.fresh(name), value.ty)
+                value, count = kept, 1
+            var = self._named(value, name)
             self._nodes[var] = count
-            self.emit(tirx.Bind(var, value))
             return var
         if hidden and not self._vectors and not isinstance(value, tvm.ir.Call):
             # among symbolic sizes even hidden integers are reasoned about; what is read from memory is not, and LLVM
@@ -224,6 +223,9 @@ class Code:
         if hidden and not isinstance(value, tvm.ir.Call):
             other = held[1:] if held.startswith("u") else f"u{held}"
             return tirx.reinterpret(held, self.bind(tirx.reinterpret(other, value), name))
+        return self._named(value, name)
+
+    def _named(self, value: Any, name: str) -> Any:
         var = tirx.Var(self.fresh(name), value.ty)
         self.emit(tirx.Bind(var, value))
         return var
@@ -246,7 +248,7 @@ class Code:
         return count
 
     def _kept(self, value: Any, name: str) -> Any:
-        """A float's value through memory, which LLVM turns into a register again: the analyzer does not look behind it.
+        """A float, read from memory that it is written to, which LLVM makes a register again: the analyzer does not look behind it.
 
         Chains whose steps read a value several times, as each rounding to bf16 does, would take it minutes. None where no memory of
         their own can be had for the lanes.
@@ -263,9 +265,7 @@ class Code:
             at = tirx.Ramp(i64(0), i64(1), lanes) if lanes > 1 else i64(0)
             cell = self.alloc(lanes, held, f"{name}_cell")
         self.emit(tirx.BufferStore(cell, value, [at]))
-        var = tirx.Var(self.fresh(name), value.ty)
-        self.emit(tirx.Bind(var, cell[at]))
-        return var
+        return cell[at]
 
     def bind_index(self, value: Index, name: str = "i", extent: Index | None = None) -> Index:
         """Name an index; with an extent, it is known to lie in ``0 .. extent - 1``."""

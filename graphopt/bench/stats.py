@@ -77,12 +77,12 @@ class Ratio:
     @property
     def uncertainty(self) -> float:
         """The larger distance to an end of the interval, relative to the ratio; infinite if there were too few turns to tell."""
-        return max(self.high / self.value - 1, 1 - self.low / self.value) if self.turns >= TURNS else math.inf
+        return max(self.high / self.value - 1, 1 - self.low / self.value)
 
 
 @lru_cache(maxsize=256)  # asked for by each table, and for what is written
 def ratio_of_medians(above: Times, below: Times) -> Ratio:
-    """The median of ``above`` over that of ``below``, which took turns with it."""
+    """The median of ``above`` over that of ``below``, which took turns with it; of fewer than ``TURNS`` turns it may lie anywhere."""
     logs = [math.log(median(a) / median(b)) for a, b in zip(above.turns, below.turns, strict=False)]
     value, count = above.median / below.median, len(logs)
     if count < TURNS:

@@ -7,7 +7,6 @@ graphs (forward and, when it is first needed, backward) take them as ordinary in
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import _disable_current_modes
 
-from graphopt.asked import in_training
+from graphopt.asked import in_training, say
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import clean_name
 from graphopt.capture.training import train_attention
@@ -53,9 +52,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         compiled = compile_graph(gm, chosen, f"{label} (forward)", {}, inner_names(gm, names))
         compiled.report.remarks[:0] = said
-        for note in in_training(chosen):
-            compiled.report.notes.append(note)
-            warnings.warn(note, stacklevel=2)
+        say(compiled.report, in_training(chosen))
         return compiled
 
     def backward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
