@@ -20,6 +20,7 @@ DTYPES = (types.f32, types.bf16, types.f16)
 LEAST = 48  # queries below which splitting keys and values costs more than tiles save
 FEW = 8  # query rows that share keys, up to which the kernel for decoding takes them
 _WIDTHS = {1: 1.25, 2: 1.05, 3: 1.0, 4: 1.0}  # cost of a query in a register tile of so many vectors: loads beside multiply-adds
+_WIDE = {1: 1.25, 2: 1.0, 3: 1.02, 4: 1.05}  # where vectors have 16 elements: two leave the near cache room, and see fewer keys in vain
 
 
 @dataclass(frozen=True)
@@ -240,15 +241,16 @@ def flash_constraints(t: Target) -> tuple[Constraint, ...]:
 
 def _vectors(queries: Dim, lanes: int, wide: bool) -> int:
     """Vectors of queries of a register tile: as wide as wastes least."""
-    choices = (4, 3, 2, 1) if wide else (2, 1)
+    costs = _WIDE if lanes >= 16 else _WIDTHS
+    choices = sorted((4, 3, 2, 1) if wide else (2, 1), key=lambda v: (costs[v], -v))
     if not isinstance(queries, int):
         return choices[0]
-    return min(choices, key=lambda v: -(-queries // (v * lanes)) * v * _WIDTHS[v])
+    return min(choices, key=lambda v: -(-queries // (v * lanes)) * v * costs[v])
 
 
 def _rows(vectors: int, t: Target) -> int:
-    """Rows of a register tile: as many as fit, and no more than twelve, each of which may have a pointer of its own."""
-    return min(12, (t.vector_registers - vectors - 1) // vectors // 2 * 2)
+    """Rows of a register tile: as many as fit, and no more than hide the time of a multiply-add; each may have a pointer of its own."""
+    return min(12 if vectors == 1 else 8, (t.vector_registers - vectors - 1) // vectors // 2 * 2)
 
 
 def _block(form: Form, queries: int, rows: int, t: Target) -> int:

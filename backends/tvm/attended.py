@@ -132,7 +132,7 @@ class Extra:
     """What is added to scores: a bias, a mask, slopes by position; and sinks. All in logarithms of base 2.
 
     A bias or mask that is the same for all queries is read once a block of keys, for all groups; another one is read row by row,
-    and transposed.
+    and transposed, unless neighbouring queries lie side by side in memory.
 
     Attributes:
         given: whether anything is added to scores.
@@ -153,11 +153,32 @@ class Extra:
     def alloc(self, block: int, nr: int, lanes: int) -> None:
         code = self.code
         self.nr, self.lanes, self.step = nr, lanes, -(-block // lanes) * lanes
+        self.side_by_side = self._side_by_side()
         if self.tables and self.of_keys:
             self.buffer = code.alloc(self.step, F32, "added")
+        elif self.side_by_side:
+            self.buffer = code.alloc(self.step * nr, F32, "added")
         elif self.tables:
             self.rows = code.alloc(nr * self.step, F32, "table")
             self.buffer = code.alloc(self.step * nr, F32, "added")
+
+    def _side_by_side(self) -> bool:
+        """Whether a bias, and nothing beside it, has neighbouring queries next to each other, in whole vectors."""
+        bias = self.form.parts.bias
+        if bias is None or self.tables != [bias] or self.of_keys or not isinstance(self.m, int):
+            return False
+        padded = bias
+        if self.m % self.lanes and bias.producer is not None and bias.producer.name == "slice":
+            padded = bias.producer.operands[0]
+        rows, row = padded.shape[-2], tirx.Var(self.code.fresh("r"), "int64")
+        if not isinstance(rows, int) or rows % self.lanes or rows - self.m >= self.lanes:
+            return False
+        probe = Expressions(self.args, {}, probe=True)
+        probe.at(bias, broadcast_index(bias, [*(0 for _ in self.form.batch), row, 0]))
+        if len(probe.reads) != 1 or isinstance(probe.reads[0][1], int):
+            return False
+        found = list(tvm.sym.detect_linear_equation(probe.reads[0][1], [row]))
+        return bool(found) and self.code.equal(found[0], 1)
 
     def value(self, lead: Sequence[Index], q: Index, n: Index) -> Any:
         """What bias and mask add to a score."""
@@ -245,6 +266,15 @@ class Extra:
         if not self.tables or self.of_keys:
             return
         code, nr, lanes, step = self.code, self.nr, self.lanes, self.step
+        if self.side_by_side:
+            last = -(-int(self.m) // lanes) * lanes - lanes  # a vector of queries that are none repeats the last one
+            starts = [code.bind_index(code.least(first + u, last), "start") for u in range(0, nr, lanes)]
+            with code.loop(count, "serial", "n") as n:
+                for u, start in zip(range(0, nr, lanes), starts, strict=True):
+                    with code.loop(lanes, "vectorized", "v") as v:
+                        value = self.value(lead, code.simplify(start + v), code.simplify(base + n))
+                        code.store(self.buffer, code.simplify(n * nr + u + v), value)
+            return
         with code.loop(nr, "serial", "i") as i:
             row = code.bind_index(code.least(first + i, self.m - 1), "row")
 

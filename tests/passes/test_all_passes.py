@@ -12,7 +12,14 @@ from graphopt.passes.pipelines import default_pipeline
 from graphopt.rewrite import Numerics
 from graphopt.target import Target, detect
 from graphopt.testing import check_settled, random_graph
-from graphopt.testing.recipes.idioms import causal_linear_attention, exact_product, linear_attention, masked_attention, wide_product
+from graphopt.testing.recipes.idioms import (
+    biased_attention,
+    causal_linear_attention,
+    exact_product,
+    linear_attention,
+    masked_attention,
+    wide_product,
+)
 from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
@@ -20,18 +27,18 @@ NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
 FIRST = {  # passes that look for what another one makes
     "pack-weights": ("fuse",), "share-packed": ("fuse", "pack-weights"), "pack-filters": ("conv-layout", "fuse"),
     "winograd-filters": ("conv-layout", "fuse"), "output-order": ("conv-layout", "fuse"), "fuse-depthwise": ("conv-layout", "fuse"),
-    "pack-quantized": ("quantize-weights", "fuse"), "halve-weights": ("fuse",),
+    "pack-quantized": ("quantize-weights", "fuse"), "halve-weights": ("fuse",), "turn-bias": ("fuse",),
 }  # fmt: skip
 
 
 ON_A_GPU = ("split-reductions",)  # passes that do nothing elsewhere
 OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
     "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
-    "halve-weights": "{tiles=True}", "mask-blocks": "{least=64}",
+    "halve-weights": "{tiles=True}", "mask-blocks": "{least=64}", "turn-bias": "{lanes=2}",
 }  # fmt: skip
 ALSO = {  # what a pass looks for, where chance alone seldom makes it
     "linear-attention": (linear_attention,), "causal-linear-attention": (causal_linear_attention,), "mask-blocks": (masked_attention,),
-    "halve-weights": (wide_product,), "narrow-weights": (exact_product,),
+    "turn-bias": (biased_attention,), "halve-weights": (wide_product,), "narrow-weights": (exact_product,),
 }  # fmt: skip
 
 

@@ -121,6 +121,13 @@ def masked_attention(pool: Pool) -> None:
     pool.add("attention", [q, k, v, pool.input(types.b1, (rows, keys), keep=False)], scale=0.5)
 
 
+def biased_attention(pool: Pool) -> None:
+    """Attention with a bias that may be a weight, of sizes that fill vectors or do not."""
+    rows, keys, size = pool.pick([4, 7]), pool.pick([1, 5]), pool.pick([4, 8])
+    q, k, v = (pool.input(types.f32, (1, 2, n, size), keep=False) for n in (rows, keys, keys))
+    pool.add("attention", [q, k, v, pool.input(types.f32, pool.pick([(rows, keys), (1, 2, rows, keys)]), keep=False)], scale=0.5)
+
+
 def wide_product(pool: Pool) -> None:
     """A product with a matrix that may be a weight, and fills tiles or does not."""
     rows, depth, columns = pool.pick([pool.size(), 3, 1]), pool.pick([32, 64, 48]), pool.pick([32, 40, 24])
