@@ -1,4 +1,4 @@
-"""Memory in large pages, for what is read from end to end in every run: packed weights.
+"""Memory in large pages, for what is used from end to end in every run: packed weights, and the arena of intermediate results.
 
 With pages of 4 KiB, the processor translates an address for every 64 cache lines that it streams, and the hardware prefetcher
 stops at every border; with pages of 2 MiB, neither matters. Linux gives such pages to memory that asks for them, if
@@ -13,6 +13,7 @@ import mmap
 import torch
 
 LARGE = 1 << 18  # bytes: smaller tensors are not worth a place of their own
+PAGE = 1 << 21  # bytes of a large page
 CHUNK = 1 << 26  # bytes of addresses asked for at a time; memory is taken as it is written
 _ALIGNMENT = 64
 _HAVE = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
@@ -40,6 +41,16 @@ class Pages:
             self._chunk, self._next = _mapped(max(nbytes, CHUNK)), 0
         at, self._next = self._next, -(-(self._next + nbytes) // _ALIGNMENT) * _ALIGNMENT
         return torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=at).view(shape)
+
+
+def uninitialized(nbytes: int) -> torch.Tensor:
+    """So many bytes on the CPU; from the border of a large page on, if they fill half of one: side by side in physical memory, too, they
+    do not compete for the same places of a cache."""
+    if nbytes < PAGE // 2 or not _HAVE:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    memory = torch.frombuffer(_mapped(nbytes + PAGE), dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + nbytes]
 
 
 def _mapped(nbytes: int) -> mmap.mmap:

@@ -17,6 +17,7 @@ import torch
 from graphopt.guards import InputGuard
 from graphopt.ir.graph import Node
 from graphopt.lower import Lowered
+from graphopt.pages import uninitialized
 from graphopt.program_weights import ProgramWeights, picker
 from graphopt.program_writer import Call, ProgramWriter
 from graphopt.sizes import SizeReader
@@ -138,7 +139,8 @@ class Program:
     def _make_arena(self) -> _Arena:
         tensors = []
         if self.plan is not None:
-            memory = torch.empty(self.plan.peak, dtype=torch.uint8, device=self.device)
+            peak = self.plan.peak
+            memory = uninitialized(peak) if self.device.type == "cpu" else torch.empty(peak, dtype=torch.uint8, device=self.device)
             for place, dtype in self._layout:
                 start = self.plan.offsets[place.buffer]
                 flat = memory[start : start + self._buffers[place.buffer]].view(dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graphopt import pages
-from graphopt.pages import CHUNK, LARGE, Pages
+from graphopt.pages import CHUNK, LARGE, PAGE, Pages, uninitialized
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")
 
@@ -42,3 +42,13 @@ def test_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     b = own.empty(torch.Size([LARGE]), torch.uint8)
     a.fill_(1), b.fill_(2)
     assert int(a.sum()) == 2 * LARGE and CHUNK > LARGE
+
+
+def test_an_arena_begins_at_a_large_page() -> None:
+    a, small = uninitialized(PAGE // 2 + 1), uninitialized(PAGE // 2 - 1)
+    assert a.data_ptr() % PAGE == 0 and a.shape == (PAGE // 2 + 1,) and small.shape == (PAGE // 2 - 1,)
+    part = a[64:128].view(torch.float32)
+    a.zero_(), part.fill_(1)
+    del a
+    gc.collect()
+    assert part.sum() == 16

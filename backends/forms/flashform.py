@@ -254,8 +254,11 @@ def _rows(vectors: int, t: Target) -> int:
 
 
 def _block(form: Form, queries: int, rows: int, t: Target) -> int:
-    """Keys of a block: its scores share the first-level cache with the queries and the values' sums."""
+    """Keys of a block: its scores share the first-level cache with the queries and the values' sums. A mask hides whole blocks: small
+    ones, of the size that masks of blocks mostly have."""
     held = t.cache[0] // 2 // (4 * queries)
+    if form.parts.mask is not None and not form.reads_all:
+        held = min(held, 64)
     keys = form.keys
     if isinstance(keys, int):
         held = min(held, keys)

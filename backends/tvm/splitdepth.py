@@ -17,10 +17,7 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.tvm.code import Code, Index
-from graphopt.backends.tvm.dots import sum_dots
-from graphopt.backends.tvm.expr import Expressions
 from graphopt.backends.tvm.loops import SMALL, product
-from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.tile import Product, TileKernel
 from graphopt.ir.graph import Graph
 
@@ -97,17 +94,6 @@ class SplitDepthKernel(TileKernel):
                 code.store(sums, to, code.load(sums, to) + code.load(acc, q))
 
             self._everywhere(acc, add)
-
-    def _dots(self, p: Product, lead: Sequence[Index], row: Index, column: Index, begin: Index, length: Index) -> Any:
-        code, a = self.code, self.left
-
-        def left(r: Index, k: Index) -> Any:
-            return Expressions(self.args, {}).at(a, operand_index(lead, a, r, code.simplify(begin + k)))
-
-        def right(k: Index, j: Index) -> Any:
-            return p.factor.at(lead, code.simplify(begin + k), code.simplify(column + j))
-
-        return sum_dots(code, length, self._rows(row), self.nr, self.vector, self.result.dtype, self.held, left, right)
 
     def _across(self, body: Any) -> None:
         """``body(place in a tile)`` for all vectors of a tile."""

@@ -2,8 +2,8 @@
 
 Rows and columns that do not fill a tile are computed on clamped indices and not stored. The second factor may be packed
 (``[ceil(N / nr), K, nr]`` behind the views that the packing pass writes): the expression layer reduces those views to one
-contiguous address, so packed and plain factors are read by the same code. The epilogue is evaluated where the tile is
-stored, in rolled loops over its vectors.
+contiguous address, so packed and plain factors are read by the same code. A long sum is taken in blocks, whose sums are added up in
+scratch memory; the last block's are added to them in registers, and stored from there if the epilogue is light.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -20,16 +21,16 @@ from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.dots import sum_dots
 from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions, store_computed
+from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.quantform import quantized
 from graphopt.backends.tvm.tileform import BLOCK
+from graphopt.backends.tvm.tilestore import LINE, TileStore
 from graphopt.ir.graph import Graph, Node, Value
 
 _Ask = Callable[[Index, int, int], None]  # before a vector of a panel is read: the first of some steps, which of them, its first column
-LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class TileKernel:
         self.products = [self._product(n, one_tile, left.scalar_only) for n in nodes]
         self.group = group
         self.width = columns  # of a tile; panels are ``nr`` wide all the same
+        self.ends = TileStore(self.code, self.args, graph, tuple(p.result for p in self.products), rows, columns, self.lanes)
         self.inside = True if isinstance(self.n, int) and self.n % columns == 0 else None  # whether all its columns are; None: not known
 
     def _product(self, node: Node, one_tile: bool, scalar_only: bool) -> Product:
@@ -145,11 +147,21 @@ class TileKernel:
         with code.loop(self._here(first, tiles), "serial", "io") as io:
             tile_row = code.simplify(first + io)
             row = code.simplify(tile_row * self.mr)
-            sums = []
+            sums, acc = [], list[Any]()
             for p, panel, total in zip(self.products, panels, totals, strict=True):
+                if p.dots:
+                    sums.append(self._dots(p, lead, row, column, 0, self.k))
+                    continue
                 ahead = self._fetch(p.factor, lead, column, tile_row, tiles, 0, self.k)
-                sums.append(self._sum(p, lead, row, column, panel, ahead, total))
-            self._store(lead, row, column, sums)
+                acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead)
+                self._each_block(partial(self._tile_block, acc, span, total))
+                sums.append(total)
+            self._end(lead, row, column, acc, sums)
+
+    def _tile_block(self, acc: Sequence[Any], span: Callable[[Index, Index], None], total: Any, begin: Index, length: Index,
+                    is_first: Any, is_last: bool) -> None:  # fmt: skip
+        """A block of a tile that is summed to its end: in blocks, so that its rounding error stays that of a library's."""
+        self._add_block(acc, span, begin, length, total, 0, is_first, is_last)
 
     def _here(self, first: Index, tiles: Index) -> Index:
         """Row tiles of a step."""
@@ -157,41 +169,84 @@ class TileKernel:
         return self.group if even else code.bind_index(code.least(tiles - first, self.group))
 
     def _by_blocks(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index) -> None:
-        """All row tiles of a step, a block of the summed axis at a time; then they are stored. Panels are copied a block at a time."""
+        """All row tiles of a step, a block of the summed axis at a time; with the last one they are stored. Panels are copied by blocks."""
         code, size, here = self.code, self.mr * self.width, self._here(first, tiles)
         totals = [code.alloc(self.group * size, self.held, "total") for _ in self.products]
-        for total in totals:
-            with code.loop(code.simplify(here * (size // self.lanes)), "serial", "q") as q, code.loop(self.lanes, "vectorized", "v") as v:
-                code.store(total, code.simplify(q * self.lanes + v), tirx.const(0, self.held))
-        with code.loop(code.ceildiv(self.k, self.block), "serial", "block") as block:
-            begin, length = self._block(block)
+
+        def all_tiles(begin: Index, length: Index, is_first: Any, is_last: bool) -> None:
             panels = [p.factor.copy(lead, column, self.lanes, self.held, begin, length) if p.copied else None for p in self.products]
             with code.loop(here, "serial", "io") as io:
-                tile_row = code.simplify(first + io)
-                row, base = code.simplify(tile_row * self.mr), code.simplify(io * size)
-                with code.when(i64(code.simplify(begin + length)) >= i64(self.k)):
-                    self._ask(lead, row, column)
+                row, base = code.simplify((first + io) * self.mr), code.simplify(io * size)
+                if is_last:
+                    self.ends.ask(lead, row, column, self.width)
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
                     ahead = None if p.copied else self._fetch(p.factor, lead, column, io, here, begin, length)
                     acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead, begin)
-                    self._everywhere(acc, lambda sums, at, _: code.store(sums, at, tirx.const(0, self.held)))
-                    span(begin, length)
+                    self._add_block(acc, span, begin, length, total, base, is_first, is_last)
+                if is_last:
+                    self._end(lead, row, column, acc, totals, base)
 
-                    def add(sums: Any, at: Index, q: Index, total: Any = total, base: Index = base) -> None:
-                        place = code.simplify(base + q)
-                        code.store(total, place, code.load(total, place) + code.load(sums, at))
+        self._each_block(all_tiles)
 
-                    self._everywhere(acc, add)
-        with code.loop(here, "serial", "io") as io:
-            self._store(lead, code.simplify((first + io) * self.mr), column, totals, code.simplify(io * size))
+    def _each_block(self, body: Callable[[Index, Index, Any, bool], None]) -> None:
+        """``body(begin, length, is_first, is_last)`` for all blocks of the summed axis but the last, in a loop, and for the last."""
+        code = self.code
+        before = code.simplify(code.ceildiv(self.k, self.block) - 1)
+        if not isinstance(before, int):
+            before = code.bind_index(code.greatest(before, 0), "before")
+        elif before < 0:
+            before = 0
+        if before != 0:
+            with code.loop(before, "serial", "block") as block:
+                body(code.simplify(block * self.block), self.block, i64(block) == 0 if before != 1 else True, False)
+        begin = code.simplify(before * self.block)
+        rest = code.simplify(self.k - begin)
+        body(begin, rest if isinstance(rest, int) else code.bind_index(rest, "rest"), before == 0 if isinstance(before, int) else
+             i64(before) == 0, True)  # fmt: skip
 
-    def _ask(self, lead: Sequence[Index], row: Index, column: Index) -> None:
-        """Ask for the lines of the outputs that a tile will be written to."""
-        for k, v in enumerate(self.graph.outputs):
-            line = LINE // v.dtype.itemsize
-            for i in range(self.mr):
-                for u in range(0, self.width, line):
-                    self.args.ask(k, [*lead, self.code.simplify(row + i), self.code.simplify(column + u)])
+    def _add_block(self, acc: Sequence[Any], span: Callable[[Index, Index], None], begin: Index, length: Index, total: Any, base: Index,
+                   is_first: Any, is_last: bool) -> None:  # fmt: skip
+        """Sum a block and add what was summed before: into ``total``, but with the last block into the accumulators, if they are stored."""
+        code, stays = self.code, is_last and self.from_registers
+        self._everywhere(acc, lambda sums, at, _: code.store(sums, at, tirx.const(0, self.held)))
+        span(begin, length)
+
+        def put(sums: Any, at: Index, q: Index) -> None:
+            code.store(total, code.simplify(base + q), code.load(sums, at))
+
+        def add(sums: Any, at: Index, q: Index) -> None:
+            place = code.simplify(base + q)
+            both = code.load(total, place) + code.load(sums, at)
+            if stays:
+                code.store(sums, at, both)
+            else:
+                code.store(total, place, both)
+
+        if not isinstance(is_first, bool):
+            with code.when(tirx.Not(is_first)):
+                self._everywhere(acc, add)
+            if not stays:
+                with code.when(is_first):
+                    self._everywhere(acc, put)
+        elif not is_first:
+            self._everywhere(acc, add)
+        elif not stays:
+            self._everywhere(acc, put)
+
+    @property
+    def from_registers(self) -> bool:
+        """Whether a tile goes through the epilogue as it stands in the accumulators, without a way through memory."""
+        return self.inside is True and not self.products[0].dots and self.ends.is_light
+
+    def _end(self, lead: Sequence[Index], row: Index, column: Index, acc: Sequence[Any], totals: Sequence[Any], base: Index = 0) -> None:
+        """Store a tile: its accumulators, or its totals."""
+        if self.from_registers:
+            self.ends.write_registers(lead, row, column, acc, self.width)
+        else:
+            self._store(lead, row, column, totals, base)
+
+    def _store(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any], base: Index = 0) -> None:
+        self.ends.write(lead, row, column, sums, self.width, self.inside, base)
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
         """An index that is surely inside, unless tiles fit the size."""
@@ -235,46 +290,22 @@ class TileKernel:
 
         return later
 
-    def _sum(self, p: Product, lead: Sequence[Index], row: Index, column: Index, panel: Any, ahead: _Ask | None,
-             total: Any) -> Any:  # fmt: skip
-        """Sum a product's tile, into ``total``; returns the buffer that holds it. ``ahead`` is called before each vector.
+    def _dots(self, p: Product, lead: Sequence[Index], row: Index, column: Index, begin: Index, length: Index) -> Any:
+        """A tile of dot products of so many terms; returns the buffer that holds it."""
+        code, a = self.code, self.left
 
-        A long sum is taken in blocks, so that its rounding error stays that of a library's.
-        """
-        code, a, rows = self.code, self.left, self._rows(row)
-        if p.dots:
+        def left(r: Index, k: Index) -> Any:
+            return Expressions(self.args, {}).at(a, operand_index(lead, a, r, code.simplify(begin + k)))
 
-            def left(r: Index, k: Index) -> Any:
-                return Expressions(self.args, {}).at(a, operand_index(lead, a, r, k))
+        def right(k: Index, j: Index) -> Any:
+            return p.factor.at(lead, code.simplify(begin + k), code.simplify(column + j))
 
-            def right(k: Index, j: Index) -> Any:
-                return p.factor.at(lead, k, code.simplify(column + j))
-
-            return sum_dots(code, self.k, rows, self.width, self.vector, self.result.dtype, self.held, left, right)
-        zero = tirx.const(0, self.held)
-        acc, span = self._tile_sum(p, lead, rows, column, panel, ahead)
-        if isinstance(self.k, int) and self.k <= self.block:
-            self._everywhere(acc, lambda sums, at, _: code.store(sums, at, zero))
-            span(0, self.k)
-            self._everywhere(acc, lambda sums, at, q: code.store(total, q, code.load(sums, at)))
-            return total
-        self._everywhere(acc, lambda _, at, q: code.store(total, q, zero))
-        with code.loop(code.ceildiv(self.k, self.block), "serial", "block") as block:
-            self._everywhere(acc, lambda sums, at, _: code.store(sums, at, zero))
-            span(*self._block(block))
-            self._everywhere(acc, lambda sums, at, q: code.store(total, q, code.load(total, q) + code.load(sums, at)))
-        return total
+        return sum_dots(code, length, self._rows(row), self.width, self.vector, self.result.dtype, self.held, left, right)
 
     def _rows(self, row: Index) -> list[Index]:
         """The rows of a tile, all of them inside."""
         code = self.code
         return [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
-
-    def _block(self, block: Index) -> tuple[Index, Index]:
-        """Where a block of the summed axis starts, and how long it is."""
-        code, even = self.code, isinstance(self.k, int) and self.k % self.block == 0
-        start = code.simplify(block * self.block)
-        return start, self.block if even else code.bind_index(code.least(self.k - block * self.block, self.block))
 
     def _everywhere(self, acc: Sequence[Any], body: Callable[[Any, Index, Index], None]) -> None:
         """``body(row's accumulators, place in them, place in the tile)`` for all vectors of the tile."""
@@ -334,49 +365,3 @@ class TileKernel:
             return 0
         width = x.shape[-1]
         return width if isinstance(width, int) and width % self.nr == 0 else 0
-
-    def _store(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any], base: Index = 0) -> None:
-        """Write the tile, which starts at ``base`` of ``sums``: all of its vectors, or element by element where the edge cuts it off."""
-        code = self.code
-        fits_rows = isinstance(self.m, int) and self.m % self.mr == 0
-        count = self.mr if fits_rows else code.bind_index(code.least(self.m - row, self.mr), "rows")
-
-        def lines(width: int) -> None:
-            with code.loop(count, "serial", "i") as i:
-                if width:
-                    with code.loop(self.width // width, "serial", "u") as u, code.loop(width, "vectorized", "v") as v:
-                        self._element(lead, row, column, i, code.simplify(u * width + v), sums, base)
-                else:
-                    with code.loop(code.least(self.n - column, self.width), "serial", "j") as j:
-                        self._element(lead, row, column, i, j, sums, base)
-
-        lanes = self._store_lanes(lead)
-        if self.inside is not None:
-            lines(lanes if self.inside else 0)
-            return
-        full = i64(code.simplify(column + self.nr)) <= i64(self.n)
-        if not isinstance(self.n, int) or self.n >= self.nr:
-            with code.when(full):
-                lines(lanes)
-        with code.when(tirx.Not(full)):
-            lines(0)
-
-    def _store_lanes(self, lead: Sequence[Index]) -> int:
-        def zero(index: Sequence[Index]) -> Any:
-            return tirx.const(0, self.held)
-
-        for v in self.graph.outputs:
-            probe = Probe(self.args, {p.result: zero for p in self.products}, v)
-            probe([*lead, 0, 0])
-            if probe.scalar_only:
-                return 1
-        return self.lanes
-
-    def _element(self, lead: Sequence[Index], row: Index, column: Index, i: Index, j: Index, sums: Sequence[Any], base: Index) -> None:
-        code = self.code
-        at = [*lead, code.simplify(row + i), code.simplify(column + j)]
-
-        def summed(acc: Any) -> Any:
-            return scalar.rounded(code.bind(code.load(acc, code.simplify(base + i * self.width + j))), self.result.dtype)
-
-        store_computed(self.args, at, {p.result: summed(acc) for p, acc in zip(self.products, sums, strict=True)})
