@@ -1,6 +1,7 @@
 """Matrix products by register tiles: mr rows by nr columns are summed in registers over the whole depth.
 
-Rows and columns that do not fill a tile are computed on clamped indices and not stored. The second factor may be packed
+Rows that do not fill a tile are a lower tile of their own where that saves enough; else, and of columns, what does not fill one is computed
+on clamped indices and not stored. The second factor may be packed
 (``[ceil(N / nr), K, nr]`` behind the views that the packing pass writes): the expression layer reduces those views to one
 contiguous address, so packed and plain factors are read by the same code. A long sum is taken in blocks, whose sums are added up in
 scratch memory; the last block's are added to them in registers, and stored from there if the epilogue is light.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.panel import Factor
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.quantform import quantized
-from graphopt.backends.tvm.tileform import BLOCK
+from graphopt.backends.tvm.tileform import BLOCK, tail_rows
 from graphopt.backends.tvm.tilestore import LINE, TileStore
 from graphopt.ir.graph import Graph, Node, Value
 
@@ -89,6 +90,7 @@ class TileKernel:
         self.width = columns  # of a tile; panels are ``nr`` wide all the same
         self.ends = TileStore(self.code, self.args, graph, tuple(p.result for p in self.products), rows, columns, self.lanes)
         self.inside = True if isinstance(self.n, int) and self.n % columns == 0 else None  # whether all its columns are; None: not known
+        self.tail = 0  # rows of a last tile of its own
 
     def _product(self, node: Node, one_tile: bool, scalar_only: bool) -> Product:
         ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
@@ -101,6 +103,9 @@ class TileKernel:
     def emit(self) -> Code:
         code = self.code
         tiles = code.ceildiv(self.m, self.mr)
+        self.tail = tail_rows(self.m, self.mr) if not any(p.dots for p in self.products) else 0
+        if self.tail:
+            self.ends = replace(self.ends, fits=True)
         sizes = [code.ceildiv(self.n, self.nr), code.ceildiv(tiles, self.group)]
         blocks = [*self.batch, *(sizes[::-1] if self.rows_first else sizes)]
         work = product(code, [*self.batch, self.m, self.n, self.k])
@@ -144,7 +149,8 @@ class TileKernel:
             return
         panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
         totals = [None if p.dots else code.alloc(self.mr * self.width, self.held, "total") for p in self.products]
-        with code.loop(self._here(first, tiles), "serial", "io") as io:
+
+        def tile(kernel: TileKernel, io: Index) -> None:
             tile_row = code.simplify(first + io)
             row = code.simplify(tile_row * self.mr)
             sums, acc = [], list[Any]()
@@ -153,10 +159,27 @@ class TileKernel:
                     sums.append(self._dots(p, lead, row, column, 0, self.k))
                     continue
                 ahead = self._fetch(p.factor, lead, column, tile_row, tiles, 0, self.k)
-                acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead)
-                self._each_block(partial(self._tile_block, acc, span, total))
+                acc, span = kernel._tile_sum(p, lead, kernel._rows(row), column, panel, ahead)
+                kernel._each_block(partial(kernel._tile_block, acc, span, total))
                 sums.append(total)
-            self._end(lead, row, column, acc, sums)
+            kernel._end(lead, row, column, acc, sums)
+
+        self._each_tile(first, tiles, tile)
+
+    def _each_tile(self, first: Index, tiles: Index, body: Callable[[TileKernel, Index], None]) -> None:
+        """``body(kernel of the tile, tile)`` for the row tiles of a step: whole ones, and the last one, which may have fewer rows."""
+        code = self.code
+        if not self.tail:
+            with code.loop(self._here(first, tiles), "serial", "io") as io:
+                body(self, io)
+            return
+        short = copy.copy(self)
+        short.mr, short.ends = self.tail, replace(self.ends, rows=self.tail)
+        whole = code.least(code.simplify(tiles - 1 - first), self.group)
+        with code.loop(whole if isinstance(whole, int) else code.bind_index(whole, "whole"), "serial", "io") as io:
+            body(self, io)
+        with code.when(i64(code.simplify(first + self.group)) >= i64(tiles)):
+            body(short, code.simplify(tiles - 1 - first))
 
     def _tile_block(self, acc: Sequence[Any], span: Callable[[Index, Index], None], total: Any, begin: Index, length: Index,
                     is_first: Any, is_last: bool) -> None:  # fmt: skip
@@ -175,16 +198,19 @@ class TileKernel:
 
         def all_tiles(begin: Index, length: Index, is_first: Any, is_last: bool) -> None:
             panels = [p.factor.copy(lead, column, self.lanes, self.held, begin, length) if p.copied else None for p in self.products]
-            with code.loop(here, "serial", "io") as io:
+
+            def tile(kernel: TileKernel, io: Index) -> None:
                 row, base = code.simplify((first + io) * self.mr), code.simplify(io * size)
                 if is_last:
-                    self.ends.ask(lead, row, column, self.width)
+                    kernel.ends.ask(lead, row, column, self.width)
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
                     ahead = None if p.copied else self._fetch(p.factor, lead, column, io, here, begin, length)
-                    acc, span = self._tile_sum(p, lead, self._rows(row), column, panel, ahead, begin)
-                    self._add_block(acc, span, begin, length, total, base, is_first, is_last)
+                    acc, span = kernel._tile_sum(p, lead, kernel._rows(row), column, panel, ahead, begin)
+                    kernel._add_block(acc, span, begin, length, total, base, is_first, is_last)
                 if is_last:
-                    self._end(lead, row, column, acc, totals, base)
+                    kernel._end(lead, row, column, acc, totals, base)
+
+            self._each_tile(first, tiles, tile)
 
         self._each_block(all_tiles)
 
@@ -305,7 +331,8 @@ class TileKernel:
     def _rows(self, row: Index) -> list[Index]:
         """The rows of a tile, all of them inside."""
         code = self.code
-        return [code.bind_index(self._clamped(code.simplify(row + i), self.m, self.mr), "r") for i in range(self.mr)]
+        rows = [code.simplify(row + i) for i in range(self.mr)]
+        return [code.bind_index(r if self.tail else self._clamped(r, self.m, self.mr), "r") for r in rows]
 
     def _everywhere(self, acc: Sequence[Any], body: Callable[[Any, Index, Index], None]) -> None:
         """``body(row's accumulators, place in them, place in the tile)`` for all vectors of the tile."""

@@ -29,6 +29,7 @@ _FEW_ROWS = 8  # rows of the highest tile of a default schedule
 _HEIGHTS = (4, 6, 8, 1, 2, 3, 5, 10, 12, 14, 16, 20, 24)
 _UNEVEN = 1.02  # times its share that a core may be given
 _FINE = 256  # steps a core that are even enough, whatever they are
+_SECOND = 100  # a share of the rows, its inverse, that pays for a lower last tile
 _LINE = 64  # bytes of a cache line
 _AHEAD = 3072  # bytes: 1 and 3 KiB are equally good, 4 KiB are not: lines that far apart compete for a place in the first-level cache
 
@@ -203,7 +204,7 @@ class TileLoops:
                 Level(unroll * mr * -(-nr // lanes), (float(self.size), float(lanes * self.read), 0.0, 0.0), "vector"),
             ),
             flops=2.0 * lanes * self.products,
-            waste=tiles * mr * panels * nr / (m * n),
+            waste=(m if tail_rows(m, mr) else tiles * mr) * panels * nr / (m * n),
             registers=needed_registers(dict(s.knobs)),
             moved=0.0 if self.packed or not dict(s.knobs).get("copy", True) else float(self.count * pieces * self.k * n * self.read),
         )
@@ -290,6 +291,14 @@ def _division(graph: Graph, mr: int, nr: int, t: Target) -> tuple[int, bool]:
         if group == 4 or not (few or most > _UNEVEN * share):
             return group, order
         group //= 2
+
+
+def tail_rows(rows: Dim, mr: int) -> int:
+    """Rows of a last tile that is lower than the others; 0 if it is as high, or if too little is saved for a second code."""
+    if not isinstance(rows, int) or rows <= mr:
+        return 0
+    rest = rows % mr
+    return rest if rest and (mr - rest) * _SECOND >= rows else 0
 
 
 def _last_panel(columns: int, nr: int, lanes: int) -> int:

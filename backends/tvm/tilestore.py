@@ -29,6 +29,7 @@ class TileStore:
         results: the products, all of one shape ``[..., m, n]``.
         rows, columns: of a whole tile.
         lanes: elements of a vector.
+        fits: whether all rows of each tile are rows of the products.
     """
 
     code: Code
@@ -38,12 +39,18 @@ class TileStore:
     rows: int
     columns: int
     lanes: int
+    fits: bool = False
 
     @cached_property
     def sizes(self) -> tuple[Index, Index]:
         """Rows and columns of the products."""
         m, n = (self.code.size(d) for d in self.results[0].shape[-2:])
         return m, n
+
+    @property
+    def fits_rows(self) -> bool:
+        m = self.sizes[0]
+        return self.fits or (isinstance(m, int) and m % self.rows == 0)
 
     @property
     def held(self) -> str:
@@ -97,7 +104,7 @@ class TileStore:
                     self._element([*lead, r, code.simplify(column + u + v)], [(sums, code.simplify(u + v))])
 
         for i, sums in enumerate(acc):
-            if isinstance(m, int) and m % self.rows == 0:
+            if self.fits_rows:
                 line(i, sums)
             else:
                 with code.when(i64(code.simplify(row + i)) < i64(m)):
@@ -113,8 +120,7 @@ class TileStore:
                 else element by element.
         """
         code, (m, n) = self.code, self.sizes
-        fits_rows = isinstance(m, int) and m % self.rows == 0
-        count = self.rows if fits_rows else code.bind_index(code.least(m - row, self.rows), "rows")
+        count = self.rows if self.fits_rows else code.bind_index(code.least(m - row, self.rows), "rows")
 
         def one(i: Index, j: Index) -> None:
             place = code.simplify(base + i * width + j)
