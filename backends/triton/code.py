@@ -18,6 +18,7 @@ from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph
 from graphopt.ir.opset.quantize import LARGEST
+from graphopt.ir.types import DType
 from graphopt.target import Target
 
 INDENT = "    "
@@ -41,10 +42,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class Payload:
-    """What a compiler needs beside the text: types of the parameters in Triton's spelling, and the launch."""
+    """What a compiler needs beside the text, a kernel of the file: types of the parameters in Triton's spelling, and the launch."""
 
+    name: str
     signature: Mapping[str, str]
     launch: Launch
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that a launch takes from PyTorch's allocator: so many elements of a type."""
+
+    dtype: DType
+    numel: Dim
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,14 @@ class Code:
     Attributes:
         graph: the region.
         wide: whether places in memory need 64 bits.
+        scratch: memory that the kernel and those after it share, by the parameter's name.
+        then: the kernels that are launched after this one, of the same tensors and scratch.
         helpers: functions of :mod:`~graphopt.backends.triton.library` that the lines call.
     """
 
     graph: Graph
+    scratch: Mapping[str, Scratch] = field(default_factory=dict)
+    then: list[tuple[Code, Launch]] = field(default_factory=list)
     blocks: list[list[str]] = field(default_factory=lambda: [[]])
     helpers: dict[str, None] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
@@ -85,7 +99,8 @@ class Code:
     def wide(self) -> bool:
         """A place may need 64 bits: a tensor has, or may have, 2 ** 31 elements."""
         values = [*self.graph.inputs, *self.graph.outputs]
-        ends = [dims.bounds(v.type.numel, self.graph.symbols)[1] for v in values]
+        sizes = [*(v.type.numel for v in values), *(s.numel for s in self.scratch.values())]
+        ends = [dims.bounds(n, self.graph.symbols)[1] for n in sizes]
         return any(n is None or n >= 2**31 for n in ends) or any(not dims.is_static(v.type.strides or ()) for v in values)
 
     def fresh(self, prefix: str) -> str:
@@ -174,36 +189,38 @@ class Code:
     # --- the kernel -----------------------------------------------------------------------------------------------------------
 
     def source(self, name: str, w: Workload, s: Schedule, t: Target, launch: Launch) -> KernelSource:
-        """The finished file: the region as a comment, the kernel, and the function that launches it."""
-        tensors, symbols = self.tensors, sorted(w.graph.symbols)
+        """The finished file: the region as a comment, the kernels, and the function that launches them."""
+        kernels = [(name, self, launch), *((f"{name}_{k}", code, after) for k, (code, after) in enumerate(self.then, 1))]
+        given, symbols = [*self.tensors, *self.scratch], sorted(w.graph.symbols)
         values = (*w.graph.inputs, *w.graph.outputs)
-        bits = {n for n, v in zip(tensors, values, strict=True) if v.dtype in LARGEST}  # read as what they are made of
-        given = [f"{n}.view(torch.uint8)" if n in bits else n for n in tensors]
-        blocks = [f"{n}: tl.constexpr = {size}" for n, size in launch.blocks.items()]
-        (body,) = self.blocks
+        bits = {n for n, v in zip(self.tensors, values, strict=True) if v.dtype in LARGEST}  # read as what they are made of
+        helpers = sorted({h for _, code, _ in kernels for h in code.helpers})
+        passed = [*(f"{n}.view(torch.uint8)" if n in bits else n for n in given), *symbols]
         lines = [
             f"# {w.kind} region for {t}: {json.dumps({'sketch': s.sketch, **dict(s.knobs)})}",
             "#",
             *(f"# {line}" for line in w.text.splitlines()),
             "",
-            *(["import torch"] if bits else []),
+            *(["import torch"] if bits or self.scratch else []),
             "import triton",
             "import triton.language as tl",
-            *([f"from graphopt.backends.triton.library import {', '.join(sorted(self.helpers))}"] if self.helpers else []),
-            "",
-            "",
-            "@triton.jit",
-            f"def {name}({', '.join([*tensors, *symbols, *blocks])}):",
-            *(INDENT + line for line in body),
-            "",
-            "",
-            f"def launch({', '.join([*tensors, *symbols])}):",
-            f"{INDENT}grid = ({''.join(dims.format_dim(n) + ', ' for n in launch.grid)})",
-            f"{INDENT}{name}[grid]({', '.join([*given, *symbols])}, num_warps={launch.warps}, num_stages={launch.stages})",
+            *([f"from graphopt.backends.triton.library import {', '.join(helpers)}"] if helpers else []),
         ]
-        signature = {n: f"*{_POINTERS[v.dtype.name]}" for n, v in zip(tensors, values, strict=True)}
-        signature |= dict.fromkeys(symbols, "i32") | dict.fromkeys(launch.blocks, "constexpr")
-        return KernelSource(name, "triton", "\n".join(lines) + "\n", Payload(signature, launch))
+        for kernel, code, how in kernels:
+            blocks = [f"{n}: tl.constexpr = {size}" for n, size in how.blocks.items()]
+            (body,) = code.blocks
+            lines += ["", "", "@triton.jit", f"def {kernel}({', '.join([*given, *symbols, *blocks])}):", *(INDENT + line for line in body)]
+        lines += ["", "", f"def launch({', '.join([*self.tensors, *symbols])}):"]
+        for n, memory in self.scratch.items():
+            size = dims.format_dim(memory.numel)
+            lines.append(f"{INDENT}{n} = torch.empty({size}, dtype={memory.dtype.torch}, device={self.tensors[-1]}.device)")
+        for kernel, _, how in kernels:
+            lines.append(f"{INDENT}grid = ({''.join(dims.format_dim(n) + ', ' for n in how.grid)})")
+            lines.append(f"{INDENT}{kernel}[grid]({', '.join(passed)}, num_warps={how.warps}, num_stages={how.stages})")
+        types = [*(v.dtype for v in values), *(memory.dtype for memory in self.scratch.values())]
+        signature = {n: f"*{_POINTERS[d.name]}" for n, d in zip(given, types, strict=True)} | dict.fromkeys(symbols, "i32")
+        payload = tuple(Payload(kernel, signature | dict.fromkeys(how.blocks, "constexpr"), how) for kernel, _, how in kernels)
+        return KernelSource(name, "triton", "\n".join(lines) + "\n", payload)
 
 
 _POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",

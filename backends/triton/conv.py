@@ -14,7 +14,8 @@ from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.triton.code import Code, Launch, ceildiv
 from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, variable
-from graphopt.backends.triton.matmul import LEAST, computed, multiplied, precision, tile_numbers, total_of
+from graphopt.backends.triton.matmul import LEAST, multiplied, precision, tile_numbers
+from graphopt.backends.triton.sums import computed, total_of
 from graphopt.backends.triton.window import Slide
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph

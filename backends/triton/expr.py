@@ -101,12 +101,16 @@ class Expressions:
         v = self.graph.outputs[k]
         tile = Tile(value, v.dtype) if value else self.at(v, index)
         text = tile.text if tile.narrow or v.dtype not in NARROW else f"{tile.text}.to({NAMES[v.dtype]})"
-        at = self.code.place(self.output_place(k, index))
-        place = f"out{k} + {at.text}"
+        self.write(f"out{k}", self.output_place(k, index), lanes, shape, text)
+
+    def write(self, tensor: str, to: Sum, lanes: Sequence[Var], shape: str, value: str) -> None:
+        """Write the lanes of a tile to a place in a tensor; ``value`` is of the tensor's type."""
+        at = self.code.place(to)
+        place = f"{tensor} + {at.text}"
         if shape and at.axes != frozenset(a for lane in lanes for a in lane.axes):  # an axis of one element
             place = f"tl.broadcast_to({place}, {shape})"
         mask = conditions([c for lane in lanes for c in lane.inside])
-        self.code.line(f"tl.store({place}, {text}{', mask=' + mask if mask else ''})")
+        self.code.line(f"tl.store({place}, {value}{', mask=' + mask if mask else ''})")
 
     def output_place(self, k: int, index: Index) -> Sum:
         """Where in memory an element of output k lies."""

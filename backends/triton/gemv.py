@@ -11,7 +11,8 @@ from __future__ import annotations
 from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions
 from graphopt.backends.triton.expr import Expressions, Index
 from graphopt.backends.triton.index import Sum, Var, variable
-from graphopt.backends.triton.matmul import computed, form_of, last, total_of
+from graphopt.backends.triton.matmul import form_of, last
+from graphopt.backends.triton.sums import Pieces, total_of
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Value
 
@@ -21,33 +22,33 @@ class GemvKernel:
 
     Args:
         columns, depth: of a program's block of the matrix.
+        pieces: of the depth (:mod:`~graphopt.backends.triton.sums`).
     """
 
-    def __init__(self, graph: Graph, columns: int, depth: int) -> None:
+    def __init__(self, graph: Graph, columns: int, depth: int, pieces: int = 1) -> None:
         self.graph, self.form, self.columns, self.depth = graph, form_of(graph), columns, depth
-        self.code = Code(graph)
+        self.pieces = Pieces(self.form.nodes, pieces)
+        self.code = Code(graph, self.pieces.scratch)
         self.e = Expressions(self.code)
 
     def emit(self, warps: int) -> tuple[Code, Launch]:
         code, form = self.code, self.form
-        lead: list[Sum] = []
+        grid, lead = [ceildiv(form.columns, self.columns)], list[Sum]()
         if form.batch:
             lead = self.e.places.unflatten(variable(Var(code.program(1, "batch"), dims.numel(form.batch))), form.batch)
+            grid.append(dims.numel(form.batch))
+        piece = self.pieces.own(code, len(grid))
         column = code.block("column", f"{code.program(0)} * BLOCK_N", "BLOCK_N", self.columns, form.columns, 1, 2)
         index = [*lead, *[Sum()] * len(form.rows), variable(column)]
-        self._sums(index)
-        for k in range(len(self.graph.outputs)):
-            self.e.store(k, index, [column], "[1, BLOCK_N]")
-        blocks = {"BLOCK_N": self.columns, "BLOCK_K": self.depth}
-        grid = (ceildiv(form.columns, self.columns), *([dims.numel(form.batch)] if form.batch else []))
-        return code, Launch(grid, blocks, warps, 1)
+        self.pieces.finish(self.e, piece, index, self._sums(index, piece), [column], "[1, BLOCK_N]")
+        return code, Launch((*grid, *self.pieces.grid), {"BLOCK_N": self.columns, "BLOCK_K": self.depth}, warps, 1)
 
-    def _sums(self, index: Index) -> None:
-        """The products' results, each a row of sums."""
+    def _sums(self, index: Index, piece: Var) -> list[str]:
+        """Names of the products' sums, a row each."""
         code, form, total = self.code, self.form, total_of(self.form.dtype)
         accumulators = [code.let("acc", f"tl.zeros([BLOCK_K, BLOCK_N], {total})") for _ in form.nodes]
         start = code.fresh("k")
-        with code.loop(f"for {start} in range(0, {code.size(form.depth)}, BLOCK_K):"):
+        with code.loop(f"for {start} in {self.pieces.steps(code, piece, form.depth)}:"):
             down = code.block("ks", start, "BLOCK_K", self.depth, form.depth, 0, 2, 1)
             left = form.nodes[0].operands[0]
             a = self._factor(left, last([*index[:-1], variable(down)], left.type.rank), down)
@@ -55,9 +56,7 @@ class GemvKernel:
                 right = node.operands[1]
                 b = self._factor(right, last([*index[: len(form.batch)], variable(down), index[-1]], right.type.rank), down)
                 code.line(f"{acc} += {a} * {b}")
-        for acc, node in zip(accumulators, form.nodes, strict=True):
-            row = code.let("sum", f"tl.sum({acc}, axis=0, keep_dims=True)")
-            self.e.sources[node.result] = computed(row, node, index, frozenset([1]))
+        return [code.let("sum", f"tl.sum({acc}, axis=0, keep_dims=True)") for acc in accumulators]
 
     def _factor(self, x: Value, index: Index, k: Var) -> str:
         """A factor at an index, as it is summed; zero beyond the summed axis."""

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions
-from graphopt.backends.triton.expr import Expressions, Index, Source, Tile
+from graphopt.backends.triton.expr import Expressions, Index, Tile
 from graphopt.backends.triton.index import Sum, Var, variable
 from graphopt.backends.triton.pointwise import NAMES, NARROW
-from graphopt.errors import BuildError
+from graphopt.backends.triton.sums import Pieces, total_of
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node, Value
@@ -88,37 +88,23 @@ def tile_numbers(code: Code, rows: Dim, columns: Dim) -> tuple[str, str]:
     return code.let("tile_m", f"{first} + {inside} % {height}"), code.let("tile_n", f"{inside} // {height}")
 
 
-def computed(acc: str, node: Node, own: Index, axes: frozenset[int] = frozenset([0, 1])) -> Source:
-    """A product's result, read from its accumulator, at its own index alone."""
-    tile = Tile(acc, node.result.dtype, axes)
-
-    def source(index: Index) -> Tile:
-        if any(i != j for i, j in zip(index, own, strict=True)):
-            raise BuildError("a product is read at another place than it is computed at")
-        return tile
-
-    return source
-
-
-def total_of(dtype: types.DType) -> str:
-    """The type in which products of a type are summed."""
-    if not dtype.is_float:
-        return "tl.int32"
-    return "tl.float64" if dtype == types.f64 else "tl.float32"
-
-
 def last(index: Sequence[Sum], rank: int) -> list[Sum]:
     """The index of a factor: the last axes, after axes of one element where it has more."""
     return [*[Sum()] * (rank - len(index)), *index[max(0, len(index) - rank) :]]
 
 
 class MatmulKernel:
-    """One region of matrix products."""
+    """One region of matrix products.
 
-    def __init__(self, graph: Graph, t: Target, tile: tuple[int, int, int], group: int) -> None:
+    Args:
+        pieces: of the depth (:mod:`~graphopt.backends.triton.sums`).
+    """
+
+    def __init__(self, graph: Graph, t: Target, tile: tuple[int, int, int], group: int, pieces: int = 1) -> None:
         self.graph, self.form, self.target, self.group = graph, form_of(graph), t, group
         self.m, self.n, self.k = tile
-        self.code = Code(graph)
+        self.pieces = Pieces(self.form.nodes, pieces)
+        self.code = Code(graph, self.pieces.scratch)
         self.e = Expressions(self.code)
 
     def emit(self, warps: int, stages: int) -> tuple[Code, Launch]:
@@ -126,27 +112,27 @@ class MatmulKernel:
         rows = dims.numel(form.rows)
         tiles = ceildiv(rows, self.m), ceildiv(form.columns, self.n)
         first, second = tile_numbers(code, *tiles)
-        lead: list[Sum] = []
+        grid, lead = [dims.mul(*tiles)], list[Sum]()
         if form.batch:
             lead = self.e.places.unflatten(variable(Var(code.program(1, "batch"), dims.numel(form.batch))), form.batch)
+            grid.append(dims.numel(form.batch))
+        piece = self.pieces.own(code, len(grid))
         row = code.block("row", f"{first} * BLOCK_M", "BLOCK_M", self.m, rows, 0, 2)
         column = code.block("column", f"{second} * BLOCK_N", "BLOCK_N", self.n, form.columns, 1, 2)
         index = [*lead, *self.e.places.unflatten(variable(row), form.rows)]
-        self._products(index, variable(column))
-        for k, v in enumerate(self.graph.outputs):
-            assert v.type.rank == len(index) + 1
-            self.e.store(k, [*index, variable(column)], [row, column], "[BLOCK_M, BLOCK_N]")
+        sums = self._products(index, variable(column), piece)
+        assert all(v.type.rank == len(index) + 1 for v in self.graph.outputs)
+        self.pieces.finish(self.e, piece, [*index, variable(column)], sums, [row, column], "[BLOCK_M, BLOCK_N]")
         blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
-        grid = (dims.mul(*tiles), *([dims.numel(form.batch)] if form.batch else []))
-        return code, Launch(grid, blocks, warps, stages)
+        return code, Launch((*grid, *self.pieces.grid), blocks, warps, stages)
 
-    def _products(self, index: Index, column: Sum) -> None:
-        """Sum the products of a tile into accumulators, and let the results be read from them."""
+    def _products(self, index: Index, column: Sum, piece: Var) -> list[str]:
+        """Names of the accumulators in which the products of a tile are summed."""
         code, form = self.code, self.form
         total = total_of(form.dtype)
         accumulators = [code.let("acc", f"tl.zeros([BLOCK_M, BLOCK_N], {total})") for _ in form.nodes]
         start = code.fresh("k")
-        with code.loop(f"for {start} in range(0, {code.size(form.depth)}, BLOCK_K):"):
+        with code.loop(f"for {start} in {self.pieces.steps(code, piece, form.depth)}:"):
             along = code.block("ka", start, "BLOCK_K", self.k, form.depth, 1, 2, 1)  # as the columns of the left factor
             down = code.block("kb", start, "BLOCK_K", self.k, form.depth, 0, 2, 1)  # as the rows of the right one
             left = form.nodes[0].operands[0]
@@ -155,5 +141,4 @@ class MatmulKernel:
                 x = node.operands[1]
                 b = factor(self.e, x, last([*index[: len(form.batch)], variable(down), column], x.type.rank), down, "[BLOCK_K, BLOCK_N]")
                 code.line(f'{acc} = tl.dot({a}, {b}, {acc}, input_precision="{precision(form.dtype, self.target)}", out_dtype={total})')
-        for acc, node in zip(accumulators, form.nodes, strict=True):
-            self.e.sources[node.result] = computed(acc, node, [*index, column])
+        return accumulators

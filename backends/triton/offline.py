@@ -28,7 +28,7 @@ MATRIX_INSTRUCTIONS = {"mma": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's machine code, and what it takes of a processor.
+    """Machine code, and what it takes of a processor.
 
     Attributes:
         assembly: PTX or AMD GCN.
@@ -48,24 +48,30 @@ class Compiled:
 
 
 def compile_offline(source: KernelSource, t: Target) -> Compiled:
-    """Compile a kernel's source for a target.
+    """Compile a source for a target. Of several kernels: all their code, the most of what each has to itself, and all that they spill.
 
     Raises:
         BuildError: Triton or its assembler refuses it.
     """
-    payload: Payload = source.payload
+    kernels: tuple[Payload, ...] = source.payload
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         path = Path(folder) / f"{source.name}.py"
         path.write_text(source.text)
-        kernel = load_module(path).__dict__[source.name]
-        aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(payload.signature.values()) if kind.startswith("*")}
-        ast = ASTSource(kernel, dict(payload.signature), dict(payload.launch.blocks), aligned)
-        options = {"num_warps": payload.launch.warps, "num_stages": payload.launch.stages, "enable_fp_fusion": True}
-        try:
-            built = triton.compile(ast, target=_gpu(t), options=options)
-        except Exception as error:  # Triton's own errors are of many kinds
-            raise BuildError(f"{source.name} for {t}: {type(error).__name__}: {error}") from error
-        return _read_hip(built) if t.kind == "hip" else _read_cuda(built, Path(folder))
+        module = load_module(path)
+        found = [_compiled(module.__dict__[kernel.name], kernel, t, Path(folder)) for kernel in kernels]
+    code, registers, spills, shared = zip(*((c.assembly, c.registers, c.spills, c.shared) for c in found), strict=True)
+    return Compiled("\n".join(code), max(registers), sum(spills), max(shared))
+
+
+def _compiled(function: Any, kernel: Payload, t: Target, folder: Path) -> Compiled:
+    aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(kernel.signature.values()) if kind.startswith("*")}
+    ast = ASTSource(function, dict(kernel.signature), dict(kernel.launch.blocks), aligned)
+    options = {"num_warps": kernel.launch.warps, "num_stages": kernel.launch.stages, "enable_fp_fusion": True}
+    try:
+        built = triton.compile(ast, target=_gpu(t), options=options)
+    except Exception as error:  # Triton's own errors are of many kinds
+        raise BuildError(f"{kernel.name} for {t}: {type(error).__name__}: {error}") from error
+    return _read_hip(built) if t.kind == "hip" else _read_cuda(built, folder)
 
 
 def _gpu(t: Target) -> GPUTarget:

@@ -20,6 +20,8 @@ from graphopt.target import Target
 
 LEAST_DEPTH = 32  # bytes along the summed axis that the instructions multiply at once, and Triton asks for
 LANES = 8  # elements that one thread holds of a tile, at most, by default
+PIECES = (1, 2, 4, 8, 16, 32)  # of a product's depth
+PIECE, ROW_PIECE = 1024, 8192  # bytes along the summed axis that a piece has at least by default: of tiles, of products of one row
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,33 @@ def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     wide = form.dtype.itemsize >= 4 or len(form.nodes) > 1
     exact = form.dtype.itemsize >= 4 and matmul.precision(form.dtype, t) == "ieee"  # by multiply-adds: what is read stays in registers
     most = (64, 64, (64 if exact else 128) // form.dtype.itemsize) if wide else (128, 128, 128 // form.dtype.itemsize)
-    return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, _largest(dims.numel(form.batch), 8), most),)
+    batch = _largest(dims.numel(form.batch), 8)
+    return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, batch, most, divided=form.depth),)
+
+
+def _pieces(programs: int, nbytes: int, piece: int, t: Target) -> int:
+    """Pieces of a depth of so many bytes by default: as many as give each processor a program, where half of them or more have none.
+
+    A depth of eight pieces is taken to be long enough for a second kernel to pay.
+    """
+    if 2 * programs > t.cores or nbytes < 8 * piece:
+        return 1
+    return max(n for n in PIECES if n * programs <= t.cores and n * piece <= nbytes)
+
+
+def _divide(default: int, depth: dims.Dim) -> tuple[Param, Constraint]:
+    """The knob that divides a depth, and that no piece is empty."""
+    size = _largest(depth, 1 << 30)
+
+    def full(s: Mapping[str, Any]) -> bool:
+        return bool((s["pieces"] - 1) * s["k"] < size)
+
+    choices = tuple(n for n in PIECES if (n - 1) * matmul.LEAST < size)
+    return Param("pieces", _first(default, choices), "tile"), Constraint("a piece of the depth would be empty", full)
 
 
 def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int, ...], batch: int,
-           most: tuple[int, int, int], per_warp: int = 2048) -> SearchSpace:  # fmt: skip
+           most: tuple[int, int, int], per_warp: int = 2048, divided: dims.Dim | None = None) -> SearchSpace:  # fmt: skip
     """Tiles of products: what is large, while every processor has one.
 
     Args:
@@ -157,28 +181,27 @@ def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int
         batch: how many such products there are.
         most: sides of a tile by default, at most.
         per_warp: elements of a tile that a warp has, by default, at most.
+        divided: the depth, if programs may share it.
     """
-    height, width, _ = sizes
     m, n, k = (max(matmul.LEAST, min(limit, power_of_two(size))) for size, limit in zip(sizes, most, strict=True))
     depths = tuple(d for d in (16, 32, 64, 128) if d * itemsize >= LEAST_DEPTH)
     k = max(k, depths[0])
     least = 64 if itemsize <= 2 and t.matrix_unit in ("wgmma", "tcgen05") else matmul.LEAST  # rows that those instructions multiply
-    while m * n > 1024 and batch * -(-height // m) * -(-width // n) < t.cores:  # smaller tiles, while processors would be idle
-        if m >= n and m > least:
-            m //= 2
-        elif n > matmul.LEAST:
-            n //= 2
-        else:
-            break
+    shape, pieces = (m, n), 1
+    if isinstance(divided, int):  # tiles that are worth their reads, if the depth gives each processor a piece
+        m, n = _filling(shape, 4096, least, sizes, batch, t)
+        pieces = _pieces(batch * _count(m, n, sizes), divided * itemsize, PIECE, t)
+    if pieces == 1:
+        m, n = _filling(shape, 1024, least, sizes, batch, t)
     warps = 8 if m * n >= 8 * per_warp else 4 if m * n >= 1024 else 2
-    params = (
+    params = [
         Param("m", _first(max(m, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
         Param("n", _first(max(n, matmul.LEAST), (16, 32, 64, 128, 256)), "tile"),
         Param("k", _first(k, depths), "tile"),
         Param("group", (8, 1, 4, 16)),
         Param("warps", _first(warps, (2, 4, 8))),
         Param("stages", _first(3 if t.kind == "cuda" else 2, (1, 2, 3, 4))),
-    )
+    ]
 
     def fits(s: Mapping[str, Any]) -> bool:
         return bool((s["m"] + count * s["n"]) * s["k"] * itemsize * s["stages"] <= t.shared_memory)
@@ -186,12 +209,34 @@ def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int
     def held(s: Mapping[str, Any]) -> bool:
         return bool(count * s["m"] * s["n"] * max(4, itemsize) // 4 <= 128 * s["warps"] * t.warp)
 
-    limits = Constraint("the tiles of all stages exceed the shared memory", fits), Constraint("the accumulators exceed the registers", held)
-    return SearchSpace(template, ("tiled",), params, limits)
+    shared = Constraint("the tiles of all stages exceed the shared memory", fits)
+    limits = [shared, Constraint("the accumulators exceed the registers", held)]
+    if divided is not None:
+        knob, full = _divide(pieces, divided)
+        params.append(knob)
+        limits.append(full)
+    return SearchSpace(template, ("tiled",), tuple(params), tuple(limits))
+
+
+def _count(m: int, n: int, sizes: tuple[int, ...]) -> int:
+    return -(-sizes[0] // m) * -(-sizes[1] // n)
+
+
+def _filling(tile: tuple[int, int], floor: int, least: int, sizes: tuple[int, ...], batch: int, t: Target) -> tuple[int, int]:
+    """Smaller tiles, of ``floor`` elements and ``least`` rows at least, while processors would be idle."""
+    m, n = tile
+    while m * n > floor and batch * _count(m, n, sizes) < t.cores:
+        if m >= n and m > least:
+            m //= 2
+        elif n > matmul.LEAST:
+            n //= 2
+        else:
+            break
+    return m, n
 
 
 def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
-    kernel = matmul.MatmulKernel(prepared(w), t, (s["m"], s["n"], s["k"]), s["group"])
+    kernel = matmul.MatmulKernel(prepared(w), t, (s["m"], s["n"], s["k"]), s["group"], s["pieces"])
     return kernel.emit(s["warps"], s["stages"])
 
 
@@ -206,26 +251,29 @@ def _gemv_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     """Some thousand elements of the matrix on their way at once, and two programs for each processor if there are columns for them."""
     form = matmul.form_of(prepared(w))
     width, batch = _largest(form.columns, 4096), _largest(dims.numel(form.batch), 8)
-    n = 16
-    while n > 4 and batch * -(-width // n) < 2 * t.cores:
+    n, depth = 16, _largest(form.depth, 0)
+    pieces = _pieces(batch * -(-width // n), depth * form.dtype.itemsize, ROW_PIECE, t)
+    while pieces == 1 and n > 4 and batch * -(-width // n) < 2 * t.cores:
         n //= 2
     n = min(n, power_of_two(width))
     most = 4096 // len(form.nodes)
+    knob, full = _divide(pieces, form.depth)
     k = max(16, min(512, power_of_two(_largest(form.depth, 4096)), most // n))
     params = (
         Param("n", _first(n, (1, 4, 8, 16, 32, 64, 128)), "tile"),
         Param("k", _first(k, (32, 64, 128, 256, 512, 1024)), "tile"),
+        knob,
         Param("warps", _first(max(1, min(4, n * k // (LANES * t.warp))), (1, 2, 4, 8))),
     )
 
     def held(s: Mapping[str, Any]) -> bool:
         return bool(len(form.nodes) * s["n"] * s["k"] <= 64 * s["warps"] * t.warp)
 
-    return (SearchSpace("gemv", ("lanes",), params, (Constraint("the sums exceed the registers", held),)),)
+    return (SearchSpace("gemv", ("lanes",), params, (Constraint("the sums exceed the registers", held), full)),)
 
 
 def _write_gemv(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
-    return gemv.GemvKernel(prepared(w), s["n"], s["k"]).emit(s["warps"])
+    return gemv.GemvKernel(prepared(w), s["n"], s["k"], s["pieces"]).emit(s["warps"])
 
 
 # --- attention ---------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from graphopt.backends.forms.support import is_materialized
 from graphopt.backends.triton.code import Code, Launch, Text, ceildiv
 from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, shift, variable
-from graphopt.backends.triton.matmul import computed, total_of
 from graphopt.backends.triton.pointwise import held, number
+from graphopt.backends.triton.sums import computed, total_of
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node

@@ -42,6 +42,9 @@ LARGE = {
     "matmul: integers": "(%x: i8[B, 1024], %w: i8[4096, 1024], %s: f32[B, 1], %t: f32[4096]) -> f32[B, 4096]\nwhere 1 <= B <= 65536 {\n"
     " %0: i8[1024, 4096] = transpose(%w) {perm = [1, 0]}\n %1: i32[B, 4096] = matmul(%x, %0) {acc = i32}\n"
     " %2: f32[B, 4096] = mul(%s, %t)\n %3: f32[B, 4096] = dequantize(%1, %2)\n return %3\n}",
+    "matmul: few tiles": "(%x: bf16[250, 16384], %w: bf16[192, 16384], %b: bf16[192]) -> bf16[250, 192] {\n"
+    " %t: bf16[16384, 192] = transpose(%w) {perm = [1, 0]}\n %0: bf16[250, 192] = matmul(%x, %t)\n %1: bf16[250, 192] = add(%0, %b)\n"
+    " %2: bf16[250, 192] = gelu(%1)\n return %2\n}",
     "matmul: batches": "(%x: f16[12, 128, 64], %y: f16[12, 64, 128]) -> f16[12, 128, 128] {\n"
     " %0: f16[12, 128, 128] = matmul(%x, %y)\n return %0\n}",
 }
@@ -64,7 +67,7 @@ def parsed(text: str) -> Graph:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear", "pointwise: functions of the vendor"])
+@pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear", "matmul: few tiles", "pointwise: functions of the vendor"])
 def test_large_kernels(name: str, target: str) -> None:
     judge(parsed(LARGE[name]), name.partition(":")[0], target)
 
