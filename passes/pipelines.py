@@ -30,7 +30,7 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
     # moves the ones that are left in fusion's way up again; sibling matmuls meet once their views stand as fusion will see them
     2: (
         *_CLEAN_UP, *_RECOMPOSE, "recognise-attention", "linear-attention", "causal-linear-attention", "fold-batch-norm", "dce", "expand",
-        *_CLEAN_UP, *_LAYOUT, "split-reductions", "sibling-matmuls", "mask-blocks", "narrow-weights", "fuse", *_PACK,
+        *_CLEAN_UP, *_LAYOUT, "split-reductions", "sibling-matmuls", "mask-blocks", "narrow-weights", "pad-products", "fuse", *_PACK,
     ),
 }  # fmt: skip
 

@@ -8,10 +8,12 @@ Tiles of 16 rows would hold 15 of zeros. Lanes keep sums of their own over the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions
 from graphopt.backends.triton.expr import Expressions, Index
 from graphopt.backends.triton.index import Sum, Var, variable
-from graphopt.backends.triton.matmul import form_of, last
+from graphopt.backends.triton.matmul import columns_of, form_of, last
 from graphopt.backends.triton.sums import Pieces, total_of
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Value
@@ -38,13 +40,14 @@ class GemvKernel:
             lead = self.e.places.unflatten(variable(Var(code.program(1, "batch"), dims.numel(form.batch))), form.batch)
             grid.append(dims.numel(form.batch))
         piece = self.pieces.own(code, len(grid))
-        column = code.block("column", f"{code.program(0)} * BLOCK_N", "BLOCK_N", self.columns, form.columns, 1, 2)
+        column = code.block("column", start := f"{code.program(0)} * BLOCK_N", "BLOCK_N", self.columns, form.columns, 1, 2)
         index = [*lead, *[Sum()] * len(form.rows), variable(column)]
-        self.pieces.finish(self.e, piece, index, self._sums(index, piece), [column], "[1, BLOCK_N]")
+        rights = [columns_of(code, n.operands[1], column, start, self.columns) for n in form.nodes]
+        self.pieces.finish(self.e, piece, index, self._sums(index, rights, piece), [column], "[1, BLOCK_N]")
         return code, Launch((*grid, *self.pieces.grid), {"BLOCK_N": self.columns, "BLOCK_K": self.depth}, warps, 1)
 
-    def _sums(self, index: Index, piece: Var) -> list[str]:
-        """Names of the products' sums, a row each."""
+    def _sums(self, index: Index, rights: Sequence[tuple[Value, Sum]], piece: Var) -> list[str]:
+        """Names of the products' sums, a row each; ``rights`` are the right factors and their columns."""
         code, form, total = self.code, self.form, total_of(self.form.dtype)
         accumulators = [code.let("acc", f"tl.zeros([BLOCK_K, BLOCK_N], {total})") for _ in form.nodes]
         start = code.fresh("k")
@@ -52,9 +55,8 @@ class GemvKernel:
             down = code.block("ks", start, "BLOCK_K", self.depth, form.depth, 0, 2, 1)
             left = form.nodes[0].operands[0]
             a = self._factor(left, last([*index[:-1], variable(down)], left.type.rank), down)
-            for acc, node in zip(accumulators, form.nodes, strict=True):
-                right = node.operands[1]
-                b = self._factor(right, last([*index[: len(form.batch)], variable(down), index[-1]], right.type.rank), down)
+            for acc, (right, column) in zip(accumulators, rights, strict=True):
+                b = self._factor(right, last([*index[: len(form.batch)], variable(down), column], right.type.rank), down)
                 code.line(f"{acc} += {a} * {b}")
         return [code.let("sum", f"tl.sum({acc}, axis=0, keep_dims=True)") for acc in accumulators]
 

@@ -76,6 +76,25 @@ def multiplied(code: Code, tile: Tile, k: Var, shape: str) -> str:
     return text if tile.narrow or tile.dtype not in NARROW else f"{text}.to({NAMES[tile.dtype]})"
 
 
+def columns_of(code: Code, x: Value, column: Var, start: str, size: int) -> tuple[Value, Sum]:
+    """Where a right factor's columns are read: of one that is the first columns of an input, among all of them.
+
+    The sums of columns beyond the factor's own are stored nowhere; and rows of whole words are read in whole words if no lane is left out
+    within one.
+
+    Args:
+        column: of the result.
+        start, size: the first column of the tile, as text, and how many there are.
+    """
+    node = x.defined_by("slice")
+    if node is None or not node.operands[0].is_input or node.attrs["axis"] % x.type.rank != x.type.rank - 1:
+        return x, variable(column)
+    if node.attrs["start"] != 0 or node.attrs["step"] != 1:
+        return x, variable(column)
+    whole = node.operands[0]
+    return whole, variable(code.block("wide", start, "BLOCK_N", size, whole.shape[-1], 1, 2))
+
+
 def tile_numbers(code: Code, rows: Dim, columns: Dim) -> tuple[str, str]:
     """This program's tile: ``GROUP`` tiles of rows side by side go through all columns, then the next group."""
     pid = code.program(0)
@@ -118,16 +137,17 @@ class MatmulKernel:
             grid.append(dims.numel(form.batch))
         piece = self.pieces.own(code, len(grid))
         row = code.block("row", f"{first} * BLOCK_M", "BLOCK_M", self.m, rows, 0, 2)
-        column = code.block("column", f"{second} * BLOCK_N", "BLOCK_N", self.n, form.columns, 1, 2)
+        column = code.block("column", start := f"{second} * BLOCK_N", "BLOCK_N", self.n, form.columns, 1, 2)
         index = [*lead, *self.e.places.unflatten(variable(row), form.rows)]
-        sums = self._products(index, variable(column), piece)
+        rights = [columns_of(code, n.operands[1], column, start, self.n) for n in form.nodes]
+        sums = self._products(index, rights, piece)
         assert all(v.type.rank == len(index) + 1 for v in self.graph.outputs)
         self.pieces.finish(self.e, piece, [*index, variable(column)], sums, [row, column], "[BLOCK_M, BLOCK_N]")
         blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
         return code, Launch((*grid, *self.pieces.grid), blocks, warps, stages)
 
-    def _products(self, index: Index, column: Sum, piece: Var) -> list[str]:
-        """Names of the accumulators in which the products of a tile are summed."""
+    def _products(self, index: Index, rights: Sequence[tuple[Value, Sum]], piece: Var) -> list[str]:
+        """Names of the accumulators in which the products of a tile are summed; ``rights`` are the right factors and their columns."""
         code, form = self.code, self.form
         total = total_of(form.dtype)
         accumulators = [code.let("acc", f"tl.zeros([BLOCK_M, BLOCK_N], {total})") for _ in form.nodes]
@@ -137,8 +157,7 @@ class MatmulKernel:
             down = code.block("kb", start, "BLOCK_K", self.k, form.depth, 0, 2, 1)  # as the rows of the right one
             left = form.nodes[0].operands[0]
             a = factor(self.e, left, last([*index, variable(along)], left.type.rank), along, "[BLOCK_M, BLOCK_K]")
-            for acc, node in zip(accumulators, form.nodes, strict=True):
-                x = node.operands[1]
+            for acc, (x, column) in zip(accumulators, rights, strict=True):
                 b = factor(self.e, x, last([*index[: len(form.batch)], variable(down), column], x.type.rank), down, "[BLOCK_K, BLOCK_N]")
                 code.line(f'{acc} = tl.dot({a}, {b}, {acc}, input_precision="{precision(form.dtype, self.target)}", out_dtype={total})')
         return accumulators

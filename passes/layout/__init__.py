@@ -5,11 +5,12 @@ from graphopt.passes.layout.halve_weights import HalveWeights
 from graphopt.passes.layout.output_order import OutputOrder
 from graphopt.passes.layout.pack_filters import PackFilters
 from graphopt.passes.layout.pack_weights import PackWeights
+from graphopt.passes.layout.pad_products import PadProducts
 from graphopt.passes.layout.share_packed import SharePacked
 from graphopt.passes.layout.split_reductions import SplitReductions
 from graphopt.passes.layout.turn_bias import TurnBias
 from graphopt.passes.layout.unflatten import Unflatten
 from graphopt.passes.layout.winograd import WinogradFilters
 
-__all__ = ["ConvLayout", "HalveWeights", "OutputOrder", "PackFilters", "PackWeights", "SharePacked", "SplitReductions", "TurnBias",
-           "Unflatten", "WinogradFilters"]
+__all__ = ["ConvLayout", "HalveWeights", "OutputOrder", "PackFilters", "PackWeights", "PadProducts", "SharePacked", "SplitReductions",
+           "TurnBias", "Unflatten", "WinogradFilters"]

@@ -18,6 +18,7 @@ from graphopt.testing.recipes.idioms import (
     exact_product,
     linear_attention,
     masked_attention,
+    odd_product,
     wide_product,
 )
 from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
@@ -31,14 +32,15 @@ FIRST = {  # passes that look for what another one makes
 }  # fmt: skip
 
 
-ON_A_GPU = ("split-reductions",)  # passes that do nothing elsewhere
+ON_A_GPU = ("pad-products", "split-reductions")  # passes that do nothing elsewhere
 OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
     "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
-    "halve-weights": "{tiles=True}", "mask-blocks": "{least=64}", "turn-bias": "{lanes=2}",
+    "halve-weights": "{tiles=True}", "mask-blocks": "{least=64}", "turn-bias": "{lanes=2}", "pad-products": "{always=True}",
 }  # fmt: skip
 ALSO = {  # what a pass looks for, where chance alone seldom makes it
     "linear-attention": (linear_attention,), "causal-linear-attention": (causal_linear_attention,), "mask-blocks": (masked_attention,),
     "turn-bias": (biased_attention,), "halve-weights": (wide_product,), "narrow-weights": (exact_product,),
+    "pad-products": (odd_product,),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from graphopt.ir import Builder, Graph, dims, types
 from graphopt.ir.graph import copy_nodes
@@ -140,6 +141,15 @@ def exact_product(pool: Pool) -> None:
     rows, depth, columns = pool.pick([pool.size(), 3, 1]), pool.pick([32, 64, 48]), pool.pick([32, 40, 24])
     w = pool.graph.add_input(TensorType(types.f32, (depth, columns)), "w", True, types.bf16)
     pool.add("relu", [pool.add("matmul", [pool.input(types.f32, (rows, depth), keep=False), w])])
+
+
+def odd_product(pool: Pool) -> None:
+    """Two products with weights whose rows fill no words of 16 bytes, one after the other."""
+    rows, sizes = pool.pick([pool.size(), 3, 1]), [pool.pick([5, 7, 8, 9]) for _ in range(3)]
+    x = pool.input(types.f32, (rows, sizes[0]), keep=False)
+    for depth, columns in pairwise(sizes):
+        w = pool.graph.add_input(TensorType(types.f32, (depth, columns)), "w", True)
+        x = pool.add("relu", [pool.add("matmul", [x, w])])
 
 
 def _resized(pool: Pool) -> None:
