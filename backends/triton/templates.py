@@ -22,6 +22,7 @@ LEAST_DEPTH = 32  # bytes along the summed axis that the instructions multiply a
 LANES = 8  # elements that one thread holds of a tile, at most, by default
 PIECES = (1, 2, 4, 8, 16, 32)  # of a product's depth
 PIECE, ROW_PIECE = 1024, 8192  # bytes along the summed axis that a piece has at least by default: of tiles, of products of one row
+KEYS_PIECE = 32768  # bytes of keys and values
 
 
 @dataclass(frozen=True)
@@ -160,15 +161,15 @@ def _pieces(programs: int, nbytes: int, piece: int, t: Target) -> int:
     return max(n for n in PIECES if n * programs <= t.cores and n * piece <= nbytes)
 
 
-def _divide(default: int, depth: dims.Dim) -> tuple[Param, Constraint]:
-    """The knob that divides a depth, and that no piece is empty."""
+def _divide(default: int, depth: dims.Dim, block: str = "k") -> tuple[Param, Constraint]:
+    """The knob that divides a depth, or keys, in blocks of a size that is the knob ``block``; and that no piece is empty."""
     size = _largest(depth, 1 << 30)
 
     def full(s: Mapping[str, Any]) -> bool:
-        return bool((s["pieces"] - 1) * s["k"] < size)
+        return bool((s["pieces"] - 1) * s[block] < size)
 
     choices = tuple(n for n in PIECES if (n - 1) * matmul.LEAST < size)
-    return Param("pieces", _first(default, choices), "tile"), Constraint("a piece of the depth would be empty", full)
+    return Param("pieces", _first(default, choices), "tile"), Constraint("a piece would be empty", full)
 
 
 def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int, ...], batch: int,
@@ -296,7 +297,12 @@ def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     wide = max(d, e) > (128 if t.kind == "cuda" else 64)  # sums that leave few registers
     m = max(matmul.LEAST, min(32 if itemsize >= 4 else 64 if wide else 128, power_of_two(_largest(form.queries, 4096))))
     n = max(matmul.LEAST, min(32 if itemsize >= 4 or wide else 64, power_of_two(_largest(form.keys, 4096))))
+    programs = _largest(dims.numel(form.batch), 8) * -(-_largest(form.queries, 4096) // m)
+    seen = min([dims.bounds(form.keys, form.symbols)[1] or 4096, *(w for w in [form.node.attrs["window"]] if isinstance(w, int))])
+    key = (form.depth + form.width) * itemsize
+    knob, full = _divide(_pieces(programs, seen * key, max(KEYS_PIECE, n * key), t), form.keys, "n")
     params = (
+        knob,
         Param("m", _first(m, (16, 32, 64, 128)), "tile"),
         Param("n", _first(n, (16, 32, 64, 128)), "tile"),
         Param("warps", _first(8 if m >= 128 and t.kind == "cuda" else 4 if m >= 32 else 2, (2, 4, 8))),
@@ -310,13 +316,13 @@ def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
         return bool(s["m"] * (e + s["n"]) <= 128 * s["warps"] * t.warp)
 
     limits = Constraint("queries, keys and values exceed the shared memory", fits), Constraint("the sums exceed the registers", held)
-    return (SearchSpace("attention", ("flash",), params, limits),)
+    return (SearchSpace("attention", ("flash",), params, (*limits, full)),)
 
 
 def _write_attention(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     form = _attention_form(w)
     assert isinstance(form, Form)
-    return attention.FlashKernel(w.graph, form, t, s["m"], s["n"]).emit(s["warps"], s["stages"])
+    return attention.FlashKernel(w.graph, form, t, s["m"], s["n"], s["pieces"]).emit(s["warps"], s["stages"])
 
 
 # --- convolutions and pooling --------------------------------------------------------------------------------------------------
