@@ -52,6 +52,9 @@ CASES = {
     "attention": ("attention", "(%q: bf16[4, 16, 4096, 64], %k: bf16[4, 16, 4096, 64], %v: bf16[4, 16, 4096, 64])"
                   " -> bf16[4, 16, 4096, 64] {\n"
                   " %0: bf16[4, 16, 4096, 64] = attention(%q, %k, %v) {scale = 0.125, causal = true}\n return %0\n}"),
+    "attention, one query": ("attention", "(%q: bf16[1, 32, 1, 128], %k: bf16[1, 8, 8192, 128], %v: bf16[1, 8, 8192, 128])"
+                             " -> bf16[1, 32, 1, 128] {\n"
+                             " %0: bf16[1, 32, 1, 128] = attention(%q, %k, %v) {scale = 0.125}\n return %0\n}"),
 }  # fmt: skip
 
 
