@@ -110,6 +110,18 @@ def test_the_slice_joins_the_products_kernel() -> None:
     assert regions(g) == [("matmul", ["slice", "matmul", "gelu"])]
 
 
+def test_pointwise_work_before_a_copy_joins_it() -> None:
+    g = parse_graph("""
+        graph @g(%x: bf16[B, 37], %y: bf16[B, 37], weight %w: bf16[37, 40]) -> bf16[B, 40] where 1 <= B <= 4096 {
+          %0: bf16[B, 37] = mul(%x, %y)
+          %1: bf16[B, 37] = gelu(%0)
+          %2: bf16[B, 40] = matmul(%1, %w)
+          return %2
+        }""")
+    run_passes(g, [PadProducts(always=True), Fuse()], PassContext(target=H100))
+    assert regions(g) == [("pointwise", ["mul", "gelu", "pad"]), ("matmul", ["matmul"])]
+
+
 def test_what_computes_the_left_factor_grows() -> None:
     """Both products before it, the bias, and the ops between; nothing is copied, and the columns of their weights are whole with it."""
     g, passed, _ = padded(MLP.replace("ACT", "silu"))
