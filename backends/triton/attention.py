@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from graphopt.backends.forms.flashform import Form
 from graphopt.backends.triton.code import Code, Launch, Scratch, ceildiv, conditions, power_of_two
 from graphopt.backends.triton.expr import Expressions
 from graphopt.backends.triton.index import Sum, Var, add, scale, variable
 from graphopt.backends.triton.matmul import LEAST, factor, precision
-from graphopt.backends.triton.pointwise import NAMES, NARROW
+from graphopt.backends.triton.pointwise import NAMES, NARROW, number
+from graphopt.backends.triton.scores import Scores
 from graphopt.ir import dims, types
-from graphopt.ir.graph import Graph, Value
-from graphopt.ir.opset.attention import groups
+from graphopt.ir.graph import Graph
+from graphopt.ir.opset.attention_training import EMPTY
 from graphopt.target import Target
 
 JOINED = 2048  # elements of a program that joins pieces, at most
@@ -52,6 +51,7 @@ class Rows:
         scratch = {name: Scratch(types.f32, dims.mul(pieces, size)) for name, (size, _) in self.parts.items()}
         self.code = Code(graph, scratch if pieces > 1 else {})
         self.x = Expressions(self.code)
+        self.scores = Scores(self.x, form)
         self.tile = self.code.program(0, "tile")
         head = Var(self.code.program(1, "head"), dims.numel(form.batch))
         self.lead = self.x.places.unflatten(variable(head), form.batch)
@@ -68,8 +68,7 @@ class Rows:
         top = code.let("top", 'tl.full([BLOCK_M, 1], float("-inf"), tl.float32)')
         total = code.let("total", "tl.zeros([BLOCK_M, 1], tl.float32)")
         if sinks and self.p.sinks is not None:
-            sink = self.x.wide(self.p.sinks, [self.lead[-1] if self.lead else Sum()])
-            code.line(f"{top} = tl.zeros([BLOCK_M, 1], tl.float32) + {sink.text}")
+            code.line(f"{top} = tl.zeros([BLOCK_M, 1], tl.float32) + {self.scores.of_head(self.p.sinks, self.lead)}")
             code.line(f"{total} = tl.full([BLOCK_M, 1], 1.0, tl.float32)")
         return top, total, code.let("acc", "tl.zeros([BLOCK_M, BLOCK_E], tl.float32)")
 
@@ -88,9 +87,10 @@ class Rows:
         """The variables of such a tile, and its shape as text."""
         return ([self.row, self.width], "[BLOCK_M, BLOCK_E]") if name == "partial" else ([self.row], "[BLOCK_M, 1]")
 
-    def finish(self, total: str, out: str) -> None:
-        """Write the rows through the views behind the attention."""
-        result = self.code.let("o", f"{out} / {total}")
+    def finish(self, top: str, total: str, out: str) -> None:
+        """Write the rows through the views behind the attention; and the logarithm of their sums, if that is a result, too."""
+        times = self.scores.dropped.scale
+        result = self.code.let("o", f"{out} / {total}" if times == 1.0 else f"{out} * {times!r} / {total}")
         if self.attrs["empty"] == "zero":
             result = self.code.let("o", f"tl.where({total} == 0.0, 0.0, {result})")
         index: Sequence[Sum] = [*self.lead, variable(self.row), variable(self.width)]
@@ -100,6 +100,10 @@ class Rows:
             else:
                 index = self.x.places.unflatten(self.x.places.flatten(index, node.operands[0].shape), node.result.shape)
         self.x.store(0, index, [self.row, self.width], "[BLOCK_M, BLOCK_E]", result)
+        if self.form.keeps_lse:
+            lse = self.code.let("lse", f"{top} + tl.log({total})")
+            lse = self.code.let("lse", f'tl.where({lse} == float("-inf"), {number(EMPTY[self.attrs["empty"]], types.f32)}, {lse})')
+            self.x.store(1, [*self.lead, variable(self.row)], [self.row], "[BLOCK_M, 1]", lse)
 
 
 class JoinKernel(Rows):
@@ -117,7 +121,7 @@ class JoinKernel(Rows):
             code.line(f"{top} = {new}")
             for name, at in places.items():
                 code.line(f"{at} += {code.size(self.parts[name][0])}")
-        self.finish(total, out)
+        self.finish(top, total, out)
         return code, Launch(self.grid, {"BLOCK_M": self.m, "BLOCK_E": self.e}, 4 if self.m * self.e > 256 else 1, 1)
 
     def _load(self, name: str, at: str) -> str:
@@ -132,33 +136,34 @@ class FlashKernel(Rows):
     def __init__(self, graph: Graph, form: Form, t: Target, queries: int, keys: int, pieces: int = 1) -> None:
         super().__init__(graph, form, queries, pieces)
         self.n, self.d = keys, side(form.depth)
-        self.precision = precision(form.node.result.dtype, t)
+        self.precision = precision(form.out.dtype, t)
 
     def emit(self, warps: int, stages: int) -> tuple[Code, Launch]:
-        code, form = self.code, self.form
+        code, form, x, p, lead, scores = self.code, self.form, self.x, self.p, self.lead, self.scores
         piece = Var(code.program(2, "piece") if self.pieces > 1 else "0", self.pieces)
         q_depth = code.block("dq", "", "BLOCK_D", self.d, form.depth, 1, 2)
         k_depth = code.block("dk", "", "BLOCK_D", self.d, form.depth, 0, 2)
-        q = factor(self.x, self.p.q, [*self._of(self.p.q), variable(self.row), variable(q_depth)], q_depth, "[BLOCK_M, BLOCK_D]")
+        q = factor(x, p.q, [*scores.lead_of(p.q, lead), variable(self.row), variable(q_depth)], q_depth, "[BLOCK_M, BLOCK_D]")
         top, total, out = self.start(sinks=self.pieces == 1)
-        low, high = self._span(self.tile)
+        low, high = scores.keys_of(self.tile)
         first, blocks = code.fresh("n"), f"{low}, {high}, BLOCK_N"
         if self.pieces > 1:
             blocks = f"{low} + {piece.name} * BLOCK_N, {high}, {self.pieces} * BLOCK_N".removeprefix("0 + ")
         with code.loop(f"for {first} in range({blocks}):"):
             column = code.block("column", first, "BLOCK_N", self.n, form.keys, 1, 2, 1)
             down = code.block("down", first, "BLOCK_N", self.n, form.keys, 0, 2, 1)
-            k = factor(self.x, self.p.k, [*self._of(self.p.k), variable(column), variable(k_depth)], k_depth, "[BLOCK_D, BLOCK_N]")
-            s = self._scores(code.let("s", f'tl.dot({q}, {k}, input_precision="{self.precision}")'), column)
+            k = factor(x, p.k, [*scores.lead_of(p.k, lead), variable(column), variable(k_depth)], k_depth, "[BLOCK_D, BLOCK_N]")
+            s, _ = scores.of(code.let("s", f'tl.dot({q}, {k}, input_precision="{self.precision}")'), lead, self.row, column)
             new = code.let("new", f"tl.maximum({top}, tl.max({s}, axis=1, keep_dims=True))")
-            p, alpha = self.weights(s, top, new)
-            code.line(f"{total} = {total} * {alpha} + tl.sum({p}, axis=1, keep_dims=True)")
-            v = factor(self.x, self.p.v, [*self._of(self.p.v), variable(down), variable(self.width)], down, "[BLOCK_N, BLOCK_E]")
-            weight = f"{p}.to({NAMES[self.p.v.dtype]})" if self.p.v.dtype in NARROW else p
+            weight, alpha = self.weights(s, top, new)
+            code.line(f"{total} = {total} * {alpha} + tl.sum({weight}, axis=1, keep_dims=True)")
+            v = factor(x, p.v, [*scores.lead_of(p.v, lead), variable(down), variable(self.width)], down, "[BLOCK_N, BLOCK_E]")
+            kept = scores.dropped.kept(weight, lead, variable(self.row), (*form.batch, form.queries), variable(column))
+            weight = f"{kept}.to({NAMES[p.v.dtype]})" if p.v.dtype in NARROW else kept
             code.line(f'{out} = tl.dot({weight}, {v}, {out} * {alpha}, input_precision="{self.precision}")')
             code.line(f"{top} = {new}")
         if self.pieces == 1:
-            self.finish(total, out)
+            self.finish(top, total, out)
         else:
             self._keep(piece, (top, total, out))
         sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_D": self.d, "BLOCK_E": self.e}
@@ -170,67 +175,3 @@ class FlashKernel(Rows):
             self.x.write(name, add(self.place(name), scale(variable(piece), size)), *self.lanes(name), value)
         rows = min(self.m, power_of_two(self.form.queries) if isinstance(self.form.queries, int) else self.m, max(1, JOINED // self.e))
         self.code.then.append(JoinKernel(self.graph, self.form, rows, self.pieces).emit())
-
-    def _of(self, x: Value) -> list[Sum]:
-        """Index of the batch and head axes of queries, keys or values: heads that share, and axes of one."""
-        lead = self.lead[len(self.lead) - (x.type.rank - 2) :] if x.type.rank > 2 else []
-        share = groups(self.p.q.shape, x.shape)
-        if share > 1:
-            lead = [*lead[:-1], self.x.places.quotient(lead[-1], share)]
-        return [Sum() if d == 1 else i for i, d in zip(lead, x.shape[:-2], strict=True)]
-
-    def _span(self, tile: str) -> tuple[str, str]:
-        """The keys that the tile's rows may see by position: from, and up to but not with."""
-        code, attrs, keys = self.code, self.attrs, self.code.size(self.form.keys)
-        if self.form.reads_all or not self.form.is_local:
-            return "0", keys
-        low, high, offset, window = "0", keys, code.size(attrs["offset"]), attrs["window"]
-        end = f"({tile} + 1) * BLOCK_M + {offset}"  # behind the last row's own position
-        if attrs["causal"]:
-            high = code.let("high", f"tl.minimum({keys}, {end})")
-        if window is not None:
-            start = f"{tile} * BLOCK_M + {offset} - {code.size(window)} + 1"
-            low = code.let("low", f"tl.maximum({start}, 0) // BLOCK_N * BLOCK_N")
-            if not attrs["causal"]:
-                high = code.let("high", f"tl.minimum({keys}, {end} + {code.size(window)} - 1)")
-        return low, high
-
-    def _scores(self, s: str, column: Var) -> str:
-        """Scale, soft cap, bias, slopes; then what is not seen."""
-        code, attrs, p = self.code, self.attrs, self.p
-        if attrs["scale"] != 1:
-            s = code.let("s", f"{s} * {attrs['scale']!r}")
-        if attrs["softcap"] is not None:
-            s = code.let("s", f"{attrs['softcap']!r} * {code.helper('tanh')}({s} / {attrs['softcap']!r})")
-        if p.bias is not None:
-            s = code.let("s", f"{s} + {self.x.wide(p.bias, self._beside(p.bias, column)).text}")
-        if p.slopes is not None:
-            slope = self.x.wide(p.slopes, [self.lead[-1] if self.lead else Sum()])
-            s = code.let("s", f"{s} + {slope.text} * ({column.name} - {self.row.name}).to(tl.float32)")
-        return self._seen(s, column)
-
-    def _beside(self, x: Value, column: Var) -> list[Sum]:
-        """Index of what broadcasts to the scores."""
-        full = [*self.lead, variable(self.row), variable(column)]
-        return [Sum() if d == 1 else i for i, d in zip(full[len(full) - x.type.rank :], x.shape, strict=True)]
-
-    def _seen(self, s: str, column: Var) -> str:
-        code, attrs, i, j = self.code, self.attrs, self.row.name, column.name
-        offset, window = code.size(attrs["offset"]), attrs["window"]
-        middle = i if attrs["offset"] == 0 else f"{i} + {offset}"
-        seen: list[str] = []
-        if attrs["causal"]:
-            seen.append(f"({j} <= {middle})")
-        if window is not None:
-            seen.append(f"({j} > {middle} - {code.size(window)})")
-            if not attrs["causal"]:
-                seen.append(f"({j} < {middle} + {code.size(window)})")
-        if self.p.mask is not None:
-            seen.append(self.x.at(self.p.mask, self._beside(self.p.mask, column)).text)
-        if self.form.reads_all:
-            least = repr(float(torch.finfo(torch.float32).min))
-            kept = f"tl.where({conditions(seen)}, {s}, {least})" if seen else s
-            s = code.let("s", f"tl.maximum({kept}, {least}, propagate_nan=tl.PropagateNan.ALL)")
-            seen = []
-        seen += column.inside
-        return code.let("s", f'tl.where({conditions(seen)}, {s}, float("-inf"))') if seen else s

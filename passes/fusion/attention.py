@@ -15,7 +15,6 @@ from graphopt.ir.opset.attention import groups, parts, seen_pairs
 from graphopt.ir.opset.attention_training import GIVEN
 from graphopt.passes.fusion.cost import CLOCK, LAUNCH, CostModel
 from graphopt.rewrite import scalar_of
-from graphopt.target import Target
 
 FEW = 8  # query rows that share keys, up to which a kernel reads the keys once, without filling lanes with queries
 _EXP = 22.0  # vector instructions for a weight: exponential, maximum, sum
@@ -60,10 +59,8 @@ def unfit(node: Node) -> str | None:
     return None
 
 
-def untrainable(node: Node, target: Target | None) -> str | None:
+def untrainable(node: Node) -> str | None:
     """Why no kernel takes an attention for training whole; None if one does."""
-    if target is not None and target.is_gpu:
-        return "its kernels are for CPUs"
     p = parts(node.operands[GIVEN:] if node.name == "attention_backward" else node.operands, node.attrs)
     if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
         return "no kernel takes heads of unknown size"

@@ -9,7 +9,7 @@ import torch
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.triton.backend import TritonBackend
 from graphopt.backends.triton.build import load_source
-from graphopt.backends.triton.templates import Template
+from graphopt.backends.triton.template import Template
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpreter import evaluate
 from graphopt.target import Target

@@ -1,0 +1,112 @@
+"""The templates of attention and of its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
+from graphopt.backends.forms.flashform import Form, form_of, gradient_of
+from graphopt.backends.triton import attention, gradient
+from graphopt.backends.triton.code import Code, Launch, power_of_two
+from graphopt.backends.triton.matmul import LEAST
+from graphopt.backends.triton.template import Template, divide, first, largest, pieces_of
+from graphopt.ir import dims
+from graphopt.target import Target
+
+KEYS_PIECE = 32768  # bytes of keys and values
+
+# --- attention ---------------------------------------------------------------------------------------------------------------
+
+
+def _attention_form(w: Workload) -> Form | str:
+    return form_of(w.graph) if w.kind in ("attention", "attention_forward") else "not an attention region"
+
+
+def _attention_refuse(w: Workload, t: Target) -> str | None:
+    form = _attention_form(w)
+    return form if isinstance(form, str) else None
+
+
+def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    form = _attention_form(w)
+    assert isinstance(form, Form)
+    itemsize = form.out.dtype.itemsize
+    d, e = attention.side(form.depth), attention.side(form.width)
+    wide = max(d, e) > (128 if t.kind == "cuda" else 64)  # sums that leave few registers
+    m = max(LEAST, min(32 if itemsize >= 4 else 64 if wide else 128, power_of_two(largest(form.queries, 4096))))
+    n = max(LEAST, min(32 if itemsize >= 4 or wide else 64, power_of_two(largest(form.keys, 4096))))
+    programs = largest(dims.numel(form.batch), 8) * -(-largest(form.queries, 4096) // m)
+    seen = min([dims.bounds(form.keys, form.symbols)[1] or 4096, *(w for w in [form.node.attrs["window"]] if isinstance(w, int))])
+    key = (form.depth + form.width) * itemsize
+    knob, full = divide(pieces_of(programs, seen * key, max(KEYS_PIECE, n * key), t), form.keys, "n")
+    params = (
+        knob,
+        Param("m", first(m, (16, 32, 64, 128)), "tile"),
+        Param("n", first(n, (16, 32, 64, 128)), "tile"),
+        Param("warps", first(8 if m >= 128 and t.kind == "cuda" else 4 if m >= 32 else 2, (2, 4, 8))),
+        Param("stages", first(2 if t.kind == "cuda" else 1, (1, 2, 3))),
+    )
+
+    def fits(s: Mapping[str, Any]) -> bool:
+        return bool((s["m"] * d + s["n"] * (d + e) * s["stages"] + s["m"] * s["n"]) * itemsize <= t.shared_memory)
+
+    def held(s: Mapping[str, Any]) -> bool:
+        return bool(s["m"] * (e + s["n"]) <= 128 * s["warps"] * t.warp)
+
+    limits = Constraint("queries, keys and values exceed the shared memory", fits), Constraint("the sums exceed the registers", held)
+    return (SearchSpace("attention", ("flash",), params, (*limits, full)),)
+
+
+def _write_attention(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    form = _attention_form(w)
+    assert isinstance(form, Form)
+    return attention.FlashKernel(w.graph, form, t, s["m"], s["n"], s["pieces"]).emit(s["warps"], s["stages"])
+
+
+# --- its gradient ------------------------------------------------------------------------------------------------------------
+
+
+def _gradient_form(w: Workload) -> Form | str:
+    return gradient_of(w.graph) if w.kind == "attention_backward" else "not the gradient of an attention"
+
+
+def _gradient_refuse(w: Workload, t: Target) -> str | None:
+    form = _gradient_form(w)
+    return form if isinstance(form, str) else None
+
+
+def _gradient_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    form = _gradient_form(w)
+    assert isinstance(form, Form)
+    itemsize = form.out.dtype.itemsize
+    d, e = attention.side(form.depth), attention.side(form.width)
+    exact, wide = itemsize >= 4, max(d, e) > 64
+    longest = power_of_two(max(largest(form.queries, 4096), largest(form.keys, 4096)))
+    own = max(LEAST, min(32 if exact or max(d, e) > 128 else 64, longest))
+    along = max(LEAST, min(16 if (exact and wide) or max(d, e) > 128 else 32, longest))
+    params = (
+        Param("own", first(own, (16, 32, 64, 128)), "tile"),
+        Param("along", first(along, (16, 32, 64, 128)), "tile"),
+        Param("warps", first(8 if wide and not exact and t.kind == "cuda" else 4, (2, 4, 8))),
+        Param("stages", first(2 if t.kind == "cuda" else 1, (1, 2, 3))),
+    )
+
+    def fits(s: Mapping[str, Any]) -> bool:
+        return bool(((s["own"] + s["along"] * s["stages"]) * (d + e) + 2 * s["own"] * s["along"]) * itemsize <= t.shared_memory)
+
+    def held(s: Mapping[str, Any]) -> bool:
+        return bool(s["own"] * (d + e + 2 * s["along"]) <= 128 * s["warps"] * t.warp)
+
+    limits = Constraint("what the products read exceeds the shared memory", fits), Constraint("the sums exceed the registers", held)
+    return (SearchSpace("attention-gradient", ("flash",), params, limits),)
+
+
+def _write_gradient(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    form = _gradient_form(w)
+    assert isinstance(form, Form)
+    return gradient.emit(w.graph, form, t, s["own"], s["along"], s["warps"], s["stages"])
+
+
+GRADIENT = Template("attention-gradient", _gradient_refuse, _gradient_spaces, _write_gradient)
+ATTENTION = Template("attention", _attention_refuse, _attention_spaces, _write_attention)
