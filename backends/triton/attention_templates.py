@@ -68,7 +68,7 @@ def _write_attention(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]
 
 
 def _gradient_form(w: Workload) -> Form | str:
-    return gradient_of(w.graph) if w.kind == "attention_backward" else "not the gradient of an attention"
+    return gradient_of(w.graph) if w.kind == "attention_backward" else "not a gradient of an attention"
 
 
 def _gradient_refuse(w: Workload, t: Target) -> str | None:

@@ -233,3 +233,38 @@ def _times(a, b):
 def product(x):
     """The product of each row, [R, C] -> [R, 1]."""
     return tl.reduce(x, 1, _times, keep_dims=True)
+
+
+# what scans join by: the first operand stands before the second
+@triton.jit
+def larger(a, b):
+    """The larger; nan if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller; nan if one is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def last_largest(a, i, b, j):
+    """The larger and its place, of equal ones the second; nan counts as the largest."""
+    second = (b != b) | ((b >= a) & (a == a))
+    return tl.where(second, b, a), tl.where(second, j, i)
+
+
+@triton.jit
+def last_smallest(a, i, b, j):
+    """The smaller and its place, of equal ones the second; nan counts as the smallest."""
+    second = (b != b) | ((b <= a) & (a == a))
+    return tl.where(second, b, a), tl.where(second, j, i)
+
+
+@triton.jit
+def log_add(a, b):
+    """log(e**a + e**b)."""
+    high = larger(a, b)
+    same = (a == b) & (tl.abs(a) == float("inf"))
+    return tl.where(same, a, high + log1p(tl.exp(smaller(a, b) - high)))

@@ -1,9 +1,9 @@
-"""The templates of kernels whose lanes are elements: pointwise work, rows, and windows."""
+"""The templates of kernels whose lanes are elements: pointwise work, rows, scans, and windows."""
 
 from __future__ import annotations
 
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
-from graphopt.backends.triton import elementwise, rows, window
+from graphopt.backends.triton import elementwise, rows, scan, window
 from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
 from graphopt.backends.triton.template import LANES, Template, first, lanes_fit, largest
@@ -94,6 +94,34 @@ def _write_window(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     return window.WindowKernel(w.graph, s["rows"], s["columns"]).emit(s["warps"])
 
 
+# --- scans -------------------------------------------------------------------------------------------------------------------
+
+
+def _scan_refuse(w: Workload, t: Target) -> str | None:
+    return scan.refusal(prepared(w)) if w.kind == "scan" else "not a scan region"
+
+
+def _scan_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
+    kernel = scan.ScanKernel(prepared(w), 1, 16)
+    count, columns = largest(dims.numel(kernel.others), 1 << 16), largest(kernel.x.shape[kernel.axis], LOOPED)
+    innermost = kernel.axis == kernel.x.type.rank - 1
+    size = max(4, kernel.kind.itemsize)
+    block = max(16, min(power_of_two(columns), (LOOPED if innermost else 64) * 4 // size))
+    together = min(power_of_two(-(-count // t.cores)), max(1, 1024 // block), 1024) if innermost else min(power_of_two(count), 32)
+    warps = max(1, min(8, together * block * size // (4 * LANES * t.warp)))
+    params = (
+        Param("rows", first(together, (1, 2, 4, 8, 16, 32, 64))),
+        Param("columns", first(block, (64, 128, 256, 512, 1024, 2048))),
+        Param("warps", first(warps, (1, 2, 4, 8))),
+    )
+    return (SearchSpace("scan", ("blocks",), params, (lanes_fit(t),)),)
+
+
+def _write_scan(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
+    return scan.ScanKernel(prepared(w), s["rows"], s["columns"]).emit(s["warps"])
+
+
 POINTWISE = Template("pointwise", _pointwise_refuse, _pointwise_spaces, _write_pointwise)
 ROWS = Template("rows", _rows_refuse, _rows_spaces, _write_rows)
+SCAN = Template("scan", _scan_refuse, _scan_spaces, _write_scan)
 WINDOW = Template("window", _window_refuse, _window_spaces, _write_window)

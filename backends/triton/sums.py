@@ -38,13 +38,13 @@ def total_of(dtype: types.DType) -> str:
     return NAMES[sum_type(dtype)]
 
 
-def computed(acc: str, node: Node, own: Index, axes: frozenset[int] = frozenset([0, 1])) -> Source:
-    """A product's result, read from its accumulator, at its own index alone."""
-    tile = Tile(acc, node.result.dtype, axes)
+def computed(acc: str, node: Node, own: Index, axes: frozenset[int] = frozenset([0, 1]), depth: int = 0) -> Source:
+    """The result of a product (or a window, or a scan), read from its accumulator, at its own index alone."""
+    tile = Tile(acc, node.result.dtype, axes, depth)
 
     def source(index: Index) -> Tile:
         if any(i != j for i, j in zip(index, own, strict=True)):
-            raise BuildError("a product is read at another place than it is computed at")
+            raise BuildError(f"a {node.name} is read at another place than it is computed at")
         return tile
 
     return source
