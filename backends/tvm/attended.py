@@ -156,10 +156,9 @@ class Extra:
         self.side_by_side = self._side_by_side()
         if self.tables and self.of_keys:
             self.buffer = code.alloc(self.step, F32, "added")
-        elif self.side_by_side:
-            self.buffer = code.alloc(self.step * nr, F32, "added")
         elif self.tables:
-            self.rows = code.alloc(nr * self.step, F32, "table")
+            if not self.side_by_side:
+                self.rows = code.alloc(nr * self.step, F32, "table")
             self.buffer = code.alloc(self.step * nr, F32, "added")
 
     def _side_by_side(self) -> bool:

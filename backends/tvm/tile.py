@@ -160,7 +160,7 @@ class TileKernel:
                     continue
                 ahead = self._fetch(p.factor, lead, column, tile_row, tiles, 0, self.k)
                 acc, span = kernel._tile_sum(p, lead, kernel._rows(row), column, panel, ahead)
-                kernel._each_block(partial(kernel._tile_block, acc, span, total))
+                kernel._each_block(partial(kernel._add_block, acc, span, total, 0))
                 sums.append(total)
             kernel._end(lead, row, column, acc, sums)
 
@@ -180,11 +180,6 @@ class TileKernel:
             body(self, io)
         with code.when(i64(code.simplify(first + self.group)) >= i64(tiles)):
             body(short, code.simplify(tiles - 1 - first))
-
-    def _tile_block(self, acc: Sequence[Any], span: Callable[[Index, Index], None], total: Any, begin: Index, length: Index,
-                    is_first: Any, is_last: bool) -> None:  # fmt: skip
-        """A block of a tile that is summed to its end: in blocks, so that its rounding error stays that of a library's."""
-        self._add_block(acc, span, begin, length, total, 0, is_first, is_last)
 
     def _here(self, first: Index, tiles: Index) -> Index:
         """Row tiles of a step."""
@@ -206,7 +201,7 @@ class TileKernel:
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
                     ahead = None if p.copied else self._fetch(p.factor, lead, column, io, here, begin, length)
                     acc, span = kernel._tile_sum(p, lead, kernel._rows(row), column, panel, ahead, begin)
-                    kernel._add_block(acc, span, begin, length, total, base, is_first, is_last)
+                    kernel._add_block(acc, span, total, base, begin, length, is_first, is_last)
                 if is_last:
                     kernel._end(lead, row, column, acc, totals, base)
 
@@ -215,7 +210,10 @@ class TileKernel:
         self._each_block(all_tiles)
 
     def _each_block(self, body: Callable[[Index, Index, Any, bool], None]) -> None:
-        """``body(begin, length, is_first, is_last)`` for all blocks of the summed axis but the last, in a loop, and for the last."""
+        """``body(begin, length, is_first, is_last)`` for all blocks of the summed axis but the last, in a loop, and for the last.
+
+        In blocks, the rounding error of a long sum stays that of a library's.
+        """
         code = self.code
         before = code.simplify(code.ceildiv(self.k, self.block) - 1)
         if not isinstance(before, int):
@@ -230,7 +228,7 @@ class TileKernel:
         body(begin, rest if isinstance(rest, int) else code.bind_index(rest, "rest"), before == 0 if isinstance(before, int) else
              i64(before) == 0, True)  # fmt: skip
 
-    def _add_block(self, acc: Sequence[Any], span: Callable[[Index, Index], None], begin: Index, length: Index, total: Any, base: Index,
+    def _add_block(self, acc: Sequence[Any], span: Callable[[Index, Index], None], total: Any, base: Index, begin: Index, length: Index,
                    is_first: Any, is_last: bool) -> None:  # fmt: skip
         """Sum a block and add what was summed before: into ``total``, but with the last block into the accumulators, if they are stored."""
         code, stays = self.code, is_last and self.from_registers
