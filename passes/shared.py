@@ -1,14 +1,16 @@
-"""What several passes need: keeping a result's shape, and numbers as a dtype holds them."""
+"""What several passes need: keeping a result's shape, numbers as a dtype holds them, and regions that read other operands."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
-from graphopt.ir import OPS, DType, Trait, Value, dims
-from graphopt.ir.graph import Node, is_view
-from graphopt.rewrite import Match, Reject, Rewriter, scalar_of
+from graphopt.ir import OPS, Builder, DType, Graph, Trait, Value, dims
+from graphopt.ir.graph import Node, copy_nodes, is_view
+from graphopt.ir.ops import op
+from graphopt.rewrite import Match, Reject, Rewriter, erase_dead, scalar_of
 
 NOT_THIS = Reject("")  # the match is not what the rule is about: nothing to tell
 
@@ -65,3 +67,56 @@ def matmuls(fusion: Node) -> list[Node]:
     """The products of a region, in order: one, or two that meet."""
     assert fusion.body is not None
     return [n for n in fusion.body.nodes() if n.op.name == "matmul"]
+
+
+Make = Callable[[Builder, Sequence[Value]], Value]
+"""Builds a value of a region's body from inputs of the body."""
+
+
+def reread(g: Graph, region: Node, old: Value, operands: Sequence[Value], make: Make, by: Node | None = None) -> Node:
+    """Put in a region's place the same one that makes a value of its body from other operands; what nothing reads any more goes.
+
+    Args:
+        old: the value, an input of the body or computed there.
+        operands: values of ``g``; those that the region reads already are not given twice. New ones stand where the first input was
+            that goes, or behind all.
+        make: builds the value from them, in the new body.
+        by: the node of the body that reads the new value, while others go on with the old one; None: all.
+
+    Returns:
+        The new region.
+    """
+    body = region.body
+    assert body is not None
+    live = _live(body, old, by)
+    inputs: list[tuple[Value, Value | None]] = [(x, v) for v, x in zip(body.inputs, region.operands, strict=True) if v in live]
+    kept = [x for x, _ in inputs]
+    place = next((i for i, v in enumerate(body.inputs) if v not in live), len(inputs))
+    inputs[place:place] = [(x, None) for x in operands if x not in kept]
+    hint = body.inputs[place].hint if place < len(body.inputs) else ""
+    new, mapping, given = Graph("body", body.symbols), dict[Value, Value](), dict[Value, Value]()
+    for x, v in inputs:
+        given[x] = new.add_input(v.type, v.hint) if v is not None else new.add_input(x.type.logical, x.hint or hint)
+        if v is not None:
+            mapping[v] = given[x]
+    made = {old: make(Builder(new), [given[x] for x in operands])}
+    for node in body.nodes():
+        if any(r in live for r in node.results):
+            seen = mapping | made if by in (None, node) else mapping
+            copy_nodes([node], seen, new)
+            mapping |= {r: seen[r] for r in node.results}
+    new.set_outputs([(mapping | made if by is None else mapping)[v] for v in body.outputs])
+    result = g.create(op("fusion"), [x for x, _ in inputs], region.attrs, before=region, loc=region.loc, body=new)
+    for was, now in zip(region.results, result.results, strict=True):
+        g.replace(was, now)
+    erase_dead(g, region)
+    return result
+
+
+def _live(body: Graph, old: Value, by: Node | None) -> dict[Value, None]:
+    """The values that the outputs depend on, if the old one is not read."""
+    live = dict.fromkeys(body.outputs)
+    for node in reversed(list(body.nodes())):
+        if any(r in live for r in node.results):
+            live |= dict.fromkeys(v for v in node.operands if v is not old or by not in (None, node))
+    return live

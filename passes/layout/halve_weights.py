@@ -24,8 +24,8 @@ from graphopt.ir.graph import Node, Value
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
 from graphopt.passes.layout import halves
-from graphopt.passes.layout.pack_weights import Site, rebuilt, site_of
-from graphopt.passes.shared import matmuls
+from graphopt.passes.layout.pack_weights import Site, site_of
+from graphopt.passes.shared import matmuls, reread
 from graphopt.rewrite import Numerics, PassContext, Reject, Rewriter
 
 
@@ -63,7 +63,8 @@ class HalveWeights(Pass):
                 site = site_of(region, place, staged)
                 assert isinstance(site, Site)
                 ctx.passed(self.name, f"weight {key[place][0]!r} split into halves: {forms[0].type}", region, number)
-                region = rebuilt(g, site, forms, partial(halves.unpack, n=int(site.matmul.operands[1].shape[1])))
+                weight = site.matmul.operands[1]
+                region = reread(g, region, weight, forms, partial(halves.unpack, n=int(weight.shape[1])), by=site.matmul)
             changed = True
         return changed
 

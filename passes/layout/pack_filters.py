@@ -22,19 +22,19 @@ Reference: Georganas et al., "Anatomy of High-Performance Deep Learning Convolut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 
 from graphopt.errors import UsageError
 from graphopt.ir import Builder, Graph, dims, types
 from graphopt.ir.graph import Node, Value, copy_nodes, is_view
-from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
 from graphopt.passes.layout import filter_fours
 from graphopt.passes.layout.pack_weights import COLUMNS
-from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
+from graphopt.passes.shared import reread
+from graphopt.rewrite import PassContext, Reject, Rewriter
 from graphopt.target import Target
 
 _PACKED = ["reshape", "slice", "reshape", "transpose", "reshape"]  # how unpacking ends and begins
@@ -97,7 +97,7 @@ class PackFilters(Pass):
                 copy_nodes(chain, mapping, g, fusion)
                 packed[key] = packing(rw, mapping[w])
             ctx.passed(self.name, f"weight {source!r} becomes {packed[key].type}", fusion, number)
-            fusion = read_prepared(g, fusion, conv, packed[key], unpacked)
+            fusion = reread(g, fusion, w, [packed[key]], partial(_from_one, unpacked), by=conv)
             changed = True
         return changed
 
@@ -143,6 +143,10 @@ def unpack(b: Builder, wp: Value, groups: int, shape: tuple[int, ...]) -> Value:
     return b.create("reshape", [v], {"shape": shape})  # type: ignore[no-any-return]
 
 
+def _from_one(unpacked: Callable[[Builder, Value], Value], b: Builder, given: Sequence[Value]) -> Value:
+    return unpacked(b, given[0])
+
+
 def origin(v: Value) -> Value:
     """The input of the body that a value is a view of, or the value that is no view."""
     while v.producer is not None and is_view(v.producer):
@@ -171,59 +175,3 @@ def weight_of(fusion: Node, staged: Staged, place: int = 0) -> tuple[Node, list[
     if w.dtype != types.f32:
         return Reject(f"weights of dtype {w.dtype} are not packed, only f32", fusion)
     return conv, chain[::-1]
-
-
-def read_prepared(g: Graph, fusion: Node, conv: Node, wp: Value, unpacked: Callable[[Builder, Value], Value]) -> Node:
-    """Put in a region's place the same one that reads a prepared weight; ``unpacked(b, wp)`` builds the plain one from it.
-
-    Returns:
-        The new region.
-    """
-    old = fusion.body
-    assert old is not None
-    weight = conv.operands[1]
-    plain = origin(weight)
-    new_body, operands = Graph("body", old.symbols), []
-    mapping: dict[Value, Value] = {}
-    others = _other_uses(weight)
-    for v, operand in zip(old.inputs, fusion.operands, strict=True):
-        if v is plain:
-            w = new_body.add_input(wp.type.logical, v.hint)
-            found = unpacked(Builder(new_body), w)
-            operands.append(wp)
-        if v is not plain or others:
-            mapping[v] = new_body.add_input(v.type, v.hint)
-            operands.append(operand)
-    gone = dict.fromkeys(()) if others else _path(weight)
-    for node in old.nodes():
-        if node in gone:
-            continue
-        kept = mapping.get(weight)
-        if node is conv:
-            mapping[weight] = found
-        copy_nodes([node], mapping, new_body)
-        if node is conv and kept is not None:
-            mapping[weight] = kept
-    new_body.set_outputs([mapping[v] for v in old.outputs])
-    new = g.create(op("fusion"), operands, fusion.attrs, before=fusion, loc=fusion.loc, body=new_body)
-    g.replace(fusion.results[0], new.results[0])
-    erase_dead(g, fusion)
-    return new
-
-
-def _path(weight: Value) -> dict[Node, None]:
-    found: dict[Node, None] = {}
-    while weight.producer is not None:
-        found[weight.producer] = None
-        weight = weight.producer.operands[0]
-    return found
-
-
-def _other_uses(weight: Value) -> bool:
-    """Whether the body reads the plain weight, or a view on the way, besides for the convolution."""
-    while True:
-        if len(weight.uses) > 1:
-            return True
-        if weight.producer is None:
-            return False
-        weight = weight.producer.operands[0]

@@ -25,35 +25,28 @@ Reference: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplica
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 from graphopt.errors import UsageError
 from graphopt.ir import Builder, Graph, types
-from graphopt.ir.graph import Node, Value, copy_nodes
-from graphopt.ir.ops import op
+from graphopt.ir.graph import Node, Value
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
 from graphopt.passes.layout import fours, pairs
-from graphopt.passes.shared import input_behind_views, matmuls
-from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
+from graphopt.passes.shared import Make, input_behind_views, matmuls, reread
+from graphopt.rewrite import PassContext, Reject, Rewriter
 
 
 @dataclass(frozen=True)
 class Site:
     """A matmul whose second operand can be packed."""
 
-    fusion: Node
     matmul: Node  # in the body
     input: int  # which operand of the fusion holds the weight
     transposed: bool  # the body reads it transposed
     columns: int = 0  # of a panel
     form: ModuleType | None = None  # of neighbours along the summed axis side by side, which instructions want: pairs, or fours
-
-
-Unpack = Callable[[Builder, Sequence[Value]], Value]
-"""Makes the weight ``[K, N]`` of what was packed."""
 
 
 COLUMNS, DEPTH = 32, 32  # of thirds: columns of a panel, and what the summed axis is a multiple of
@@ -99,7 +92,7 @@ class PackWeights(Pass):
                 how = f"in {_name(site.form)}, by {site.form.COLUMNS}" if site.form else f"by {nr}"
                 how += " columns, for AMX tiles" if in_thirds and nr == COLUMNS and not site.form else " columns"
                 ctx.passed(self.name, f"weight {w!r} packed {how}: {packed[key].type}", region, number)
-                region = rebuilt(g, site, [packed[key]], _unpacker(site))
+                region = reread(g, region, site.matmul.operands[1], [packed[key]], _unpacker(site), by=site.matmul)
                 changed = True
         return changed
 
@@ -153,7 +146,7 @@ def site_of(fusion: Node, place: int, staged: Staged) -> Site | Reject:
         return Reject(f"it is a batch of matrices, {weight.type}", weight)
     if not source.is_input:
         return Reject("it is read through more views than a transpose", weight)
-    return Site(fusion, matmul, source.index, transposed)
+    return Site(matmul, source.index, transposed)
 
 
 def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool, alone: bool) -> Site | Reject:
@@ -191,52 +184,8 @@ def _is_unpack(weight: Value) -> bool:
     return node is None
 
 
-def _unpacker(site: Site) -> Unpack:
-    """How a region's body reads the one packed weight."""
+def _unpacker(site: Site) -> Make:
+    """How a region's body makes the weight ``[K, N]`` of the packed one."""
     k, n = (int(d) for d in site.matmul.operands[1].shape)
     form = site.form
     return (lambda b, given: form.unpack(b, given[0], k, n)) if form else (lambda b, given: unpack(b, given[0], n))
-
-
-def rebuilt(g: Graph, site: Site, packed: Sequence[Value], unpacked: Unpack) -> Node:
-    """The same region, reading the packed weight in the place of the plain one."""
-    old = site.fusion.body
-    assert old is not None
-    body, operands = Graph("body", old.symbols), list[Value]()
-    mapping: dict[Value, Value] = {}
-    plain, given = old.inputs[site.input], dict[Value, Value]()
-    for v, operand in zip(old.inputs, site.fusion.operands, strict=True):
-        if v is plain:
-            for p in packed:
-                if p not in site.fusion.operands:  # else another product of the region reads it already
-                    given[p] = body.add_input(p.type.logical, v.hint)
-                    operands.append(p)
-        if v is not plain or _other_uses(plain, site):
-            mapping[v] = body.add_input(v.type, v.hint)
-            operands.append(operand)
-    shared = dict(zip(site.fusion.operands, old.inputs, strict=True))
-    weight = unpacked(Builder(body), [given[p] if p in given else mapping[shared[p]] for p in packed])
-    read = site.matmul.operands[1]
-    for node in old.nodes():
-        if read.producer is node and len(read.uses) == 1:
-            continue
-        if node is site.matmul:
-            mapping[read], kept = weight, mapping.get(read)
-            copy_nodes([node], mapping, body)
-            if kept is not None:
-                mapping[read] = kept
-        else:
-            copy_nodes([node], mapping, body)
-    body.set_outputs([mapping[v] for v in old.outputs])
-    new = g.create(op("fusion"), operands, site.fusion.attrs, before=site.fusion, loc=site.fusion.loc, body=body)
-    g.replace(site.fusion.results[0], new.results[0])
-    erase_dead(g, site.fusion)
-    return new
-
-
-def _other_uses(plain: Value, site: Site) -> bool:
-    """Whether the body reads the plain weight besides for the matmul's second operand."""
-    weight = site.matmul.operands[1]
-    if len(weight.uses) > 1:
-        return True
-    return weight is not plain and len(plain.uses) > 1

@@ -15,15 +15,16 @@ Numerics: bitwise.   Reference: Press and Wolf, "Using the Output Embedding to I
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from graphopt.ir import Builder, Graph, dims
 from graphopt.ir.graph import Node, Value, copy_nodes, is_view
-from graphopt.ir.ops import op
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
-from graphopt.rewrite import PassContext, Reject, erase_dead
+from graphopt.passes.shared import reread
+from graphopt.rewrite import PassContext, Reject
 
 _LINE = 64  # bytes of a cache line
 
@@ -155,26 +156,13 @@ def _share(g: Graph, packed: _Packed, readers: list[Node]) -> None:
         for node in packed.packing:
             g.move_before(node, first)
     for reader in readers:
-        _rebuild(g, reader, packed)
+        assert reader.body is not None
+        reread(g, reader, reader.body.inputs[reader.operands.index(packed.weight)], [packed.value], partial(_unpacked, packed))
 
 
-def _rebuild(g: Graph, reader: Node, packed: _Packed) -> None:
-    """The same region, reading the packed form in the place of the plain one."""
-    old = reader.body
-    assert old is not None
-    body, mapping = Graph("body", old.symbols), dict[Value, Value]()
-    for v, operand in zip(old.inputs, reader.operands, strict=True):
-        if operand is not packed.weight:
-            mapping[v] = body.add_input(v.type, v.hint)
-            continue
-        unpacked = {packed.unpacking[0].operands[0]: body.add_input(packed.value.type, v.hint)}
-        copy_nodes(packed.unpacking, unpacked, body, rename=lambda node: None)
-        mapping[v] = unpacked[packed.unpacking[-1].results[0]]
-        if packed.transposed:
-            mapping[v] = Builder(body).transpose(mapping[v], perm=(1, 0))
-    copy_nodes(old.nodes(), mapping, body)
-    body.set_outputs([mapping[v] for v in old.outputs])
-    operands = [packed.value if v is packed.weight else v for v in reader.operands]
-    new = g.create(op("fusion"), operands, reader.attrs, before=reader, loc=reader.loc, body=body)
-    g.replace(reader.results[0], new.results[0])
-    erase_dead(g, reader)
+def _unpacked(packed: _Packed, b: Builder, given: Sequence[Value]) -> Value:
+    """The weight as it was, by views of its packed form."""
+    made = {packed.unpacking[0].operands[0]: given[0]}
+    copy_nodes(packed.unpacking, made, b.graph, rename=lambda node: None)
+    weight = made[packed.unpacking[-1].results[0]]
+    return b.transpose(weight, perm=(1, 0)) if packed.transposed else weight  # type: ignore[no-any-return]

@@ -13,13 +13,17 @@ Numerics: bitwise.   Reference: none; it is the order of memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from graphopt.ir import Builder, Graph
-from graphopt.ir.graph import Node, Value, copy_nodes
-from graphopt.ir.ops import op
+from graphopt.ir.dims import Shape
+from graphopt.ir.graph import Node, Value
 from graphopt.ir.opset.attention import parts
 from graphopt.ir.stage import staged_values
 from graphopt.pass_manager import Pass
-from graphopt.rewrite import Numerics, PassContext, Rewriter, erase_dead
+from graphopt.passes.shared import reread
+from graphopt.rewrite import Numerics, PassContext, Rewriter
 
 
 class TurnBias(Pass):
@@ -51,7 +55,7 @@ class TurnBias(Pass):
             if bias not in turned:
                 turned[bias] = _turned(Rewriter(g, region), bias, lanes)
             ctx.passed(self.name, f"bias {bias!r} with its queries side by side: {turned[bias].type}", region, number)
-            _rebuild(g, region, inside, turned[bias])
+            reread(g, region, inside, [turned[bias]], partial(_back, shape=inside.shape))
             changed = True
         return changed
 
@@ -82,20 +86,7 @@ def _swapped(rank: int) -> tuple[int, ...]:
     return (*range(rank - 2), rank - 1, rank - 2)
 
 
-def _rebuild(g: Graph, region: Node, bias: Value, turned: Value) -> None:
-    """The same region, reading the turned bias."""
-    old = region.body
-    assert old is not None
-    body, mapping = Graph("body", old.symbols), dict[Value, Value]()
-    for v in old.inputs:
-        mapping[v] = body.add_input(turned.type.logical if v is bias else v.type, v.hint)
-    b, rank = Builder(body), bias.type.rank
-    back = b.transpose(mapping[bias], perm=_swapped(rank))
-    mapping[bias] = b.create("slice", [back], {"axis": rank - 2, "stop": bias.shape[-2]}) if back.shape != bias.shape else back
-    copy_nodes(old.nodes(), mapping, body)
-    body.set_outputs([mapping[v] for v in old.outputs])
-    operands = [turned if i == bias.index else v for i, v in enumerate(region.operands)]
-    new = g.create(op("fusion"), operands, region.attrs, before=region, loc=region.loc, body=body)
-    for was, now in zip(region.results, new.results, strict=True):
-        g.replace(was, now)
-    erase_dead(g, region)
+def _back(b: Builder, given: Sequence[Value], shape: Shape) -> Value:
+    """The bias, of this shape, from the turned one."""
+    back = b.transpose(given[0], perm=_swapped(len(shape)))
+    return b.create("slice", [back], {"axis": len(shape) - 2, "stop": shape[-2]}) if back.shape != shape else back  # type: ignore[no-any-return]

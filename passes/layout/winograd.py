@@ -27,7 +27,8 @@ from graphopt.ir import Builder, Graph, dims, types
 from graphopt.ir.graph import Node, Value, copy_nodes
 from graphopt.ir.stage import staged_values
 from graphopt.pass_manager import Pass
-from graphopt.passes.layout.pack_filters import in_thirds, origin, read_prepared, weight_of
+from graphopt.passes.layout.pack_filters import in_thirds, origin, weight_of
+from graphopt.passes.shared import reread
 from graphopt.rewrite import PassContext, Reject, Rewriter
 from graphopt.target import Target
 
@@ -78,7 +79,7 @@ class WinogradFilters(Pass):
                 copy_nodes(chain, mapping, g, fusion)
                 transformed[key] = transform(Rewriter(g, fusion), mapping[w], nr)
             ctx.passed(self.name, f"weight {source!r} becomes {transformed[key].type}", fusion, number)
-            read_prepared(g, fusion, conv, transformed[key], restore)
+            reread(g, fusion, w, [transformed[key]], lambda b, given: restore(b, given[0]), by=conv)
             changed = True
         return changed
 

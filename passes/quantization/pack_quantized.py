@@ -24,16 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from graphopt.ir import Builder, Graph, types
-from graphopt.ir.graph import Node, Value, copy_nodes, is_view
-from graphopt.ir.ops import op
+from graphopt.ir.graph import Node, Value, is_view
 from graphopt.ir.opset.quantize import LARGEST, SMALL_INTEGERS
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.ir.types import DType
 from graphopt.pass_manager import Pass
-from graphopt.passes.shared import input_behind_views, matmuls
-from graphopt.rewrite import PassContext, Reject, Rewriter, erase_dead
+from graphopt.passes.shared import input_behind_views, matmuls, reread
+from graphopt.rewrite import PassContext, Reject, Rewriter
 
 REGISTERS = 4  # vectors of a panel: 64 columns of 16, a cache line of 8-bit integers
 
@@ -89,7 +89,10 @@ class PackQuantized(Pass):
                     continue
                 packed = _pack(Rewriter(g, region), region, site, nr)
                 ctx.passed(self.name, f"integers of {site.bits} bits packed by {nr} columns: {packed[0].type}", region, number)
-                region = _rebuild(g, region, site, packed)
+                weight, integers = site.matmul.operands[1], site.dequantize.operands[0].dtype
+                k, n = (int(d) for d in weight.shape)
+                make = partial(unpacked, dtype=integers, bits=site.bits, k=k, n=n)
+                region = reread(g, region, weight, packed, make, by=site.matmul)
                 changed = True
         return changed
 
@@ -213,41 +216,3 @@ def _wide(b: Builder, v: Value, n: int) -> Value:
     panels, rows, nr = (int(d) for d in v.shape)
     wide = b.reshape(b.transpose(v, perm=(1, 0, 2)), shape=(rows, panels * nr))
     return b.create("slice", [wide], {"axis": 1, "stop": n})  # type: ignore[no-any-return]
-
-
-def _rebuild(g: Graph, region: Node, site: _Site, packed: Sequence[Value]) -> Node:
-    """The same region, reading the packed weight in the place of the plain one."""
-    old, weight = region.body, site.matmul.operands[1]
-    assert old is not None
-    needed = _needed(old, site.matmul)
-    body, mapping, operands = Graph("body", old.symbols), dict[Value, Value](), list[Value]()
-    for v, operand in zip(old.inputs, region.operands, strict=True):
-        if v in needed:
-            mapping[v] = body.add_input(v.type, v.hint)
-            operands.append(operand)
-    for node in old.nodes():
-        if not any(r in needed for r in node.results):
-            continue
-        if node is site.matmul:
-            given = [body.add_input(v.type.logical, v.hint) for v in packed]
-            operands += packed
-            k, n = (int(d) for d in weight.shape)
-            factor = unpacked(Builder(body), given, site.dequantize.operands[0].dtype, site.bits, k, n)
-            made = body.create(node.op, [mapping[node.operands[0]], factor], node.attrs, loc=node.loc)
-            mapping[node.result] = made.result
-        else:
-            copy_nodes([node], mapping, body)
-    body.set_outputs([mapping[v] for v in old.outputs])
-    new = g.create(op("fusion"), operands, region.attrs, before=region, loc=region.loc, body=body)
-    g.replace(region.results[0], new.results[0])
-    erase_dead(g, region)
-    return new
-
-
-def _needed(body: Graph, matmul: Node) -> dict[Value, None]:
-    """The values that the outputs depend on, but for the second factor of a matmul."""
-    needed: dict[Value, None] = dict.fromkeys(body.outputs)
-    for node in reversed(list(body.nodes())):
-        if any(r in needed for r in node.results):
-            needed.update(dict.fromkeys(node.operands[:1] if node is matmul else node.operands))
-    return needed
