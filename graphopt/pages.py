@@ -31,7 +31,12 @@ class Pages:
         nbytes = x.numel() * x.element_size()
         if x.is_contiguous() or nbytes < LARGE or not _HAVE or x.device.type != "cpu":
             return x.contiguous()
-        return self.empty(x.shape, x.dtype).copy_(x)
+        out = self.empty(x.shape, x.dtype)
+        if x.dim() == 3 and x.stride()[1:] == (1, x.shape[1]):
+            for to, of in zip(out, x, strict=True):  # PyTorch turns a matrix by blocks, and more of them element by element
+                to.copy_(of)
+            return out
+        return out.copy_(x)
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized row-major tensor on the CPU."""

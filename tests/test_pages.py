@@ -35,6 +35,15 @@ def test_a_large_copy_is_row_major_and_stands_alone(dtype: torch.dtype) -> None:
     assert torch.equal(a, x)  # the chunk lives as long as one of its tensors
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_stack_of_turned_matrices(dtype: torch.dtype) -> None:
+    stack = torch.randint(-9, 9, (5, 48, 1100)).to(dtype)
+    for x in (stack.permute(0, 2, 1), stack[::2].permute(0, 2, 1), stack[:, :, :1000].permute(0, 2, 1)):
+        own = Pages()
+        a = own.contiguous(x)
+        assert torch.equal(a, x) and a.is_contiguous() and (own._chunk is not None) == (x.numel() * x.itemsize >= LARGE)
+
+
 def test_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "CHUNK", LARGE)
     own = Pages()

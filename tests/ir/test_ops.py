@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphopt.ir import OPS, Graph, dims, evaluate, parse_graph, print_graph, structurally_equal, verify
+from graphopt.ir.ops import EvalContext
 from graphopt.ir.types import DType
 from graphopt.rewrite import Rewriter
 from graphopt.sampling import random_inputs, sample_bindings
@@ -83,3 +84,13 @@ def test_pointwise_ops_exist_in_the_dtypes_that_pytorch_has() -> None:
 
 def test_every_op_has_a_line_of_documentation() -> None:
     assert [n for n, op in OPS.items() if not op.doc] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_pad_reads_any_order_of_memory(dtype: torch.dtype) -> None:
+    x, attrs = torch.randint(0, 2, (2, 3, 5)).to(dtype), {"low": (0, 1, 0), "high": (0, 3, 1), "value": 1.0}
+    want = torch.nn.functional.pad(x.float(), (0, 1, 1, 3), value=1.0).to(dtype)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        back = [order.index(axis) for axis in range(3)]
+        got = OPS["pad"].evaluate([x.permute(order).contiguous().permute(back)], attrs, EvalContext({}))
+        assert torch.equal(got, want) and got.stride() == want.permute(order).contiguous().permute(back).stride()

@@ -117,13 +117,16 @@ def _infer_pad(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
 
 
 def _evaluate_pad(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
-    widths: list[int] = []
-    for lo, hi in zip(reversed(attrs["low"]), reversed(attrs["high"]), strict=True):
-        widths += [ctx.dim(lo), ctx.dim(hi)]
-    x = xs[0]
+    x, widths = xs[0], list[int]()
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)  # of memory, and so of the result's: turning it is another's work
+    for axis in reversed(order):
+        widths += [ctx.dim(attrs["low"][axis]), ctx.dim(attrs["high"][axis])]
+    x = x.permute(order)
     if x.dtype == torch.bool:
-        return F.pad(x.to(torch.uint8), widths, value=int(attrs["value"])).to(torch.bool)
-    return F.pad(x, widths, value=attrs["value"])
+        y = F.pad(x.to(torch.uint8), widths, value=int(attrs["value"])).to(torch.bool)
+    else:
+        y = F.pad(x, widths, value=attrs["value"])
+    return y.permute([order.index(axis) for axis in range(x.dim())])
 
 
 define(
