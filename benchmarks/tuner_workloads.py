@@ -13,7 +13,8 @@ Systems: graphopt with tuned and with default schedules, a compiled model each, 
 their own; the tuned kernels alone (``kernels``), in memory that is there, as MetaSchedule's are called; PyTorch as fast as it goes:
 the best of its layouts, and with oneDNN's packed weights, chosen by a probe; MetaSchedule's best record. Weights are constants to
 graphopt and PyTorch, as in a model; TVM's workloads take them as arguments, in the layout that they define, and nothing is packed for
-them. Errors are against f64.
+them. Errors are against f64. Each system's threads are bound to cores, a core each: a kernel of the operating system that puts two
+on one core, for however short, makes a call take 8 or 16 ms, whoever's it is.
 
 A name without a number is the first configuration of the workload.
 """
@@ -452,6 +453,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = str(args.threads)  # read by the processes of MetaSchedule
+    os.environ.setdefault("OMP_PROC_BIND", "true")  # for the processes, not for this one: PyTorch's OpenMP has read it
     args.folder.mkdir(parents=True, exist_ok=True)
     names = [n if "." in n else f"{n}.0" for n in args.only.split(",")]
     systems = args.systems.split(",")
