@@ -98,6 +98,9 @@ class RunnerProcess:
             raise Gone(Status.CRASHED, died_of(answer["died"]))
         if "lost" in answer:
             raise Gone(Status.LOST, answer["lost"])
+        if "spoilt" in answer:
+            self._kill_child()
+            raise Gone(Status.CRASHED, answer["spoilt"])
         if "failed" in answer:
             raise Failed(Status(answer.get("status", Status.CRASHED)), answer["failed"])
         return answer
@@ -194,12 +197,14 @@ class ProcessRunner:
     """Measures candidates in one process that is started again as often as they break it.
 
     Args:
-        loader: ``module:function``, imported there: (file, entry) -> kernel.
+        loader: ``module:function``, imported there: (file, entry) -> kernel; or whatever the ``main`` of ``module`` takes.
         threads: that each kernel may use.
+        module: of the program that the process runs.
     """
 
-    def __init__(self, loader: str, threads: int, timing: Timing | None = None, seed: int = 0) -> None:
-        self.loader, self.threads, self.timing, self.seed = loader, threads, timing or Timing(), seed
+    def __init__(self, loader: str, threads: int, timing: Timing | None = None, seed: int = 0,
+                 module: str = "graphopt.autotune.runner_process") -> None:  # fmt: skip
+        self.loader, self.threads, self.timing, self.seed, self.module = loader, threads, timing or Timing(), seed, module
         self._process: RunnerProcess | None = None
         self._session: TaskSession | None = None
 
@@ -209,7 +214,7 @@ class ProcessRunner:
             self._process = self._new_process()
 
     def _new_process(self) -> RunnerProcess:
-        return RunnerProcess(self.loader)
+        return RunnerProcess(self.loader, self.module)
 
     def ready(self) -> None:
         """Wait until it can take candidates. Raises WorkerError if it cannot be started."""

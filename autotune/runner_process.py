@@ -38,8 +38,18 @@ _SIGKILL, _PDEATHSIG = 9, 1
 _INPUT_ENDED = 96  # exit status of a child that was not killed by a kernel
 
 
+class Spoilt(Exception):
+    """After what a kernel did nothing can run in this process any more, though it lives."""
+
+
 class Bench:
-    """One case, and memory of its own to time kernels on."""
+    """One case, and memory of its own to time kernels on.
+
+    Attributes:
+        watched: whether a kernel may leak memory of this process.
+    """
+
+    watched = True
 
     def __init__(self, load: Load) -> None:
         self.load = load
@@ -47,7 +57,7 @@ class Bench:
     def case(self, **request: Any) -> dict[str, Any]:
         """Take what :attr:`Arena.description` gives, and ``threads``, ``weights``, ``between``."""
         torch.set_num_threads(request["threads"])
-        self.inputs, self.outputs = map_shared(request)
+        self.inputs, self.outputs = self.memory(request)
         self.sizes: list[int] = request["sizes"]
         self.in_place: int | None = request["in_place"]
         self.kernels: dict[tuple[str, str], Kernel] = {}
@@ -56,6 +66,10 @@ class Bench:
         self._calls: Iterator[list[Any]] | None = None
         self._own: list[torch.Tensor] = []
         return {}
+
+    def memory(self, request: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where the inputs and outputs of a case lie."""
+        return map_shared(request)
 
     def kernel(self, which: Sequence[str]) -> Kernel:
         """A kernel by file and name, loaded once."""
@@ -110,7 +124,7 @@ class Bench:
 
         candidate_times, incumbent_times = take_turns(timed, calls, floor, hopeless, alone=old is None)
         answer: dict[str, Any] = {"candidate": candidate_times, "incumbent": incumbent_times, "calls": calls}
-        if _resident() - before > leak:
+        if self.watched and _resident() - before > leak:
             answer["leaked"] = self._growth(new, max(len(candidate_times) * calls, 16), leak)
         if self.in_place is None:
             self._timed(new, 1)
@@ -151,7 +165,7 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 def _resident() -> int:
@@ -171,6 +185,8 @@ def serve(bench: Any, requests: Iterator[dict[str, Any]], reply: Callable[[dict[
             answer: dict[str, Any] = getattr(bench, what)(**request)
         except RemoteError as error:
             answer = {"lost": str(error)}
+        except Spoilt as error:
+            answer = {"spoilt": str(error)}
         except Exception as error:  # what a kernel raises is an answer, too
             answer = {"failed": f"{type(error).__name__}: {error}"}
         reply({"id": number, **answer})
