@@ -30,7 +30,9 @@ class KernelSource:
 class KernelTemplate(Protocol):
     """A family of kernels for some workloads."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in ``Schedule.template``."""
 
     def space(self, w: Workload, t: Target) -> SearchSpace:
         """The schedules of the default's structure; the default needs no tuning."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -43,12 +44,40 @@ def load(path: Path, interpret: bool) -> Callable[..., Any]:
     return interpreted(module)
 
 
+def load_interpreted(path: Path, entry: str) -> Callable[..., Any]:
+    """A candidate of the tuner, for CPU tensors."""
+    return load(path, interpret=True)
+
+
+def load_candidate(path: Path, entry: str) -> Callable[..., Any]:
+    """A candidate of the tuner, for tensors of a GPU; its machine code lies beside it if it was compiled (:mod:`.offline`)."""
+    keep_binaries(path.parent)
+    return load(path, interpret=False)
+
+
+def keep_binaries(folder: Path) -> None:
+    """From now on, keep machine code in this folder: that of candidates goes away with them."""
+    from triton import knobs
+
+    knobs.cache.dir = str(folder / "binaries")
+
+
+def write_source(source: KernelSource, folder: Path) -> Path:
+    """Write a source where it can be loaded from, in one step, so that no process sees half of it."""
+    path = folder / f"{source.name}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(source.text)
+    os.replace(temporary, path)
+    return path
+
+
 def load_source(source: KernelSource, interpret: bool) -> Callable[..., Any]:
     """The kernel of a source, written to a temporary file that lasts as long as the process."""
     folder = tempfile.TemporaryDirectory(prefix="graphopt-")
     _FOLDERS.append(folder)
-    path = Path(folder.name) / f"{source.name}.py"
-    path.write_text(source.text)
+    path = write_source(source, Path(folder.name))
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         return load(path, interpret)

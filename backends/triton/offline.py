@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from graphopt.backends.base import KernelSource
-from graphopt.backends.triton.build import load_module
+from graphopt.backends.triton.build import load_module, write_source
 from graphopt.backends.triton.code import Payload
 from graphopt.errors import BuildError
 from graphopt.target import Target
@@ -53,18 +54,22 @@ def compile_offline(source: KernelSource, t: Target) -> Compiled:
     Raises:
         BuildError: Triton or its assembler refuses it.
     """
-    kernels: tuple[Payload, ...] = source.payload
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        path = Path(folder) / f"{source.name}.py"
-        path.write_text(source.text)
-        module = load_module(path)
+        return compile_file(write_source(source, Path(folder)), source.payload, t)
+
+
+def compile_file(path: Path, kernels: Sequence[Payload], t: Target) -> Compiled:
+    """The same of a source that was written to a file. Triton keeps the machine code, and finds it when such a kernel is launched."""
+    module = load_module(path)
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         found = [_compiled(module.__dict__[kernel.name], kernel, t, Path(folder)) for kernel in kernels]
     code, registers, spills, shared = zip(*((c.assembly, c.registers, c.spills, c.shared) for c in found), strict=True)
     return Compiled("\n".join(code), max(registers), sum(spills), max(shared))
 
 
 def _compiled(function: Any, kernel: Payload, t: Target, folder: Path) -> Compiled:
-    aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(kernel.signature.values()) if kind.startswith("*")}
+    # what a launch tells of each argument, so that it finds this machine code: memory is aligned
+    aligned = {(k,): [["tt.divisibility", 16]] if kind.startswith("*") else [] for k, kind in enumerate(kernel.signature.values())}
     ast = ASTSource(function, dict(kernel.signature), dict(kernel.launch.blocks), aligned)
     options = {"num_warps": kernel.launch.warps, "num_stages": kernel.launch.stages, "enable_fp_fusion": True}
     try:

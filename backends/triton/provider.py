@@ -6,15 +6,13 @@ interpreted.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graphopt.autotune.space import Schedule, Workload
-from graphopt.backends.triton.build import load
+from graphopt.backends.triton.build import load, write_source
 from graphopt.backends.triton.templates import TEMPLATES
 from graphopt.backends.versions import source_hash
 from graphopt.errors import BuildError, GraphoptError
@@ -73,15 +71,6 @@ class Provider:
         path = folder / f"{source.name}.py"
         found = path.exists() and path.read_text() == source.text
         if not found:
-            _write(path, source.text)
+            write_source(source, folder)
         cache = "hit" if found else "built: this kernel was never written here"
         return LoadedArtifact(source.name, load(path, self.interpret), path, cache)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file in one step, so that no process sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
