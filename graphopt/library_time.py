@@ -6,16 +6,18 @@ What depends on weights alone (the packing that a kernel undoes by how it reads)
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
 
+from graphopt.autotune.gpu_clock import GpuClock
 from graphopt.autotune.measure import Subject
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.interpreter import bind_symbols, evaluate_node
 from graphopt.ir.ops import EvalContext
 from graphopt.sampling import random_inputs
+from graphopt.trials import CPU
 
 LONG = 0.25  # seconds of a call that is timed once
 LEAST_CALLS = 8
@@ -23,21 +25,25 @@ LEAST_CALLS = 8
 Values = dict[Value, torch.Tensor]
 
 
-def library_seconds(subject: Subject, seconds: float = 0.1) -> float:
+def library_seconds(subject: Subject, seconds: float = 0.1, device: torch.device = CPU) -> float:
     """Median seconds of a call; weights are as cold as where kernels are timed, the rest lies where it lay the call before.
+
+    On a GPU, everything is cold, as it is for the kernels that the tuner times there.
 
     Args:
         seconds: of calls that are timed.
     """
     graph = subject.workload.graph
     with torch.no_grad():
-        inputs = random_inputs(graph, subject.sizes, 0)
-        ctx = EvalContext(bind_symbols(graph, [x.shape for x in inputs], subject.sizes))
+        inputs = [x.to(device) for x in random_inputs(graph, subject.sizes, 0)]
+        ctx = EvalContext(bind_symbols(graph, [x.shape for x in inputs], subject.sizes), device=device)
         before, timed = _divided(graph, subject.weights)
         size = sum(inputs[i].nbytes for i in subject.weights)
-        copies = max(1, min(4096, -(-subject.between // size))) if size else 1
+        copies = max(1, min(4096, -(-subject.between // size))) if size and device.type == "cpu" else 1
         sets = [_run(before, {v: _copy(x) if i in subject.weights else x for i, (v, x) in enumerate(zip(graph.inputs, inputs))}, ctx)
                 for i in range(copies)]  # fmt: skip
+        if device.type != "cpu":
+            return _on_gpu(lambda: _run(timed, dict(sets[0]), ctx), GpuClock(device), seconds)
         times: list[float] = []
         while len(times) < LEAST_CALLS or sum(times) < seconds:
             values = dict(sets[len(times) % len(sets)])
@@ -47,6 +53,12 @@ def library_seconds(subject: Subject, seconds: float = 0.1) -> float:
             if times[-1] > LONG:
                 break
     return median(times[1:] or times)  # the first one warms up
+
+
+def _on_gpu(run: Callable[[], object], clock: GpuClock, seconds: float) -> float:
+    """Median seconds of a call."""
+    (first,) = clock.time([run, run])[1:]  # the first one loads kernels, and the library chooses among them
+    return median(clock.time([run] * max(LEAST_CALLS, min(1000, round(seconds / first)))))
 
 
 def _divided(graph: Graph, weights: Sequence[int]) -> tuple[list[Node], list[Node]]:
@@ -69,4 +81,4 @@ def _run(nodes: Sequence[Node], values: Values, ctx: EvalContext) -> Values:
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)

@@ -8,7 +8,7 @@ left them, in a cache or not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from statistics import median
@@ -107,11 +107,13 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
     inputs = [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
     bound = program.read_sizes(inputs, sizes) if graph.symbols else {}
     times: list[list[float]] = [[] for _ in program.calls]
+    wait = waits_for(inputs)
 
     def clocked(i: int, call: Any) -> Any:
         def run(*args: Any) -> Any:
             start = time.perf_counter()
             result = call(*args)
+            wait()
             times[i].append(time.perf_counter() - start)
             return result
 
@@ -121,12 +123,14 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
     for _ in range(2):
         watched(inputs, sizes)
         program(inputs, sizes)
+        wait()
     for seen in times:
         seen.clear()
     for _ in range(runs):
         watched(inputs, sizes)
         start = time.perf_counter()
         program(inputs, sizes)
+        wait()
         whole.append(time.perf_counter() - start)
     calls = []
     for step, seen in zip(program.calls, times, strict=True):
@@ -136,6 +140,13 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
             flops, moved = (dims.evaluate(d, bound) for d in (work.flops(node), work.bytes_moved(node)))
             calls.append(CallCost(describe(node, bound), kind, median(seen), flops, moved, loc, step))
     return Profile(tuple(calls), median(whole), graph, bound)
+
+
+def waits_for(inputs: Iterable[Any]) -> Callable[[], None]:
+    """What waits until work on these tensors is done: a GPU still has it before it when the call returns."""
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+        return torch.cuda.synchronize
+    return lambda: None
 
 
 def _body(node: Node) -> list[Node]:

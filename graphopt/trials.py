@@ -21,6 +21,7 @@ from graphopt.sampling import random_inputs, sample_bindings
 from graphopt.verification import WIDE_TOLERANCE, has_steps, incomparable, judge_native, judge_wide
 
 _F64_NOISE = 1e-12
+CPU = torch.device("cpu")
 
 
 def cannot_be_tried(w: Workload) -> str:
@@ -28,11 +29,12 @@ def cannot_be_tried(w: Workload) -> str:
     return incomparable(w.graph)
 
 
-def case_maker(w: Workload, sizes: Mapping[str, int] | None = None) -> Callable[[int], Case]:
+def case_maker(w: Workload, sizes: Mapping[str, int] | None = None, device: torch.device = CPU) -> Callable[[int], Case]:
     """Seed -> case. Seeds that 2 divides have the given sizes; others, where sizes are symbolic, different ones.
 
     Args:
         sizes: values of the symbols of the workload's graph.
+        device: where the reference is computed.
     """
     graph = w.graph
     known = dict(sizes or {})
@@ -41,18 +43,20 @@ def case_maker(w: Workload, sizes: Mapping[str, int] | None = None) -> Callable[
     others = [b for b in sample_bindings(graph, max_elements=1 << 20) if b != known] or [known]
 
     def make(seed: int) -> Case:
-        return make_case(w, known if seed % 2 == 0 else others[seed // 2 % len(others)], seed)
+        return make_case(w, known if seed % 2 == 0 else others[seed // 2 % len(others)], seed, device)
 
     return make
 
 
-def make_case(w: Workload, sizes: Mapping[str, int], seed: int) -> Case:
-    """Random inputs of a workload, and the judge of its results on them."""
+def make_case(w: Workload, sizes: Mapping[str, int], seed: int, device: torch.device = CPU) -> Case:
+    """Random inputs of a workload, and the judge of its results on them; both are the host's, wherever the reference was computed."""
     graph = w.graph
     inputs = random_inputs(graph, sizes, seed)
     with torch.no_grad():
-        reference = evaluate(graph, inputs, bindings=sizes, wide=True)
-        native = evaluate(graph, inputs, bindings=sizes, wide=False)
+        try:
+            reference, native = _references(graph, inputs, sizes, device)
+        except torch.OutOfMemoryError:  # of a GPU: f64 takes several times the room
+            reference, native = _references(graph, inputs, sizes, CPU)
     outputs = tuple(_output(x, s, sizes) for x, s in zip(native, graph.output_strides, strict=True))
     in_place = updated_operand(graph) if w.kind == "update" else None
 
@@ -60,6 +64,12 @@ def make_case(w: Workload, sizes: Mapping[str, int], seed: int) -> Case:
         return _judge(graph, results, native, reference)
 
     return Case(tuple(inputs), outputs, judge, tuple(n for _, n in sorted(sizes.items())), in_place)
+
+
+def _references(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int], device: torch.device) -> list[list[torch.Tensor]]:
+    """The results in f64, and eager's own; computed on a device, and brought here."""
+    there = [x.to(device) for x in inputs]
+    return [[x.cpu() for x in evaluate(graph, there, bindings=sizes, wide=wide, device=device)] for wide in (True, False)]
 
 
 def _output(x: torch.Tensor, strides: Sequence[dims.Dim] | None, sizes: Mapping[str, int]) -> Output:

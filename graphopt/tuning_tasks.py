@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
+
 from graphopt.autotune.measure import Subject
 from graphopt.autotune.space import Rule, Workload
 from graphopt.autotune.tasks import Task
@@ -16,7 +18,7 @@ from graphopt.ir.stage import staged_values
 from graphopt.lower import KernelStep
 from graphopt.profile import Profile
 from graphopt.target import HALVES_PRODUCTS, THIRDS_PRODUCTS, Target
-from graphopt.trials import cannot_be_tried, case_maker
+from graphopt.trials import CPU, cannot_be_tried, case_maker
 from graphopt.tuning import spaces_of
 
 MOST_BETWEEN = 256 << 20  # bytes over which weights are rotated at most
@@ -61,12 +63,13 @@ class Tasks:
 
 
 def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | None = None,
-             library: Callable[[Subject], float] | None = None) -> Tasks:  # fmt: skip
+             library: Callable[[Subject], float] | None = None, device: torch.device = CPU) -> Tasks:  # fmt: skip
     """The tasks of models that were profiled with default schedules.
 
     Args:
         least: what the machine can do; None if that was not measured.
         library: times PyTorch's kernels for the same; asked for tasks with a hundredth of the models' time, or more.
+        device: where f64 references are computed.
     """
     found = Tasks()
     uses: dict[Workload, _Use] = {}
@@ -97,7 +100,7 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
         share = use.seconds / total if total else 0.0
         read = min(use.weight_bytes, use.bytes) if cold else 0  # of a table, the rows that are taken
         floor = least(limited, read, _tile_products(w, target)) if least else 0.0
-        subject = Subject(w, case_maker(w, use.sizes), use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
+        subject = Subject(w, case_maker(w, use.sizes, device), use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
         eager = library(subject) if library and share >= WORTH else 0.0
         found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, eager, use.flops, read))
         found.share.append(share)
