@@ -22,13 +22,20 @@ class Prune:
         keep: of each group all but so many of the fastest trials.
         failed: trials that failed, of schedules that never went well: they may be tried, and fail, again.
         before: trials from before a moment (UTC, ISO 8601).
-        versions: if given, all records of other versions, leaders included; they only serve as seeds.
+        versions: if given, those that count, one a backend: all records of others, leaders included, may go; they only serve as seeds.
+            What a backend made of which nothing is said (it is not installed) stays.
     """
 
     keep: int | None = None
     failed: bool = False
     before: str = ""
-    versions: Versions | None = None
+    versions: Sequence[Versions] | None = None
+
+
+def outdated(made: Versions, now: Sequence[Versions]) -> bool:
+    """Whether records of these versions do not count any more: their backend has others now."""
+    others = [v for v in now if dict(v).keys() == dict(made).keys()]
+    return bool(others) and dict(made) not in map(dict, others)
 
 
 def superfluous(records: Iterable[TuningRecord], what: Prune) -> list[TuningRecord]:
@@ -46,7 +53,7 @@ def _group(r: TuningRecord) -> tuple[str, str, int, Versions]:
 
 def _of_group(group: Sequence[TuningRecord], what: Prune) -> list[TuningRecord]:
     """Those of records that may be compared, in the order in which they were measured."""
-    if what.versions is not None and group[0].versions != tuple(sorted(what.versions)):
+    if what.versions is not None and outdated(group[0].versions, what.versions):
         return list(group)
     lead = leader([(r.schedule, r.measured, r.run) for r in group])
     sound = dict.fromkeys(r.schedule for r in group if r.measured.ok)

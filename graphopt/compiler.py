@@ -19,7 +19,7 @@ from graphopt.backends.eager import LibraryCall
 from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Uncapturable, ValueResult, make_result, size_arguments
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
-from graphopt.devices import KernelProvider, choose_backend, choose_target, kernel_provider
+from graphopt.devices import KernelProvider, choose_backend, choose_target, interpreting, kernel_provider
 from graphopt.errors import BuildError, FallbackError, UsageError, counted, first_line
 from graphopt.exact import Widened, mark, unmarked
 from graphopt.in_place import update_in_place
@@ -37,7 +37,7 @@ from graphopt.program import Program, share_weights
 from graphopt.report import Fallback, KernelInfo, Report, record
 from graphopt.tape import Native
 from graphopt.target import Target
-from graphopt.tuned import key_with, use_records
+from graphopt.tuned import kernel_threads, key_with, use_records
 from graphopt.variants import Domain, Variant, VariantProgram, plan_domains
 from graphopt.verification import ValueCheck
 
@@ -171,9 +171,9 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     for unit in units:
         _lower(unit, captured, target, backend, why_none, options)
     if options.tune_seconds and backend is not None:
-        tune_kernels(units, target, backend, options, progress)
+        tune_kernels(units, target, device, options, progress)
     if backend is not None and provider is not None:
-        choose_schedules(units, target, backend, provider, options)
+        choose_schedules(units, target, device, backend, provider, options)
         building = time.perf_counter()
         build_kernels(units, dict.fromkeys([captured_key, report.key]), target, provider, options, progress)
         report.seconds["build"] = time.perf_counter() - building
@@ -238,20 +238,18 @@ def _lower(unit: _Unit, captured: Captured, target: Target, backend: Backend | N
     unit.report.seconds["lower"] = time.perf_counter() - lowering
 
 
-def tune_kernels(units: Sequence[_Unit], target: Target, backend: Backend, options: Options, progress: Progress | None) -> None:
+def tune_kernels(units: Sequence[_Unit], target: Target, device: torch.device, options: Options, progress: Progress | None) -> None:
     """``mode="max-autotune"``: let the tuning database learn about these kernels."""
     report, path = units[0].report, options.tuning_path
-    if backend.name != "tvm":
-        report.notes.append(f"max-autotune: kernels of the {backend.name} backend are not tuned yet; default schedules are used")
-        return
     if path is None:
         report.notes.append("max-autotune: nothing is tuned, as tuning_db=None asks for default schedules")
         return
-    threads = torch.get_num_threads()
-    autotune([(u.graph, u.lowered) for u in units], target, path, threads, options.tune_seconds, report, progress)
+    autotune([(u.graph, u.lowered) for u in units], target, path, kernel_threads(target), options.tune_seconds, report, progress,
+             interpreting(target, device), device.index or 0)  # fmt: skip
 
 
-def choose_schedules(units: Sequence[_Unit], target: Target, backend: Backend, provider: KernelProvider, options: Options) -> None:
+def choose_schedules(units: Sequence[_Unit], target: Target, device: torch.device, backend: Backend, provider: KernelProvider,
+                     options: Options) -> None:  # fmt: skip
     """Take schedules from the tuning database, where it has any. They become part of the compilation's key."""
     path = options.tuning_path
     if path is None:
@@ -259,7 +257,8 @@ def choose_schedules(units: Sequence[_Unit], target: Target, backend: Backend, p
     start = time.perf_counter()
     report = units[0].report
     strict = options.tuning_db != "auto"
-    chosen = use_records([(u.lowered, u.report) for u in units], target, backend, path, torch.get_num_threads(), strict=strict)
+    chosen = use_records([(u.lowered, u.report) for u in units], target, backend, path, kernel_threads(target),
+                         interpreting(target, device), strict=strict)  # fmt: skip
     if chosen:
         for u in units:
             u.report.key = key_with(u.report.key, chosen)

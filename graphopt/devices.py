@@ -90,6 +90,11 @@ def choose_backend(target: Target, options: Options) -> tuple[Any, str]:
     return TvmBackend(), ""
 
 
+def interpreting(target: Target, device: torch.device) -> Target | None:
+    """The processor that interprets a GPU's kernels, for a model whose tensors it has; None where kernels run as what they are."""
+    return detect() if target.is_gpu and device.type == "cpu" else None
+
+
 def kernel_provider(backend: Backend, device: torch.device) -> KernelProvider:
     """Who builds a backend's kernels for tensors of a device; imported when it is first needed."""
     module: Any = import_module(f"graphopt.backends.{backend.name}.provider")  # an optional package

@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
+from graphopt.accelerators import accelerator_of
 from graphopt.autotune.database import Database
 from graphopt.autotune.sqlite import Damaged
 from graphopt.autotune.tasks import Task
@@ -23,6 +26,7 @@ from graphopt.profile import CallCost, Profile, describe
 from graphopt.report import Report, TunedKernel
 from graphopt.sampling import sample_bindings
 from graphopt.target import Target
+from graphopt.trials import CPU
 from graphopt.tuned import device_key
 from graphopt.tuning import Run, last_run, search_for, tune, versions
 from graphopt.tuning_tasks import tasks_of
@@ -34,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def autotune(units: Sequence[tuple[Graph, Lowered]], target: Target, path: Path, threads: int, seconds: float, report: Report,
-             progress: Progress | None = None) -> None:  # fmt: skip
+             progress: Progress | None = None, machine: Target | None = None, gpu: int = 0) -> None:  # fmt: skip
     """Tune the kernels of one compilation. What comes of it is in the database, and told in the report.
 
     Args:
@@ -43,13 +47,14 @@ def autotune(units: Sequence[tuple[Graph, Lowered]], target: Target, path: Path,
         path: the tuning database.
         threads: that kernels will use.
         seconds: for trials.
+        machine, gpu: where kernels run; see :class:`~graphopt.tuning.Run`.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; what was tried is kept.
     """
     start = time.perf_counter()
     try:
-        outcome = _tune(units, target, Database(path), threads, seconds, progress)
+        outcome = _tune(units, target, Database(path), threads, seconds, progress, machine, gpu)
     except GraphoptError as error:  # a compilation does without
         if isinstance(error, Damaged):
             error.set_aside()
@@ -68,12 +73,14 @@ def autotune(units: Sequence[tuple[Graph, Lowered]], target: Target, path: Path,
 
 
 def _tune(units: Sequence[tuple[Graph, Lowered]], target: Target, database: Database, threads: int, seconds: float,
-          progress: Progress | None) -> Outcome | None:  # fmt: skip
+          progress: Progress | None, machine: Target | None, gpu: int) -> Outcome | None:  # fmt: skip
+    device = torch.device("cuda", gpu) if target.is_gpu and machine is None else CPU
     profiles = [estimate(graph, lowered, target) for graph, lowered in units[1:] or units]
-    tasks = [t for t in tasks_of(profiles, target).tasks if not _done(t, target, database, threads)]
+    tasks = [t for t in tasks_of(profiles, target, device=device).tasks if not _done(t, target, database, threads, machine)]
     if not tasks:
         return None
-    run = Run(target, database, threads, run=last_run(database, tasks, target, threads) or "")
+    last = last_run(database, tasks, target, threads, machine)
+    run = Run(target, database, threads, run=last or "", machine=machine, gpu=gpu)
     begin = time.monotonic()
 
     def listen(event: Event) -> None:
@@ -83,9 +90,9 @@ def _tune(units: Sequence[tuple[Graph, Lowered]], target: Target, database: Data
     return tune(tasks, run, Budget(seconds), listener=listen)
 
 
-def _done(task: Task, target: Target, database: Database, threads: int) -> bool:
+def _done(task: Task, target: Target, database: Database, threads: int, machine: Target | None) -> bool:
     """Whether a workload was tuned enough, or there is nothing left to try."""
-    known = database.records(task.workload, device_key(target), threads, versions())
+    known = database.records(task.workload, device_key(target, machine), threads, versions(target))
     tried = {r.schedule: r.measured for r in known}
     return len(tried) >= ENOUGH or (bool(tried) and search_for(task, target, tuple(tried.items())).exhausted)
 
@@ -101,11 +108,19 @@ def _told(outcome: Outcome, seconds: float) -> str:
 def estimate(graph: Graph, lowered: Lowered, target: Target) -> Profile:
     """A profile of a program that never ran: what its calls may take."""
     sizes = sample_bindings(graph, count=1)[0]
-    peak = 4.0 * target.cores * target.lanes(4) * _CYCLES
+    peak, read = _rates(target)
     calls = []
     for step in lowered.steps:
         if isinstance(step, KernelStep):
             flops, moved = (dims.evaluate(d, sizes) for d in (work.flops(step.node), work.bytes_moved(step.node)))
-            seconds = max(flops / peak, moved / _BYTES) + _CALL
+            seconds = max(flops / peak, moved / read) + _CALL
             calls.append(CallCost(describe(step.node, sizes), step.workload.kind, seconds, flops, moved, str(step.node.loc or ""), step))
     return Profile(tuple(calls), sum(c.seconds for c in calls), graph, sizes)
+
+
+def _rates(target: Target) -> tuple[float, float]:
+    """Operations and bytes a second, roughly."""
+    if not target.is_gpu:
+        return 4.0 * target.cores * target.lanes(4) * _CYCLES, _BYTES
+    gpu = accelerator_of(target.arch, target.matrix_unit or "mma")
+    return 2.0 * target.cores * gpu.products * gpu.clock * 1e9, gpu.memory * 1e9

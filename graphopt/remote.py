@@ -20,10 +20,10 @@ from typing import Any
 
 from graphopt.autotune.measure import Built, Incumbent, Timing, Trial
 from graphopt.autotune.records import Status
-from graphopt.autotune.runner import START, Failed, Gone, ProcessRunner, RunnerProcess, TaskSession
+from graphopt.autotune.runner import START, Failed, Gone, ProcessRunner, TaskSession
+from graphopt.candidates import PREFIX
 from graphopt.errors import RemoteError, UsageError
 from graphopt.target import Target
-from graphopt.tuning import PREFIX
 
 MOST_LOST = 3  # sessions one after the other
 TRIES = 2  # of a candidate whose kernel was running when the session was lost
@@ -76,12 +76,10 @@ class RemoteRunner(ProcessRunner):
         self.address = address
         self._folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
         super().__init__(json.dumps({"host": address.host, "port": address.port, "key": address.key, "folder": self._folder.name,
-                                     "threads": threads or 0, "patience": patience}), threads or 0, timing, seed)  # fmt: skip
+                                     "threads": threads or 0, "patience": patience}), threads or 0, timing, seed,
+                         "graphopt.remote_bench")  # fmt: skip
         self._lost = 0
         self._machine = ""  # its fingerprint
-
-    def _new_process(self) -> RunnerProcess:
-        return RunnerProcess(self.loader, "graphopt.remote_bench")
 
     def connect(self) -> Remote:
         """Borrow a server, and ask what it is. Raises RemoteError if there is none."""

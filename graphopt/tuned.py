@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from graphopt.autotune.database import Database
 from graphopt.autotune.records import TuningRecord
 from graphopt.autotune.space import Schedule, Workload
@@ -26,21 +28,32 @@ _PATIENCE = 2.0  # seconds that a compilation waits for a process that writes th
 
 
 def device_key(target: Target, machine: Target | None = None) -> str:
-    """Fingerprint of what was timed where: kernels for a target, on a machine, this one unless given. ``TuningRecord.target``."""
-    machine = machine or detect()
-    if target == machine or target.kind != machine.kind:
+    """Fingerprint of what was timed where: kernels for a target, on a machine. ``TuningRecord.target``.
+
+    Args:
+        machine: this one unless given, and the GPU itself for a GPU's kernels. Those may be interpreted on a processor: the times
+            that are found there must never count on a GPU, and have another fingerprint than that of any GPU.
+    """
+    machine = machine or (target if target.is_gpu else detect())
+    if target == machine:
         return target.fingerprint
     return hashlib.sha256(f"{target.fingerprint} on {machine.fingerprint}".encode()).hexdigest()[:16]
 
 
+def kernel_threads(target: Target) -> int:
+    """``TuningRecord.threads`` of kernels that run in this process: those of PyTorch. A GPU's kernels do not depend on them."""
+    return 1 if target.is_gpu else torch.get_num_threads()
+
+
 def use_records(units: Sequence[tuple[Lowered, Report]], target: Target, backend: Backend, path: Path, threads: int,
-                *, strict: bool) -> list[tuple[Workload, Schedule]]:  # fmt: skip
+                machine: Target | None = None, *, strict: bool) -> list[tuple[Workload, Schedule]]:  # fmt: skip
     """Give kernel steps the schedules of the best records, and say so in the reports.
 
     Args:
         units: the programs of one compilation, lowered; their steps are changed.
         path: the tuning database; there may be none.
         threads: how many the kernels will use.
+        machine: where they will run; see :func:`device_key`.
         strict: a file that is no tuning database is an error, not a note.
 
     Returns:
@@ -52,7 +65,7 @@ def use_records(units: Sequence[tuple[Lowered, Report]], target: Target, backend
     versions = backend.versions()
     try:
         db = Database(path, _PATIENCE)
-        key = device_key(target)
+        key = device_key(target, machine)
         best = db.best_of(defaults, key, threads, versions)
         before = db.seconds_of([(w, defaults[w], r.run) for w, r in best.items()], key, threads, versions)
         others = db.elsewhere([w for w in defaults if w not in best])

@@ -1,4 +1,4 @@
-"""Tuning: here the tuner (:mod:`graphopt.autotune.tuner`), which knows no backend, meets the TVM backend and the database.
+"""Tuning: here the tuner (:mod:`graphopt.autotune.tuner`), which knows no backend, meets backends and the database.
 
 Which kernels of a model to tune: :mod:`graphopt.tuning_tasks`. What the model gained: :mod:`graphopt.before_after`.
 """
@@ -6,87 +6,58 @@ Which kernels of a model to tune: :mod:`graphopt.tuning_tasks`. What the model g
 from __future__ import annotations
 
 import contextlib
-import errno
+import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
-from typing import Any
+
+import torch
 
 from graphopt.autotune.cost_model import CostModel
 from graphopt.autotune.database import Database
-from graphopt.autotune.measure import Built, Timing, Trial
+from graphopt.autotune.measure import Timing, Trial
 from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.autotune.tasks import Scheduler, Task
 from graphopt.autotune.tuner import Budget, Listener, Outcome, Standing, Tuner
-from graphopt.errors import BuildError, DatabaseError, DeviceError, DiskFullError, UsageError, counted, first_line
+from graphopt.candidates import TuningBackend
+from graphopt.devices import choose_target
+from graphopt.errors import DatabaseError, DeviceError, UsageError, counted
 from graphopt.hidden import missing_here
+from graphopt.options import Options
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
+from graphopt.tuning_triton import TritonTuning
+from graphopt.tuning_tvm import TvmTuning
 
-LOADER = "graphopt.backends.tvm.launch:load"
-BUILD_SECONDS = 30.0  # of one file of candidates
+
+def tuning_backend(target: Target, machine: Target | None = None, gpu: int = 0) -> TuningBackend:
+    """The backend that tunes kernels for a target.
+
+    Args:
+        machine, gpu: where they run; see :class:`Run`.
+    """
+    return TritonTuning(target, machine is not None, gpu) if target.is_gpu else TvmTuning(target)
+
 
 def spaces_of(w: Workload, target: Target) -> list[SearchSpace]:
     """The search spaces of all templates that take a workload, the preferred one first."""
-    return [space for t in _backend().templates(w, target) for space in t.spaces(w, target)]
+    return [space for t in tuning_backend(target).backend.templates(w, target) for space in t.spaces(w, target)]
 
 
-def _backend() -> Any:
-    from graphopt.backends.tvm.backend import TvmBackend  # tvm is an optional package
-
-    return TvmBackend()
-
-
-# --- building and running ----------------------------------------------------------------------------------------------
+def versions(target: Target) -> tuple[tuple[str, str], ...]:
+    """(name, version) of all that makes a kernel for a target."""
+    return tuning_backend(target).backend.versions()
 
 
-class CandidateBuilder:
-    """Builds candidates into a folder of its own that goes away with it."""
-
-    def __init__(self, target: Target, workers: int = 0, together: int = 8) -> None:
-        from graphopt.backends.tvm.build import KernelBuilder
-
-        _sweep()
-        self.target, self.workers, self.together = target, workers, together
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
-        self._builder = KernelBuilder(BUILD_SECONDS)
-        self._builder.prestart(workers or detect().cores)
-
-    def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
-        from graphopt.backends.tvm.template import entry_name
-
-        """Raises DiskFullError if the folder's disk is full, which is no candidate's fault."""
-        done = self._builder.build_together(w, schedules, self.target, self._folder, self.workers, self.together)
-        if any(isinstance(r, BuildError) and os.strerror(errno.ENOSPC) in str(r) for r in done):
-            raise DiskFullError(f"there is no room for candidates: the disk of {self._folder} is full; TMPDIR chooses another one")
-        return [
-            Built(s, failure=first_line(r)) if isinstance(r, BuildError) else Built(s, str(r[0]), entry_name(w, s), r[1])
-            for s, r in zip(schedules, done, strict=True)
-        ]
-
-    def close(self) -> None:
-        """End the build processes and remove the folder."""
-        self._builder.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-PREFIX = "graphopt-tune-"  # of folders; then the process, by which those of killed tuners are known
-
-
-def _sweep() -> None:
-    """Remove what tuners left that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
-        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def all_versions() -> list[tuple[tuple[str, str], ...]]:
+    """The same for each backend that is installed."""
+    found: list[tuple[TuningBackend, str]] = [(TvmTuning(detect()), "tvm"), (TritonTuning(detect(), interpret=True), "triton")]
+    return [b.backend.versions() for b, package in found if importlib.util.find_spec(package) is not None]
 
 
 # --- a run -------------------------------------------------------------------------------------------------------------
@@ -99,7 +70,10 @@ class Run:
     Attributes:
         threads: that kernels may use.
         run: its id; that of an earlier run to go on with it.
-        machine: where candidates run; None for this one.
+        timing: None for how the backend's kernels are timed best.
+        machine: where candidates run: None for this processor, or for the GPU that is the target. Kernels for a GPU that are given a
+            processor here are interpreted on it.
+        gpu: PyTorch's number of that GPU.
     """
 
     target: Target
@@ -109,13 +83,19 @@ class Run:
     run: str = ""
     workers: int = 0
     batch: int = 16
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing | None = None
     machine: Target | None = None
+    gpu: int = 0
 
     @property
     def device(self) -> str:
         """``TuningRecord.target`` of its trials."""
         return device_key(self.target, self.machine)
+
+    @property
+    def label(self) -> str:
+        """``TuningRecord.device`` of its trials: the same for people."""
+        return f"{self.target} interpreted on {self.machine}" if self.target.is_gpu and self.machine else str(self.target)
 
 
 def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Scheduler | None = None,
@@ -127,8 +107,9 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
     """
     done = run_records(run, tasks) if run.run else []
     name = run.run or new_run()
-    builder = CandidateBuilder(run.target, run.workers)
-    runner = runner or ProcessRunner(LOADER, run.threads, run.timing, run.seed)
+    backend = tuning_backend(run.target, run.machine, run.gpu)
+    builder = backend.builder(run.workers)
+    runner = runner or backend.runner(run.threads, run.timing, run.seed)
     runner.start()
     model = _cost_model(run)
     try:
@@ -155,17 +136,18 @@ def new_run() -> str:
 def run_records(run: Run, tasks: Iterable[Task]) -> list[TuningRecord]:
     """What a run has tried of some tasks so far."""
     keys = {t.workload.key for t in tasks}
-    return [r for r in run.database.records(run=run.run, versions=versions()) if r.workload.key in keys]
+    return [r for r in run.database.records(run=run.run, versions=versions(run.target)) if r.workload.key in keys]
 
 
-def withdraw(database: Database, workloads: Iterable[str], target: Target, threads: int, since: str) -> int:
+def withdraw(database: Database, workloads: Iterable[str], target: Target, threads: int, since: str,
+             machine: Target | None = None) -> int:  # fmt: skip
     """Let nothing count that was found faster since a moment (``TuningRecord.when``), for workloads given by key.
 
     For schedules that are slower in the model: they won while something else ran. The trials stay, without their gain. Returns
     how many workloads lost one.
     """
     keys = set(workloads)
-    found = database.records(target=device_key(target), threads=threads, versions=versions())
+    found = database.records(target=device_key(target, machine), threads=threads, versions=versions(target))
     won = [r for r in found if r.workload.key in keys and r.when >= since and (r.measured.gain or 0.0) > 1.0]
     database.remove([r.key for r in won])
     for r in won:  # as fast as what it was timed against
@@ -176,13 +158,8 @@ def withdraw(database: Database, workloads: Iterable[str], target: Target, threa
 
 def last_run(database: Database, tasks: Sequence[Task], target: Target, threads: int, machine: Target | None = None) -> str | None:
     """The latest run that tuned any of these tasks under the same conditions."""
-    found = [r for t in tasks for r in database.records(t.workload, device_key(target, machine), threads, versions())]
+    found = [r for t in tasks for r in database.records(t.workload, device_key(target, machine), threads, versions(target))]
     return max(found, key=lambda r: (r.when, r.trial)).run if found else None
-
-
-def versions() -> tuple[tuple[str, str], ...]:
-    """(name, version) of all that makes a kernel."""
-    return _backend().versions()  # type: ignore[no-any-return]
 
 
 def _model_name(run: Run) -> str:
@@ -200,8 +177,8 @@ def _cost_model(run: Run) -> CostModel:
 
 def _search(run: Run, model: CostModel, done: Sequence[TuningRecord], task: Task) -> Search:
     known = [(r.schedule, r.measured) for r in done if r.workload.key == task.workload.key]
-    best = run.database.best(task.workload, run.device, run.threads, versions())
-    seeds = run.database.seeds(task.workload, run.device, run.threads, versions())
+    best = run.database.best(task.workload, run.device, run.threads, versions(run.target))
+    seeds = run.database.seeds(task.workload, run.device, run.threads, versions(run.target))
     if best is not None:
         seeds = [best.schedule, *seeds]
     return Search(task.workload, run.target, spaces_of(task.workload, run.target), seed=run.seed, model=model, known=known, seeds=seeds)
@@ -228,8 +205,8 @@ def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -
 
 
 def _record(run: Run, name: str, task: Task, trial: Trial, number: int) -> None:
-    run.database.add([TuningRecord(task.workload, run.device, str(run.target), run.threads, trial.schedule, trial.measured,
-                                   versions(), name, number, moment())])  # fmt: skip
+    run.database.add([TuningRecord(task.workload, run.device, run.label, run.threads, trial.schedule, trial.measured,
+                                   versions(run.target), name, number, moment())])  # fmt: skip
 
 
 def moment() -> str:
@@ -237,11 +214,39 @@ def moment() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def check_device(name: str, machine: Target | None = None) -> Target:
-    """The device to tune for, on a machine, this one unless given. Raises DeviceError for one whose kernels do not run there."""
+_INTERPRET = ("--device cuda:sm_90:4 --interpret runs kernels under Triton's interpreter, to check the tuner: what is found so counts for "
+              "interpreted models alone")  # fmt: skip
+
+
+def check_device(name: str, machine: Target | None = None, interpret: bool = False) -> Target:
+    """The device to tune for, on a machine, this one unless given.
+
+    Args:
+        name: as for :meth:`Target.from_name`; ``cuda`` for the GPU that is here.
+        interpret: kernels of a GPU are interpreted here.
+
+    Raises:
+        DeviceError: its kernels do not run there.
+    """
+    if name in ("cuda", "hip") and not interpret:
+        return _gpu_here(name, machine)
     target = machine if machine and name == "cpu" else Target.from_name(name)
-    if target.kind != "cpu":
-        raise DeviceError(f"{name!r}: only processors are tuned so far")
+    if target.is_gpu and not interpret:
+        raise DeviceError(f"{name!r}: kernels for GPUs are timed on the GPU itself: --device {target.kind}, where it is. {_INTERPRET}")
+    if interpret and not target.is_gpu:
+        raise UsageError(f"--interpret is for kernels of a GPU, and {name!r} is a processor; --device cuda:sm_90:4, for instance")
+    if target.is_gpu:
+        return target
     if why := machine.lacks(target) if machine else missing_here(target):
         raise DeviceError(f"kernels for {name!r} cannot be timed {'on the other machine' if machine else 'here'}: {why}")
     return target
+
+
+def _gpu_here(kind: str, machine: Target | None) -> Target:
+    """The GPU that PyTorch uses, as a model on it is compiled for it. Raises DeviceError."""
+    if machine is not None:
+        raise DeviceError(f"{kind!r}: another machine times kernels of processors alone")
+    found = "" if not torch.cuda.is_available() else "hip" if torch.version.hip else "cuda"
+    if found != kind:
+        raise DeviceError(f"{kind!r}: there is no such GPU here that PyTorch can use. {_INTERPRET}")
+    return choose_target(torch.device("cuda", torch.cuda.current_device()), Options())

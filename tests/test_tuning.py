@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt import tuning
+from graphopt import tuning, tuning_tvm
 from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Timing
 from graphopt.autotune.records import Measured, Status, TuningRecord
@@ -28,8 +28,9 @@ from graphopt.autotune.tasks import Task
 from graphopt.autotune.tuner import Budget
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
-from graphopt.tuning import CandidateBuilder, Run, last_run, spaces_of, tune, versions, withdraw
+from graphopt.tuning import Run, last_run, spaces_of, tune, versions, withdraw
 from graphopt.tuning_tasks import tasks_of
+from graphopt.tuning_tvm import TvmCandidates
 
 pytestmark = pytest.mark.tvm
 
@@ -62,7 +63,7 @@ def tasks(cache_dir: Path) -> list[Task]:
 # --- bad templates -----------------------------------------------------------------------------------------------------
 
 
-class WithBadTemplates(CandidateBuilder):
+class WithBadTemplates(TvmCandidates):
     """Builds for three more templates: one computes something else for some of its knobs, one segfaults, one never ends."""
 
     def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
@@ -98,7 +99,7 @@ def test_bad_templates_are_tried_and_none_is_chosen(tmp_path: Path, monkeypatch:
         return [SearchSpace(first.template, first.sketches[:1], tuple(Param(p.name, p.choices[:1]) for p in first.params)), *bad]
 
     monkeypatch.setattr(tuning, "spaces_of", spaces)  # not the name that this file imported
-    monkeypatch.setattr(tuning, "CandidateBuilder", WithBadTemplates)
+    monkeypatch.setattr(tuning_tvm, "TvmCandidates", WithBadTemplates)
     database = Database(tmp_path / "t.db")
     run = Run(detect(), database, 1, batch=BATCH, timing=Timing(floor=0.002, recheck=0.004, patience=2.0))
     outcome = tune([task], run, Budget(seconds=300))
@@ -108,7 +109,7 @@ def test_bad_templates_are_tried_and_none_is_chosen(tmp_path: Path, monkeypatch:
     assert ended["mistaken", True] is Status.WRONG
     assert ended["segfaults", None] is Status.CRASHED
     assert ended["never_ends", None] is Status.TIMED_OUT
-    best = database.best(task.workload, device_key(detect()), 1, versions())
+    best = database.best(task.workload, device_key(detect()), 1, versions(detect()))
     assert best is not None and best.schedule.template in (task.default.template, "mistaken")
     assert best.schedule.template != "mistaken" or not best.schedule["mistaken"]
     compiled = graphopt.compile(Net(), (X,), cache_dir=tmp_path / "cache", tuning_db=tmp_path / "t.db")
@@ -211,7 +212,8 @@ def test_what_is_slower_in_the_model_is_withdrawn(tmp_path: Path) -> None:
 
     def add(task: Task, schedule: Schedule, gain: float, when: str, trial: int) -> None:
         measured = Measured(Status.OK, 1e-5 / gain, 0.0, 0.0, gain)
-        database.add([TuningRecord(task.workload, device_key(target), str(target), 1, schedule, measured, versions(), "r", trial, when)])
+        made = versions(target)
+        database.add([TuningRecord(task.workload, device_key(target), str(target), 1, schedule, measured, made, "r", trial, when)])
 
     add(first, one[0], 1.5, "2026-01-01T00:00:00Z", 1)
     add(first, one[1], 9.0, "2026-01-02T00:00:00Z", 2)
@@ -219,7 +221,7 @@ def test_what_is_slower_in_the_model_is_withdrawn(tmp_path: Path) -> None:
     assert withdraw(database, [first.workload.key], target, 1, "2026-01-02T00:00:00Z") == 1
 
     def best(task: Task) -> Schedule | None:
-        found = database.best(task.workload, device_key(target), 1, versions())
+        found = database.best(task.workload, device_key(target), 1, versions(detect()))
         return found and found.schedule
 
     assert len(database.records()) == 3

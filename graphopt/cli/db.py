@@ -17,13 +17,13 @@ from rich.table import Table
 
 from graphopt.autotune import DEFAULT_NAME
 from graphopt.autotune.database import Database, Versions
-from graphopt.autotune.prune import Prune, superfluous
+from graphopt.autotune.prune import Prune, outdated, superfluous
 from graphopt.autotune.records import TuningRecord
 from graphopt.autotune.space import Workload
 from graphopt.errors import UsageError, counted
 from graphopt.options import default_cache_dir
 from graphopt.profile import describe_region
-from graphopt.tuning import versions
+from graphopt.tuning import all_versions
 
 HELP = """Look into the tuning database, put databases together, take records elsewhere.
 
@@ -65,10 +65,10 @@ def ls(db: Db = None) -> None:
     groups = _groups(database.records())
     best = _best(database, groups)
     table = Table("workload", "computes", "device", "threads", "trials", "failed", "best us", "gain", "last", box=None, pad_edge=False)
-    other, now = False, _now()
+    other, now = False, all_versions()
     for group, records in sorted(groups.items(), key=lambda item: -_newest(item[1])):
         lead, failed = best.get(group), sum(not r.measured.ok for r in records)
-        old = records[0].versions != now
+        old = outdated(records[0].versions, now)
         other = other or old
         seconds, gain = ("", "") if lead is None else (f"{(lead.measured.seconds or 0) * 1e6:.1f}", _gain(lead, records))
         first, last = records[0], max(r.when for r in records)[:10] + ("*" if old else "")
@@ -79,7 +79,7 @@ def ls(db: Db = None) -> None:
     trials = sum(len(r) for r in groups.values())
     console.print(f"{counted(trials, 'trial')} in {database.path}, {database.path.stat().st_size / 1024:.0f} KiB")
     if other:
-        console.print("*: made by another version of graphopt or TVM; used as a seed, and measured again")
+        console.print("*: made by another version of graphopt, TVM or Triton; used as a seed, and measured again")
 
 
 @app.command("show")
@@ -114,14 +114,6 @@ def show(
         console.print(table)
         for why, n in Counter(r.measured.reason for r in records if r.measured.reason).most_common(5):
             console.print(f"{n} x {why}", markup=False, soft_wrap=True)
-
-
-def _now() -> Versions:
-    """The versions that make kernels here; none without TVM."""
-    try:
-        return versions()
-    except ImportError:
-        return ()
 
 
 Group = tuple[str, str, int, Versions]
@@ -260,9 +252,9 @@ def prune(
     with --other-versions."""
     if keep is None and not failed and older is None and not other_versions:
         raise UsageError("what may go? --keep N, --failed, --older 90d, --other-versions; with --dry-run it is only told")
-    if other_versions and not _now():
-        raise UsageError("--other-versions: there is no TVM here, so nothing is of this version")
-    what = Prune(keep, failed, _moment(older) if older else "", _now() if other_versions else None)
+    if other_versions and not all_versions():
+        raise UsageError("--other-versions: there is neither TVM nor Triton here, so nothing is of this version")
+    what = Prune(keep, failed, _moment(older) if older else "", all_versions() if other_versions else None)
     database = _open(db)
     records = database.records()
     going = superfluous(records, what)

@@ -42,8 +42,8 @@ def test_old_trials_go_but_not_the_best() -> None:
 
 def test_other_versions_go_whole() -> None:
     records = [record(1), record(2, versions=OLD), record(3, 2e-6, versions=OLD)]
-    assert going(records, versions=NOW) == [2, 3]
-    assert going(records, versions=tuple(reversed(NOW))) == [2, 3]
+    assert going(records, versions=[NOW]) == [2, 3]
+    assert going(records, versions=[tuple(reversed(NOW))]) == [2, 3]
 
 
 trial = st.builds(

@@ -48,7 +48,7 @@ def test_no_durations(text: str) -> None:
         (("mlp", "--budget", "soon"), 2, "no duration"),
         (("mlp", "--trials", "0"), 2, "trials"),
         (("mlp", "--device", "cpu:zmver5"), 10, "znver5"),
-        (("mlp", "--device", "cuda:sm_90"), 10, "only processors are tuned"),
+        (("mlp", "--device", "cuda:sm_90"), 10, "timed on the GPU itself: --device cuda, where it is"),
         (("nowhere.py:make",), 2, "there is no file nowhere.py"),
     ],
 )
@@ -144,7 +144,7 @@ def test_ctrl_c_before_the_first_trial(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.tvm
 def test_a_runner_that_cannot_start_blames_no_candidate(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.tuning.LOADER", "graphopt.nowhere:load")
+    monkeypatch.setattr("graphopt.tuning_tvm.LOADER", "graphopt.nowhere:load")
     done = tune(*small)
     assert done.exit_code == 12, done.stderr
     assert "the process that runs candidates" in done.stderr
