@@ -50,7 +50,7 @@ def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Conso
     if found.estimated and found.tasks:
         console.print("times are estimates, as nothing has run there yet")
     if limits is None:
-        console.print(f"roofline: the machine's limits {'are not' if found.estimated else 'could not be'} measured")
+        console.print("roofline: the limits were not measured")
     else:
         thirds = f" (products from thirds on AMX tiles: {limits.by_thirds / 1e9:.0f})" if limits.by_thirds > limits.flops else ""
         measured = f"{limits.flops / 1e9:.0f} GFLOP/s{thirds}, {limits.bytes / 1e9:.1f} GB/s"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from graphopt.autotune.database import Database
@@ -49,6 +50,9 @@ def test_no_durations(text: str) -> None:
         (("mlp", "--trials", "0"), 2, "trials"),
         (("mlp", "--device", "cpu:zmver5"), 10, "znver5"),
         (("mlp", "--device", "cuda:sm_90"), 10, "timed on the GPU itself: --device cuda, where it is"),
+        (("mlp", "--interpret"), 2, "'cpu' is a processor"),
+        (("mlp", "--device", "cuda", "--interpret"), 10, "unknown target 'cuda'"),
+        (("mlp", "--device", "cuda:sm_90", "--interpret", "--rpc", "localhost:9190", "--key", "k"), 2, "--interpret runs kernels here"),
         (("nowhere.py:make",), 2, "there is no file nowhere.py"),
     ],
 )
@@ -131,11 +135,33 @@ def test_ctrl_c_keeps_all_and_says_how_to_go_on(small: tuple[str, ...], tmp_path
     assert [r.trial for r in Database(tmp_path / "cache" / "tuning.db").records()] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    done = tune("mlp", "--device", "cuda", "--cache-dir", str(tmp_path))
+    assert done.exit_code == 10
+    assert "there is no such GPU here" in done.stderr and "--interpret" in done.stderr
+
+
+def test_kernels_of_a_gpu_are_tuned_interpreted(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "model.py").write_text(MODEL)
+    common = (f"{tmp_path}/model.py:make", "--device", "cuda:sm_90:4", "--interpret", "--cache-dir", str(tmp_path / "cache"))
+    done = tune(*common, "--trials", "2")
+    assert done.exit_code == 0, done.stderr
+    assert "say nothing of a GPU" in done.stderr
+    assert "2 records in" in done.stdout and "count for interpreted models alone" in done.stdout
+    rest = tune(*common, "--trials", "3", "--resume")
+    assert "which has made 2 trials" in rest.stderr, rest.stderr
+    records = Database(tmp_path / "cache" / "tuning.db").records()
+    assert [r.trial for r in records] == [1, 2, 3]
+    assert all(r.device.startswith("cuda:sm_90 interpreted on cpu") and r.threads == 1 for r in records)
+
+
 def test_ctrl_c_before_the_first_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graphopt.cli.tune.load", load)
+    monkeypatch.setattr("graphopt.cli.tune_sessions.load", load)
     done = tune("mlp", "--cache-dir", str(tmp_path))
     assert done.exit_code == 130
     assert "interrupted before the first trial; nothing was tuned" in done.stderr
