@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from graphopt.autotune.gpu_clock import GpuClock
 from graphopt.autotune.space import Workload
 from graphopt.backends.triton.backend import TritonBackend
 from graphopt.ir import parse_graph
@@ -109,20 +110,14 @@ def errors(kind: str, text: str, device: torch.device) -> tuple[float, float]:
 
 def interleaved(calls: Sequence[Callable[[], Any]], runs: int, device: torch.device) -> list[float]:
     """Median ms of each call, in turns, the L2 cache flushed before each."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    clock = GpuClock(device)
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     for _ in range(runs):
         for call, found in zip(calls, times, strict=True):
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end))
-    return [statistics.median(found) for found in times]
+            found += clock.time([call])
+    return [1e3 * statistics.median(found) for found in times]
 
 
 def measure(name: str, runs: int, device: torch.device) -> Row:

@@ -101,7 +101,7 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
 
     Args:
         inputs, sizes: as the program takes them; what the program updates in place is updated in a copy.
-        runs: runs with clocks, and as many without, in turns.
+        runs: runs with clocks, and as many without, in turns. On a GPU each call is waited for, so its time holds the launch, too.
     """
     graph = program.graph
     inputs = [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
