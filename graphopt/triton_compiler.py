@@ -5,6 +5,7 @@ It is two, as those that run candidates are: what kills the compiler is known by
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ class TritonCompiler:
         from graphopt.backends.triton.templates import TEMPLATES
 
         start = time.perf_counter()
+        gc.collect()  # what the candidate before left behind; it does not happen by itself in this process
         w, s = Workload(kind, text), Schedule.from_json(schedule)
         template = next((t for t in TEMPLATES if t.name == s.template), None)
         if template is None:

@@ -101,5 +101,6 @@ def _built(process: RunnerProcess, w: Workload, s: Schedule) -> Built:
     try:
         answer = process.ask({"do": "build", "kind": w.kind, "text": w.text, "schedule": s.to_json()}, BUILD_SECONDS)
     except Failed as failure:
-        return Built(s, failure=failure.reason.splitlines()[0])
+        said = failure.reason.strip().splitlines()  # Triton shows the kernel's text between what it is about and what is wrong
+        return Built(s, failure=said[0] if len(said) < 2 else f"{said[0]} ... {said[-1].strip()}")
     return Built(s, answer["path"], answer["entry"], answer["seconds"])

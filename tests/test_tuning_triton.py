@@ -177,7 +177,8 @@ def test_candidates_for_a_gpu_are_compiled_ahead_and_what_cannot_run_says_why(co
     good, too_large, refused, unknown = compiler.build(PRODUCT, [default, large, odd, Schedule.make("matmal")])
     assert not good.failure and Path(good.path).is_file() and good.entry == Path(good.path).stem and good.seconds > 0
     assert "bytes of shared memory, and a block may have 232448" in too_large.failure
-    assert refused.failure and "no template 'matmal'" in unknown.failure
+    assert "CompilationError" in refused.failure and "power of 2" in refused.failure, refused.failure
+    assert "no template 'matmal'" in unknown.failure
 
 
 DRIVER = """
