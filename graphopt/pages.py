@@ -1,4 +1,4 @@
-"""Memory in large pages, for what is used from end to end in every run: packed weights, and the arena of intermediate results.
+"""Memory in large pages, for what is used from end to end in every run: packed weights, the arena of intermediate results, large results.
 
 With pages of 4 KiB, the processor translates an address for every 64 cache lines that it streams, and the hardware prefetcher
 stops at every border; with pages of 2 MiB, neither matters. Linux gives such pages to memory that asks for them, if
@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from math import prod
 
 import torch
 
 LARGE = 1 << 18  # bytes: smaller tensors are not worth a place of their own
 PAGE = 1 << 21  # bytes of a large page
+LARGE_RESULT = 1 << 23  # bytes: from here on filling fresh memory is no slower in large pages, which take 3 us more to get
 CHUNK = 1 << 26  # bytes of addresses asked for at a time; memory is taken as it is written
 _ALIGNMENT = 64
 _HAVE = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
@@ -63,3 +68,37 @@ def _mapped(nbytes: int) -> mmap.mmap:
     with contextlib.suppress(OSError):  # a kernel without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+class Reused:
+    """Memory for large results, taken again when the tensors that had it are gone.
+
+    What the C library gives for a result, it returns to the system as soon as that is freed, if it is larger than 32 MiB: the
+    next call pays for each of its pages again. Smaller blocks stay, but a small object that comes to lie in one makes it too small for
+    the next result, and a process keeps two or three.
+    """
+
+    SPARE = 2  # blocks of a size that are kept while no tensor has them
+
+    def __init__(self) -> None:
+        self._spare: defaultdict[int, deque[torch.Tensor]] = defaultdict(lambda: deque(maxlen=self.SPARE))
+        self._lent: dict[int, weakref.ref[memoryview]] = {}
+
+    def empty_strided(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized tensor on the CPU; its elements fill its memory in some order."""
+        nbytes = prod(shape) * dtype.itemsize
+        spare = self._spare[nbytes]
+        try:
+            memory = spare.pop()
+        except IndexError:
+            memory = uninitialized(nbytes)
+        view = memoryview(memory.numpy())
+        key = id(view)
+
+        def back(_: object) -> None:
+            self._lent.pop(key, None)
+            spare.append(memory)
+
+        self._lent[key] = weakref.ref(view, back)
+        storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()  # refers to the view as long as any tensor is in it
+        return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)  # no view of another tensor, which autograd would remember

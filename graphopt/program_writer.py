@@ -20,6 +20,7 @@ from graphopt.ir.interpreter import restride
 from graphopt.ir.types import TensorType, f32
 from graphopt.lower import KernelStep, LibraryStep, Lowered, Step, ViewStep, kernel_operand_types, may_alias
 from graphopt.memory import Lifetime, Plan, plan
+from graphopt.pages import LARGE_RESULT, Reused
 from graphopt.tape import Joined, KernelFunction, Launch
 
 try:
@@ -69,8 +70,9 @@ class ProgramWriter:
     def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device) -> None:
         self.lowered, self.kernels, self.library = lowered, kernels, library
         self.namespace: dict[str, Any] = {
-            "empty": torch.empty, "fresh": _fresh(device), "restride": restride, "check_index": check_index, "torch": torch,
-            "device": device, "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes, "IndexOutOfRange": IndexOutOfRange,
+            "empty": torch.empty, "fresh": _fresh(device), "large": _large(device), "restride": restride, "check_index": check_index,
+            "torch": torch, "device": device, "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes,
+            "IndexOutOfRange": IndexOutOfRange,
         }  # fmt: skip
         self.names: dict[Value, str] = {}
         self.places: dict[Value, Place] = {}
@@ -259,7 +261,8 @@ class ProgramWriter:
             self._early.append(len(self.lines))
         if v.type.is_static:
             strides = torch.empty(dims_static(v.shape), device="meta").stride()
-            self.lines.append(f"{name} = fresh({dims_static(v.shape)}, {strides}, {v.dtype.torch})")
+            call = "large" if int(v.type.nbytes()) >= LARGE_RESULT else "fresh"
+            self.lines.append(f"{name} = {call}({dims_static(v.shape)}, {strides}, {v.dtype.torch})")
         else:
             self.lines.append(f"{name} = empty({shape_expression(v.shape)}, dtype={v.dtype.torch}, device=device)")
         return name
@@ -333,11 +336,20 @@ class ProgramWriter:
         return plan([Lifetime(size, start, end) for size, (start, end) in zip(self.buffers, self.lifetimes, strict=True)])
 
 
-def _fresh(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
-    """Memory for a result of static size: shape, strides, dtype -> a tensor. On the CPU without PyTorch's dispatch, a third of its time."""
+Fresh = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
+"""Memory for a result of static size: shape, strides, dtype -> a tensor."""
+
+
+def _fresh(device: torch.device) -> Fresh:
+    """On the CPU without PyTorch's dispatch, a third of its time."""
     if device.type == "cpu" and empty_strided_cpu is not None:
         return empty_strided_cpu  # type: ignore[no-any-return]
     return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def _large(device: torch.device) -> Fresh:
+    """For results of ``LARGE_RESULT`` bytes and more."""
+    return Reused().empty_strided if device.type == "cpu" else _fresh(device)
 
 
 def dims_static(shape: Sequence[dims.Dim]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graphopt import pages
-from graphopt.pages import CHUNK, LARGE, PAGE, Pages, uninitialized
+from graphopt.pages import CHUNK, LARGE, PAGE, Pages, Reused, uninitialized
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")
 
@@ -61,3 +61,44 @@ def test_an_arena_begins_at_a_large_page() -> None:
     del a
     gc.collect()
     assert part.sum() == 16
+
+
+def test_memory_of_results_is_taken_again_when_nothing_refers_to_it() -> None:
+    own = Reused()
+    shape, strides = (1024, 1024), (1, 1024)
+    a = own.empty_strided(shape, strides, torch.float32)
+    b = own.empty_strided(shape, strides, torch.float32)
+    assert a.shape == shape and a.stride() == strides and not a._is_view() and a.data_ptr() % PAGE == 0 and a.data_ptr() != b.data_ptr()
+    a.fill_(1), b.fill_(2)
+    part, place = a[3], a.data_ptr()
+    del a
+    c = own.empty_strided(shape, strides, torch.float32).fill_(3)
+    assert part.sum() == 1024 and c.data_ptr() not in (place, b.data_ptr())  # a part keeps the whole
+    del part
+    gc.collect()
+    other = own.empty_strided((1024, 512), (512, 1), torch.bfloat16)  # another size
+    assert other.data_ptr() != place
+    d = own.empty_strided((1 << 19,), (1,), torch.float64)
+    assert d.data_ptr() == place and float(b.sum()) == 2 << 20 and float(c.sum()) == 3 << 20
+    del own
+    gc.collect()
+    d.fill_(4)
+    assert float(b.sum()) == 2 << 20 and float(d.sum()) == 4 << 19  # tensors outlive who gave them their memory
+
+
+def test_few_blocks_are_kept() -> None:
+    own = Reused()
+    many = [own.empty_strided((PAGE,), (1,), torch.uint8) for _ in range(5)]
+    assert len({x.data_ptr() for x in many}) == 5
+    del many
+    gc.collect()
+    assert [len(spare) for spare in own._spare.values()] == [Reused.SPARE] and not own._lent
+
+
+def test_a_result_may_be_written_to_where_gradients_are_wanted() -> None:
+    with torch.no_grad():
+        x = Reused().empty_strided((PAGE // 4,), (1,), torch.float32).zero_()
+    w = torch.ones((), requires_grad=True)
+    x.add_(w)
+    x.sum().backward()
+    assert w.grad == PAGE // 4
