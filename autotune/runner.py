@@ -27,6 +27,7 @@ from graphopt.autotune.arena import Arena
 from graphopt.autotune.measure import Built, Incumbent, Race, Subject, Timing, Trial, Verdict, spread
 from graphopt.autotune.records import Measured, Status
 from graphopt.errors import GraphoptError, WorkerError
+from graphopt.openmp import unbound
 
 START = 120.0  # seconds that a process may take to be ready
 MOST_CASES = 3  # sets of inputs that winners are tried on, besides the first
@@ -55,7 +56,7 @@ class RunnerProcess:
 
     def __init__(self, loader: str, module: str = "graphopt.autotune.runner_process") -> None:
         path = json.dumps([p for p in sys.path if p])
-        program = f"import sys; sys.path[:] = {path}; from {module} import main; main({loader!r})"
+        program = f"{unbound()}import sys; sys.path[:] = {path}; from {module} import main; main({loader!r})"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._errors, start_new_session=True)  # fmt: skip

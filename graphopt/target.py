@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from graphopt.accelerators import ACCELERATORS
 from graphopt.errors import DeviceError, nearest
+from graphopt.openmp import usable_processors
 from graphopt.processors import PROCESSORS
 
 THIRDS_PRODUCTS = 6  # of bf16 on AMX tiles, for one of f32
@@ -254,7 +254,7 @@ class _Here:
             return ""
 
     def processors(self) -> Collection[int]:
-        return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        return usable_processors()
 
     def request_amx(self) -> bool:
         return request_amx()

@@ -42,6 +42,7 @@ ALLOWED = {
 MEMBERS = {
     "graphopt.sampling": "verification",
     "graphopt.bounds": "rewrite",
+    "graphopt.openmp": "target",
     "graphopt.processors": "target",
     "graphopt.accelerators": "target",
     "graphopt": "root",

@@ -28,6 +28,7 @@ from graphopt.backends.tvm.launch import load
 from graphopt.backends.tvm.template import entry_name
 from graphopt.backends.tvm.worker import target_to_json
 from graphopt.errors import BuildError, GraphoptError
+from graphopt.openmp import unbound
 from graphopt.target import Target, detect
 
 Progress = Callable[[int, int], None]  # kernels done, kernels in all
@@ -38,7 +39,7 @@ class _Worker:
 
     def __init__(self) -> None:
         path = json.dumps([p for p in sys.path if p])
-        program = f"import sys; sys.path[:] = {path}; from graphopt.backends.tvm.worker import main; main({os.getpid()})"
+        program = f"{unbound()}import sys; sys.path[:] = {path}; from graphopt.backends.tvm.worker import main; main({os.getpid()})"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
                                         start_new_session=True)  # fmt: skip  # Ctrl-C is for the process that waits for the answers

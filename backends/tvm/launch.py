@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,26 +17,13 @@ from typing import Any
 import torch
 
 from graphopt.errors import BuildError
+from graphopt.openmp import find_libgomp, usable_processors
 from graphopt.target import request_amx
 
 _LAUNCH_SYMBOL = b"__TVMBackendParallelLaunch"
 _lock = threading.Lock()
 _state: dict[str, Any] = {}
 _pools = threading.local()
-
-
-def find_libgomp() -> str | None:
-    """The libgomp that torch runs on: the one mapped into this process, else the one torch ships."""
-    try:
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            path = line.split(maxsplit=5)[-1]
-            if "libgomp" in path and path.startswith("/"):
-                return path
-    except OSError:
-        pass
-    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        return str(file)
-    return None
 
 
 def _prepare(directory: Path) -> None:
@@ -145,6 +131,6 @@ def _configure_pool() -> None:
     """TVM's own pool, of this thread: as many workers as torch has, sharing all cores that this process may use."""
     n = torch.get_num_threads()
     if getattr(_pools, "n", None) != n:
-        cpus = [str(c) for c in sorted(os.sched_getaffinity(0))]
+        cpus = [str(c) for c in sorted(usable_processors())]
         _state["ffi"].get_global_func("runtime.config_threadpool")(-3, n, cpus)
         _pools.n = n
