@@ -13,6 +13,8 @@ from itertools import groupby
 from graphopt.autotune.database import Versions, leader
 from graphopt.autotune.records import TuningRecord
 
+PACKAGES = ("tvm", "triton")  # of backends: whose records they are
+
 
 @dataclass(frozen=True)
 class Prune:
@@ -34,8 +36,9 @@ class Prune:
 
 def outdated(made: Versions, now: Sequence[Versions]) -> bool:
     """Whether records of these versions do not count any more: their backend has others now."""
-    others = [v for v in now if dict(v).keys() == dict(made).keys()]
-    return bool(others) and dict(made) not in map(dict, others)
+    package = [p for p in PACKAGES if p in dict(made)]
+    others = [dict(v) for v in now if any(p in dict(v) for p in package)]
+    return bool(others) and dict(made) not in others
 
 
 def superfluous(records: Iterable[TuningRecord], what: Prune) -> list[TuningRecord]:

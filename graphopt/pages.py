@@ -20,6 +20,7 @@ LARGE = 1 << 18  # bytes: smaller tensors are not worth a place of their own
 PAGE = 1 << 21  # bytes of a large page
 LARGE_RESULT = 1 << 23  # bytes: from here on filling fresh memory is no slower in large pages, which take 3 us more to get
 CHUNK = 1 << 26  # bytes of addresses asked for at a time; memory is taken as it is written
+BLOCKED = 3600  # elements of a matrix from which on PyTorch turns it by blocks
 _ALIGNMENT = 64
 _HAVE = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 
@@ -37,8 +38,8 @@ class Pages:
         if x.is_contiguous() or nbytes < LARGE or not _HAVE or x.device.type != "cpu":
             return x.contiguous()
         out = self.empty(x.shape, x.dtype)
-        if x.dim() == 3 and x.stride()[1:] == (1, x.shape[1]):
-            for to, of in zip(out, x, strict=True):  # PyTorch turns a matrix by blocks, and more of them element by element
+        if x.dim() == 3 and x.stride()[1:] == (1, x.shape[1]) and x.shape[1] * x.shape[2] >= BLOCKED:
+            for to, of in zip(out, x, strict=True):  # PyTorch turns one matrix by blocks, and more of them element by element
                 to.copy_(of)
             return out
         return out.copy_(x)

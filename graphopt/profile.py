@@ -144,9 +144,13 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
 
 def waits_for(inputs: Iterable[Any]) -> Callable[[], None]:
     """What waits until work on these tensors is done: a GPU still has it before it when the call returns."""
-    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
-        return torch.cuda.synchronize
-    return lambda: None
+    devices = dict.fromkeys(x.device for x in inputs if isinstance(x, torch.Tensor) and x.is_cuda)
+
+    def wait() -> None:
+        for device in devices:
+            torch.cuda.synchronize(device)
+
+    return wait
 
 
 def _body(node: Node) -> list[Node]:

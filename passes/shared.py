@@ -74,10 +74,10 @@ Make = Callable[[Builder, Sequence[Value]], Value]
 
 
 def reread(g: Graph, region: Node, old: Value, operands: Sequence[Value], make: Make, by: Node | None = None) -> Node:
-    """Put in a region's place the same one that makes a value of its body from other operands; what nothing reads any more goes.
+    """Put in a region's place the same one that makes a value of its body from other operands; what no output needs goes.
 
     Args:
-        old: the value, an input of the body or computed there.
+        old: the value, an input of the body or computed there. For an input, all inputs of the same operand if all nodes read anew.
         operands: values of ``g``; those that the region reads already are not given twice. New ones stand where the first input was
             that goes, or behind all.
         make: builds the value from them, in the new body.
@@ -88,7 +88,8 @@ def reread(g: Graph, region: Node, old: Value, operands: Sequence[Value], make: 
     """
     body = region.body
     assert body is not None
-    live = _live(body, old, by)
+    olds = _inputs_like(region, old) if by is None else [old]
+    live = _live(body, olds, by)
     inputs: list[tuple[Value, Value | None]] = [(x, v) for v, x in zip(body.inputs, region.operands, strict=True) if v in live]
     kept = [x for x, _ in inputs]
     place = next((i for i, v in enumerate(body.inputs) if v not in live), len(inputs))
@@ -99,7 +100,7 @@ def reread(g: Graph, region: Node, old: Value, operands: Sequence[Value], make: 
         given[x] = new.add_input(v.type, v.hint) if v is not None else new.add_input(x.type.logical, x.hint or hint)
         if v is not None:
             mapping[v] = given[x]
-    made = {old: make(Builder(new), [given[x] for x in operands])}
+    made = dict.fromkeys(olds, make(Builder(new), [given[x] for x in operands]))
     for node in body.nodes():
         if any(r in live for r in node.results):
             seen = mapping | made if by in (None, node) else mapping
@@ -113,10 +114,17 @@ def reread(g: Graph, region: Node, old: Value, operands: Sequence[Value], make: 
     return result
 
 
-def _live(body: Graph, old: Value, by: Node | None) -> dict[Value, None]:
-    """The values that the outputs depend on, if the old one is not read."""
+def _inputs_like(region: Node, v: Value) -> list[Value]:
+    """The inputs of a region's body that are the same operand as one of them; a value that is computed there, alone."""
+    assert region.body is not None
+    operands = dict(zip(region.body.inputs, region.operands, strict=True))
+    return [x for x, operand in operands.items() if operand is operands[v]] if v in operands else [v]
+
+
+def _live(body: Graph, olds: Sequence[Value], by: Node | None) -> dict[Value, None]:
+    """The values that the outputs depend on, if the old ones are not read."""
     live = dict.fromkeys(body.outputs)
     for node in reversed(list(body.nodes())):
         if any(r in live for r in node.results):
-            live |= dict.fromkeys(v for v in node.operands if v is not old or by not in (None, node))
+            live |= dict.fromkeys(v for v in node.operands if v not in olds or by not in (None, node))
     return live

@@ -44,6 +44,16 @@ def test_a_stack_of_turned_matrices(dtype: torch.dtype) -> None:
         assert torch.equal(a, x) and a.is_contiguous() and (own._chunk is not None) == (x.numel() * x.itemsize >= LARGE)
 
 
+def test_only_matrices_that_torch_turns_by_blocks_are_copied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[int] = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, of: copies.append(of.dim()) or copy(to, of))
+    for shape, copied in (((100, 60, 60), [2] * 100), ((100, 60, 59), [3])):
+        x = torch.randn(shape).permute(0, 2, 1)
+        copies.clear()
+        assert torch.equal(Pages().contiguous(x), x) and copies == copied
+
+
 def test_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "CHUNK", LARGE)
     own = Pages()

@@ -14,7 +14,7 @@ from graphopt.cli.main import app
 from graphopt.errors import UsageError
 from graphopt.ir import parse_graph
 from graphopt.lower import lower
-from graphopt.profile import CallCost, Profile, profile
+from graphopt.profile import CallCost, Profile, profile, waits_for
 from graphopt.program import Program
 from graphopt.target import Target
 
@@ -47,6 +47,22 @@ def test_costs() -> None:
     assert found.calls[2].what == "conv 1x3x9x9 / 2 * 5x3x3x3"
     for a, b in zip(program(inputs), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_each_gpu_that_has_a_tensor_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    gpus = [torch.device("cuda", i) for i in (1, 0, 1)]
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+        device = property(lambda x: gpus[len(x)])  # type: ignore[assignment]
+
+    waits_for([torch.zeros(2).as_subclass(OnGpu), torch.zeros(0).as_subclass(OnGpu), torch.zeros(3), 1])()
+    assert waited == [gpus[2]]
+    waited.clear()
+    waits_for([torch.zeros(3), None])()
+    assert not waited
 
 
 def test_wrapped_programs_call_everything_through_the_wrapper() -> None:

@@ -140,7 +140,8 @@ def _reject(reader: Node, packed: _Packed) -> Reject | None:
     if w not in reader.operands or reader.body is None or reader.attrs["kind"] != "pointwise":
         return Reject(f"{reader.op.name} reads it, which is no lookup of rows", w)
     lines = _LINE // w.dtype.itemsize
-    for lookup, place in reader.body.inputs[reader.operands.index(w)].uses:
+    read_as = [v for v, operand in zip(reader.body.inputs, reader.operands, strict=True) if operand is w]
+    for lookup, place in (use for v in read_as for use in v.uses):
         if lookup.op.name != "take" or place != 0:
             return Reject(f"{lookup.op.name} reads it, which is no lookup of rows", w)
         read = dims.mul(lookup.results[0].type.numel, lines)

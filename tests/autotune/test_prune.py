@@ -46,6 +46,14 @@ def test_other_versions_go_whole() -> None:
     assert going(records, versions=[tuple(reversed(NOW))]) == [2, 3]
 
 
+def test_versions_are_of_a_backend_by_its_package_whatever_else_they_name() -> None:
+    more = (*NOW, ("tvm-ffi", "0.1.0"))
+    assert going([record(1), record(2, versions=more)], versions=[more]) == [1], "of another graphopt, which named fewer"
+    triton = (("graphopt", "0.1.0"), ("triton", "3.0.0"))
+    assert going([record(1, versions=triton)], versions=[NOW]) == [], "a backend of which nothing is said"
+    assert going([record(1, versions=triton)], versions=[NOW, (*triton, ("triton backend source", "0"))]) == [1]
+
+
 trial = st.builds(
     record, trial=st.integers(0, 99), seconds=st.sampled_from([1e-6, 2e-6, 3e-6]), gain=st.sampled_from([None, 0.5, 1.0, 1.5]),
     unroll=st.integers(0, 5), status=st.sampled_from([Status.OK, Status.OK, Status.WRONG]), run=st.sampled_from(["a", "b"]),
