@@ -6,6 +6,8 @@ spoils the context for all that comes after it; the child says so, and another o
 What the tuner shares lies in the host's memory. It is copied to the GPU as it is, poison and guards included, and what the kernel left
 there is copied back: so the gate is that of a processor. Inputs are writable on a GPU; they are compared afterwards.
 
+All memory of the GPU is taken when a case is loaded: where there is none, that is no candidate's fault.
+
 How they are timed: :mod:`graphopt.autotune.gpu_clock`.
 """
 
@@ -43,7 +45,21 @@ class GpuBench(Bench):
 
     def case(self, **request: Any) -> dict[str, Any]:
         with self._sound():
-            return super().case(**{**request, "between": 0})  # each call finds the cache cold: weights need no copies
+            self._drop()
+            answer = super().case(**{**request, "between": 0})  # each call finds the cache cold: weights need no copies
+            self._calls = self.arguments()
+            next(self._calls)  # takes the memory
+            self.clock.get_ready()
+        return answer
+
+    def _drop(self) -> None:
+        """Give back the memory of the case before, and its kernels, too: the module of one is a cycle, and nothing is collected by
+        itself in this process."""
+        self.inputs, self.outputs, self.kernels, self._own, self._calls = [], [], {}, [], None
+        self._results: list[torch.Tensor] = []
+        self._given = self._shared = self._copy = torch.empty(0, dtype=torch.uint8)
+        gc.collect()
+        torch.cuda.empty_cache()  # the tuner needs room, too
 
     def memory(self, request: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The inputs and outputs of a case, in a copy of the shared memory."""

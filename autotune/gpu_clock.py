@@ -21,13 +21,18 @@ class GpuClock:
         self.device = device
         self._flush: torch.Tensor | None = None
 
-    def time(self, calls: Iterable[Callable[[], object]]) -> list[float]:
-        """Seconds of each call. They may all be on their way before the first is done."""
+    def get_ready(self) -> torch.Tensor:
+        """Take the memory that is written before each call."""
         if self._flush is None:
             self._flush = torch.empty(self._flush_bytes(), dtype=torch.uint8, device=self.device)
+        return self._flush
+
+    def time(self, calls: Iterable[Callable[[], object]]) -> list[float]:
+        """Seconds of each call. They may all be on their way before the first is done."""
+        flush = self.get_ready()
         marks = []
         for call in calls:
-            self._flush.zero_()
+            flush.zero_()
             start = self._mark()
             call()
             marks.append((start, self._mark()))

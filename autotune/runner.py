@@ -26,7 +26,7 @@ import torch
 from graphopt.autotune.arena import Arena
 from graphopt.autotune.measure import Built, Incumbent, Race, Subject, Timing, Trial, Verdict, spread
 from graphopt.autotune.records import Measured, Status
-from graphopt.errors import GraphoptError, WorkerError
+from graphopt.errors import GraphoptError, WorkerError, first_line
 from graphopt.openmp import unbound
 
 START = 120.0  # seconds that a process may take to be ready
@@ -52,11 +52,13 @@ class RunnerProcess:
     Args:
         loader: handed to the ``main`` of ``module``: what loads a kernel.
         module: of the program that it runs.
+        does: what it is there for, in words.
     """
 
-    def __init__(self, loader: str, module: str = "graphopt.autotune.runner_process") -> None:
+    def __init__(self, loader: str, module: str = "graphopt.autotune.runner_process", does: str = "runs candidates") -> None:
         path = json.dumps([p for p in sys.path if p])
         program = f"{unbound()}import sys; sys.path[:] = {path}; from {module} import main; main({loader!r})"
+        self._name = f"the process that {does}"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._errors, start_new_session=True)  # fmt: skip
@@ -70,7 +72,7 @@ class RunnerProcess:
         while not self._child:
             answer = self._line(time.monotonic() + START)
             if answer is None:
-                raise WorkerError(f"the process that runs candidates does not start: {self._last_words()}")
+                raise WorkerError(f"{self._name} does not start: {self._last_words()}")
             self._child = answer.get("ready", 0)
             self.started = self.started or self._child > 0
 
@@ -106,10 +108,14 @@ class RunnerProcess:
             raise Failed(Status(answer.get("status", Status.CRASHED)), answer["failed"])
         return answer
 
+    def renew(self) -> None:
+        """End the child: the next request finds a fresh one."""
+        if self._child:
+            self._kill_child()
+
     def _kill_child(self) -> None:
         child, self._child = self._child, 0
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+        _kill_group(child)
         end = time.monotonic() + START
         while (answer := self._line(end)) is not None and "died" not in answer:
             pass  # an answer that came too late
@@ -124,7 +130,7 @@ class RunnerProcess:
                 return None
             data = os.read(fd, 1 << 20)
             if not data:
-                raise WorkerError(f"the process that runs candidates is gone: {self._last_words()}")
+                raise WorkerError(f"{self._name} is gone: {self._last_words()}")
             self._rest += data
         line, self._rest = self._rest.split(b"\n", 1)
         return dict(json.loads(line))
@@ -137,16 +143,21 @@ class RunnerProcess:
         return lines[-1] if lines else f"exit status {self._process.poll()}"
 
     def close(self) -> None:
-        """End supervisor and child."""
-        for pid in (self._process.pid, self._child):
-            if pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        """End supervisor and child, and what that started."""
+        self._process.kill()
+        if self._child:
+            _kill_group(self._child)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _kill_group(child: int) -> None:
+    """Kill a child with all that it started, such as an assembler."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
 
 
 def died_of(code: int) -> str:
@@ -299,10 +310,28 @@ class ProcessRunner:
         arena = session.arenas[n]
         if session.loaded != n:
             session.loaded = None
-            self._ask({"do": "case", **arena.description, "weights": list(session.subject.weights), "between": session.subject.between,
-                       "threads": self.threads}, START)  # fmt: skip
+            self._send_case({"do": "case", **arena.description, "weights": list(session.subject.weights),
+                             "between": session.subject.between, "threads": self.threads})  # fmt: skip
             session.loaded = n
         return arena
+
+    def _send_case(self, request: dict[str, Any]) -> None:
+        """Hand the child a case. No candidate has a part in it, but what one before left there may be in the way.
+
+        Raises:
+            WorkerError: not even a fresh child can take it.
+        """
+        try:
+            self._ask(request, START)
+        except Failed:
+            assert self._process is not None
+            self._process.renew()
+            try:
+                self._ask(request, START)
+            except Failed as failure:
+                size = f"{request['size'] / (1 << 20):.3g} MiB"
+                raise WorkerError(f"the process that runs candidates cannot take {size} of a kernel's inputs and outputs: "
+                                  f"{first_line(failure)}") from failure  # fmt: skip
 
     def _check(self, session: TaskSession, n: int, built: Built, incumbent: Incumbent | None) -> Verdict:
         """Run once on case n, and judge. Raises Failed."""

@@ -13,6 +13,7 @@ Requests to the child, which a :class:`Bench` answers:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -219,11 +220,15 @@ def supervise(get_ready: Callable[[], Any]) -> None:
     while True:
         child = os.fork()
         if child == 0:
+            os.setpgid(0, 0)  # a group of its own, with all that it starts
             _die_with_parent()
             gc.disable()  # collecting takes longer than many a trial
             reply({"ready": os.getpid()})
             serve(bench, _lines(), reply)
             os._exit(_INPUT_ENDED)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # until it is waited for, its number is no other's
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         if code == _INPUT_ENDED:

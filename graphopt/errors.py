@@ -99,7 +99,7 @@ class DiskFullError(DatabaseError):
 
 
 class WorkerError(GraphoptError):
-    """A process that builds or runs candidates cannot be started."""
+    """A process that builds or runs candidates cannot be started, or has no room for what it should run them on."""
 
     exit_status = 12
 

@@ -110,6 +110,9 @@ class RemoteRunner(ProcessRunner):
                 session.loaded = None
         raise AssertionError
 
+    def _send_case(self, request: dict[str, Any]) -> None:
+        self._ask(request, START)  # :meth:`_trial` tries it again
+
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         if request["do"] != "case":
             request, seconds = {**request, "seconds": seconds}, RUNS * seconds  # who is there ends what takes too long

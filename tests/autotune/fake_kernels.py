@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +64,11 @@ def exits(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
     os._exit(0)
 
 
+def kills_the_supervisor(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+
 def never_ends(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
     while True:
         time.sleep(0.1)
@@ -90,7 +96,8 @@ def _wait(seconds: float) -> None:
         pass
 
 
-_ALL = (slow, good, slower, wrong, unwritten, outside, changes_inputs, crashes, aborts, exits, never_ends, raises, leaks, wrong_later)
+_ALL = (slow, good, slower, wrong, unwritten, outside, changes_inputs, crashes, aborts, exits, kills_the_supervisor, never_ends, raises,
+        leaks, wrong_later)  # fmt: skip
 KERNELS = {f.__name__: f for f in _ALL}
 BAD = {
     "wrong": "wrong", "unwritten": "wrong", "outside": "wrong", "changes_inputs": "crashed", "crashes": "crashed", "aborts": "crashed",

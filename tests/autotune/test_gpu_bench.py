@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +135,35 @@ def test_a_fault_of_the_device_spoils_the_process_and_what_a_kernel_raises_does_
     serve(made, iter([{"id": i, "do": "check", "which": ("", k)} for i, k in enumerate(("raises", "good", "faults"))]), answers.append)
     assert [sorted(set(a) - {"id"}) for a in answers] == [["failed"], ["seconds"], ["spoilt"]]
     assert "illegal memory access" in answers[2]["spoilt"]
+
+
+def test_the_memory_of_a_gpu_is_taken_with_the_case_before_a_candidate_runs(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bench(arena)
+    monkeypatch.setattr(torch, "empty", None)
+    monkeypatch.setattr(torch, "empty_strided", None)
+    assert made.race(**RACE)["candidate"]
+
+
+def test_the_kernels_of_the_case_before_are_collected(arena: Arena) -> None:
+    made = bench(arena)
+    seen: list[weakref.ref[ModuleType]] = []
+
+    def load(path: Path, name: str) -> Callable[..., Any]:
+        module = ModuleType("kernel")
+        exec("def launch(*args):\n    pass", module.__dict__)  # which refers to the module's names, and these to it
+        seen.append(weakref.ref(module))
+        module.__dict__["module"] = module
+        return module.launch  # type: ignore[no-any-return]
+
+    made.load = load
+    gc.disable()
+    try:
+        made.check(("", "any"))
+        assert seen[0]() is not None
+        made.case(**arena.description, **HOW)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def load(path: Path, name: str) -> Callable[..., Any]:

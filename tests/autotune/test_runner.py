@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +20,9 @@ from graphopt.autotune.arena import Arena
 from graphopt.autotune.measure import Case, Incumbent, Output, Race, Timing, Trial, Verdict
 from graphopt.autotune.records import Status
 from graphopt.autotune.runner import ProcessRunner, RunnerProcess
-from tests.autotune.fake_kernels import BAD, LOADER, built, subject
+from graphopt.autotune.runner_process import Bench, supervise
+from graphopt.errors import WorkerError
+from tests.autotune.fake_kernels import BAD, LOADER, built, load, subject
 
 QUICK = Timing(floor=0.004, recheck=0.008, patience=3.0)
 
@@ -90,15 +97,97 @@ def test_a_case_is_sent_once_for_candidates_that_fail(runner: ProcessRunner, mon
 def test_if_even_the_supervisor_dies_another_is_started() -> None:
     runner = ProcessRunner(LOADER, threads=1, timing=QUICK)
     try:
-        assert measure(runner, "good")[0].measured.ok
+        first, second = measure(runner, "kills_the_supervisor", "good")
+        assert first.measured.status is Status.CRASHED and "watches over it" in first.measured.reason
+        assert second.measured.ok
         assert runner._process is not None
         os.kill(runner._process._process.pid, 9)
         assert gone(runner._process._child)
-        first, second = measure(runner, "good", "good")
-        assert first.measured.status is Status.CRASHED
-        assert second.measured.ok
+        assert measure(runner, "good")[0].measured.ok, "before it ran, so it is not to blame"
     finally:
         runner.close()
+
+
+class Crowded(Bench):
+    """Has no room for a case as long as a file says so, which each try shortens by a byte."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(load)
+        self.file = Path(file)
+
+    def case(self, **request: Any) -> dict[str, Any]:
+        if left := self.file.stat().st_size:
+            os.truncate(self.file, left - 1)
+            raise torch.OutOfMemoryError("CUDA out of memory.\nIts second line.")
+        return super().case(**request)
+
+
+class Assembling(Bench):
+    """Starts another process for each candidate, and waits for it; the answer to its number is in a file."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(load)
+        self.file = Path(file)
+
+    def build(self) -> dict[str, Any]:
+        process = subprocess.Popen(["sleep", "600"])
+        self.file.write_text(str(process.pid))
+        process.wait()
+        return {}
+
+
+def main(arguments: str) -> None:
+    """Be the supervisor of one of these."""
+    name, file = arguments.split(" ", 1)
+    supervise(lambda: {"crowded": Crowded, "assembling": Assembling}[name](file))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_no_candidate_is_blamed_if_there_is_no_room_for_a_case(times: int, tmp_path: Path) -> None:
+    file = tmp_path / "left"
+    file.write_text("x" * times)
+    runner = ProcessRunner(f"crowded {file}", threads=1, timing=QUICK, module=__name__)
+    try:
+        if times == 1:  # a fresh process has the room
+            assert [t.measured.ok for t in measure(runner, "slow", "good")] == [True, True]
+        else:
+            with pytest.raises(WorkerError, match=r"MiB of a kernel's inputs and outputs: OutOfMemoryError: CUDA out of memory\.$"):
+                measure(runner, "slow")
+    finally:
+        runner.close()
+
+
+def answerless(process: RunnerProcess, seconds: float) -> None:
+    with suppress(Exception):
+        process.ask({"do": "build"}, seconds)
+
+
+@pytest.mark.parametrize("how", ["no answer", "closed", "died"])
+def test_what_a_child_started_ends_with_it(how: str, tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    process = RunnerProcess(f"assembling {file}", __name__, "builds candidates")
+    try:
+        process.ready()
+        seconds = 3.0 if how == "no answer" else 60.0
+        asked = threading.Thread(target=answerless, args=(process, seconds), daemon=True)
+        asked.start()
+        assert until(lambda: file.exists() and file.read_text() != "")
+        if how == "died":
+            os.kill(process._child, signal.SIGSEGV)
+        if how != "closed":
+            asked.join()
+    finally:
+        process.close()
+    assert gone(int(file.read_text()))
+
+
+def test_a_process_that_does_not_start_says_what_it_is_for() -> None:
+    process = RunnerProcess("", "graphopt.nowhere", "builds candidates")
+    try:
+        with pytest.raises(WorkerError, match=r"the process that builds candidates is gone: .*graphopt\.nowhere"):
+            process.ready()
+    finally:
+        process.close()
 
 
 def test_closing_leaves_no_process() -> None:
@@ -108,6 +197,14 @@ def test_closing_leaves_no_process() -> None:
     pids = runner._process._process.pid, runner._process._child
     runner.close()
     assert all(gone(pid) for pid in pids)
+
+
+def until(happened: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Whether something happens in some seconds."""
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+    return happened()
 
 
 def gone(pid: int, seconds: float = 20.0) -> bool:
