@@ -6,11 +6,11 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from graphopt.autotune.measure import Builder, Built, Timing
+from graphopt.autotune.measure import Builder, Timing
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.backends.base import Backend
 from graphopt.errors import DiskFullError
@@ -48,7 +48,11 @@ def new_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
 
 
-def blame_no_candidate(built: Sequence[Built], folder: Path) -> None:
-    """Raise DiskFullError if the folder's disk is full, which is no candidate's fault."""
-    if any(os.strerror(errno.ENOSPC) in b.failure for b in built):
+def blame_no_candidate(failures: Iterable[str], folder: Path) -> None:
+    """Raise DiskFullError if the folder's disk is full, which is no candidate's fault.
+
+    Args:
+        failures: all that was said of each; which line of it speaks of the disk is not known.
+    """
+    if any(os.strerror(errno.ENOSPC) in text for text in failures):
         raise DiskFullError(f"there is no room for candidates: the disk of {folder} is full; TMPDIR chooses another one")

@@ -28,11 +28,22 @@ Values = dict[Value, torch.Tensor]
 def library_seconds(subject: Subject, seconds: float = 0.1, device: torch.device = CPU) -> float:
     """Median seconds of a call; weights are as cold as where kernels are timed, the rest lies where it lay the call before.
 
-    On a GPU, everything is cold, as it is for the kernels that the tuner times there.
+    On a GPU, everything is cold, as it is for the kernels that the tuner times there; 0 if it has not the room.
 
     Args:
         seconds: of calls that are timed.
     """
+    if device.type == "cpu":
+        return _seconds(subject, seconds, device)
+    try:
+        return _seconds(subject, seconds, device)
+    except torch.OutOfMemoryError:
+        return 0.0
+    finally:
+        torch.cuda.empty_cache()  # the process that runs candidates needs the room
+
+
+def _seconds(subject: Subject, seconds: float, device: torch.device) -> float:
     graph = subject.workload.graph
     with torch.no_grad():
         inputs = [x.to(device) for x in random_inputs(graph, subject.sizes, 0)]

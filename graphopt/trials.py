@@ -53,10 +53,7 @@ def make_case(w: Workload, sizes: Mapping[str, int], seed: int, device: torch.de
     graph = w.graph
     inputs = random_inputs(graph, sizes, seed)
     with torch.no_grad():
-        try:
-            reference, native = _references(graph, inputs, sizes, device)
-        except torch.OutOfMemoryError:  # of a GPU: f64 takes several times the room
-            reference, native = _references(graph, inputs, sizes, CPU)
+        reference, native = (_results(graph, inputs, sizes, wide, device) for wide in (True, False))
     outputs = tuple(_output(x, s, sizes) for x, s in zip(native, graph.output_strides, strict=True))
     in_place = updated_operand(graph) if w.kind == "update" else None
 
@@ -66,10 +63,32 @@ def make_case(w: Workload, sizes: Mapping[str, int], seed: int, device: torch.de
     return Case(tuple(inputs), outputs, judge, tuple(n for _, n in sorted(sizes.items())), in_place)
 
 
-def _references(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int], device: torch.device) -> list[list[torch.Tensor]]:
-    """The results in f64, and eager's own; computed on a device, and brought here."""
+def _results(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int], wide: bool,
+             device: torch.device) -> list[torch.Tensor]:  # fmt: skip
+    """The results in f64 if ``wide``, else eager's own; computed on a device, or here if it has not the room: f64 takes a lot."""
+    if device.type != "cpu":
+        try:
+            return _computed(graph, inputs, sizes, wide, device)
+        except torch.OutOfMemoryError:
+            pass  # computed below, when what it holds is let go
+        finally:
+            torch.cuda.empty_cache()  # the process that runs candidates needs the room
+        if not wide and torch.get_float32_matmul_precision() != "highest":
+            inputs = [_as_tf32(x) for x in inputs]  # as the GPU may round factors: a processor does not
+    return _computed(graph, inputs, sizes, wide, CPU)
+
+
+def _computed(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int], wide: bool,
+              device: torch.device) -> list[torch.Tensor]:  # fmt: skip
     there = [x.to(device) for x in inputs]
-    return [[x.cpu() for x in evaluate(graph, there, bindings=sizes, wide=wide, device=device)] for wide in (True, False)]
+    return [x.cpu() for x in evaluate(graph, there, bindings=sizes, wide=wide, device=device)]
+
+
+def _as_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Numbers of f32 rounded to the 10 bits behind the point that tf32 has; others as they are."""
+    if x.dtype != torch.float32:
+        return x
+    return ((x.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 def _output(x: torch.Tensor, strides: Sequence[dims.Dim] | None, sizes: Mapping[str, int]) -> Output:

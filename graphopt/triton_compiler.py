@@ -32,7 +32,7 @@ class TritonCompiler:
     def build(self, kind: str, text: str, schedule: str) -> dict[str, Any]:
         """The file of a candidate, its entry, and the seconds that it took. Raises BuildError with the reason that there is none."""
         from graphopt.backends.triton.build import keep_binaries, write_source
-        from graphopt.backends.triton.offline import compile_file
+        from graphopt.backends.triton.offline import compile_for_launch
         from graphopt.backends.triton.templates import TEMPLATES
 
         start = time.perf_counter()
@@ -45,9 +45,9 @@ class TritonCompiler:
         path = write_source(source, self.folder)
         if not self.interpret:
             keep_binaries(self.folder)
-            compiled = compile_file(path, source.payload, self.target)
-            if compiled.shared > self.target.shared_memory:
-                raise BuildError(f"it takes {compiled.shared} bytes of shared memory, and a block may have {self.target.shared_memory}")
+            shared = compile_for_launch(path, source.payload, self.target)
+            if shared > self.target.shared_memory:
+                raise BuildError(f"it takes {shared} bytes of shared memory, and a block may have {self.target.shared_memory}")
         return {"path": str(path), "entry": source.name, "seconds": time.perf_counter() - start}
 
 

@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from graphopt.autotune.measure import Built, Timing
 from graphopt.autotune.runner import Failed, ProcessRunner, RunnerProcess
@@ -24,7 +24,9 @@ LOADER = "graphopt.backends.triton.build:load_candidate"
 INTERPRETER = "graphopt.backends.triton.build:load_interpreted"
 BENCH = "graphopt.autotune.gpu_bench"
 BUILD_SECONDS = 60.0  # of one candidate
-PATIENCE = 30.0  # seconds for the first call, which loads the binary, and compiles once more where a size is special to Triton
+MOST_PROCESSES = 16  # of compilers: a round has no more candidates
+PATIENCE = BUILD_SECONDS  # for the first call, which loads the binary, and compiles once more where a size is special to Triton
+FLOOR, RECHECK = 5e-3, 1.5e-2  # seconds of kernels alone; each call costs a flush, too: of a kernel of 2 us, fifty times as much
 
 
 class TritonTuning:
@@ -45,11 +47,11 @@ class TritonTuning:
         return TritonBackend()
 
     def builder(self, workers: int) -> CandidateBuilder:
-        return TritonCandidates(self.target, 1 if self.interpret else workers or detect().cores, self.interpret)
+        return TritonCandidates(self.target, 1 if self.interpret else workers or min(detect().cores, MOST_PROCESSES), self.interpret)
 
     def runner(self, threads: int, timing: Timing | None, seed: int) -> ProcessRunner:
         how = {"loader": INTERPRETER, "device": "cpu"} if self.interpret else {"loader": LOADER, "device": f"cuda:{self.gpu}"}
-        return ProcessRunner(json.dumps(how), threads, timing or Timing(patience=PATIENCE), seed, BENCH)
+        return ProcessRunner(json.dumps(how), threads, timing or Timing(FLOOR, RECHECK, patience=PATIENCE), seed, BENCH)
 
 
 class TritonCandidates:
@@ -63,23 +65,30 @@ class TritonCandidates:
     def __init__(self, target: Target, workers: int, interpret: bool) -> None:
         self.target, self._folder = target, new_folder()
         how = json.dumps({"target": asdict(target), "folder": str(self._folder), "interpret": interpret})
-        self._processes = [RunnerProcess(how, "graphopt.triton_compiler") for _ in range(workers)]
+        self._processes: list[RunnerProcess] = []
+        try:
+            for _ in range(workers):
+                self._processes.append(RunnerProcess(how, "graphopt.triton_compiler", "builds candidates"))
+        except BaseException:
+            self.close()
+            raise
 
     def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
         """Raises DiskFullError if the folder's disk is full, which is no candidate's fault, and WorkerError if there is no process."""
         wanted, done, errors = deque(enumerate(schedules)), dict[int, Built](), list[Exception]()
 
         def work(process: RunnerProcess) -> None:
-            try:
-                while wanted and not errors:
+            while not errors:
+                try:
                     i, schedule = wanted.popleft()
+                except IndexError:
+                    return  # another one took the last
+                try:
                     done[i] = _built(process, w, schedule)
-            except IndexError:
-                return  # another one took the last
-            except Exception as error:
-                errors.append(error)
+                except Exception as error:
+                    errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(p,)) for p in self._processes[: len(schedules)]]
+        threads = [threading.Thread(target=work, args=(p,), daemon=True) for p in self._processes[: len(schedules)]]
         for t in threads:
             t.start()
         for t in threads:
@@ -87,8 +96,8 @@ class TritonCandidates:
         if errors:
             raise errors[0]
         built = [done[i] for i in range(len(schedules))]
-        blame_no_candidate(built, self._folder)
-        return built
+        blame_no_candidate([b.failure for b in built], self._folder)
+        return [replace(b, failure=_in_short(b.failure)) for b in built]
 
     def close(self) -> None:
         """End the processes and remove the folder."""
@@ -101,6 +110,11 @@ def _built(process: RunnerProcess, w: Workload, s: Schedule) -> Built:
     try:
         answer = process.ask({"do": "build", "kind": w.kind, "text": w.text, "schedule": s.to_json()}, BUILD_SECONDS)
     except Failed as failure:
-        said = failure.reason.strip().splitlines()  # Triton shows the kernel's text between what it is about and what is wrong
-        return Built(s, failure=said[0] if len(said) < 2 else f"{said[0]} ... {said[-1].strip()}")
+        return Built(s, failure=failure.reason)
     return Built(s, answer["path"], answer["entry"], answer["seconds"])
+
+
+def _in_short(failure: str) -> str:
+    """The first line and the last: between what it is about and what is wrong, Triton shows the kernel's text."""
+    said = failure.strip().splitlines()
+    return " ... ".join(dict.fromkeys(line.strip() for line in (*said[:1], *said[-1:])))

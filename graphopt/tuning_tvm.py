@@ -52,12 +52,11 @@ class TvmCandidates:
         from graphopt.backends.tvm.template import entry_name
 
         done = self._builder.build_together(w, schedules, self.target, self._folder, self.workers, self.together)
-        built = [
+        blame_no_candidate((str(r) for r in done if isinstance(r, BuildError)), self._folder)
+        return [
             Built(s, failure=first_line(r)) if isinstance(r, BuildError) else Built(s, str(r[0]), entry_name(w, s), r[1])
             for s, r in zip(schedules, done, strict=True)
         ]
-        blame_no_candidate(built, self._folder)
-        return built
 
     def close(self) -> None:
         """End the build processes and remove the folder."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,25 +23,32 @@ from graphopt.autotune import gpu_bench
 from graphopt.autotune.database import Database
 from graphopt.autotune.gpu_bench import GpuBench, InterpretedBench
 from graphopt.autotune.gpu_clock import GpuClock
-from graphopt.autotune.measure import Built, Timing
+from graphopt.autotune.measure import Built, Subject, Timing
 from graphopt.autotune.records import Status
+from graphopt.autotune.runner import Failed, RunnerProcess
 from graphopt.autotune.runner_process import Bench
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.autotune.tasks import Task
 from graphopt.autotune.tuner import Budget, Outcome
+from graphopt.autotune.turns import take_turns
 from graphopt.devices import choose_target
-from graphopt.errors import DeviceError
+from graphopt.errors import DeviceError, DiskFullError
 from graphopt.ir import parse_graph
-from graphopt.library_time import _on_gpu
+from graphopt.library_time import _on_gpu, library_seconds
 from graphopt.model import CompiledModel
 from graphopt.options import Options
 from graphopt.target import Target, detect, gpu_of
+from graphopt.trials import CPU, _as_tf32, _computed, case_maker, make_case
 from graphopt.tuned import device_key
 from graphopt.tuning import Run, check_device, spaces_of, tune, versions
 from graphopt.tuning_tasks import tasks_of
 from graphopt.tuning_triton import TritonCandidates, TritonTuning
 
 pytest.importorskip("triton")
+
+from graphopt.backends.triton import offline
+from graphopt.backends.triton.backend import TritonBackend
+from graphopt.backends.triton.build import write_source
 
 NAME = "cuda:sm_90:4"
 TARGET = Target.from_name(NAME)
@@ -50,6 +59,7 @@ graph @g(%x: f16[256, 512], %w: f16[512, 256]) -> f16[256, 256] {
   %0: f16[256, 256] = matmul(%x, %w)
   return %0
 }"""), "matmul")  # fmt: skip
+FLOATS = Workload("matmul", PRODUCT.text.replace("f16", "f32"))
 
 
 def model() -> nn.Module:
@@ -181,7 +191,63 @@ def test_candidates_for_a_gpu_are_compiled_ahead_and_what_cannot_run_says_why(co
     assert "no template 'matmal'" in unknown.failure
 
 
+def test_candidates_are_compiled_without_the_tool_that_reads_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(offline, "_read_cuda", None)
+    target = Target.from_name("cuda:sm_90")
+    template = TritonBackend().templates(PRODUCT, target)[0]
+    source = template.emit(PRODUCT, spaces_of(PRODUCT, target)[0].default(), target)
+    assert 0 < offline.compile_for_launch(write_source(source, tmp_path), source.payload, target) <= target.shared_memory
+
+
+def test_a_full_disk_is_no_candidates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(process: RunnerProcess, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        raise Failed(Status.CRASHED, "BuildError: kernel\n  OSError: [Errno 28] No space left on device\nthe end")
+
+    monkeypatch.setattr(RunnerProcess, "ask", ask)
+    builder = TritonCandidates(TARGET, 1, interpret=True)
+    try:
+        with pytest.raises(DiskFullError, match="TMPDIR"):
+            builder.build(PRODUCT, [Schedule.make("any")])
+    finally:
+        builder.close()
+
+
+def test_what_goes_wrong_while_candidates_are_built_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_triton, "_built", lambda *args: deque[Built]().popleft())
+    builder = TritonCandidates(TARGET, 1, interpret=True)
+    try:
+        with pytest.raises(IndexError):
+            builder.build(PRODUCT, [Schedule.make("any")])
+    finally:
+        builder.close()
+
+
+def test_a_round_needs_no_more_compilers_than_it_has_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_triton, "TritonCandidates", lambda target, workers, interpret: workers)
+    monkeypatch.setattr(tuning_triton, "detect", lambda: replace(TARGET, cores=192))
+    builders = [TritonTuning(TARGET, interpret).builder(workers) for interpret, workers in ((False, 0), (False, 3), (True, 0))]
+    assert builders == [Run(TARGET, Database(Path("none")), 1).batch, 3, 1]
+
+
+def test_if_a_compiler_does_not_start_nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[RunnerProcess] = []
+
+    class Few(RunnerProcess):
+        def __init__(self, *args: str) -> None:
+            if len(started) == 2:
+                raise OSError("too many processes")
+            super().__init__(*args)
+            started.append(self)
+
+    monkeypatch.setattr(tuning_triton, "RunnerProcess", Few)
+    monkeypatch.setattr(tuning_triton, "new_folder", lambda: Path(tempfile.mkdtemp(dir=tmp_path)))
+    with pytest.raises(OSError, match="too many"):
+        TritonCandidates(TARGET, 4, interpret=True)
+    assert [p._process.returncode for p in started] == [-9, -9] and not list(tmp_path.iterdir())
+
+
 DRIVER = """
+import json
 import sys
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
@@ -192,7 +258,7 @@ import torch
 class Driver:  # of a GPU that is not there: kernels are compiled for it, and not launched
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_target(self): return GPUTarget(*json.loads(sys.argv[2]))
     def get_active_torch_device(self): return torch.device("cpu")
 
 driver.set_active(Driver())
@@ -211,9 +277,18 @@ print(len(launched), before == sorted(p.name for p in (path.parent / "binaries")
 """
 
 
-def test_a_launch_finds_what_was_compiled_ahead(compiler: TritonCandidates) -> None:
-    (built,) = compiler.build(PRODUCT, [spaces_of(PRODUCT, compiler.target)[0].default()])
-    done = subprocess.run([sys.executable, "-c", DRIVER, built.path], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("name", ["cuda:sm_90", "hip:gfx942"])
+def test_a_launch_finds_what_was_compiled_ahead(name: str) -> None:
+    target = Target.from_name(name)
+    builder = TritonCandidates(target, 1, interpret=False)
+    try:
+        (built,) = builder.build(PRODUCT, [spaces_of(PRODUCT, target)[0].default()])
+        assert not built.failure
+        of = offline._gpu(target)
+        how = [sys.executable, "-c", DRIVER, built.path, json.dumps([of.backend, of.arch, of.warp_size])]
+        done = subprocess.run(how, capture_output=True, text=True, check=False)
+    finally:
+        builder.close()
     assert done.stdout.split() == ["1", "True", "True"], done.stderr
 
 
@@ -257,6 +332,14 @@ def test_the_key_of_a_gpu_is_its_own() -> None:
     assert len({device_key(here), device_key(here, detect()), device_key(TARGET), device_key(TARGET, detect())}) == 4
 
 
+def test_candidates_on_a_gpu_have_the_time_to_be_compiled_once_more_and_not_thousands_of_flushes() -> None:
+    timing = TritonTuning(TARGET, interpret=False).runner(1, None, 0).timing
+    assert timing.patience >= tuning_triton.BUILD_SECONDS
+    calls = round(timing.slice / 2e-6)
+    times = take_turns(lambda turns: [2e-6] * len(turns), calls, timing.recheck, timing.hopeless, alone=False)
+    assert sum(map(len, times)) * calls < 10_000, "of a kernel of 2 us"
+
+
 def test_the_gpu_that_is_here_is_tuned_as_a_model_on_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -277,6 +360,42 @@ def test_which_bench_runs_candidates(interpret: bool, bench: type[Bench], monkey
     gpu_bench.main(runner.loader)
     assert type(made[0]) is bench
     assert interpret or (isinstance(made[0], GpuBench) and made[0].device == torch.device("cuda", 1))
+
+
+def test_a_gpu_without_room_for_the_librarys_kernels_leaves_their_time_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("graphopt.library_time.random_inputs", no_room)
+    assert library_seconds(Subject(PRODUCT, case_maker(PRODUCT)), device=torch.device("meta")) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("room", ["none", "f32"])
+def test_references_are_computed_here_where_a_gpu_has_no_room(room: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, there = torch.device("meta"), []
+
+    def computed(graph: object, inputs: object, sizes: object, wide: bool, device: torch.device) -> list[torch.Tensor]:
+        if device == gpu and (wide or room == "none"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        there.append(str(device))
+        return _computed(graph, inputs, sizes, wide, CPU)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("graphopt.trials._computed", computed)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    case = make_case(FLOATS, {}, 0, gpu)
+    assert there == ["cpu", "cpu" if room == "none" else "meta"]
+    x, w = case.inputs
+    assert not case.judge([x @ w]).reason
+    rounded = case.judge([_as_tf32(x) @ _as_tf32(w)])
+    assert bool(rounded.reason) == (precision == "highest" or room == "f32"), "what the GPU may round is judged as such"
+    assert case.judge([x.half().float() @ w.to(torch.bfloat16).float()]).reason
+
+
+def test_rounding_to_tf32() -> None:
+    x = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 3 * 2**-11, 0.0, 3e38])
+    assert _as_tf32(x).tolist()[:5] == [1 + 2**-10, 1 + 2**-10, 1, -1 - 2**-9, 0.0]
+    assert _as_tf32(x.double()).tolist() == x.double().tolist()
 
 
 def test_the_library_is_timed_on_the_stream_as_kernels_are() -> None:

@@ -55,28 +55,40 @@ def compile_offline(source: KernelSource, t: Target) -> Compiled:
         BuildError: Triton or its assembler refuses it.
     """
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        return compile_file(write_source(source, Path(folder)), source.payload, t)
-
-
-def compile_file(path: Path, kernels: Sequence[Payload], t: Target) -> Compiled:
-    """The same of a source that was written to a file. Triton keeps the machine code, and finds it when such a kernel is launched."""
-    module = load_module(path)
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        found = [_compiled(module.__dict__[kernel.name], kernel, t, Path(folder)) for kernel in kernels]
+        built = _built(write_source(source, Path(folder)), source.payload, t)
+        found = [_read_hip(b) if t.kind == "hip" else _read_cuda(b, Path(folder)) for b in built]
     code, registers, spills, shared = zip(*((c.assembly, c.registers, c.spills, c.shared) for c in found), strict=True)
     return Compiled("\n".join(code), max(registers), sum(spills), max(shared))
 
 
-def _compiled(function: Any, kernel: Payload, t: Target, folder: Path) -> Compiled:
-    # what a launch tells of each argument, so that it finds this machine code: memory is aligned
-    aligned = {(k,): [["tt.divisibility", 16]] if kind.startswith("*") else [] for k, kind in enumerate(kernel.signature.values())}
-    ast = ASTSource(function, dict(kernel.signature), dict(kernel.launch.blocks), aligned)
+def compile_for_launch(path: Path, kernels: Sequence[Payload], t: Target) -> int:
+    """Compile a source that was written to a file: Triton keeps the machine code, and finds it when such a kernel is launched.
+
+    Returns:
+        Bytes of shared memory of a block, the most of any kernel.
+
+    Raises:
+        BuildError: as :func:`compile_offline`.
+    """
+    return max(b.metadata.shared for b in _built(path, kernels, t))
+
+
+def _built(path: Path, kernels: Sequence[Payload], t: Target) -> list[Any]:
+    """What Triton compiled, kernel by kernel."""
+    module = load_module(path)
+    return [_compiled(module.__dict__[kernel.name], kernel, t) for kernel in kernels]
+
+
+def _compiled(function: Any, kernel: Payload, t: Target) -> Any:
+    # what a launch tells of each argument, so that it finds this machine code: memory is aligned, and for AMD within 2 GB
+    told = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if t.kind == "hip" else [])]
+    attributes = {(k,): told if kind.startswith("*") else [] for k, kind in enumerate(kernel.signature.values())}
+    ast = ASTSource(function, dict(kernel.signature), dict(kernel.launch.blocks), attributes)
     options = {"num_warps": kernel.launch.warps, "num_stages": kernel.launch.stages, "enable_fp_fusion": True}
     try:
-        built = triton.compile(ast, target=_gpu(t), options=options)
+        return triton.compile(ast, target=_gpu(t), options=options)
     except Exception as error:  # Triton's own errors are of many kinds
         raise BuildError(f"{kernel.name} for {t}: {type(error).__name__}: {error}") from error
-    return _read_hip(built) if t.kind == "hip" else _read_cuda(built, folder)
 
 
 def _gpu(t: Target) -> GPUTarget:

@@ -20,6 +20,7 @@ from graphopt.bench.load import Snapshot, between, snapshot, watch
 from graphopt.bench.loading import load
 from graphopt.bench.measure import label
 from graphopt.cli.tune_view import View, show_model, show_result
+from graphopt.devices import choose_target
 from graphopt.errors import GraphoptError, UsageError, counted
 from graphopt.library_time import library_seconds
 from graphopt.max_autotune import estimate
@@ -189,6 +190,7 @@ class GpuSession(Session):
         return _load(name, self.options, self.device)
 
     def find_tasks(self) -> None:
+        self.target = choose_target(self.device, Options(**self.options))  # a model's file may have allowed tf32, of which records tell
         if self.interpret:
             self.say("measuring the models under Triton's interpreter: times and gains are the interpreter's, and say nothing of a GPU")
             profiles = [m.compiled.profile(*m.args, runs=1, **m.kwargs) for m in self.models]

@@ -16,7 +16,11 @@ from graphopt.autotune.records import TuningRecord
 from graphopt.backends.tvm.build import KernelBuilder
 from graphopt.cli.main import app
 from graphopt.cli.tune import duration
+from graphopt.devices import choose_target
 from graphopt.errors import BuildError, DiskFullError, UsageError
+from graphopt.options import Options
+from graphopt.target import detect
+from graphopt.tuned import device_key
 
 MODEL = """
 import torch
@@ -157,6 +161,21 @@ def test_kernels_of_a_gpu_are_tuned_interpreted(tmp_path: Path) -> None:
     assert all(r.device.startswith("cuda:sm_90 interpreted on cpu") and r.threads == 1 for r in records)
 
 
+def test_records_are_of_the_device_as_the_models_file_left_it(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "model.py").write_text(MODEL + "\ntorch.set_float32_matmul_precision('high')\n")
+    before = torch.get_float32_matmul_precision()
+    try:
+        done = tune(f"{tmp_path}/model.py:make", "--device", "cuda:sm_90:4", "--interpret", "--trials", "1", "--cache-dir", str(tmp_path))
+        assert torch.get_float32_matmul_precision() == "high"
+        used = choose_target(torch.device("cpu"), Options(backend="triton", target="cuda:sm_90:4"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert done.exit_code == 0, done.stderr
+    assert "tf32" in used.features
+    assert {r.target for r in Database(tmp_path / "tuning.db").records()} == {device_key(used, detect())}
+
+
 def test_ctrl_c_before_the_first_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> None:
         raise KeyboardInterrupt
@@ -180,7 +199,7 @@ def test_a_runner_that_cannot_start_blames_no_candidate(small: tuple[str, ...], 
 @pytest.mark.tvm
 def test_a_folder_without_room_blames_no_candidate(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(self: KernelBuilder, w: object, schedules: Sequence[object], *rest: object) -> list[BuildError]:
-        return [BuildError("OSError: [Errno 28] No space left on device: 'k.so'")] * len(schedules)
+        return [BuildError("could not be linked:\nOSError: [Errno 28] No space left on device: 'k.so'\nstopped")] * len(schedules)
 
     monkeypatch.setattr(KernelBuilder, "build_together", no_room)
     done = tune(*small)

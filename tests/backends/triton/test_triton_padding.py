@@ -26,8 +26,8 @@ from graphopt.sampling import random_inputs
 from graphopt.target import Target
 from graphopt.testing.kernels import check
 
-WORDS = {"cuda": r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", "hip": r"global_load_(lds_)?dwordx4"}
-NUMBERS = {"cuda": r"ld\.global\.b16", "hip": r"global_load_ushort"}
+WORDS = {"cuda": r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", "hip": r"(?:global_load_(?:lds_)?|buffer_load_)dwordx4"}
+NUMBERS = {"cuda": r"ld\.global\.b16", "hip": r"(?:global|buffer)_load_ushort"}
 FIRST_COLUMNS = """
 graph @g(%x: bf16[ROWS, 40], %w: bf16[40, 48], %v: bf16[40, 48]) -> bf16[ROWS, 45] {
   %a: bf16[40, 45] = slice(%w) {axis = 1, stop = 45}

@@ -105,4 +105,3 @@ def test_the_interpreter_is_not_chosen_by_accident() -> None:
         compiled(mlp(), torch.randn(3, 31), target="cpu")
     with pytest.raises(DeviceError, match='backend="triton" runs them under Triton\'s interpreter'):
         compiled(mlp(), torch.randn(3, 31), backend="auto")
-
