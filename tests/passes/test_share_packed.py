@@ -77,3 +77,13 @@ def test_a_plain_matrix_and_a_weight_without_another_reader_are_left_in_silence(
     assert not SharePacked(owned=True).run(g, ctx) and not ctx.remarks
     crooked = parse_graph(BEFORE.replace("low = [0, 0], high = [0, 2]", "low = [0, 2], high = [0, 0]"))
     assert not SharePacked(owned=True).run(crooked, ctx)
+
+
+def test_all_that_a_region_reads_of_a_weight_that_it_is_given_twice_must_be_lookups() -> None:
+    again = "%1: f32[B, 4] = take(%v, %i)"
+    given = BEFORE.replace("fusion(%w, %i)", "fusion(%w, %i, %w)")
+    twice = given.replace("%i: i64[B]) -> f32[B, 4]", "%i: i64[B], %v: f32[40, 4]) -> f32[B, 4]")
+    lookups = twice.replace("return %0\n", f"{again}\n        %2: f32[B, 4] = add(%0, %1)\n        return %2\n", 1)
+    check_pass(SharePacked(owned=True), lookups)
+    other = lookups.replace(again, "%1: f32[4] = max(%v) {axes = [0]}")
+    check_pass(SharePacked(owned=True), other, fires=False, reason="max reads it, which is no lookup of rows")
