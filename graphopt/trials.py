@@ -12,10 +12,12 @@ import torch
 
 from graphopt.autotune.measure import Case, Output, Verdict
 from graphopt.autotune.space import Workload
+from graphopt.backends.forms.convform import ConvForm, conv_of
 from graphopt.in_place import updated_operand
-from graphopt.ir import dims
+from graphopt.ir import Builder, dims
 from graphopt.ir.graph import Graph
 from graphopt.ir.interpreter import evaluate
+from graphopt.passes.layout.winograd import restore, transform
 from graphopt.rewrite import Numerics
 from graphopt.sampling import random_inputs, sample_bindings
 from graphopt.verification import WIDE_TOLERANCE, has_steps, incomparable, judge_native, judge_wide
@@ -51,7 +53,7 @@ def case_maker(w: Workload, sizes: Mapping[str, int] | None = None, device: torc
 def make_case(w: Workload, sizes: Mapping[str, int], seed: int, device: torch.device = CPU) -> Case:
     """Random inputs of a workload, and the judge of its results on them; both are the host's, wherever the reference was computed."""
     graph = w.graph
-    inputs = random_inputs(graph, sizes, seed)
+    inputs = _with_transformed_weight(w, random_inputs(graph, sizes, seed))
     with torch.no_grad():
         reference, native = (_results(graph, inputs, sizes, wide, device) for wide in (True, False))
     outputs = tuple(_output(x, s, sizes) for x, s in zip(native, graph.output_strides, strict=True))
@@ -61,6 +63,20 @@ def make_case(w: Workload, sizes: Mapping[str, int], seed: int, device: torch.de
         return _judge(graph, results, native, reference)
 
     return Case(tuple(inputs), outputs, judge, tuple(n for _, n in sorted(sizes.items())), in_place)
+
+
+def _with_transformed_weight(w: Workload, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs; if one holds a weight by Winograd's transform, then that of some weight. Of other numbers, the kernel that works on the
+    transform makes something else than the region, which takes it back."""
+    form = conv_of(w.graph) if w.kind == "conv" else None
+    u = form.transformed if isinstance(form, ConvForm) else None
+    if u is None:
+        return inputs
+    g = Graph("transformed")
+    b = Builder(g)
+    g.set_outputs([transform(b, restore(b, g.add_input(u.type)), int(u.shape[-1]))])
+    made = [x.contiguous() for x in evaluate(g, [inputs[u.index]])]
+    return [*inputs[: u.index], *made, *inputs[u.index + 1 :]]
 
 
 def _results(graph: Graph, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int], wide: bool,

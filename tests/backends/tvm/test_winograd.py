@@ -15,7 +15,9 @@ from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.ir import Builder, Graph, TensorType, Value, types
 from graphopt.ir.interpreter import evaluate
 from graphopt.passes.layout.winograd import SQUARES, restore, transform
+from graphopt.sampling import random_inputs
 from graphopt.target import Target, detect
+from graphopt.trials import make_case
 
 
 def conv(x: Sequence[int], filters: int, padding: tuple[int, int] = (1, 1), nr: int = 32, bias: bool = False, residual: bool = False,
@@ -143,3 +145,17 @@ def test_a_model_computes_so(tmp_path) -> None:
     import graphopt
 
     assert sum("winograd-filters" in str(r) for r in graphopt.reports()[-1].remarks) >= 2
+
+
+def test_the_tuner_tries_it_on_the_transform_of_a_weight() -> None:
+    """Of random numbers in the weight's place, the kernel would make something else than the region."""
+    w = Workload.of(conv((1, 8, 8, 32), 32, bias=True), "conv")
+    case = make_case(w, {}, seed=0)
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm) and form.transformed is not None
+    u = case.inputs[form.transformed.index]
+    g = Graph("again")
+    g.set_outputs([transform(Builder(g), restore(Builder(g), g.add_input(form.transformed.type)), int(u.shape[-1]))])
+    (again,) = evaluate(g, [u])
+    torch.testing.assert_close(again, u, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(random_inputs(w.graph, {}, 0)[form.transformed.index], u)
