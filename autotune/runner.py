@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
@@ -26,8 +25,8 @@ import torch
 from graphopt.autotune.arena import Arena
 from graphopt.autotune.measure import Built, Incumbent, Race, Subject, Timing, Trial, Verdict, spread
 from graphopt.autotune.records import Measured, Status
+from graphopt.child_process import start_python
 from graphopt.errors import GraphoptError, WorkerError, first_line
-from graphopt.openmp import unbound
 
 START = 120.0  # seconds that a process may take to be ready
 MOST_CASES = 3  # sets of inputs that winners are tried on, besides the first
@@ -56,12 +55,9 @@ class RunnerProcess:
     """
 
     def __init__(self, loader: str, module: str = "graphopt.autotune.runner_process", does: str = "runs candidates") -> None:
-        path = json.dumps([p for p in sys.path if p])
-        program = f"{unbound()}import sys; sys.path[:] = {path}; from {module} import main; main({loader!r})"
         self._name = f"the process that {does}"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._errors, start_new_session=True)  # fmt: skip
+        self._process = start_python(f"from {module} import main; main({loader!r})", self._errors)
         self._rest = b""
         self._child = 0  # pid; 0 while there is none that is ready
         self.started = False  # whether there ever was one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,16 @@ class KernelSource:
     language: str
     text: str
     payload: Any = None
+
+
+def refused(find: Callable[[Workload], Any]) -> Callable[[Workload, Target], str | None]:
+    """Why a region is not for a template, or None if it is: what ``find`` says in the place of the form that the template works on."""
+
+    def takes(w: Workload, t: Target) -> str | None:
+        form = find(w)
+        return form if isinstance(form, str) else None
+
+    return takes
 
 
 class KernelTemplate(Protocol):

@@ -42,6 +42,7 @@ ALLOWED = {
 MEMBERS = {
     "graphopt.sampling": "verification",
     "graphopt.bounds": "rewrite",
+    "graphopt.child_process": "target",
     "graphopt.openmp": "target",
     "graphopt.processors": "target",
     "graphopt.accelerators": "target",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
+from graphopt.backends.base import refused
 from graphopt.backends.forms.flashform import Form, form_of, gradient_of
 from graphopt.backends.triton import attention, gradient
 from graphopt.backends.triton.code import Code, Launch, power_of_two
@@ -21,11 +22,6 @@ KEYS_PIECE = 32768  # bytes of keys and values
 
 def _attention_form(w: Workload) -> Form | str:
     return form_of(w.graph) if w.kind in ("attention", "attention_forward") else "not an attention region"
-
-
-def _attention_refuse(w: Workload, t: Target) -> str | None:
-    form = _attention_form(w)
-    return form if isinstance(form, str) else None
 
 
 def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
@@ -71,11 +67,6 @@ def _gradient_form(w: Workload) -> Form | str:
     return gradient_of(w.graph) if w.kind == "attention_backward" else "not a gradient of an attention"
 
 
-def _gradient_refuse(w: Workload, t: Target) -> str | None:
-    form = _gradient_form(w)
-    return form if isinstance(form, str) else None
-
-
 def _gradient_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     form = _gradient_form(w)
     assert isinstance(form, Form)
@@ -108,5 +99,5 @@ def _write_gradient(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     return gradient.emit(w.graph, form, t, s["own"], s["along"], s["warps"], s["stages"])
 
 
-GRADIENT = Template("attention-gradient", _gradient_refuse, _gradient_spaces, _write_gradient)
-ATTENTION = Template("attention", _attention_refuse, _attention_spaces, _write_attention)
+GRADIENT = Template("attention-gradient", refused(_gradient_form), _gradient_spaces, _write_gradient)
+ATTENTION = Template("attention", refused(_attention_form), _attention_spaces, _write_attention)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
+from graphopt.backends.base import refused
 from graphopt.backends.tvm.template import Template
 from graphopt.target import Target
 
@@ -15,9 +16,7 @@ def _attention_form(w: Workload) -> Any:
     return form_of(w.graph) if w.kind in ("attention", "attention_forward") else "not an attention region"
 
 
-def _flash_refuse(w: Workload, t: Target) -> str | None:
-    form = _attention_form(w)
-    return form if isinstance(form, str) else None
+_flash_refuse = refused(_attention_form)
 
 
 def _flash_params(w: Workload, t: Target) -> tuple[Param, ...]:
@@ -102,11 +101,6 @@ def _gradient_form(w: Workload) -> Any:
     return gradient_of(w.graph) if w.kind == "attention_backward" else "not the gradient of an attention"
 
 
-def _gradient_refuse(w: Workload, t: Target) -> str | None:
-    form = _gradient_form(w)
-    return form if isinstance(form, str) else None
-
-
 def _gradient_params(w: Workload, t: Target) -> tuple[Param, ...]:
     from graphopt.backends.forms.flashform import gradient_params
 
@@ -130,4 +124,4 @@ DECODE_TILES = Template("decode-tiles", _decode_tiles_refuse, _decode_tiles_para
 DECODE = Template("decode", _decode_refuse, _decode_params, _write_decode)
 FLASH_TILES = Template("flash-tiles", _flash_tiles_refuse, _flash_tiles_params, _write_flash_tiles)
 FLASH = Template("flash", _flash_refuse, _flash_params, _write_flash, _flash_spaces)
-FLASH_GRADIENT = Template("flash-gradient", _gradient_refuse, _gradient_params, _write_gradient, _gradient_spaces)
+FLASH_GRADIENT = Template("flash-gradient", refused(_gradient_form), _gradient_params, _write_gradient, _gradient_spaces)

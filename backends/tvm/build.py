@@ -12,7 +12,6 @@ import json
 import os
 import select
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,8 +26,8 @@ from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.launch import load
 from graphopt.backends.tvm.template import entry_name
 from graphopt.backends.tvm.worker import target_to_json
+from graphopt.child_process import start_python
 from graphopt.errors import BuildError, GraphoptError
-from graphopt.openmp import unbound
 from graphopt.target import Target, detect
 
 Progress = Callable[[int, int], None]  # kernels done, kernels in all
@@ -38,11 +37,8 @@ class _Worker:
     """One process. Used by one thread at a time."""
 
     def __init__(self) -> None:
-        path = json.dumps([p for p in sys.path if p])
-        program = f"{unbound()}import sys; sys.path[:] = {path}; from graphopt.backends.tvm.worker import main; main({os.getpid()})"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-                                        start_new_session=True)  # fmt: skip  # Ctrl-C is for the process that waits for the answers
+        self.process = start_python(f"from graphopt.backends.tvm.worker import main; main({os.getpid()})", self.errors)
         self.ready = False
         self._rest = b""
 
