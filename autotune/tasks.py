@@ -98,6 +98,11 @@ class Progress:
         return self.default.seconds / self.incumbent.seconds
 
     @property
+    def refused(self) -> str:
+        """Why the default schedule does not count, so that the fastest of the others does though it may be slower; empty if it does."""
+        return "" if self.default is None or self.default.ok else f"{self.default.status.value}: {self.default.reason}".rstrip(": ")
+
+    @property
     def wants_default(self) -> bool:
         """Whether the default schedule is to be tried: without it, nobody knows what the others are worth."""
         return self.default is None and self.lost < MOST_LOST

@@ -155,7 +155,7 @@ class Session:
                 lost = withdraw(self.database, keys, self.target, self.threads, self._began, self.machine) if keys else 0
                 if not lost:
                     break
-                text = f"{counted(lost, 'kernel')} of them withdrawn, as the model is slower with them: the default schedules stay"
+                text = f"{counted(lost, 'kernel')} of them withdrawn, as the model is slower with them: what counted before does again"
                 self.console.print(text, highlight=False)
 
     def close(self) -> None:

@@ -181,7 +181,7 @@ def show_result(outcome: Outcome, found: Tasks, console: Console) -> None:
         table.add_row(p.task.name, f"{share:.1%}", str(p.trials), str(failed or ""), microseconds(p.task.library), microseconds(default),
                       microseconds(p.best), gain, reached(p.task.least, p.best))  # fmt: skip
     console.print(table)
-    for text in standstill(outcome, found):
+    for text in (*refusals(outcome), *standstill(outcome, found)):
         console.print(text, highlight=False, soft_wrap=True)
     why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
     rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
@@ -193,13 +193,23 @@ def reached(least: float, seconds: float | None) -> str:
     return f"{least / seconds:.0%}" if least and seconds else ""
 
 
+def refusals(outcome: Outcome) -> list[str]:
+    """What to know of kernels whose default schedule failed."""
+    out = []
+    for p in outcome.progress:
+        if p.refused:
+            then = "the fastest of the others counts from now on, also where it is slower" if p.incumbent else "no other one ran either"
+            out.append(f"{p.task.name}: its default schedule is refused ({p.refused}); {then}. Please report it")
+    return out
+
+
 def standstill(outcome: Outcome, found: Tasks) -> list[str]:
     """What kept kernels from becoming faster, in words: how many of them, and what share of the models' time they have."""
     near: list[tuple[float, int]] = []
     done: list[tuple[float, int]] = []
     tried: list[tuple[float, int]] = []
     for p, share in zip(outcome.progress, found.share, strict=True):
-        if not p.trials or (p.gain or 1.0) > 1.0:
+        if not p.trials or p.refused or (p.gain or 1.0) > 1.0:
             continue
         group = near if p.best and p.best <= NEAR * p.task.least else done if p.exhausted else tried
         group.append((share, p.trials + p.earlier))

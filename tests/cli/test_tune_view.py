@@ -11,7 +11,7 @@ from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.autotune.tasks import Progress, Task
 from graphopt.autotune.tuner import Budget, Outcome, RoundBegins, Tried
-from graphopt.cli.tune_view import View, standstill
+from graphopt.cli.tune_view import View, refusals, standstill
 from graphopt.tuning_tasks import Tasks
 from tests.autotune.test_scheduler import NoSearch
 
@@ -54,3 +54,18 @@ def test_why_kernels_are_no_faster_is_said() -> None:
         "1 kernel as before (20% of the time; 64 trials): every schedule that there is was tried, and none is faster",
         "2 kernels as before (10% of the time; 30 to 90 trials): none that was tried is faster",
     ]
+
+
+def test_a_default_that_is_refused_is_told_of() -> None:
+    wrong = Measured(Status.WRONG, reason="3 of 4 elements differ")
+    other = Progress(task("other", 0.0), NoSearch(), Measured(Status.OK, 2e-4), Incumbent(Built(Schedule.make("t")), 1e-4), 8)
+    refused = Progress(task("refused", 0.0), NoSearch(), wrong, Incumbent(Built(Schedule.make("t")), 3e-4), 8)
+    alone = Progress(task("alone", 0.0), NoSearch(), wrong, None, 8)
+    outcome = Outcome("budget", [other, refused, alone], 60.0, 24)
+    assert refusals(outcome) == [
+        "refused: its default schedule is refused (wrong: 3 of 4 elements differ); the fastest of the others counts from now on, also "
+        "where it is slower. Please report it",
+        "alone: its default schedule is refused (wrong: 3 of 4 elements differ); no other one ran either. Please report it",
+    ]
+    found = Tasks([p.task for p in outcome.progress], [0.2, 0.3, 0.5], [1e-3])
+    assert not any("as before" in line for line in standstill(outcome, found)), "neither is as before"
