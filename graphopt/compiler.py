@@ -30,6 +30,7 @@ from graphopt.ir.narrow import narrow
 from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
 from graphopt.max_autotune import autotune
 from graphopt.options import Options
+from graphopt.pages import Pages
 from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.profile import Profile, profile
@@ -136,6 +137,10 @@ class CompiledGraph:
         self.report.memory["staged"] = weights.owned_bytes
         self.report.memory["weights"] = sum(x.nbytes for x in kept.values())
         return {p: kept.get(i) for i, p in enumerate(self._order) if p is not None and i in wanted}
+
+    def stage_into(self, pages: Pages) -> None:
+        """Where what depends on weights shall lie when it is computed next."""
+        self.program.weights.stage_into(pages)
 
     def refresh(self) -> None:
         """Compute everything that depends on weights again at the next call."""
@@ -436,6 +441,9 @@ class LibraryGraph:
     def profile(self, args: Sequence[Any], runs: int = 20) -> Profile:
         """There are no calls to measure one by one."""
         raise UsageError("the graph runs through library kernels as a whole: there is nothing to profile")
+
+    def stage_into(self, pages: Pages) -> None:
+        """Nothing is computed from weights ahead."""
 
     def refresh(self) -> None:
         """Nothing is kept."""

@@ -16,6 +16,7 @@ from graphopt.backends.base import Backend
 from graphopt.errors import BuildError, DeviceError, UsageError
 from graphopt.hidden import missing_here
 from graphopt.options import Options
+from graphopt.pages import Pages
 from graphopt.target import Target, detect, detect_gpu
 
 
@@ -102,11 +103,21 @@ def kernel_provider(backend: Backend, device: torch.device) -> KernelProvider:
     return provider
 
 
-def prestart(options: Options, examples: Iterable[Any]) -> None:
-    """Start the build processes before a model is captured, where it is clear already that kernels must be built."""
+def prestart(options: Options, examples: Iterable[Any], packed: Iterable[torch.Tensor] = ()) -> Pages:
+    """Before a model is captured: start the build processes, where it is clear already that kernels must be built, and get memory ready.
+
+    Args:
+        packed: weights that may be packed.
+
+    Returns:
+        Where packed weights shall lie.
+    """
     on_cpu = all(x.device.type == "cpu" for x in examples if isinstance(x, torch.Tensor))
-    if not on_cpu or options.backend not in ("auto", "tvm"):
-        return
-    backend, _ = choose_backend(detect(), options)
-    if backend is not None:
-        kernel_provider(backend, torch.device("cpu")).prestart(options.kernels_dir, options.workers)
+    backend = choose_backend(detect(), options)[0] if on_cpu and options.backend in ("auto", "tvm") else None
+    if backend is None:
+        return Pages()
+    kernel_provider(backend, torch.device("cpu")).prestart(options.kernels_dir, options.workers)
+    if options.own_weights or not options.freeze:  # who gives the weights away wants to have each in memory once, at any time
+        return Pages()
+    sizes = {x.untyped_storage().data_ptr(): x.nbytes for x in packed if x.device.type == "cpu"}
+    return Pages(ahead=sum(sizes.values()))

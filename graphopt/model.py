@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from graphopt.capture.captured import Uncapturable
-from graphopt.capture.export import ExportedGraph, exported_graph
+from graphopt.capture.export import ExportedGraph, exported_graph, multiplied
 from graphopt.capture.fx import capture_fx
 from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, lowered_programs
 from graphopt.devices import prestart
 from graphopt.errors import CaptureError, UsageError
 from graphopt.exact import mark
+from graphopt.garbage import uncollected
 from graphopt.ir.graph import Graph
 from graphopt.lower import Lowered
 from graphopt.options import Options
@@ -144,11 +146,14 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
         FallbackError: ``strict`` is on and an operation has no kernel.
     """
     chosen = Options.make(None, options)
-    prestart(chosen, tree_leaves((args, kwargs)))
-    exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
-    values = _weights(exported, chosen)
-    compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, values=values, label=label, progress=progress))
+    pages = prestart(chosen, tree_leaves((args, kwargs)), multiplied(model) if isinstance(model, torch.nn.Module) else ())
+    with nullcontext() if chosen.own_weights else uncollected():  # there memory counts
+        exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
+        values = _weights(exported, chosen)
+        compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, values=values, label=label, progress=progress))
     if chosen.own_weights:
         compiled._own_weights(model if isinstance(model, torch.nn.Module) else None)
+    else:
+        compiled._compiled.stage_into(pages)
     return compiled

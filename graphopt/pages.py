@@ -8,11 +8,14 @@ stops at every border; with pages of 2 MiB, neither matters. Linux gives such pa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import threading
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 
@@ -21,16 +24,41 @@ PAGE = 1 << 21  # bytes of a large page
 LARGE_RESULT = 1 << 23  # bytes: from here on filling fresh memory is no slower in large pages, which take 3 us more to get
 CHUNK = 1 << 26  # bytes of addresses asked for at a time; memory is taken as it is written
 BLOCKED = 3600  # elements of a matrix from which on PyTorch turns it by blocks
+AHEAD = 1 << 24, 1 << 30  # bytes: less is not worth a thread, and so much at most is touched ahead
 _ALIGNMENT = 64
 _HAVE = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 
 
 class Pages:
-    """Hands out tensors side by side in large pages. Their memory is given back when the last tensor of a chunk is gone."""
+    """Hands out tensors side by side in large pages. Their memory is given back when the last tensor of a chunk is gone.
 
-    def __init__(self) -> None:
+    Args:
+        ahead: bytes that will be asked for, as far as can be told: a thread has the system find and clear pages for them while this
+            one does something else. A page that is touched first when something is packed into it costs several times what packing
+            does, most of all in a virtual machine, whose host has to find one, too.
+    """
+
+    def __init__(self, ahead: int = 0) -> None:
         self._chunk: mmap.mmap | None = None
         self._next = 0
+        self._ahead: _Ahead | None = None
+        ahead = min(ahead, AHEAD[1], available_memory() // 8)
+        if ahead >= AHEAD[0] and _HAVE:
+            self._chunk = _mapped(-(-ahead // PAGE) * PAGE)
+            self._ahead = _Ahead(self._chunk)
+            weakref.finalize(self, self._ahead.ended.set)
+
+    def end(self) -> None:
+        """Nothing more will be asked for: give back what was touched ahead for nothing."""
+        if self._ahead is None or self._chunk is None:
+            return
+        self._ahead.ended.set()
+        self._ahead.thread.join()
+        self._ahead = None
+        unused = -(-self._next // PAGE) * PAGE
+        if unused < len(self._chunk):
+            self._chunk.madvise(mmap.MADV_DONTNEED, unused)
+        self._chunk, self._next = None, 0
 
     def contiguous(self, x: torch.Tensor) -> torch.Tensor:
         """A row-major tensor of the same elements: ``x`` itself if it is one already, else a copy, in large pages if it is large."""
@@ -49,9 +77,48 @@ class Pages:
         count = shape.numel()
         nbytes = count * dtype.itemsize
         if self._chunk is None or self._next + nbytes > len(self._chunk):
+            self.end()
             self._chunk, self._next = _mapped(max(nbytes, CHUNK)), 0
         at, self._next = self._next, -(-(self._next + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        if self._ahead is not None:
+            with self._ahead.lock:
+                self._ahead.free_from = self._next
         return torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=at).view(shape)
+
+
+class _Ahead:
+    """Memory whose pages a thread has the system find and clear, page after page, as far as nobody else writes there.
+
+    By writing, not by ``MADV_POPULATE_WRITE``: so nobody but the writer waits for a page, and not every thread of the process that gets
+    or returns memory.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.free_from = 0  # bytes: what lies before is in use
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._touch, args=(memory,), name="graphopt pages", daemon=True)
+        self.thread.start()
+
+    def _touch(self, memory: mmap.mmap) -> None:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for at in range(-start % PAGE, len(memory), PAGE):
+            if self.ended.is_set():
+                return
+            with self.lock:
+                if at >= self.free_from:
+                    ctypes.memset(start + at, 0, 1)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping; a modest guess where it cannot be read."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return 2 << 30
 
 
 def uninitialized(nbytes: int) -> torch.Tensor:

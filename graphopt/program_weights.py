@@ -13,6 +13,7 @@ from graphopt.guards import InputGuard, Misplaced
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.printer import format_attr
 from graphopt.lower import Lowered
+from graphopt.pages import Pages
 from graphopt.program_writer import Call
 from graphopt.staging import Release, StagedCompute
 from graphopt.weights import ChangedWords, StagedValues, Values
@@ -96,6 +97,10 @@ class ProgramWeights:
             self.owned = Values(self._compute(read, gone))
         self._kept = list(kept.values())
         return kept
+
+    def stage_into(self, pages: Pages) -> None:
+        """Where the staged values shall lie when they are computed next."""
+        self._compute.pages[:] = [pages]
 
     @property
     def owned_bytes(self) -> int | None:

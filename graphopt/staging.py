@@ -29,10 +29,14 @@ class StagedCompute:
     Args:
         wanted: staged values, and whether in row-major memory.
         library: makes the call of a node.
+
+    Attributes:
+        pages: where the next values come to lie, if a place was got ready for them; empty if not.
     """
 
     def __init__(self, lowered: Lowered, wanted: Sequence[tuple[Value, bool]], library: Callable[[Node], Call]) -> None:
         self.weights = staged_weights(lowered)
+        self.pages: list[Pages] = []
         self._calls = [(node, library(node)) for node in lowered.staged]
         self._wanted: dict[Value, list[tuple[int, bool]]] = {}
         self._count = len(wanted)
@@ -53,7 +57,10 @@ class StagedCompute:
             release: called as soon as neither a wanted value nor a later node refers to the memory of a weight; that of
                 one which a wanted value is a view of is kept. ``weights`` is emptied, so that nothing here keeps them.
         """
-        pages = Pages()
+        try:
+            pages = self.pages.pop()
+        except IndexError:  # as every time but the first
+            pages = Pages()
         out: list[Any] = [None] * self._count
         env: dict[Value, torch.Tensor] = dict(zip(self.weights, weights, strict=True))
         held = Counter(map(_memory, weights))
@@ -82,6 +89,7 @@ class StagedCompute:
                 if release is not None and not held[memory]:
                     for i in places.pop(memory, ()):
                         release(i)
+        pages.end()
         return out
 
 

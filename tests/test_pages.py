@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
+import time
 
 import pytest
 import torch
@@ -61,6 +63,61 @@ def test_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     b = own.empty(torch.Size([LARGE]), torch.uint8)
     a.fill_(1), b.fill_(2)
     assert int(a.sum()) == 2 * LARGE and CHUNK > LARGE
+
+
+def test_what_is_touched_ahead_holds_what_is_written_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[int] = []
+    write = ctypes.memset
+
+    def slow(at: int, value: int, count: int) -> None:
+        time.sleep(2e-3)  # as long as a host may take for a page
+        touched.append(at)
+        write(at, value, count)
+
+    monkeypatch.setattr(ctypes, "memset", slow)
+    own = Pages(ahead=32 * PAGE)
+    assert own._ahead is not None and own._chunk is not None
+    thread, chunk = own._ahead.thread, ctypes.addressof(ctypes.c_char.from_buffer(own._chunk))
+    made = []
+    for i in range(1, 12):
+        made.append(own.empty(torch.Size([3 * PAGE]), torch.uint8).fill_(i))
+        time.sleep(2e-3)
+    assert {int(x.min()) for x in made} == set(range(1, 11)) | {11} and all(int(x.max()) == i for i, x in enumerate(made, 1))
+    within = [x for x in made if chunk <= x.data_ptr() < chunk + 32 * PAGE]
+    assert len(within) == 10 and all(x.data_ptr() == chunk + i * 3 * PAGE for i, x in enumerate(within))
+    assert own._ahead is None and not thread.is_alive(), "what does not fit ends it"
+    assert touched and len(set(touched)) == len(touched)
+
+
+def test_what_was_touched_for_nothing_is_given_back() -> None:
+    own = Pages(ahead=32 * PAGE)
+    assert own._ahead is not None and own._chunk is not None
+    thread, chunk = own._ahead.thread, own._chunk
+    kept = own.empty(torch.Size([PAGE]), torch.uint8).fill_(7)
+    last = ctypes.c_char.from_buffer(chunk, 31 * PAGE)
+    thread.join()
+    last.value = b"x"
+    own.end()
+    own.end()
+    assert last.value == b"\0" and int(kept.sum()) == 7 * PAGE, "fresh memory there, and what was handed out as it was"
+    assert own.empty(torch.Size([PAGE]), torch.uint8).data_ptr() != kept.data_ptr() + PAGE
+
+
+def test_touching_ends_with_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "memset", lambda *_: time.sleep(1e-3))
+    own = Pages(ahead=1 << 29)
+    assert own._ahead is not None
+    thread = own._ahead.thread
+    del own
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_little_memory_is_not_touched_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Pages(ahead=pages.AHEAD[0] - 1)._ahead is None
+    monkeypatch.setattr(pages, "available_memory", lambda: 1 << 26)
+    assert Pages(ahead=1 << 30)._ahead is None, "an eighth of what is available at most"
 
 
 def test_an_arena_begins_at_a_large_page() -> None:

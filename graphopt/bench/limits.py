@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
 
 from graphopt.errors import GraphoptError
-from graphopt.pages import Pages
+from graphopt.pages import Pages, available_memory
 from graphopt.target import THIRDS_PRODUCTS, Target, detect
 
 MEMORY_BYTES = 1 << 30  # far beyond the last-level cache, where memory allows
@@ -130,14 +129,3 @@ def buffer_bytes(target: Target, available: int) -> int:
     wanted = max(MEMORY_BYTES, min(4 * target.cache[2], 4 << 30))
     whole = 1 << 22  # equal parts of whole vectors for every task
     return max(whole, min(wanted, available // 4) // whole * whole)
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be had without swapping; a modest guess where it cannot be read."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError, IndexError):
-        pass
-    return 2 << 30

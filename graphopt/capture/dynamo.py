@@ -7,7 +7,7 @@ graphs (forward and, when it is first needed, backward) take them as ordinary in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from graphopt.capture.training import train_attention
 from graphopt.compiler import CompiledGraph, LibraryGraph, compile_fx
 from graphopt.devices import prestart
 from graphopt.errors import UsageError
+from graphopt.garbage import uncollected
 from graphopt.options import Options
 
+_LOOKUPS = (torch.nn.functional.embedding, torch.embedding)
 Compiled = Callable[[list[Any]], Any]
 
 
@@ -34,11 +36,11 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     chosen = Options.make(mode, options)
     if chosen.own_weights:
         raise UsageError("own_weights=True needs graphopt.compile(model, args): torch.compile keeps the weights and hands them in")
-    prestart(chosen, example_inputs)
-    label = graph_label(gm)
     static = frozen_inputs(gm, example_inputs) if chosen.freeze else {}
-    names = input_names(gm)
     trains = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+    pages = prestart(chosen, example_inputs, [] if trains else [example_inputs[i] for i in multiplied(gm, static)])
+    label = graph_label(gm)
+    names = input_names(gm)
     with _disable_current_modes():
         said = train_attention(gm, chosen) if trains else []
 
@@ -47,7 +49,9 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     def inference(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         weights = inner_weights(gm, static)
         values = {i: given[o] for i, o in enumerate(inner_origins(gm)) if i in weights and o is not None}
-        return compile_graph(gm, chosen, label, weights, inner_names(gm, names), values)
+        compiled = compile_graph(gm, chosen, label, weights, inner_names(gm, names), values)
+        compiled.stage_into(pages)
+        return compiled
 
     def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         compiled = compile_graph(gm, chosen, f"{label} (forward)", {}, inner_names(gm, names))
@@ -58,7 +62,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     def backward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         return _undisturbed(compile_graph(gm, chosen, f"{label} (backward)", {}), "compiled by graphopt")
 
-    with functorch_config.patch(unlift_effect_tokens=True):
+    with functorch_config.patch(unlift_effect_tokens=True), uncollected():
         compiled = aot_module_simplified(
             gm, list(example_inputs), fw_compiler=forward, bw_compiler=backward, inference_compiler=inference,
             decompositions=dict(DECOMPOSITIONS), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
@@ -83,6 +87,13 @@ def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> di
             source = getattr(node, "_dynamo_source", None)
             found[i] = clean_name(source.name if source is not None else node.name)
     return found
+
+
+def multiplied(gm: torch.fx.GraphModule, inputs: Iterable[int]) -> list[int]:
+    """Those of Dynamo's inputs that may be factors of products: matrices and filters that are not only looked up."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    shapes = {i: getattr(nodes[i].meta.get("example_value"), "ndim", 0) for i in inputs}
+    return [i for i, rank in shapes.items() if rank >= 2 and any(user.target not in _LOOKUPS for user in nodes[i].users)]
 
 
 def input_names(gm: torch.fx.GraphModule) -> dict[int, str]:

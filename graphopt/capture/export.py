@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._export.utils import _collect_all_valid_cia_ops, _get_decomp_for_cia
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.decompositions import DECOMPOSITIONS
@@ -150,6 +151,13 @@ class ExportedGraph:
             self._template[i] = x
             del self.slots[i]
         self._live = [(i, s.table, s.key) for i, s in self.slots.items()]
+
+
+def multiplied(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors of a module that may be factors of products: matrices and filters that are not only looked up."""
+    owners = [m for m in model.modules() if not isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag)]
+    tensors = [t for m in owners for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and not is_lazy(t)]
+    return [t for t in tensors if t.ndim >= 2]
 
 
 def _children(spec: Any) -> list[Any]:
