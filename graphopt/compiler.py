@@ -237,7 +237,7 @@ def _lower(unit: _Unit, captured: Captured, target: Target, backend: Backend | N
     optimize(unit.graph, target, options, unit.report)
     lowering = time.perf_counter()
     unit.lowered = lower(unit.graph, target, backend, why_none, asked=options.backend == "eager")
-    update_in_place(unit.lowered, _mutated_inputs(captured))
+    update_in_place(unit.lowered, _mutated_inputs(captured), target, backend)
     unit.report.text_after = str(unit.graph)
     report_fallbacks(unit.report, unit.lowered, options)  # before time is spent on building
     unit.report.seconds["lower"] = time.perf_counter() - lowering

@@ -10,22 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from graphopt.autotune.space import Workload
+from graphopt.backends.base import Backend
 from graphopt.ir.graph import Graph, Value
 from graphopt.lower import KernelStep, LibraryStep, Lowered, ViewStep, may_alias
+from graphopt.target import Target
 
 
-def update_in_place(lowered: Lowered, mutated: Mapping[int, int]) -> None:
+def update_in_place(lowered: Lowered, mutated: Mapping[int, int], target: Target, backend: Backend | None) -> None:
     """Turn steps of the kind ``scatter`` into ``update`` steps, whose result lies in their operand's memory.
 
     Args:
         mutated: graph output -> the graph input that it is copied into after the run. What a caller gets as a result of its own
             must not be among them.
+        backend: whose default schedules for an update in place are taken: another way may be the best one where nothing is copied.
     """
     for output, source in mutated.items():
         chain = _chain(lowered, lowered.graph.outputs[output], lowered.graph.inputs[source])
         if chain and lowered.graph.output_strides[output] is None:
             for step, operand in chain:
+                assert backend is not None
                 step.workload = Workload.of(step.workload.graph, "update")
+                step.schedule = backend.templates(step.workload, target)[0].space(step.workload, target).default()
                 step.in_place = operand
             lowered.in_place[output] = source
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.base import Kernel, KernelSource
-from graphopt.backends.forms.support import ATTENTIONS, DTYPES, MOVES, PRODUCTS, REDUCTIONS, ROW_OPS, SCANS, VIEWS, constant_of
+from graphopt.backends.forms.support import ATTENTIONS, DTYPES, MOVES, PRODUCTS, REDUCTIONS, ROW_OPS, SCANS, SCATTERS, VIEWS, constant_of
 from graphopt.backends.triton.pointwise import unsupported
 from graphopt.backends.triton.template import Template
 from graphopt.backends.triton.templates import TEMPLATES
@@ -77,7 +77,7 @@ def _node(node: Node) -> str | None:
     if node.name not in (*VIEWS, "dequantize") and any(v.dtype in LARGEST for v in node.operands):
         return f"{node.name} of 8-bit floats"
     name, moved = node.name, (*MOVES, "wrap_index", "dequantize", "quantize")
-    if name in (*moved, *REDUCTIONS, *ROW_OPS, *PRODUCTS, *ATTENTIONS, *SCANS):
+    if name in (*moved, *REDUCTIONS, *ROW_OPS, *PRODUCTS, *ATTENTIONS, *SCANS, *SCATTERS):
         return "a complex constant" if name == "constant" and isinstance(node.attrs["value"], complex) else None
     if not node.op.has(Trait.POINTWISE):
         return f"{name} has no template"

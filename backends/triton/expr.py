@@ -105,12 +105,25 @@ class Expressions:
 
     def write(self, tensor: str, to: Sum, lanes: Sequence[Var], shape: str, value: str) -> None:
         """Write the lanes of a tile to a place in a tensor; ``value`` is of the tensor's type."""
+        place, mask = self.lanes_at(tensor, to, lanes, shape)
+        self.code.line(f"tl.store({place}, {value}{mask})")
+
+    def stored(self, k: int, index: Index, lanes: Sequence[Var], shape: str) -> Tile:
+        """What lies in the memory of output k now, as it is computed with; to be asked for where it is read."""
+        v = self.graph.outputs[k]
+        place, mask = self.lanes_at(f"out{k}", self.output_place(k, index), lanes, shape)
+        name = self.code.let("old", f"tl.load({place}{mask})")
+        text = self.code.let("f", f"{name}.to(tl.float32)") if v.dtype in NARROW else name
+        return Tile(text, v.dtype, frozenset(a for lane in lanes for a in lane.axes), self.code.depth)
+
+    def lanes_at(self, tensor: str, to: Sum, lanes: Sequence[Var], shape: str) -> tuple[str, str]:
+        """Pointers of the lanes of a tile, and the argument that leaves out those outside of their extents."""
         at = self.code.place(to)
         place = f"{tensor} + {at.text}"
         if shape and at.axes != frozenset(a for lane in lanes for a in lane.axes):  # an axis of one element
             place = f"tl.broadcast_to({place}, {shape})"
         mask = conditions([c for lane in lanes for c in lane.inside])
-        self.code.line(f"tl.store({place}, {value}{', mask=' + mask if mask else ''})")
+        return place, f", mask={mask}" if mask else ""
 
     def output_place(self, k: int, index: Index) -> Sum:
         """Where in memory an element of output k lies."""
@@ -304,7 +317,8 @@ class Expressions:
         self.conditional.extend(index)
         tile = self.at(positions, index)
         last = self.code.size(dims.sub(size, 1))
-        text = self.code.let("at", f"tl.minimum(tl.maximum({tile.text}, 0), {last})", tile.depth)
+        wide = tile.text if positions.dtype == types.i64 or not self.code.wide else f"{tile.text}.to(tl.int64)"
+        text = self.code.let("at", f"tl.minimum(tl.maximum({wide}, 0), {last})", tile.depth)
         inside = tuple(dict.fromkeys(c for i in index for v in variables(i) if v.axes <= tile.axes for c in v.inside))
         return Sum(((Var(text, size, tile.axes, tile.depth, inside), 1),))
 

@@ -35,7 +35,7 @@ def test_cases_have_kernels(name: str) -> None:
     assert templates(parse_graph("graph @g" + text), kind, SM_90)[1]
 
 
-@pytest.mark.parametrize("name", ["layer norm", "matmul, odd", "sum"])
+@pytest.mark.parametrize("name", ["layer norm", "matmul, odd", "sum", "rows added by index"])
 def test_small_cases_are_right(name: str) -> None:
     kind, text = GPU.CASES[name]
     graph = parse_graph("graph @g" + GPU.small(text))
