@@ -8,6 +8,7 @@ from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
 from graphopt.backends.triton.template import LANES, Template, first, lanes_fit, largest
 from graphopt.ir import dims
+from graphopt.ir.opset.window import WINDOWS
 from graphopt.target import Target
 
 # --- pointwise ---------------------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
 
 
 def _window_refuse(w: Workload, t: Target) -> str | None:
-    if w.kind not in ("conv", *window.POOLS):
+    if w.kind not in ("conv", *WINDOWS):
         return "not a region around a window"
     form = window.form_of(w.graph)
     return form if isinstance(form, str) else None

@@ -1,7 +1,7 @@
 """What reads an image through a window: where a tap lies, and whether that is inside.
 
-Depthwise convolutions and pooling are computed here, a lane an element of the result, one tap after another; a convolution that sums
-channels is a product (:mod:`conv`).
+Depthwise convolutions and pooling are computed here, a lane an element of the result, one tap after another; where the place of the
+greatest element is asked for, a lane keeps it beside the element. A convolution that sums channels is a product (:mod:`conv`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import prod
 
 from graphopt.backends.forms.convform import conv_of
 from graphopt.backends.forms.support import is_materialized
-from graphopt.backends.triton.code import Code, Launch, Text, ceildiv
+from graphopt.backends.triton.code import Code, Launch, Text, ceildiv, conditions
 from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, shift, variable
 from graphopt.backends.triton.pointwise import held, number
@@ -20,9 +20,9 @@ from graphopt.backends.triton.sums import computed, total_of
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node
+from graphopt.ir.opset.window import WINDOWS
 
 UNROLLED = 64  # taps at most that are written one after another
-POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def form_of(graph: Graph) -> Node | str:
     if node.name == "conv":
         form = conv_of(graph)
         return form if isinstance(form, str) else node if form.depthwise else "a convolution that sums channels"
-    if node.name not in POOLS:
+    if node.name not in WINDOWS:
         return f"{node.name} has no template"
     if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
         return "a window without elements"
@@ -90,6 +90,7 @@ class WindowKernel:
         node = form_of(graph)
         assert isinstance(node, Node)
         self.graph, self.node, self.rows, self.columns = graph, node, rows, columns
+        self.positions = "argmax" in node.name
         self.code = Code(graph)
         self.e = Expressions(self.code)
 
@@ -108,27 +109,28 @@ class WindowKernel:
 
     def _value(self, index: Sequence[Sum]) -> str:
         """Name of the result's tile."""
-        node, x = self.node, self.node.operands[0]
+        code, node, x = self.code, self.node, self.node.operands[0]
         last = node.attrs["channels_last"]
         self.batch, self.channel, at = index[0], index[-1] if last else index[1], _spatial(node, tuple(index))  # type: ignore[arg-type]
         image = _spatial(node, x.shape)
+        self.where = code.let("where", f"tl.full([ROWS, COLUMNS], -1, {'tl.int64' if code.wide else 'tl.int32'})") if self.positions else ""
         if node.name.startswith("adaptive"):
             return self._adaptive(at, image)  # type: ignore[arg-type]
         w = node.operands[1] if node.name == "conv" else None
         slide = Slide.of(node, tuple(int(d) for d in w.shape[:-2]) if w is not None else node.attrs["kernel"], image)
         acc = self._start()
-        tap = Var(code_name := self.code.fresh("tap"), slide.taps, depth=self.code.depth + 1)
-        with self.code.loop(f"for {code_name} in {_taps(slide.taps)}:"):
+        tap = Var(code.fresh("tap"), slide.taps, depth=code.depth + 1)
+        with code.loop(f"for {tap.name} in {_taps(slide.taps)}:"):
             taps = self.e.places.unflatten(variable(tap), slide.kernel)
             places, guards = slide.places(self.e, at, taps)  # type: ignore[arg-type]
             tile = self._read(places, guards)
             if w is not None:
                 weight = self.e.wide(w, [*taps, Sum(), self.channel])
-                self.code.line(f"{acc} += {tile} * {weight.text}")
+                code.line(f"{acc} += {tile} * {weight.text}")
             else:
-                self._join(acc, tile)
+                self._join(acc, tile, places, guards)
         if node.name != "avg_pool":
-            return acc
+            return self._found(acc)
         return self._mean(acc, slide, at)  # type: ignore[arg-type]
 
     def _read(self, places: Sequence[Sum], guards: Sequence[Text]) -> str:
@@ -152,9 +154,27 @@ class WindowKernel:
         kind = held(dtype) if "max" in self.node.name else total_of(dtype)
         return self.code.let("acc", f"tl.full([ROWS, COLUMNS], {self._neutral()}, {kind})")
 
-    def _join(self, acc: str, tile: str) -> None:
+    def _join(self, acc: str, tile: str, places: Sequence[Sum], guards: Sequence[Text]) -> None:
+        """One more element of a window, which lies at a place of the image where all conditions hold."""
+        if self.positions:
+            self._compare(acc, tile, places, guards)
+            return
         nan = ", propagate_nan=tl.PropagateNan.ALL" if self.node.operands[0].dtype.is_float else ""
         self.code.line(f"{acc} = tl.maximum({acc}, {tile}{nan})" if "max" in self.node.name else f"{acc} += {tile}")
+
+    def _compare(self, acc: str, tile: str, places: Sequence[Sum], guards: Sequence[Text]) -> None:
+        """Keep an element and its place if it is the first of its window, greater than those before, or nan."""
+        code, x = self.code, self.node.operands[0]
+        at = code.place(self.e.places.flatten(places, _spatial(self.node, x.shape)))
+        better = f"({tile} > {acc}) | ({self.where} < 0)" + (f" | ({tile} != {tile})" if x.dtype.is_float else "")
+        inside = conditions([g.text for g in guards])
+        better = code.let("better", f"{inside} & ({better})" if inside else better)
+        code.line(f"{acc} = tl.where({better}, {tile}, {acc})")
+        code.line(f"{self.where} = tl.where({better}, {at.text}, {self.where})")
+
+    def _found(self, acc: str) -> str:
+        """The result of what was joined."""
+        return self.code.let("place", f"{self.where}.to(tl.int64)") if self.positions else acc
 
     def _mean(self, acc: str, slide: Slide, at: Sequence[Sum]) -> str:
         """The sum over the number of elements that count."""
@@ -194,9 +214,9 @@ class WindowKernel:
                 inner, end = code.derived(add(start, k), size, "s"), code.place(stop)
                 guards.append(Text(code.let("ok", f"{inner.name} < {end.text}", inner.depth), inner.axes | end.axes, inner.depth))
                 places.append(variable(inner))
-            self._join(acc, self._read(places, guards))
+            self._join(acc, self._read(places, guards), places, guards)
         if "max" in self.node.name:
-            return acc
+            return self._found(acc)
         for start, stop, _ in spans:
             acc = code.let("mean", f"{acc} / ({code.place(stop).text} - {code.place(start).text})")
         return acc

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+import torch.nn.functional as F
 from test_conv import CASES as CONVOLUTIONS
 from test_conv import conv
 from test_pool import CASES as POOLS
-from test_pool import kind_of
+from test_pool import kind_of, pool
 from test_triton_kernels import draws
 from test_triton_offline import TARGETS, judge
 from triton_check import SM_90, runner
@@ -21,7 +23,7 @@ from graphopt.testing.kernels import check, sizes, values
 
 LONG_POOL = re.compile("any size|large|volume")
 LONG = ("image of any size", "depthwise 7x7", "depthwise of any size", "depthwise strided, any size", "depthwise, padded, of any size")
-IN_POOLS = {name: g for name, g in POOLS.items() if "argmax" not in kind_of(g) and not (g.symbols and "adaptive" in name)}
+IN_POOLS = {name: g for name, g in POOLS.items() if not (g.symbols and "adaptive" in name)}
 
 
 def against_f64(graph: Graph, kind: str, nan: bool = False) -> None:
@@ -37,8 +39,38 @@ def test_convolutions(name: str) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if LONG_POOL.search(n) else n for n in IN_POOLS])
 def test_pools(name: str) -> None:
-    against_f64(IN_POOLS[name], kind_of(IN_POOLS[name]))
-    against_f64(IN_POOLS[name], kind_of(IN_POOLS[name]), nan=True)
+    graph = IN_POOLS[name]
+    against_f64(graph, kind_of(graph))
+    if "argmax" not in kind_of(graph) or "H" not in graph.symbols:
+        against_f64(graph, kind_of(graph), nan=True)
+
+
+@pytest.mark.parametrize("dtype", [types.f32, types.bf16, types.i32, types.u8], ids=str)
+@pytest.mark.parametrize("name", ["sliding", "first", "adaptive"])
+def test_places_of_equal_elements(name: str, dtype: types.DType) -> None:
+    """The first of the greatest ones, of a window of nothing but -inf its first element; the last of several nans."""
+    graph = {
+        "sliding": pool("argmax_pool", (2, 9, 8, 5), 3, 2, 1, dtype=dtype),
+        "first": pool("argmax_pool", (2, 5, 9, 8), 3, 2, 1, dilation=2, last=False, dtype=dtype),
+        "adaptive": pool("adaptive_argmax_pool", (2, 9, 8, 5), size=(4, 3), dtype=dtype),
+    }[name]
+    x = torch.randint(0, 3, [int(d) for d in graph.inputs[0].shape], generator=torch.Generator().manual_seed(0)).to(dtype.torch)
+    if dtype.is_float:
+        x[0], x[1].view(-1)[::7] = float("-inf"), float("nan")
+    check(graph, runner(graph, kind_of(graph)), [x])
+
+
+def test_places_in_a_model() -> None:
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, at = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+        z, low = F.adaptive_max_pool2d(x, (4, 3), return_indices=True)
+        return y, at, z, low, x.flatten(2).gather(2, at.flatten(2))
+
+    x = torch.randn(2, 3, 13, 14, generator=torch.Generator().manual_seed(0))
+    options = {"backend": "triton", "target": "cuda:sm_90:4", "strict": True}
+    with torch.no_grad():
+        for got, want in zip(torch.compile(fn, backend="graphopt", options=options)(x), fn(x), strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["3x3", "depthwise, small image", "grouped"])
@@ -49,14 +81,14 @@ def test_sampled_schedules(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("graph", "reason"),
     [
-        ("argmax", "there is no family of kernels for argmax_pool regions"),
-        ("adaptive avg of any size", "adaptive windows of unknown size"),
+        (POOLS["adaptive avg of any size"], "adaptive windows of unknown size"),
+        (pool("argmax_pool", (2, 0, 8, 5), 1), "a window without elements"),
     ],
 )
-def test_what_has_no_template_says_so(name: str, reason: str) -> None:
-    w = Workload.of(POOLS[name], kind_of(POOLS[name]))
+def test_what_has_no_template_says_so(graph: Graph, reason: str) -> None:
+    w = Workload.of(graph, kind_of(graph))
     assert not TritonBackend().templates(w, SM_90)
     assert TritonBackend().reason(w, SM_90) == reason
 
@@ -70,9 +102,22 @@ LARGE = {
 }
 
 
+PLACES = {
+    "sliding": pool("argmax_pool", (8, 112, 112, 64), 3, 2, 1, dtype=types.f16),
+    "first": pool("argmax_pool", (8, 64, 112, 112), 3, 2, 1, last=False),
+    "adaptive": pool("adaptive_argmax_pool", (8, 56, 56, 64), size=(7, 7)),
+}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target: str) -> None:
     judge(LARGE["3x3"], "conv", target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", PLACES)
+def test_machine_code_of_pools(name: str, target: str) -> None:
+    judge(PLACES[name], kind_of(PLACES[name]), target)
 
 
 @pytest.mark.slow
