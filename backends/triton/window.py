@@ -72,8 +72,6 @@ def form_of(graph: Graph) -> Node | str:
         return f"{node.name} has no template"
     if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
         return "a window without elements"
-    if node.name.startswith("adaptive") and not dims.is_static(_spatial(node, node.operands[0].shape)):
-        return "adaptive windows of unknown size"
     if any(not dims.same_shape(v.shape, node.result.shape) for v in graph.outputs):
         return "an output of another shape than the window's"
     return node
@@ -120,7 +118,7 @@ class WindowKernel:
         slide = Slide.of(node, tuple(int(d) for d in w.shape[:-2]) if w is not None else node.attrs["kernel"], image)
         acc = self._start()
         tap = Var(code.fresh("tap"), slide.taps, depth=code.depth + 1)
-        with code.loop(f"for {tap.name} in {_taps(slide.taps)}:"):
+        with code.loop(f"for {tap.name} in {_taps(slide.taps, code)}:"):
             taps = self.e.places.unflatten(variable(tap), slide.kernel)
             places, guards = slide.places(self.e, at, taps)  # type: ignore[arg-type]
             tile = self._read(places, guards)
@@ -202,12 +200,12 @@ class WindowKernel:
         e, code, sizes = self.e, self.code, _spatial(self.node, self.node.result.shape)
         spans = []
         for i, n, m in zip(at, image, sizes, strict=True):
-            start = e.places.quotient(scale(i, n), int(m))
-            stop = e.places.quotient(shift(scale(i, n), int(n) + int(m) - 1), int(m))
-            spans.append((start, stop, max(-(-(j + 1) * int(n) // int(m)) - j * int(n) // int(m) for j in range(int(m)))))
+            start = e.places.quotient(scale(i, n), m)
+            stop = e.places.quotient(shift(scale(i, n), dims.sub(dims.add(n, m), 1)), m)
+            spans.append((start, stop, _longest(n, m)))
         acc, longest = self._start(), [n for _, _, n in spans]
-        tap = Var(code.fresh("tap"), prod(longest), depth=code.depth + 1)
-        with code.loop(f"for {tap.name} in {_taps(prod(longest))}:"):
+        tap = Var(code.fresh("tap"), dims.numel(longest), depth=code.depth + 1)
+        with code.loop(f"for {tap.name} in {_taps(dims.numel(longest), code)}:"):
             places: list[Sum] = []
             guards: list[Text] = []
             for (start, stop, _), k, size in zip(spans, e.places.unflatten(variable(tap), longest), image, strict=True):
@@ -222,8 +220,15 @@ class WindowKernel:
         return acc
 
 
-def _taps(count: int) -> str:
-    return f"tl.static_range({count})" if count <= UNROLLED else f"range({count})"
+def _longest(n: Dim, m: Dim) -> Dim:
+    """Elements of the longest of m windows over n elements; of sizes that are not known, one more than need be at most."""
+    if isinstance(n, int) and isinstance(m, int):
+        return max(-(-(i + 1) * n // m) - i * n // m for i in range(m))
+    return dims.add(dims.floordiv(dims.sub(dims.add(n, m), 1), m), 1)
+
+
+def _taps(count: Dim, code: Code) -> str:
+    return f"tl.static_range({count})" if isinstance(count, int) and count <= UNROLLED else f"range({code.size(count)})"
 
 
 def size_of(graph: Graph) -> tuple[Dim, Dim]:

@@ -10,20 +10,26 @@ import torch.nn.functional as F
 from test_conv import CASES as CONVOLUTIONS
 from test_conv import conv
 from test_pool import CASES as POOLS
-from test_pool import kind_of, pool
+from test_pool import B, H, kind_of, pool
 from test_triton_kernels import draws
 from test_triton_offline import TARGETS, judge
 from triton_check import SM_90, runner
 
 from graphopt.autotune.space import Workload
 from graphopt.backends.triton.backend import TritonBackend
-from graphopt.ir import types
+from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph
 from graphopt.testing.kernels import check, sizes, values
 
 LONG_POOL = re.compile("any size|large|volume")
 LONG = ("image of any size", "depthwise 7x7", "depthwise of any size", "depthwise strided, any size", "depthwise, padded, of any size")
-IN_POOLS = {name: g for name, g in POOLS.items() if not (g.symbols and "adaptive" in name)}
+ADAPTIVE = {
+    "max of any size, first": pool("adaptive_max_pool", (B, 3, H, H), size=(4, 3), last=False),
+    "argmax of any size": pool("adaptive_argmax_pool", (B, H, H, 5), size=(2, 5)),
+    "avg to any size": pool("adaptive_avg_pool", (B, H, H, 5), size=(dims.floordiv(dims.add(H, 1), 2), 4)),
+    "max to any size": pool("adaptive_max_pool", (H, 13, 9, 5), size=(dims.floordiv(dims.add(H, 2), 3), H)),
+    "of a line": pool("adaptive_max_pool", (2, H, 5), size=(7,), relu=True),
+}
 
 
 def against_f64(graph: Graph, kind: str, nan: bool = False) -> None:
@@ -37,12 +43,21 @@ def test_convolutions(name: str) -> None:
     against_f64(CONVOLUTIONS[name], "conv")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if LONG_POOL.search(n) else n for n in IN_POOLS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if LONG_POOL.search(n) else n for n in POOLS])
 def test_pools(name: str) -> None:
-    graph = IN_POOLS[name]
+    graph = POOLS[name]
     against_f64(graph, kind_of(graph))
     if "argmax" not in kind_of(graph) or "H" not in graph.symbols:
         against_f64(graph, kind_of(graph), nan=True)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_adaptive_pools_of_any_size(name: str) -> None:
+    graph = ADAPTIVE[name]
+    run = runner(graph, kind_of(graph))
+    for b, h in ((1, 7), (3, 10), (2, 16)):
+        bindings = {s: n for s, n in (("B", b), ("H", h)) if s in graph.symbols}
+        check(graph, run, values(graph, **bindings), bindings, factor=4.0, slack=2)
 
 
 @pytest.mark.parametrize("dtype", [types.f32, types.bf16, types.i32, types.u8], ids=str)
@@ -83,7 +98,6 @@ def test_sampled_schedules(name: str) -> None:
 @pytest.mark.parametrize(
     ("graph", "reason"),
     [
-        (POOLS["adaptive avg of any size"], "adaptive windows of unknown size"),
         (pool("argmax_pool", (2, 0, 8, 5), 1), "a window without elements"),
     ],
 )
@@ -106,6 +120,7 @@ PLACES = {
     "sliding": pool("argmax_pool", (8, 112, 112, 64), 3, 2, 1, dtype=types.f16),
     "first": pool("argmax_pool", (8, 64, 112, 112), 3, 2, 1, last=False),
     "adaptive": pool("adaptive_argmax_pool", (8, 56, 56, 64), size=(7, 7)),
+    "adaptive, of any size": pool("adaptive_avg_pool", (B, H, H, 512), size=(7, 7), dtype=types.bf16),
 }
 
 
