@@ -61,8 +61,6 @@ def _refusal(w: Workload, t: Target) -> str | None:
     for v in graph.inputs:
         if (why := _value(v)) is not None:
             return why
-    if any(v.dtype in LARGEST for v in graph.outputs):
-        return "a result of 8-bit floats"
     return next((why for node in graph.nodes() if (why := _node(node)) is not None), None)
 
 
@@ -74,8 +72,10 @@ def _node(node: Node) -> str | None:
     for r in node.results:
         if (why := _value(r)) is not None:
             return f"{node.name}: {why}"
-    if node.name not in (*VIEWS, "dequantize") and any(v.dtype in LARGEST for v in node.operands):
+    if node.name not in (*VIEWS, "dequantize", "cast") and any(v.dtype in LARGEST for v in node.operands):
         return f"{node.name} of 8-bit floats"
+    if node.name not in (*VIEWS, "quantize") and any(v.dtype in LARGEST for v in node.results):
+        return f"{node.name} to 8-bit floats"
     name, moved = node.name, (*MOVES, "wrap_index", "dequantize", "quantize")
     if name in (*moved, *REDUCTIONS, *ROW_OPS, *PRODUCTS, *ATTENTIONS, *SCANS, *SCATTERS):
         return "a complex constant" if name == "constant" and isinstance(node.attrs["value"], complex) else None

@@ -193,7 +193,7 @@ class Code:
         kernels = [(name, self, launch), *((f"{name}_{k}", code, after) for k, (code, after) in enumerate(self.then, 1))]
         given, symbols = [*self.tensors, *self.scratch], sorted(w.graph.symbols)
         values = (*w.graph.inputs, *w.graph.outputs)
-        bits = {n for n, v in zip(self.tensors, values, strict=True) if v.dtype in LARGEST}  # read as what they are made of
+        bits = {n for n, v in zip(self.tensors, values, strict=True) if v.dtype in LARGEST}  # read and written as what they are made of
         helpers = sorted({h for _, code, _ in kernels for h in code.helpers})
         passed = [*(f"{n}.view(torch.uint8)" if n in bits else n for n in given), *symbols]
         lines = [

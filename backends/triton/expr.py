@@ -33,7 +33,7 @@ class Tile:
     Attributes:
         axes: the axes of the tile along which it varies.
         depth: loops within which it is defined.
-        narrow: it is an f16 or bf16 as loaded, not yet an f32.
+        narrow: it is an f16, a bf16, or the bits of a float of 8 bits, as loaded or to be stored, not an f32.
         literal: it is a Python number.
         zero: conditions outside of which it is known to be 0.
     """
@@ -86,8 +86,8 @@ class Expressions:
         if not tile.narrow:
             return tile
         if tile.text not in self._wide:
-            text = self.code.let("f", f"{tile.text}.to(tl.float32)", tile.depth)
-            self._wide[tile.text] = replace(tile, text=text, narrow=False)
+            number = f"{self.code.helper(tile.dtype.name)}({tile.text})" if tile.dtype in LARGEST else f"{tile.text}.to(tl.float32)"
+            self._wide[tile.text] = replace(tile, text=self.code.let("f", number, tile.depth), narrow=False)
         return self._wide[tile.text]
 
     def store(self, k: int, index: Index, lanes: Sequence[Var], shape: str, value: str = "") -> None:
@@ -172,9 +172,7 @@ class Expressions:
             where = place.text
         mask = f", mask={conditions(masks)}, other=0" if masks else ""
         text = self.code.let("x", f"tl.load({self._names[v]} + {where}{mask})", depth)
-        if v.dtype in LARGEST:
-            text = self.code.let("f", f"{self.code.helper(v.dtype.name)}({text})", depth)
-        return Tile(text, v.dtype, place.axes, depth, v.dtype in NARROW, zero=frozenset(masks))
+        return Tile(text, v.dtype, place.axes, depth, v.dtype in NARROW or v.dtype in LARGEST, zero=frozenset(masks))
 
     def _broadcast(self, index: Index, x: Value) -> list[Sum]:
         tail = list(index)[len(index) - x.type.rank :]
@@ -345,12 +343,19 @@ class Expressions:
     def _quantize(self, node: Node, index: Index) -> Tile:
         x, dtype = node.operands[0].dtype, node.result.dtype
         inverse = self.apply("reciprocal", [self._operand(node, 1, index, x)], x, x)
-        value = self.apply("round", [self.apply("mul", [self._operand(node, 0, index, x), inverse], x, x)], x, x)
+        value, most = self.apply("mul", [self._operand(node, 0, index, x), inverse], x, x), LARGEST.get(dtype)
+        if most is None:
+            value = self.apply("round", [value], x, x)
         if len(node.operands) == 3:
             value = self.apply("add", [value, self._operand(node, 2, index, x)], x, x)
-        low, high = (Tile(number(n, x), x, literal=True) for n in integer_range(dtype, node.attrs["bits"]))
+        ends = integer_range(dtype, node.attrs["bits"]) if most is None else (-most, most)
+        low, high = (Tile(number(n, x), x, literal=True) for n in ends)
         value = self.apply("minimum", [self.apply("maximum", [value, low], x, x), high], x, x)
-        return self.apply("cast", [value], x, dtype)
+        if most is None:
+            return self.apply("cast", [value], x, dtype)
+        wide = value.text if held(x) == held(types.f32) else f"{value.text}.to(tl.float32)"
+        bits = self.code.let("bits", f"{self.code.helper(f'to_{dtype.name}')}({wide})", value.depth)
+        return Tile(bits, dtype, value.axes, value.depth, narrow=True)
 
     def _unpack_bits(self, node: Node, index: Index) -> Tile:
         (x,), axis, bits = node.operands, node.attrs["axis"] % len(index), node.attrs["bits"]

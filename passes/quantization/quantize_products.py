@@ -93,7 +93,8 @@ class QuantizeProducts(Pass):
         if k * n < self.least or min(k, n) < fours.LEAST:
             return Reject(f"its weight is {k} by {n}, too few elements", w)
         if self.storage:
-            return Reject(f"no kernel of this target multiplies {self.storage}") if t is not None and not t.bf16_products else None
+            able = t is None or t.is_gpu or t.bf16_products
+            return None if able else Reject(f"no kernel of this target multiplies {self.storage}")
         return Reject(f"sums of {k} terms may exceed 32 bits", w) if k > MOST_TERMS else None
 
 

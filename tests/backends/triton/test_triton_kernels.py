@@ -10,8 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton_check import SM_90, runner, templates
 
-from graphopt.autotune.space import Schedule, SearchSpace
+from graphopt.autotune.space import Schedule, SearchSpace, Workload
+from graphopt.backends.triton.backend import TritonBackend
+from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph
+from graphopt.ir.interpreter import evaluate
 from graphopt.ir.text import parse_graph
 from graphopt.sampling import random_inputs
 from graphopt.testing.kernels import check
@@ -142,6 +145,52 @@ def test_all_floats_of_8_bits(dtype: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(graph.inputs[0].dtype.torch)
     (got,) = runner(graph, "pointwise")([codes, torch.tensor([0.5])], None)
     torch.testing.assert_close(got, codes.float() * 0.5, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [types.f8e4m3, types.f8e5m2], ids=str)
+def test_rounding_to_8_bits(dtype: types.DType) -> None:
+    """Every number, what lies halfway to the next, a little below and above that, and what has no place: bit for bit the interpreter's."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype.torch).float()
+    finite = numbers[numbers.isfinite()].sort().values
+    half = (finite[1:] + finite[:-1]) / 2
+    near = [finite, half, torch.nextafter(half, half + 1), torch.nextafter(half, half - 1), finite * 1.03, finite * 0.96]
+    odd = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e30, -1e30, 1e-40, -1e-30, 500.0, 470.0, 60000.0]
+    x = torch.cat([*near, torch.tensor(odd)])
+    x = torch.cat([x, torch.randn(8 * 320 - len(x), generator=torch.Generator().manual_seed(0))]).reshape(8, 320)
+    s = torch.tensor([[1.0]] * 5 + [[0.37], [4.0], [1.0]])
+    graph = parse_graph(f"graph @g(%x: f32[8, 320], %s: f32[8, 1]) -> ({dtype}[320, 8], f32[320, 8]) {{\n"
+                        f" %0: {dtype}[8, 320] = quantize(%x, %s) {{dtype = {dtype}, bits = 8}}\n"
+                        f" %1: {dtype}[320, 8] = transpose(%0) {{perm = [1, 0]}}\n"
+                        f" %2: f32[320, 8] = cast(%1) {{dtype = f32}}\n return %1, %2\n}}")  # fmt: skip
+    (bits, value), (want, number) = runner(graph, "pointwise")([x, s], None), evaluate(graph, [x, s])
+    nan = want.float().isnan()
+    assert torch.equal(bits.float().isnan(), nan) and torch.equal(bits.view(torch.uint8)[~nan], want.view(torch.uint8)[~nan])
+    torch.testing.assert_close(value, number, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["pointwise", "rowwise"])
+def test_views_and_rows_of_8_bits(kind: str) -> None:
+    """Floats of 8 bits that are moved, and rows that are rounded by a scale of their own; any number of rows."""
+    moved = ("graph @g(%x: f8e4m3[B, 6]) -> f8e4m3[6, B]\nwhere 1 <= B {\n %0: f8e4m3[6, B] = transpose(%x) {perm = [1, 0]}\n return %0\n}")
+    rows = ("graph @g(%x: bf16[B, 37]) -> (f8e5m2[B, 37], bf16[B, 1])\nwhere 1 <= B {\n %0: bf16[B, 37] = abs(%x)\n"
+            " %1: bf16[B, 1] = max(%0) {axes = [1], keepdims = true}\n"
+            " %2: f8e5m2[B, 37] = quantize(%x, %1) {dtype = f8e5m2, bits = 8}\n return %2, %1\n}")  # fmt: skip
+    graph = parse_graph(moved if kind == "pointwise" else rows)
+    for n in (1, 9, 40):
+        shape = [n if d == dims.symbol("B") else int(d) for d in graph.inputs[0].shape]
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(graph.inputs[0].dtype.torch)
+        got, want = runner(graph, kind)([x], {"B": n}), evaluate(graph, [x], bindings={"B": n})
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g.float(), w.float(), rtol=0 if kind == "pointwise" else 0.25, atol=0)
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("(%x: f32[9]) -> f8e4m3[9] {\n %0: f8e4m3[9] = cast(%x) {dtype = f8e4m3}\n return %0\n}", "cast to 8-bit floats"),
+    ("(%x: f8e4m3[9]) -> f8e4m3[9] {\n %0: f8e4m3[9] = neg(%x)\n return %0\n}", "neg of 8-bit floats"),
+])  # fmt: skip
+def test_what_is_not_computed_of_8_bits(text: str, reason: str) -> None:
+    w = Workload.of(parse_graph("graph @g" + text), "pointwise")
+    assert not TritonBackend().templates(w, SM_90) and TritonBackend().reason(w, SM_90) == reason
 
 
 def test_a_nan_comes_through() -> None:

@@ -42,6 +42,11 @@ LARGE = {
     "matmul: integers": "(%x: i8[B, 1024], %w: i8[4096, 1024], %s: f32[B, 1], %t: f32[4096]) -> f32[B, 4096]\nwhere 1 <= B <= 65536 {\n"
     " %0: i8[1024, 4096] = transpose(%w) {perm = [1, 0]}\n %1: i32[B, 4096] = matmul(%x, %0) {acc = i32}\n"
     " %2: f32[B, 4096] = mul(%s, %t)\n %3: f32[B, 4096] = dequantize(%1, %2)\n return %3\n}",
+    "pointwise: to 8-bit floats": "(%x: bf16[4096, 1024], %s: bf16[4096, 1]) -> f8e4m3[4096, 1024] {\n"
+    " %0: f8e4m3[4096, 1024] = quantize(%x, %s) {dtype = f8e4m3, bits = 8}\n return %0\n}",
+    "rowwise: to 8-bit floats": "(%x: f32[4096, 1024]) -> (f8e5m2[4096, 1024], f32[4096, 1]) {\n %0: f32[4096, 1024] = abs(%x)\n"
+    " %1: f32[4096, 1] = max(%0) {axes = [1], keepdims = true}\n"
+    " %2: f8e5m2[4096, 1024] = quantize(%x, %1) {dtype = f8e5m2, bits = 8}\n return %2, %1\n}",
     "matmul: few tiles": "(%x: bf16[250, 16384], %w: bf16[192, 16384], %b: bf16[192]) -> bf16[250, 192] {\n"
     " %t: bf16[16384, 192] = transpose(%w) {perm = [1, 0]}\n %0: bf16[250, 192] = matmul(%x, %t)\n %1: bf16[250, 192] = add(%0, %b)\n"
     " %2: bf16[250, 192] = gelu(%1)\n return %2\n}",
@@ -67,7 +72,8 @@ def parsed(text: str) -> Graph:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear", "matmul: few tiles", "pointwise: functions of the vendor"])
+@pytest.mark.parametrize("name", ["rowwise: layer norm", "matmul: linear", "matmul: few tiles", "pointwise: functions of the vendor",
+                                  "pointwise: to 8-bit floats", "rowwise: to 8-bit floats"])  # fmt: skip
 def test_large_kernels(name: str, target: str) -> None:
     judge(parsed(LARGE[name]), name.partition(":")[0], target)
 

@@ -49,7 +49,10 @@ def test_an_mlp(tmp_path: Path) -> None:
     assert [k.cache for k in again.report.kernels] == ["hit"] * 4
 
 
-@pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight", "fp8-e4m3-weight", "fp8-e5m2-weight", "int8-dynamic"])
+SCHEMES = ("int8-weight", "int4-weight", "fp8-e4m3-weight", "fp8-e5m2-weight", "int8-dynamic", "fp8-e4m3-dynamic", "fp8-e5m2-dynamic")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_layers(scheme: str) -> None:
     """The kernels of a GPU compute what those of the CPU do; integers are multiplied as such."""
     torch.manual_seed(0)
