@@ -10,16 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from graphopt.backends.forms.convform import ConvForm
+from graphopt.backends.forms.convform import ConvForm, conv_of
 from graphopt.backends.triton.code import Code, Launch, ceildiv
 from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, variable
-from graphopt.backends.triton.matmul import LEAST, multiplied, precision, tile_numbers
+from graphopt.backends.triton.matmul import LEAST, UNSIGNED, multiplied, precision, tile_numbers
 from graphopt.backends.triton.sums import computed, total_of
 from graphopt.backends.triton.window import Slide
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph
 from graphopt.target import Target
+
+
+def form_of(graph: Graph) -> ConvForm | str:
+    """The convolution of a region, of floats or of 8-bit integers that are summed in 32 bits, or why there is none for this family."""
+    form = conv_of(graph, integers=any(n.name == "conv" and n.attrs["acc"] is not None for n in graph.nodes()))
+    if isinstance(form, ConvForm) and form.node.operands[0].dtype == types.u8:
+        return UNSIGNED
+    return form
 
 
 class ConvKernel:
@@ -42,7 +50,7 @@ class ConvKernel:
         column = code.block("column", f"{second} * BLOCK_N", "BLOCK_N", self.n, form.filters, 1, 2)
         self.pixel = self.e.places.unflatten(variable(row), node.result.shape[:-1])
         self.channels, self.filter = scale(group, form.inner), add(scale(group, form.filters), variable(column))
-        self.acc = code.let("acc", f"tl.zeros([BLOCK_M, BLOCK_N], {total_of(node.result.dtype)})")
+        self.acc = code.let("acc", f"tl.zeros([BLOCK_M, BLOCK_N], {total_of(node.operands[0].dtype)})")
         self._sum()
         index = [*self.pixel, self.filter]
         self.e.sources[node.result] = computed(self.acc, node, index)
@@ -78,7 +86,7 @@ class ConvKernel:
             places, guards = self.slide.places(e, self.pixel[1:], at)
             index = [self.pixel[0], *places, add(self.channels, channel)]
             index = [Sum() if d == 1 else i for i, d in zip(index, x.shape, strict=True)]
-            image = e.within(x, index, guards, Tile("0.0", x.dtype, literal=True))
+            image = e.within(x, index, guards, Tile("0.0" if x.dtype.is_float else "0", x.dtype, literal=True))
             a = multiplied(code, image, along, "[BLOCK_M, BLOCK_K]")
             at, channel = where(down)
             filters = e.at(w, [Sum() if d == 1 else i for i, d in zip([*at, channel, self.filter], w.shape, strict=True)])

@@ -22,6 +22,7 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.target import Target
 
 LEAST = 16  # of a tile's side, for the instructions that multiply tiles
+UNSIGNED = "a product of unsigned integers, of which Triton makes no matrix instructions"
 
 
 @dataclass(frozen=True)

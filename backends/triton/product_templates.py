@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
-from graphopt.backends.forms.convform import ConvForm, conv_of
+from graphopt.backends.forms.convform import ConvForm
 from graphopt.backends.forms.shapes import product_of
 from graphopt.backends.triton import conv, gemv, matmul
 from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
 from graphopt.backends.triton.template import LANES, Template, divide, first, largest, pieces_of
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.target import Target
 
 LEAST_DEPTH = 32  # bytes along the summed axis that the instructions multiply at once, and Triton asks for
@@ -21,8 +21,13 @@ PIECE, ROW_PIECE = 1024, 8192  # bytes along the summed axis that a piece has at
 # --- matmul ------------------------------------------------------------------------------------------------------------------
 
 
-def _matmul_refuse(w: Workload, t: Target) -> str | None:
+def _product_refuse(w: Workload) -> str | None:
     return product_of(prepared(w), integers=True) if w.kind == "matmul" else "not a matmul region"
+
+
+def _matmul_refuse(w: Workload, t: Target) -> str | None:
+    reason = _product_refuse(w)
+    return matmul.UNSIGNED if reason is None and matmul.form_of(prepared(w)).dtype == types.u8 else reason
 
 
 def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
@@ -105,7 +110,7 @@ def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
 
 
 def _gemv_refuse(w: Workload, t: Target) -> str | None:
-    reason = _matmul_refuse(w, t)
+    reason = _product_refuse(w)
     if reason is None and dims.numel(matmul.form_of(prepared(w)).rows) != 1:
         return "not a product of one row"
     return reason
@@ -144,23 +149,23 @@ def _write_gemv(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
 
 
 def _conv_refuse(w: Workload, t: Target) -> str | None:
-    form = conv_of(w.graph) if w.kind == "conv" else "not a conv region"
+    form = conv.form_of(w.graph) if w.kind == "conv" else "not a conv region"
     return form if isinstance(form, str) else None
 
 
 def _conv_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
-    form = conv_of(w.graph)
+    form = conv.form_of(w.graph)
     assert isinstance(form, ConvForm)
     depth = form.inner if form.inner >= matmul.LEAST else form.depth
     sizes = largest(form.pixels, 1 << 16), form.filters, depth
-    itemsize = form.node.result.dtype.itemsize
+    itemsize = form.node.operands[0].dtype.itemsize
     most = (64, 64, 16) if itemsize >= 4 else (64, 128, 64)
     crowded = t.kind == "cuda" and (itemsize >= 4 or t.matrix_unit == "mma")  # sums and places in the image share the registers
     return (_tiles("conv", t, itemsize, 1, sizes, form.groups, most, 512 if crowded else 2048),)
 
 
 def _write_conv(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
-    form = conv_of(w.graph)
+    form = conv.form_of(w.graph)
     assert isinstance(form, ConvForm)
     return conv.ConvKernel(w.graph, form, t, (s["m"], s["n"], s["k"]), s["group"]).emit(s["warps"], s["stages"])
 

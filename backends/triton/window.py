@@ -66,8 +66,8 @@ def form_of(graph: Graph) -> Node | str:
         return "not exactly one window"
     (node,) = nodes
     if node.name == "conv":
-        form = conv_of(graph)
-        return form if isinstance(form, str) else node if form.depthwise else "a convolution that sums channels"
+        form = conv_of(graph, integers=node.attrs["acc"] is not None)
+        return form if isinstance(form, str) else node if form.depthwise else "not a window over one channel"
     if node.name not in WINDOWS:
         return f"{node.name} has no template"
     if any(d == 0 for v in (*node.operands, node.result) for d in v.shape):
@@ -123,8 +123,10 @@ class WindowKernel:
             places, guards = slide.places(self.e, at, taps)  # type: ignore[arg-type]
             tile = self._read(places, guards)
             if w is not None:
-                weight = self.e.wide(w, [*taps, Sum(), self.channel])
-                code.line(f"{acc} += {tile} * {weight.text}")
+                weight = self.e.wide(w, [*taps, Sum(), self.channel]).text
+                if not x.dtype.is_float:
+                    tile, weight = f"{tile}.to(tl.int32)", f"{weight}.to(tl.int32)"
+                code.line(f"{acc} += {tile} * {weight}")
             else:
                 self._join(acc, tile, places, guards)
         if node.name != "avg_pool":
@@ -142,7 +144,7 @@ class WindowKernel:
     def _neutral(self) -> str:
         dtype = self.node.operands[0].dtype
         if "max" not in self.node.name:
-            return "0.0"
+            return "0.0" if dtype.is_float else "0"
         if dtype.is_float:
             return number(float("-inf"), dtype)
         return str(-(1 << (dtype.bits - 1)) if dtype.kind == "i" else 0)

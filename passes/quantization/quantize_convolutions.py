@@ -4,7 +4,7 @@ Why: the same as of matrix products (:mod:`~graphopt.passes.quantization.quantiz
 several times as fast as f32, and weight and image are a quarter of the bytes. Every tap reads the image again, so its rounding, once
 an element, costs less than that of a matrix. Zeros around an image are zeros as integers: padding stays exact.
 
-When: only where a scheme is asked for (``options={"quantize": "int8-dynamic"}``), for a CPU, after batch norms have been folded, for each
+When: only where a scheme is asked for (``options={"quantize": "int8-dynamic"}``), after batch norms have been folded, for each
 convolution of f32 in one group whose weight is staged (weight-only). Convolutions of one image share its rounding. Zeros that are padded
 around the image are put around the integers. Declined with a remark: groups, other dtypes, images of unknown size, weights of fewer than
 ``least`` elements or 16 filters, and sums of more than 2^17 terms, which an i32 may not hold.
@@ -44,9 +44,6 @@ class QuantizeConvolutions(Pass):
     least: int = 1 << 12
 
     def run(self, g: Graph, ctx: PassContext) -> bool:
-        if ctx.target is not None and ctx.target.kind != "cpu":
-            ctx.analysis(self.name, "convolutions stay in floats: the target is no CPU")
-            return False
         staged, changed = staged_values(g), False
         images, weights = dict[Value, tuple[Value, Value]](), dict[Value, tuple[Value, Value]]()
         for node in g.nodes():
