@@ -63,6 +63,7 @@ class CostModel:
         self._rows: list[Vector] = []
         self._seconds: list[float] = []  # inf for a candidate that failed
         self._groups: list[str] = []  # the workload of each row
+        self._known: dict[tuple[str, float, bytes], None] = {}  # the same as keys
         self._trees: Any = None
         self._fitted = 0  # rows that the trees have seen
         self._process: tuple[str, Process] | None = None  # of the workload that was asked for last
@@ -75,12 +76,19 @@ class CostModel:
     # --- what the search calls -------------------------------------------------------------------------------------------
 
     def observe(self, w: Workload, target: Target, results: Sequence[tuple[Schedule, Measured]], spaces: Sequence[SearchSpace]) -> None:
-        """Learn from what was measured of a workload; one that was lost says nothing."""
+        """Learn from what was measured of a workload; one that was lost says nothing, and what is told twice counts once: a run that is
+        gone on with tells what it had measured before."""
+        if len(self._known) != len(self._rows):
+            self._known = {(g, t, r.tobytes()): None for g, t, r in zip(self._groups, self._seconds, self._rows, strict=True)}
         for s, m in results:
-            if m.status is Status.LOST:
+            row = self._features(w, target, s, _nests(spaces))
+            seconds = m.seconds if m.ok and m.seconds is not None else math.inf
+            key = w.key, seconds, row.tobytes()
+            if m.status is Status.LOST or key in self._known:
                 continue
-            self._rows.append(self._features(w, target, s, _nests(spaces)))
-            self._seconds.append(m.seconds if m.ok and m.seconds is not None else math.inf)
+            self._known[key] = None
+            self._rows.append(row)
+            self._seconds.append(seconds)
             self._groups.append(w.key)
         self._process = None
         if len(self._rows) > MOST:

@@ -58,22 +58,17 @@ class Database:
             How many were new; a record that is there already is left alone.
         """
         with self._file.writing() as c:
-            groups: dict[tuple[Any, ...], None] = {}
-            added = 0
-            for r in records:
-                workload = _workload_id(c, r.workload)
-                row = _row(r, workload)
-                marks = ", ".join("?" * len(_COLUMNS))
-                insert = f"INSERT INTO records ({', '.join(_COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"
-                if c.execute(insert, [row[k] for k in _COLUMNS]).rowcount:
-                    added += 1
-                    groups[tuple(row[k] for k in _GROUP)] = None
-            for group in groups:
+            added = _insert(c, records)
+            for group in dict.fromkeys(added):
                 _choose_best(c, group)
-            return added
+            return len(added)
 
     def remove(self, keys: Iterable[str]) -> int:
         """Remove records by ``TuningRecord.key``; returns how many there were."""
+        return self.replace(keys, ())
+
+    def replace(self, keys: Iterable[str], records: Iterable[TuningRecord]) -> int:
+        """Remove records by key and add others, both or neither; returns how many were removed."""
         with self._file.writing() as c:
             groups: dict[tuple[Any, ...], None] = {}
             removed = 0
@@ -82,6 +77,7 @@ class Database:
                     c.execute("DELETE FROM records WHERE key = ?", (key,))
                     removed += 1
                     groups[group] = None
+            groups.update(dict.fromkeys(_insert(c, records)))
             for group in groups:
                 _choose_best(c, group)
             c.execute("DELETE FROM workloads WHERE id NOT IN (SELECT workload FROM records)")
@@ -203,29 +199,51 @@ def leader(trials: Sequence[tuple[Schedule, Measured, str]]) -> int | None:
     """Which of the trials of one workload under the same conditions to use: its index, or None.
 
     Candidates of a run are timed against the run's incumbent in alternation, so within a run the gain decides: seconds that were
-    taken minutes apart on a machine that others use say less. Across runs only seconds are there to go by. The last trial of a
-    schedule is what counts: measured again, it may lead no more, or be found wrong.
+    taken minutes apart on a machine that others use say less. A trial without a gain is timed against nothing: the chain of
+    incumbents begins with it. Of two chains the later one decides if it has measured what led the earlier one, which may lead no more;
+    if not, only the seconds of their leaders are there to go by. What lost never leads, nor does a schedule whose last trial failed.
 
     Args:
         trials: (schedule, what it gave, run), in the order in which they were measured.
     """
     last = {s: i for i, (s, _, _) in enumerate(trials)}
-    usable = {s for s, i in last.items() if trials[i][1].ok}
+    chains: dict[str, list[list[int]]] = {}  # of each run, in the order in which they were begun
+    order: list[list[int]] = []
+    for i, (_, m, run) in enumerate(trials):
+        of_run = chains.setdefault(run, [])
+        if not of_run or (m.ok and m.gain is None):
+            of_run.append([])
+            order.append(of_run[-1])
+        of_run[-1].append(i)
     lead: int | None = None
-    for i, (s, m, run) in enumerate(trials):
-        if not m.ok or s not in usable:
+    for chain in order:
+        first: int | None = None
+        for i in chain:
+            s, m, _ = trials[i]
+            if m.ok and trials[last[s]][1].ok and (m.gain is None or m.gain > 1.0):
+                first = i
+        if first is None:
             continue
-        assert m.seconds is not None
-        if lead is None or trials[lead][0] == s:
-            lead = i
-            continue
-        if trials[lead][2] == run and m.gain is not None:
-            better = m.gain > 1
-        else:
-            better = m.seconds < (trials[lead][1].seconds or 0)
-        if better:
-            lead = i
+        if lead is None or any(trials[i][0] == trials[lead][0] for i in chain) or _seconds(trials[first]) < _seconds(trials[lead]):
+            lead = first
     return lead
+
+
+def _seconds(trial: tuple[Schedule, Measured, str]) -> float:
+    assert trial[1].seconds is not None
+    return trial[1].seconds
+
+
+def _insert(c: sqlite3.Connection, records: Iterable[TuningRecord]) -> list[tuple[Any, ...]]:
+    """Add records that are not there; the group of each that was added."""
+    groups = []
+    marks = ", ".join("?" * len(_COLUMNS))
+    for r in records:
+        row = _row(r, _workload_id(c, r.workload))
+        insert = f"INSERT INTO records ({', '.join(_COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"
+        if c.execute(insert, [row[k] for k in _COLUMNS]).rowcount:
+            groups.append(tuple(row[k] for k in _GROUP))
+    return groups
 
 
 def _choose_best(c: sqlite3.Connection, group: tuple[Any, ...]) -> None:

@@ -66,7 +66,7 @@ class Progress:
 
     Attributes:
         default: what the default schedule gave; None before it was tried. ``lost``: how often the machine was lost meanwhile.
-        incumbent: the fastest so far.
+        incumbent: the fastest so far. ``stood``: seconds of that of an earlier part of the run, which is built again when it is needed.
         trials: candidates tried in this part of the run, ``earlier`` in those before; ``spent``: seconds for them.
         rounds: (trials so far, those of earlier parts included; seconds of the incumbent) at the end of every round.
         curve: (seconds since the run began, seconds of the incumbent) at every change.
@@ -84,18 +84,19 @@ class Progress:
     rounds: list[tuple[int, float | None]] = field(default_factory=list)
     statuses: dict[str, int] = field(default_factory=dict)
     lost: int = 0
+    stood: float | None = None
 
     @property
     def best(self) -> float | None:
         """Seconds of the incumbent."""
-        return self.incumbent.seconds if self.incumbent else None
+        return self.incumbent.seconds if self.incumbent else self.stood
 
     @property
     def gain(self) -> float | None:
         """Time of the default schedule in times of the incumbent's."""
-        if self.default is None or self.default.seconds is None or self.incumbent is None:
+        if self.default is None or self.default.seconds is None or self.best is None:
             return None
-        return self.default.seconds / self.incumbent.seconds
+        return self.default.seconds / self.best
 
     @property
     def refused(self) -> str:

@@ -114,8 +114,10 @@ class Tuner:
     def __init__(self, tasks: Sequence[Task], *, search: Callable[[Task], Proposer], builder: Builder, runner: Runner, record: Record,
                  scheduler: Scheduler | None = None, batch: int = 16, known: Mapping[int, Standing] | None = None, done: int = 0,
                  listener: Listener | None = None) -> None:  # fmt: skip
-        earlier = {i: s.trials for i, s in (known or {}).items()}
-        self.progress = [Progress(t, search(t), earlier=earlier.get(i, 0)) for i, t in enumerate(tasks)]
+        self.progress = [Progress(t, search(t)) for t in tasks]
+        for i, stood in (known or {}).items():
+            p = self.progress[i]
+            p.earlier, p.default, p.stood, p.curve = stood.trials, stood.default, stood.seconds, [(0.0, stood.seconds)]
         self._builder, self._runner, self._record = builder, runner, record
         self._scheduler = scheduler or ByGain()
         self._batch, self._known, self._trials = batch, dict(known or {}), done
@@ -126,6 +128,8 @@ class Tuner:
     def run(self, budget: Budget) -> Outcome:
         """Tune until the budget ends, nothing is left to try, or Ctrl-C."""
         self._start = time.monotonic()
+        for i, stood in self._known.items():
+            self._listener(GoesOn(i, stood.seconds, stood.default.seconds if stood.default else None))
         why = "interrupted"
         with contextlib.suppress(KeyboardInterrupt):
             why = self._rounds(budget)
@@ -158,8 +162,8 @@ class Tuner:
         """One batch of a task. Returns False if the budget ended it early."""
         p = self.progress[index]
         start = time.monotonic()
-        if p.incumbent is None and index in self._known:
-            self._reinstate(p, index)
+        if p.stood is not None:
+            self._reinstate(p, self._known[index])
         schedules = p.search.propose(size)
         if p.wants_default and p.task.default not in schedules:
             schedules = [p.task.default, *schedules[: max(0, size - 1)]]
@@ -188,15 +192,10 @@ class Tuner:
     def _tried(self, p: Progress, built: Sequence[Built]) -> Iterator[Trial]:
         return self._runner.measure(p.task.subject, built, p.incumbent)
 
-    def _reinstate(self, p: Progress, index: int) -> None:
-        """The incumbent of an earlier part of the run, built again."""
-        known = self._known[index]
+    def _reinstate(self, p: Progress, known: Standing) -> None:
+        """Build the incumbent of an earlier part of the run again; if that fails, the next one that runs takes its place."""
         built = self._builder.build(p.task.workload, [known.schedule])[0]
-        p.default = known.default
-        if not built.failure:
-            p.incumbent = Incumbent(built, known.seconds)
-            p.curve.append((self.elapsed, known.seconds))
-            self._listener(GoesOn(index, known.seconds, known.default.seconds if known.default else None))
+        p.incumbent, p.stood = None if built.failure else Incumbent(built, known.seconds), None
 
     def _note(self, p: Progress, trial: Trial) -> None:
         m = trial.measured

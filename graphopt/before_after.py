@@ -63,7 +63,6 @@ class BeforeAfter:
         k = max(0, min(n // 2, math.floor(n / 2 - 0.98 * math.sqrt(n))))
         return median(ratios), ratios[k], ratios[n - 1 - k]
 
-
     @property
     def slower(self) -> bool:
         """Whether the whole is slower now, beyond doubt."""
@@ -73,7 +72,9 @@ class BeforeAfter:
     def to_take_back(self) -> tuple[str, ...]:
         """Keys of the workloads whose new schedules do harm: those of kernels that are slower by more than noise; where the whole is
         slower, of all that are not faster in it, or if there are none, of all that changed: what one kernel leaves in the caches, the
-        next one has to do with."""
+        next one has to do with. None where the times claim nothing."""
+        if self.noisy and not self.slower:
+            return ()
         changed = [k for k in self.kernels if k.changed]
         chosen = [k for k in changed if k.slower]
         if self.slower:

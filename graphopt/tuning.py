@@ -15,8 +15,9 @@ from functools import partial
 
 import torch
 
+from graphopt.autotune.claim import Claim, going_on
 from graphopt.autotune.cost_model import CostModel
-from graphopt.autotune.database import Database
+from graphopt.autotune.database import Database, leader
 from graphopt.autotune.measure import Timing, Trial
 from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
@@ -105,8 +106,9 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
     Args:
         runner: of ``run.machine``, where that is another one. It is closed at the end.
     """
-    done = run_records(run, tasks) if run.run else []
     name = run.run or new_run()
+    claim = Claim(name)
+    done = run_records(run, tasks) if run.run else []
     backend = tuning_backend(run.target, run.machine, run.gpu)
     builder = backend.builder(run.workers)
     runner = runner or backend.runner(run.threads, run.timing, run.seed)
@@ -121,6 +123,7 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
         runner.ready()  # the budget is for trials
         return tuner.run(budget)
     finally:
+        claim.close()
         runner.close()
         builder.close()
         if len(model):
@@ -139,27 +142,36 @@ def run_records(run: Run, tasks: Iterable[Task]) -> list[TuningRecord]:
     return [r for r in run.database.records(run=run.run, versions=versions(run.target)) if r.workload.key in keys]
 
 
-def withdraw(database: Database, workloads: Iterable[str], target: Target, threads: int, since: str,
-             machine: Target | None = None) -> int:  # fmt: skip
-    """Let nothing count that was found faster since a moment (``TuningRecord.when``), for workloads given by key.
+def withdraw(database: Database, workloads: Iterable[str], target: Target, threads: int, machine: Target | None = None) -> int:
+    """Let the schedules that count for workloads, given by key, count no more: a model is slower with them than without.
 
-    For schedules that are slower in the model: they won while something else ran. The trials stay, without their gain. Returns
-    how many workloads lost one.
+    They won while something else ran, or what they leave in the caches is worth less in a model than alone. The trials stay: what the
+    run that each comes from has found faster loses its gain, and is as fast as what it was timed against.
+
+    Returns:
+        For how many of them there was something to withdraw. What counts because the default schedule failed is left.
     """
-    keys = set(workloads)
+    out = 0
     found = database.records(target=device_key(target, machine), threads=threads, versions=versions(target))
-    won = [r for r in found if r.workload.key in keys and r.when >= since and (r.measured.gain or 0.0) > 1.0]
-    database.remove([r.key for r in won])
-    for r in won:  # as fast as what it was timed against
-        m = r.measured
-        database.add([replace(r, measured=replace(m, seconds=(m.seconds or 0.0) * (m.gain or 1.0), gain=1.0))])
-    return len({r.workload.key for r in won})
+    for key in dict.fromkeys(workloads):
+        mine = [r for r in found if r.workload.key == key]
+        lead = leader([(r.schedule, r.measured, r.run) for r in mine])
+        won = [r for r in mine if lead is not None and r.run == mine[lead].run and (r.measured.gain or 0.0) > 1.0]
+        as_before = [replace(r.measured, seconds=(r.measured.seconds or 0.0) * (r.measured.gain or 1.0), gain=1.0) for r in won]
+        database.replace([r.key for r in won], [replace(r, measured=m) for r, m in zip(won, as_before, strict=True)])
+        out += bool(won)
+    return out
 
 
 def last_run(database: Database, tasks: Sequence[Task], target: Target, threads: int, machine: Target | None = None) -> str | None:
-    """The latest run that tuned any of these tasks under the same conditions."""
-    found = [r for t in tasks for r in database.records(t.workload, device_key(target, machine), threads, versions(target))]
-    return max(found, key=lambda r: (r.when, r.trial)).run if found else None
+    """Of the runs under the same conditions the one that tuned most of these tasks, the latest of several; none that a process is at."""
+    found: dict[str, tuple[int, str]] = {}
+    for t in tasks:
+        latest = {r.run: r.when for r in database.records(t.workload, device_key(target, machine), threads, versions(target))}
+        for run, when in latest.items():
+            count, before = found.get(run, (0, ""))
+            found[run] = count + 1, max(before, when)
+    return max((run for run in found if not going_on(run)), key=lambda run: found[run], default=None)
 
 
 def _model_name(run: Run) -> str:
@@ -195,12 +207,11 @@ def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -
     for i, task in enumerate(tasks):
         mine = [r for r in done if r.workload.key == task.workload.key]
         default = next((r.measured for r in mine if r.schedule == task.default and r.measured.status is not Status.LOST), None)
-        lead: TuningRecord | None = None
-        for r in mine:
-            if r.measured.ok and (lead is None or (r.measured.gain or 0.0) > 1.0):
-                lead = r
-        if lead is not None and lead.measured.seconds is not None:
-            out[i] = Standing(lead.schedule, lead.measured.seconds, default, len(mine))
+        lead = leader([(r.schedule, r.measured, r.run) for r in mine])
+        if lead is not None:
+            seconds = mine[lead].measured.seconds
+            assert seconds is not None
+            out[i] = Standing(mine[lead].schedule, seconds, default, len(mine))
     return out
 
 

@@ -65,3 +65,11 @@ def test_what_is_taken_back() -> None:
     assert back(0.9, *kernels) == ("a little slower", "slower")
     assert back(0.9, kernels[0], kernels[3]) == ("faster",)
     assert back(1.1, kernels[0], kernels[1], kernels[3]) == back(1.0, kernels[0], kernels[1]) == ()
+
+
+def test_times_that_claim_nothing_take_nothing_back() -> None:
+    kernels = (kernel("slower", 1.2), kernel("faster", 0.8))
+    noisy = replace(measured(1.0, 1.0), kernels=kernels)
+    assert noisy.noisy and not noisy.slower and noisy.to_take_back == ()
+    assert replace(measured(1.0, 0.05), kernels=kernels).to_take_back == ("key of slower",)
+    assert replace(measured(0.5, 1.0), kernels=kernels).to_take_back == ("key of slower",), "slower beyond doubt"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 import graphopt
 from graphopt import tuning, tuning_tvm
+from graphopt.autotune.claim import Claim, going_on
 from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Timing
 from graphopt.autotune.records import Measured, Status, TuningRecord
@@ -28,7 +30,7 @@ from graphopt.autotune.tasks import Task
 from graphopt.autotune.tuner import Budget
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
-from graphopt.tuning import Run, last_run, spaces_of, tune, versions, withdraw
+from graphopt.tuning import Run, last_run, moment, spaces_of, tune, versions, withdraw
 from graphopt.tuning_tasks import tasks_of
 from graphopt.tuning_tvm import TvmCandidates
 
@@ -210,19 +212,70 @@ def test_what_is_slower_in_the_model_is_withdrawn(tmp_path: Path) -> None:
 
     one, other = variants(first), variants(second)
 
-    def add(task: Task, schedule: Schedule, gain: float, when: str, trial: int) -> None:
-        measured = Measured(Status.OK, 1e-5 / gain, 0.0, 0.0, gain)
+    def add(task: Task, schedule: Schedule, gain: float | None, when: str, trial: int, run: str = "r") -> None:
+        measured = Measured(Status.OK, 1e-5 / (gain or 1.0), 0.0, 0.0, gain)
         made = versions(target)
-        database.add([TuningRecord(task.workload, device_key(target), str(target), 1, schedule, measured, made, "r", trial, when)])
-
-    add(first, one[0], 1.5, "2026-01-01T00:00:00Z", 1)
-    add(first, one[1], 9.0, "2026-01-02T00:00:00Z", 2)
-    add(second, other[1], 2.0, "2026-01-02T00:00:00Z", 3)
-    assert withdraw(database, [first.workload.key], target, 1, "2026-01-02T00:00:00Z") == 1
+        database.add([TuningRecord(task.workload, device_key(target), str(target), 1, schedule, measured, made, run, trial, when)])
 
     def best(task: Task) -> Schedule | None:
-        found = database.best(task.workload, device_key(target), 1, versions(detect()))
+        found = database.best(task.workload, device_key(target), 1, versions(target))
         return found and found.schedule
 
-    assert len(database.records()) == 3
-    assert best(first) == one[0] and best(second) == other[1]
+    add(first, one[0], 1.5, "2026-01-01T00:00:00Z", 1, "earlier")
+    add(first, first.default, None, "2026-01-02T00:00:00Z", 2)
+    add(first, one[1], 9.0, "2026-01-02T00:00:00Z", 3)
+    add(first, one[2], 0.99, "2026-01-02T00:00:00Z", 4)
+    add(second, other[1], 2.0, "2026-01-02T00:00:00Z", 5)
+    assert best(first) == one[1]
+    assert withdraw(database, [first.workload.key, first.workload.key], target, 1) == 1
+    assert len(database.records()) == 5 and best(second) == other[1]
+    assert best(first) == one[0], "what counted before, not what lost by little to the one that is withdrawn"
+    assert withdraw(database, [first.workload.key], target, 1) == 1 and best(first) != one[0], "of an earlier run"
+    assert withdraw(database, [first.workload.key], target, 1) == 0
+
+
+def test_a_withdrawal_that_is_interrupted_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, file = tasks(tmp_path / "cache"), tmp_path / "tuning.db"
+    database, target = Database(file), detect()
+    schedule = replace_knob(found[0])
+    made = versions(target)
+    database.add([TuningRecord(found[0].workload, device_key(target), str(target), 1, s, Measured(Status.OK, 1e-5, gain=g), made, "r", n,
+                               moment()) for n, (s, g) in enumerate([(found[0].default, None), (schedule, 2.0)])])  # fmt: skip
+    before = database.records()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("graphopt.autotune.database._insert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            withdraw(database, [found[0].workload.key], target, 1)
+    assert Database(file).records() == before
+
+
+def replace_knob(task: Task) -> Schedule:
+    """Another point of the default's sketch."""
+    space = spaces_of(task.workload, detect())[0]
+    base = space.default()
+    param = next(p for p in space.params if len(p.choices) > 1)
+    return Schedule.make(base.template, base.sketch, **{**dict(base.knobs), param.name: param.choices[1]})
+
+
+def test_a_run_that_a_process_is_at_is_not_gone_on_with(tmp_path: Path) -> None:
+    found, file = tasks(tmp_path / "cache"), tmp_path / "tuning.db"
+    database, target = Database(file), detect()
+
+    def add(run: str, when: str, some: Sequence[Task]) -> None:
+        measured = Measured(Status.OK, 1e-5)
+        database.add([TuningRecord(t.workload, device_key(target), str(target), 1, t.default, measured, versions(target), run, 1, when)
+                      for t in some])  # fmt: skip
+
+    name = f"test-{os.getpid()}"
+    add(f"{name}-all", "2026-01-01T00:00:00Z", found)
+    add(f"{name}-one", "2026-01-02T00:00:00Z", found[:1])
+    assert last_run(database, found, target, 1) == f"{name}-all", "it has most of them"
+    assert last_run(database, found[:1], target, 1) == f"{name}-one", "the latest"
+    claim = Claim(f"{name}-all")
+    assert last_run(database, found, target, 1) == f"{name}-one"
+    claim.close()
+    assert last_run(database, found, target, 1) == f"{name}-all" and not going_on(f"{name}-all")

@@ -31,7 +31,7 @@ from graphopt.remote import Address, RemoteRunner
 from graphopt.target import Target, detect
 from graphopt.trials import CPU
 from graphopt.tuned import kernel_threads
-from graphopt.tuning import Run, check_device, last_run, moment, run_records, tune, withdraw
+from graphopt.tuning import Run, check_device, last_run, run_records, tune, withdraw
 from graphopt.tuning_tasks import Tasks, tasks_of
 
 LOOK = 1.0  # seconds for which other processes are watched before the first trial
@@ -80,7 +80,6 @@ class Session:
         self.view: View | None = None
         self.outcome: Outcome | None = None
         self._seen: tuple[Snapshot, ...] = ()
-        self._began = moment()
 
     @property
     def trials(self) -> int:
@@ -146,17 +145,18 @@ class Session:
 
     def finish(self) -> None:
         """Measure the models before and after. What does them harm is withdrawn, and they are measured again: what is said last is so."""
-        for m in self.models:
-            for _ in range(MEASURED):
+        for again in range(MEASURED):
+            harmful: list[str] = []
+            for m in self.models:
                 self.say(f"measuring {m.name} with default and with tuned schedules, in turns")
                 found = _measured(m, self.options, self.database)
                 show_model(m.name, found, self.console)
-                keys = found.to_take_back if found else ()
-                lost = withdraw(self.database, keys, self.target, self.threads, self._began, self.machine) if keys else 0
-                if not lost:
-                    break
-                text = f"{counted(lost, 'kernel')} of them withdrawn, as the model is slower with them: what counted before does again"
-                self.console.print(text, highlight=False)
+                harmful += found.to_take_back if found else ()
+            lost = withdraw(self.database, harmful, self.target, self.threads, self.machine)
+            if not lost:
+                break
+            then = "what counted before does again" + ("" if again + 1 < MEASURED else "; this was not measured any more")
+            self.console.print(f"{counted(lost, 'kernel')} of them withdrawn, as the model is slower with them: {then}", highlight=False)
 
     def close(self) -> None:
         """Give back what another machine lent."""

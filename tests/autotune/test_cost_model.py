@@ -213,3 +213,15 @@ def test_pairwise_accuracy_counts_pairs(pairs: list[tuple[float, float]]) -> Non
                for i, (x, t) in enumerate(pairs) for y, u in pairs[i + 1 :] if t != u]  # fmt: skip
     got = pairwise_accuracy(scores, times)
     assert (math.isnan(got) and not counted) or got == pytest.approx(sum(counted) / len(counted))
+
+
+def test_what_is_told_twice_counts_once() -> None:
+    results = [(s, measured(s)) for s in points(40, 0)]
+    model = CostModel()
+    model.observe(WORKLOAD, TARGET, results[:30], [SPACE])
+    once = len(model)
+    model.observe(WORKLOAD, TARGET, results[:30], [SPACE])
+    assert len(model) == once
+    model = CostModel.from_bytes(model.to_bytes())
+    model.observe(WORKLOAD, TARGET, results, [SPACE])
+    assert once < len(model) <= 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,21 @@ def test_removing_the_best_leaves_the_second(db: Database) -> None:
     assert best(db) is None and db.records() == []
 
 
+def test_records_are_replaced_all_or_none(db: Database) -> None:
+    first, second, third = record(1, 3e-6), record(2, 1e-6), record(3, 2e-6)
+    db.add([first, second])
+
+    def some() -> Iterator[TuningRecord]:
+        yield third
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        db.replace([second.key], some())
+    assert db.records() == [first, second] and best(db) == 2
+    assert db.replace([second.key, "no such key"], [third]) == 1
+    assert db.records() == [first, third] and best(db) == 3
+
+
 def ok(seconds: float, gain: float | None = None) -> Measured:
     return Measured(Status.OK, seconds, gain=gain)
 
@@ -141,9 +157,16 @@ WRONG = Measured(Status.WRONG)
         ([(A, ok(3), "1"), (B, ok(5, 1.2), "1"), (C, ok(4, 0.8), "1")], 1),
         # another run had another incumbent: seconds are all there is
         ([(A, ok(3), "1"), (B, ok(5, 1.2), "2")], 0),
-        ([(A, ok(3), "1"), (B, ok(2, 0.8), "2")], 1),
+        ([(A, ok(3), "1"), (B, ok(2), "2")], 1),
+        ([(A, ok(3), "1"), (B, ok(2, 0.8), "2")], 0),
         # unless it measured the leader again
         ([(A, ok(3), "1"), (A, ok(6, 1.0), "2"), (B, ok(5, 1.2), "2")], 2),
+        # and what lost to it, or by how little, says nothing then
+        ([(A, ok(10), "1"), (B, ok(9.9, 1.01), "1"), (A, ok(10), "2"), (B, ok(12, 0.83), "2"), (C, ok(11, 0.9), "2")], 2),
+        # a chain that begins anew, as its incumbent could not be built again, is another one
+        ([(A, ok(8), "1"), (B, ok(20), "1"), (C, ok(15, 1.33), "1")], 0),
+        # what never won leads no other run
+        ([(A, ok(10), "1"), (B, ok(9), "2"), (C, ok(7, 0.99), "2")], 1),
         # the last trial of a schedule is what counts
         ([(A, ok(3), "1"), (A, ok(6), "2"), (B, ok(5), "3")], 2),
         ([(A, ok(3), "1"), (B, ok(5), "1"), (A, WRONG, "2")], 1),

@@ -166,6 +166,28 @@ def test_a_run_is_gone_on_with(runner: ProcessRunner) -> None:
     assert q.default == p.default and q.best is not None and q.best <= p.incumbent.seconds
 
 
+def test_what_an_earlier_part_found_is_told_though_nothing_is_tried(runner: ProcessRunner) -> None:
+    default = Measured(Status.OK, 3e-5)
+    known = Standing(space("good").default(), 1e-5, default, 8)
+    outcome, p = Setup(runner, space("good", n=6), known=known, done=8).run(Budget(trials=8))
+    assert (outcome.trials, p.trials, p.earlier, p.default, p.best, p.incumbent) == (0, 0, 8, default, 1e-5, None)
+    assert p.gain == pytest.approx(3.0)
+
+
+def test_an_incumbent_that_cannot_be_built_again_is_forgotten(runner: ProcessRunner) -> None:
+    gone = schedule("good", 5)
+    known = Standing(gone, 1e-9, Measured(Status.OK, 3e-5), 8)
+    setup = Setup(runner, space("good", n=5), known=known, done=8)
+    build = setup.builder.build
+    setup.builder.build = lambda w, some: (  # type: ignore[method-assign]
+        [replace(b, failure="no such sketch") if b.schedule == gone else b for b in build(w, some)]
+    )  # fmt: skip
+    outcome, p = setup.run(Budget(trials=10))
+    assert outcome.trials == 2 and p.best is not None and p.best > 1e-9
+    assert p.incumbent is not None and p.incumbent.built.schedule != gone
+    assert [t.measured.gain is None for t, _ in setup.records] == [True, False], "a chain of its own"
+
+
 def test_a_task_at_its_roofline_gets_one_batch(runner: ProcessRunner) -> None:
     spaces = space("good", n=100)
     setup = Setup(runner, spaces)

@@ -1,0 +1,68 @@
+"""What ``graphopt tune`` does at the end: the models measured, and what does them harm withdrawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from graphopt.autotune.database import Database
+from graphopt.before_after import BeforeAfter, KernelTimes
+from graphopt.cli import tune_sessions
+from graphopt.cli.tune_sessions import MEASURED, Session
+from graphopt.target import detect
+
+
+def ran(name: str, slower: Sequence[str]) -> BeforeAfter:
+    kernels = tuple(KernelTimes(key, 1, 1e-3, 2e-3, workloads=(key,)) for key in slower)
+    return BeforeAfter(name, (1e-3,) * 20, (1e-3,) * 20, kernels)
+
+
+class Finish:
+    """A session whose models are slower by some kernels, and by fewer each time that they are measured."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, runs: dict[str, list[list[str]]], withdrawn: bool = True) -> None:
+        self.measured: list[str] = []
+        self.asked: list[list[str]] = []
+        self.text = io.StringIO()
+        session = Session([], detect(), Database(path / "tuning.db"), {}, 1)
+        session.console = session.errors = Console(file=self.text, width=200)
+        session.models = [SimpleNamespace(name=name) for name in runs]  # type: ignore[misc]
+
+        def measure(m: Any, *_: object) -> BeforeAfter:
+            self.measured.append(m.name)
+            left = runs[m.name]
+            return ran(m.name, left.pop(0) if left else [])
+
+        def withdraw(_: object, keys: Sequence[str], *__: object) -> int:
+            self.asked.append(list(keys))
+            return len(keys) if withdrawn else 0
+
+        monkeypatch.setattr(tune_sessions, "_measured", measure)
+        monkeypatch.setattr(tune_sessions, "withdraw", withdraw)
+        session.finish()
+
+
+def test_what_does_no_harm_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = Finish(tmp_path, monkeypatch, {"a": [], "b": []})
+    assert f.measured == ["a", "b"] and "withdrawn" not in f.text.getvalue()
+
+
+def test_all_models_are_measured_again_after_a_withdrawal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = Finish(tmp_path, monkeypatch, {"a": [], "b": [["k"]]})
+    assert f.measured == ["a", "b", "a", "b"] and f.asked == [["k"], []]
+    assert "1 kernel of them withdrawn" in f.text.getvalue() and "not measured any more" not in f.text.getvalue()
+
+
+def test_it_ends_and_says_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = Finish(tmp_path, monkeypatch, {"a": [[f"k{n}"] for n in range(9)]})
+    assert f.measured == ["a"] * MEASURED and f.text.getvalue().count("not measured any more") == 1
+
+
+def test_it_ends_where_nothing_can_be_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Finish(tmp_path, monkeypatch, {"a": [["k"], ["k"]]}, withdrawn=False).measured == ["a"]
