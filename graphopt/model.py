@@ -147,6 +147,8 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
     """
     chosen = Options.make(None, options)
     pages = prestart(chosen, tree_leaves((args, kwargs)), multiplied(model) if isinstance(model, torch.nn.Module) else ())
+    if chosen.own_weights:
+        give_back_memory()  # what earlier compilations left: this one comes to lie there
     with nullcontext() if chosen.own_weights else uncollected():  # there memory counts
         exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import linecache
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -119,7 +120,14 @@ def _named(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def give_back_memory() -> None:
-    """Let the allocator hand freed memory back to the system, where it can (glibc)."""
+    """Let the allocator hand freed memory back to the system, where it can (glibc).
+
+    The lines of source files, some MiB of them, that Python holds since torch.export wrote down where operations come from, go first:
+    whoever wants to see one reads the file again. What has no file, a notebook's cell for instance, stays.
+    """
+    for name, entry in list(linecache.cache.items()):
+        if len(entry) == 4 and entry[1] is not None:  # the time of a file
+            linecache.cache.pop(name, None)
     gc.collect()
     if sys.platform.startswith("linux"):
         trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import linecache
 import pickle
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from graphopt.backends.eager import LibraryCall
 from graphopt.errors import UsageError
 from graphopt.ir import parse_graph
 from graphopt.lower import lower
-from graphopt.ownership import OwnershipError
+from graphopt.ownership import OwnershipError, give_back_memory
 from graphopt.program import Program
 from graphopt.target import Target
 
@@ -209,3 +211,17 @@ def test_a_compiled_model_describes_itself_and_is_not_copied() -> None:
     for copying in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(UsageError, match="cannot be"):
             copying(compiled)  # type: ignore[operator]
+
+
+def test_lines_of_files_are_let_go_and_those_without_a_file_stay(tmp_path: Path) -> None:
+    file = tmp_path / "some.py"
+    file.write_text("a = 1\n")
+    assert linecache.getline(str(file), 1) == "a = 1\n"
+    cell = "<cell 1>"
+    linecache.cache[cell] = (6, None, ["b = 2\n"], cell)
+    try:
+        give_back_memory()
+        assert str(file) not in linecache.cache and linecache.getline(cell, 1) == "b = 2\n"
+        assert linecache.getline(str(file), 1) == "a = 1\n"
+    finally:
+        linecache.cache.pop(cell)
