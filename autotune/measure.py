@@ -113,7 +113,8 @@ class Subject:
     """What is measured: a workload as it stands in a model.
 
     Attributes:
-        case: seed -> a case; the same seed gives the same one. Even seeds are drawn at ``sizes``, the ones that are timed.
+        case: seed -> a case; the same seed gives the same one. Even seeds are drawn at ``sizes``, the ones that are timed,
+            odd ones at others; where nothing is symbolic, all are drawn at the same.
         weights: inputs that nothing writes between two runs of the model: they are as cold as all that it reads meanwhile
             makes them, while the other inputs were written just before.
         between: bytes that the model reads between two calls of a kernel: weights are rotated over copies of that size in all.

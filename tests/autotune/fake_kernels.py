@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ def wrong_later(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
         out[0] += 1
 
 
+def wrong_elsewhere(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+    torch.add(x[:SIZE], y[:SIZE], out=out[:SIZE])
+
+
 def _wait(seconds: float) -> None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -97,7 +102,7 @@ def _wait(seconds: float) -> None:
 
 
 _ALL = (slow, good, slower, wrong, unwritten, outside, changes_inputs, crashes, aborts, exits, kills_the_supervisor, never_ends, raises,
-        leaks, wrong_later)  # fmt: skip
+        leaks, wrong_later, wrong_elsewhere)  # fmt: skip
 KERNELS = {f.__name__: f for f in _ALL}
 BAD = {
     "wrong": "wrong", "unwritten": "wrong", "outside": "wrong", "changes_inputs": "crashed", "crashes": "crashed", "aborts": "crashed",
@@ -143,17 +148,22 @@ class FakeBuilder:
         return [Built(s, "nowhere", s["kernel"]) for s in schedules]
 
 
-def case(seed: int) -> Case:
+def case(seed: int, size: int = SIZE) -> Case:
     generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(SIZE, generator=generator), torch.randn(SIZE, generator=generator)
+    x, y = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
     true = x.double() + y.double()
 
     def judge(results: Sequence[torch.Tensor]) -> Verdict:
         error = float((results[0].double() - true).abs().max())
         return Verdict(error, "" if error < 1e-6 else f"relative error {error:.1e}")
 
-    return Case((x, y), (Output((SIZE,), (1,), torch.float32),), judge)
+    return Case((x, y), (Output((size,), (1,), torch.float32),), judge)
 
 
 def subject() -> Subject:
     return Subject(WORKLOAD, case, weights=(1,), between=1 << 16)
+
+
+def symbolic_subject() -> Subject:
+    """The same at any size, of which ``SIZE`` is the one that is timed."""
+    return replace(subject(), case=lambda seed: case(seed, SIZE + seed % 2 * (1 + seed)), sizes={"n": SIZE})

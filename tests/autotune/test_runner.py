@@ -22,7 +22,7 @@ from graphopt.autotune.records import Status
 from graphopt.autotune.runner import ProcessRunner, RunnerProcess
 from graphopt.autotune.runner_process import Bench, supervise
 from graphopt.errors import WorkerError
-from tests.autotune.fake_kernels import BAD, LOADER, built, load, subject
+from tests.autotune.fake_kernels import BAD, LOADER, built, load, subject, symbolic_subject
 
 QUICK = Timing(floor=0.004, recheck=0.008, patience=3.0)
 
@@ -70,6 +70,13 @@ def test_a_winner_that_is_faster_than_the_machine_is_not_believed(runner: Proces
     first, second = runner.measure(replace(subject(), least=1.0), [built("slow"), built("good")], None)
     assert first.won and first.measured.status is Status.OK  # there is nothing yet that it is faster than
     assert not second.won and second.measured.status is Status.INCREDIBLE and "limits" in second.measured.reason
+
+
+def test_one_that_is_wrong_at_other_sizes_never_wins(runner: ProcessRunner) -> None:
+    kernels = ["wrong_elsewhere", "slower", "wrong_elsewhere", "slow", "wrong_elsewhere", "good"]
+    trials = list(runner.measure(symbolic_subject(), [built(k) for k in kernels], None))
+    assert [t.measured.status.value for t in trials] == ["wrong", "ok"] * 3
+    assert [t.won for t in trials] == [False, True] * 3
 
 
 def test_one_that_is_not_faster_is_not_given_a_smaller_time(runner: ProcessRunner) -> None:
