@@ -30,6 +30,7 @@ from graphopt.errors import GraphoptError, WorkerError, first_line
 
 START = 120.0  # seconds that a process may take to be ready
 MOST_CASES = 3  # sets of inputs that winners are tried on, besides the first: of other sizes, where these are symbolic
+RACE_CALLS = 20  # of a candidate that is raced alone, however long each takes: for its pace, timed, seen not to leak, judged
 MOST_RESULTS = 2  # right results of a case that are kept
 
 
@@ -269,15 +270,15 @@ class ProcessRunner:
     def _trial(self, session: TaskSession, built: Built, incumbent: Incumbent | None) -> Trial:
         if built.failure:
             raise Failed(Status.BUILD_FAILED, built.failure)
-        verdict = self._check(session, 0, built, incumbent)
-        race = self._race(session, built, incumbent, self.timing.floor)
+        verdict, seconds = self._check(session, 0, built, incumbent)
+        race = self._race(session, built, incumbent, self.timing.floor, seconds)
         if incumbent is None:
-            other = self._check(session, session.another(), built, None) if session.subject.sizes else verdict
+            other = self._check(session, session.another(), built, None)[0] if session.subject.sizes else verdict
             return Trial(built, _measured(race, None, max(verdict.error, other.error), True), won=True)
         if race.won(self.timing.margin):
-            other = self._check(session, session.another(), built, incumbent)
+            other, _ = self._check(session, session.another(), built, incumbent)
             self._check(session, 0, built, incumbent)
-            race = self._race(session, built, incumbent, self.timing.recheck)
+            race = self._race(session, built, incumbent, self.timing.recheck, seconds)
             won = race.won(self.timing.margin)
             measured = _measured(race, incumbent, max(verdict.error, other.error), won)
             if won:
@@ -333,20 +334,29 @@ class ProcessRunner:
                 raise WorkerError(f"the process that runs candidates cannot take {size} of a kernel's inputs and outputs: "
                                   f"{first_line(failure)}") from failure  # fmt: skip
 
-    def _check(self, session: TaskSession, n: int, built: Built, incumbent: Incumbent | None) -> Verdict:
-        """Run once on case n, and judge. Raises Failed."""
+    def _check(self, session: TaskSession, n: int, built: Built, incumbent: Incumbent | None) -> tuple[Verdict, float]:
+        """Run once on case n, and judge; also the seconds that the call took. Raises Failed."""
         arena = self._load_case(session, n)
         arena.poison()
-        patience = max(self.timing.patience, self.timing.patience_ratio * (incumbent.seconds if incumbent else 0.0))
-        self._ask({"do": "check", "which": [built.path, built.entry]}, patience)
-        return session.judged(n)
+        answer = self._ask({"do": "check", "which": [built.path, built.entry]}, self._patience(incumbent))
+        return session.judged(n), answer["seconds"]
 
-    def _race(self, session: TaskSession, built: Built, incumbent: Incumbent | None, floor: float) -> Race:
+    def _patience(self, incumbent: Incumbent | None) -> float:
+        """Seconds that the calls of a candidate may take."""
+        return max(self.timing.patience, self.timing.patience_ratio * incumbent.seconds if incumbent else 0.0)
+
+    def _race(self, session: TaskSession, built: Built, incumbent: Incumbent | None, floor: float, first: float) -> Race:
+        """Time it on case 0, and judge its last results. Raises Failed.
+
+        Args:
+            first: seconds of its first call. One that nothing is faster than yet may be as slow as that; with an incumbent, one that is
+                as much slower as patience allows has lost.
+        """
         t = self.timing
         arena = session.arenas[0]
         arena.poison()
         other = [incumbent.built.path, incumbent.built.entry] if incumbent else None
-        seconds = 10.0 * floor + max(t.patience, t.patience_ratio * (incumbent.seconds if incumbent else 0.0))
+        seconds = 10.0 * floor + self._patience(incumbent) + (0.0 if incumbent else RACE_CALLS * first)
         answer = self._ask({"do": "race", "candidate": [built.path, built.entry], "incumbent": other, "floor": floor, "slice": t.slice,
                             "hopeless": t.hopeless, "leak": t.leak}, seconds)  # fmt: skip
         if answer.get("leaked"):

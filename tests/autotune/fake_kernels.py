@@ -35,6 +35,11 @@ def slower(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
     torch.add(x, y, out=out)
 
 
+def lasting(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+    time.sleep(0.3)
+    torch.add(x, y, out=out)
+
+
 def wrong(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
     torch.sub(x, y, out=out)
 
@@ -101,8 +106,8 @@ def _wait(seconds: float) -> None:
         pass
 
 
-_ALL = (slow, good, slower, wrong, unwritten, outside, changes_inputs, crashes, aborts, exits, kills_the_supervisor, never_ends, raises,
-        leaks, wrong_later, wrong_elsewhere)  # fmt: skip
+_ALL = (slow, good, slower, lasting, wrong, unwritten, outside, changes_inputs, crashes, aborts, exits, kills_the_supervisor, never_ends,
+        raises, leaks, wrong_later, wrong_elsewhere)  # fmt: skip
 KERNELS = {f.__name__: f for f in _ALL}
 BAD = {
     "wrong": "wrong", "unwritten": "wrong", "outside": "wrong", "changes_inputs": "crashed", "crashes": "crashed", "aborts": "crashed",
