@@ -27,7 +27,7 @@ import torch
 
 from graphopt.autotune.arena import Place, map_memory
 from graphopt.autotune.gpu_clock import GpuClock
-from graphopt.autotune.runner_process import Bench, Kernel, Load, Spoilt, supervise
+from graphopt.autotune.runner_process import Bench, Kernel, Load, Spoilt, copy_results, supervise
 
 
 class GpuBench(Bench):
@@ -89,10 +89,12 @@ class GpuBench(Bench):
         return answer
 
     def race(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        end = self._end_of_inputs
         with self._sound():
+            self._copy[end:].copy_(self._shared[end:])
             answer = super().race(*args, **kwargs)
             for shared, x in zip(self._results, self.outputs, strict=True):
-                shared.copy_(x)
+                copy_results(shared, x)
         return answer
 
     def _timed(self, kernel: Kernel, calls: int) -> float:

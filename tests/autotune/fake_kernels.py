@@ -19,6 +19,7 @@ from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 LOADER = "tests.autotune.fake_kernels:load"
 SIZE = 64
 _LEAKED: list[bytearray] = []
+_CALLS: list[None] = []
 
 
 def good(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
@@ -96,6 +97,12 @@ def wrong_later(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
         out[0] += 1
 
 
+def unwritten_later(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+    if not _CALLS:
+        torch.add(x, y, out=out)
+    _CALLS.append(None)
+
+
 def wrong_elsewhere(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
     torch.add(x[:SIZE], y[:SIZE], out=out[:SIZE])
 
@@ -107,11 +114,12 @@ def _wait(seconds: float) -> None:
 
 
 _ALL = (slow, good, slower, lasting, wrong, unwritten, outside, changes_inputs, crashes, aborts, exits, kills_the_supervisor, never_ends,
-        raises, leaks, wrong_later, wrong_elsewhere)  # fmt: skip
+        raises, leaks, wrong_later, unwritten_later, wrong_elsewhere)  # fmt: skip
 KERNELS = {f.__name__: f for f in _ALL}
 BAD = {
     "wrong": "wrong", "unwritten": "wrong", "outside": "wrong", "changes_inputs": "crashed", "crashes": "crashed", "aborts": "crashed",
     "exits": "crashed", "never_ends": "timed-out", "raises": "crashed", "leaks": "leaked", "wrong_later": "wrong",
+    "unwritten_later": "wrong",
 }  # fmt: skip
 
 

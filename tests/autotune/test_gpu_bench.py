@@ -87,6 +87,18 @@ def test_a_kernel_that_does_nothing_leaves_the_poison_of_the_moment(arena: Arena
     assert arena.results()[0].isnan().all() and arena.case.judge(arena.results()).reason
 
 
+def test_what_a_timed_call_left_is_not_judged_as_the_last_ones(arena: Arena) -> None:
+    calls: list[None] = []
+
+    def once(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+        if not calls:
+            torch.add(x, y, out=out)
+        calls.append(None)
+
+    bench(arena, once=once).race(**{**RACE, "candidate": ("", "once")})
+    assert arena.results()[0].isnan().all()
+
+
 def test_a_write_outside_of_the_outputs_is_seen(arena: Arena) -> None:
     bench(arena).check(("", "outside"))
     assert "behind output 0, 8 bytes away" in arena.damage()

@@ -256,6 +256,20 @@ def test_who_wins(candidate: tuple[float, ...], incumbent: tuple[float, ...], wo
     assert Race(candidate, incumbent).won(0.01) is won
 
 
+@pytest.mark.parametrize("strides", [(3, 1), (1, 2)])
+def test_bools_that_were_not_written_stay_what_no_bool_is(strides: tuple[int, int]) -> None:
+    output = Output((2, 3), strides, torch.bool)
+    arena = Arena(Case((), (output,), lambda results: Verdict(0.0)))
+    bench = Bench(lambda path, entry: lambda out: None)
+    try:
+        bench.case(**arena.description, weights=[], between=0, threads=1)
+        arena.poison()
+        bench.race(("", "nothing"), None, 0.0, 1e-9, 2.0, 1 << 30)
+        assert bool((arena.results()[0].view(torch.uint8) > 1).all())
+    finally:
+        arena.close()
+
+
 def test_the_arena_finds_writes_around_an_output_of_any_layout() -> None:
     outputs = (Output((3, 5), (1, 3), torch.float64), Output((7,), (1,), torch.bool))
     arena = Arena(Case((torch.arange(6.0).reshape(2, 3).t(),), outputs, lambda results: Verdict(0.0)))
