@@ -46,6 +46,10 @@ class Gone(Failed):
     """The process that was asked gave no answer: it died, or was killed as it took too long."""
 
 
+class Harm(Failed):
+    """What a candidate did to the process stays: memory that it keeps, or what it wrote where it should not have."""
+
+
 class RunnerProcess:
     """The supervisor and its child. ``ask`` sends one request at a time.
 
@@ -194,7 +198,7 @@ class TaskSession:
         """
         arena = self.arenas[n]
         if damage := arena.damage():
-            raise Failed(Status.WRONG, damage)
+            raise Harm(Status.WRONG, damage)
         results = arena.results()
         right = self.right.setdefault(n, deque(maxlen=MOST_RESULTS))
         for known, verdict in right:
@@ -258,6 +262,8 @@ class ProcessRunner:
                 trial = self._trial(self._session, built, incumbent)
             except Failed as failure:
                 trial = Trial(built, Measured(failure.status, reason=failure.reason))
+                if isinstance(failure, Harm):
+                    self._renew()
                 if isinstance(failure, Gone):
                     self._session.loaded = None
             seconds = time.perf_counter() - start
@@ -303,6 +309,12 @@ class ProcessRunner:
             self._process.close()
             self._process = self._new_process()
             raise Gone(Status.CRASHED, "it took the process that watches over it down, too") from None
+
+    def _renew(self) -> None:
+        """Let the next candidate find a process that no other one was in."""
+        assert self._process is not None and self._session is not None
+        self._process.renew()
+        self._session.loaded = None
 
     def _load_case(self, session: TaskSession, n: int) -> Arena:
         """Case n of the subject, in shared memory and known to the child."""
@@ -360,7 +372,7 @@ class ProcessRunner:
         answer = self._ask({"do": "race", "candidate": [built.path, built.entry], "incumbent": other, "floor": floor, "slice": t.slice,
                             "hopeless": t.hopeless, "leak": t.leak}, seconds)  # fmt: skip
         if answer.get("leaked"):
-            raise Failed(Status.LEAKED, f"resident memory grows by {answer['leaked']:.0f} bytes a call")
+            raise Harm(Status.LEAKED, f"resident memory grows by {answer['leaked']:.0f} bytes a call")
         if arena.case.in_place is None:
             session.judged(0)
         return Race(tuple(answer["candidate"]), tuple(answer["incumbent"]))

@@ -113,6 +113,9 @@ class RemoteRunner(ProcessRunner):
     def _send_case(self, request: dict[str, Any]) -> None:
         self._ask(request, START)  # :meth:`_trial` tries it again
 
+    def _renew(self) -> None:
+        """Nothing: each run of a candidate has a process of its own there."""
+
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         if request["do"] != "case":
             request, seconds = {**request, "seconds": seconds}, RUNS * seconds  # who is there ends what takes too long

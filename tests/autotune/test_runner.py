@@ -106,9 +106,19 @@ def test_a_case_is_sent_once_for_candidates_that_fail(runner: ProcessRunner, mon
     ask = RunnerProcess.ask
     monkeypatch.setattr(RunnerProcess, "ask", lambda p, request, seconds: asked.append(request["do"]) or ask(p, request, seconds))
     failed = replace(built("good"), failure="out of registers")
-    trials = list(runner.measure(subject(), [built("slow"), failed, built("raises"), built("leaks"), built("wrong"), built("good")], None))
-    assert [t.measured.status.value for t in trials] == ["ok", "build-failed", "crashed", "leaked", "wrong", "ok"]
+    trials = list(runner.measure(subject(), [built("slow"), failed, built("raises"), built("wrong"), built("good")], None))
+    assert [t.measured.status.value for t in trials] == ["ok", "build-failed", "crashed", "wrong", "ok"]
     assert asked.count("case") == 3  # the first, and the winner's: another one, and the first again
+
+
+@pytest.mark.parametrize("kernel", ["leaks", "outside"])
+def test_what_a_candidate_does_to_the_process_is_not_the_next_ones(runner: ProcessRunner, kernel: str) -> None:
+    measure(runner, "good")
+    assert runner._process is not None
+    child = runner._process._child
+    bad, good = measure(runner, kernel, "slow")
+    assert not bad.measured.ok and good.measured.ok
+    assert runner._process._child != child and gone(child)
 
 
 def test_if_even_the_supervisor_dies_another_is_started() -> None:
