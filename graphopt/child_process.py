@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import IO
 
+from graphopt.errors import WorkerError
 from graphopt.openmp import unbound
 
 
@@ -17,7 +18,13 @@ def start_python(program: str, errors: IO[bytes]) -> subprocess.Popen[bytes]:
     Args:
         program: Python statements, in one line.
         errors: takes what it writes to stderr; stdin and stdout are pipes.
+
+    Raises:
+        WorkerError: the system has none to give.
     """
     path = json.dumps([p for p in sys.path if p])
-    return subprocess.Popen([sys.executable, "-c", f"{unbound()}import sys; sys.path[:] = {path}; {program}"], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=errors, start_new_session=True)  # fmt: skip
+    command = [sys.executable, "-c", f"{unbound()}import sys; sys.path[:] = {path}; {program}"]
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+    except OSError as error:
+        raise WorkerError(f"no process can be started: {error.strerror}") from error

@@ -48,7 +48,7 @@ class TvmCandidates:
         self._builder.prestart(workers or detect().cores)
 
     def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
-        """Raises DiskFullError if the folder's disk is full, which is no candidate's fault."""
+        """Raises DiskFullError if the folder's disk is full, which is no candidate's fault, and WorkerError if there is no process."""
         from graphopt.backends.tvm.template import entry_name
 
         done = self._builder.build_together(w, schedules, self.target, self._folder, self.workers, self.together)

@@ -27,7 +27,7 @@ from graphopt.backends.tvm.launch import load
 from graphopt.backends.tvm.template import entry_name
 from graphopt.backends.tvm.worker import target_to_json
 from graphopt.child_process import start_python
-from graphopt.errors import BuildError, GraphoptError
+from graphopt.errors import BuildError, GraphoptError, WorkerError
 from graphopt.target import Target, detect
 
 Progress = Callable[[int, int], None]  # kernels done, kernels in all
@@ -43,9 +43,17 @@ class _Worker:
         self._rest = b""
 
     def request(self, data: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a request and wait for the answer. Raises BuildError if the worker dies or does not answer in time."""
+        """Send a request and wait for the answer.
+
+        Raises:
+            BuildError: the worker dies, or does not answer in time.
+            WorkerError: it does not even start.
+        """
         if not self.ready:
-            self._answer(120.0)
+            try:
+                self._answer(120.0)
+            except BuildError as error:
+                raise WorkerError(f"no process that builds kernels can be started: {error}") from error
             self.ready = True
         assert self.process.stdin is not None
         try:
@@ -229,11 +237,15 @@ class KernelBuilder:
 
         Returns:
             The file of each and its share of the time, in order.
+
+        Raises:
+            WorkerError: there is no process to build in, which is no candidate's fault.
         """
         workers = workers or max(1, detect().cores)
         size = max(1, min(together, -(-len(schedules) // workers)))
         parts = deque(range(0, len(schedules), size))
         found: dict[int, list[tuple[Path, float] | BuildError]] = {}
+        unable: list[WorkerError] = []
 
         def work() -> None:
             while True:
@@ -244,6 +256,9 @@ class KernelBuilder:
                 part = schedules[at : at + size]
                 try:
                     found[at] = self._build_part(w, part, target, folder)
+                except WorkerError as error:
+                    unable.append(error)
+                    return
                 except Exception as error:  # nothing may be left without an answer
                     found[at] = [BuildError(f"{type(error).__name__}: {error}")] * len(part)
 
@@ -252,6 +267,8 @@ class KernelBuilder:
             thread.start()
         for thread in threads:
             thread.join()
+        if unable:
+            raise unable[0]
         return [one for at in sorted(found) for one in found[at]]
 
     def _build_part(self, w: Workload, schedules: Sequence[Schedule], target: Target,

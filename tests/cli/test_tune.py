@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from typer.testing import CliRunner, Result
 from graphopt.autotune.database import Database
 from graphopt.autotune.records import TuningRecord
 from graphopt.backends.tvm.build import KernelBuilder
+from graphopt.child_process import start_python
 from graphopt.cli.main import app
 from graphopt.cli.tune import duration
 from graphopt.devices import choose_target
 from graphopt.errors import BuildError, DiskFullError, UsageError
 from graphopt.options import Options
-from graphopt.target import detect
+from graphopt.target import Target, detect
 from graphopt.tuned import device_key
+from graphopt.tuning_tvm import TvmCandidates
 
 MODEL = """
 import torch
@@ -230,3 +233,18 @@ def test_a_model_is_planned_tuned_and_gone_on_with(tmp_path: Path) -> None:
     assert len({r.run for r in records}) == 1
     assert len({(r.workload.key, r.schedule) for r in records}) == 6
     assert all(r.measured.ok for r in records)
+@pytest.mark.tvm
+def test_a_builder_that_cannot_start_blames_no_candidate(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unable(TvmCandidates):
+        def __init__(self, target: Target, workers: int) -> None:  # the model was compiled before
+            broken = partial(start_python, "raise ImportError('no tvm here')")
+            monkeypatch.setattr("graphopt.backends.tvm.build.start_python", lambda program, errors: broken(errors))
+            super().__init__(target, workers)
+
+    monkeypatch.setattr("graphopt.tuning_tvm.TvmCandidates", Unable)
+    done = tune(*small)
+    assert done.exit_code == 12, done.stderr
+    assert "no process that builds kernels can be started" in done.stderr and "no tvm here" in done.stderr
+    assert not Database(tmp_path / "cache" / "tuning.db").records()
+
+

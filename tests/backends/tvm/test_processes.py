@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from graphopt.autotune.space import Schedule, Workload
-from graphopt.backends.tvm import launch, provider
+from graphopt.backends.tvm import build, launch, provider
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.backends.tvm.cache import KernelCache
 from graphopt.backends.tvm.worker import build_one
-from graphopt.errors import BuildError
+from graphopt.child_process import start_python
+from graphopt.errors import BuildError, WorkerError
 from graphopt.target import detect
 
 
@@ -62,6 +63,18 @@ def test_a_hanging_worker_is_replaced(tmp_path: Path) -> None:
     assert isinstance(builder.build_many([job(21)], detect(), tmp_path, workers=1)[0], Path)
     assert worker.process.poll() is not None
     builder.close()
+
+
+def test_a_worker_that_does_not_start_is_no_candidates_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "start_python", lambda program, errors: start_python("raise ImportError('no tvm here')", errors))
+    builder, (w, s) = KernelBuilder(), job(31)
+    try:
+        with pytest.raises(WorkerError, match=r"can be started: .*no tvm here"):
+            builder.build_together(w, [s], detect(), tmp_path, workers=1)
+        (result,) = builder.build_many([(w, s)], detect(), tmp_path, workers=1, errors="return")
+        assert isinstance(result, BuildError) and "no tvm here" in str(result), "a compilation may do without"
+    finally:
+        builder.close()
 
 
 def test_a_parent_without_a_guarded_main(tmp_path: Path) -> None:
