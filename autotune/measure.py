@@ -18,6 +18,7 @@ import torch
 
 from graphopt.autotune.records import Measured
 from graphopt.autotune.space import Schedule, Workload
+from graphopt.errors import GraphoptError
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,10 @@ class Trial:
         return self.built.schedule
 
 
+class CannotTry(GraphoptError):
+    """There is nothing to try kernels of a workload on: no memory for inputs and what must come out, or no sizes that make sense."""
+
+
 class Runner(Protocol):
     """Runs candidates, away from this process."""
 
@@ -161,6 +166,9 @@ class Runner(Protocol):
         """Try candidates one after the other; each winner is the incumbent of those behind it.
 
         Without an incumbent, the first candidate that is right becomes it.
+
+        Raises:
+            CannotTry: there is nothing to try them on.
         """
 
     def close(self) -> None:

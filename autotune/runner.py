@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from graphopt.autotune.arena import Arena
-from graphopt.autotune.measure import Built, Incumbent, Race, Subject, Timing, Trial, Verdict, spread
+from graphopt.autotune.measure import Built, CannotTry, Incumbent, Race, Subject, Timing, Trial, Verdict, spread
 from graphopt.autotune.records import Measured, Status
 from graphopt.child_process import start_python
 from graphopt.errors import GraphoptError, WorkerError, first_line
@@ -317,9 +317,12 @@ class ProcessRunner:
         self._session.loaded = None
 
     def _load_case(self, session: TaskSession, n: int) -> Arena:
-        """Case n of the subject, in shared memory and known to the child."""
+        """Case n of the subject, in shared memory and known to the child. Raises CannotTry if there is none."""
         if n not in session.arenas:
-            session.arenas[n] = Arena(session.subject.case(2 * self.seed + n))
+            try:
+                session.arenas[n] = Arena(session.subject.case(2 * self.seed + n))
+            except (GraphoptError, RuntimeError, MemoryError, OSError) as error:  # PyTorch's allocator raises RuntimeError
+                raise CannotTry(f"its inputs and results could not be made: {first_line(error)}") from error
         arena = session.arenas[n]
         if session.loaded != n:
             session.loaded = None

@@ -43,7 +43,7 @@ class ByGain:
 
     def next(self, tasks: Sequence[Progress]) -> int | None:
         """Index of a task, or None if none is worth going on with."""
-        going = [i for i, p in enumerate(tasks) if not p.exhausted and not self._at_roofline(p)]
+        going = [i for i, p in enumerate(tasks) if not p.exhausted and not p.left_out and not self._at_roofline(p)]
         fresh = [i for i in going if not _tried(tasks[i])]
         if fresh:
             return max(fresh, key=lambda i: tasks[i].task.calls * tasks[i].task.seconds)

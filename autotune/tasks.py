@@ -75,6 +75,7 @@ class Progress:
 
     task: Task
     search: Proposer
+        left_out: why there can be no more trials, in words; empty if there can.
     default: Measured | None = None
     incumbent: Incumbent | None = None
     trials: int = 0
@@ -85,6 +86,7 @@ class Progress:
     statuses: dict[str, int] = field(default_factory=dict)
     lost: int = 0
     stood: float | None = None
+    left_out: str = ""
 
     @property
     def best(self) -> float | None:

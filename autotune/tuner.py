@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from graphopt.autotune.measure import Builder, Built, Incumbent, Runner, Trial
+from graphopt.autotune.measure import Builder, Built, CannotTry, Incumbent, Runner, Trial
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.scheduler import ByGain
 from graphopt.autotune.space import Schedule
@@ -166,7 +166,7 @@ class Tuner:
             self._reinstate(p, self._known[index])
         schedules = p.search.propose(size)
         if p.wants_default and p.task.default not in schedules:
-            schedules = [p.task.default, *schedules[: max(0, size - 1)]]
+            schedules = [p.task.default, *schedules]  # one more than usual: what was proposed is never proposed again
         if not schedules:
             return True
         schedules.sort(key=lambda s: s != p.task.default)  # first: it is the incumbent that the others are timed against
@@ -183,6 +183,8 @@ class Tuner:
                 self._listener(Tried(index, trial))
                 if self._over(budget):
                     return len(results) == len(built)
+        except CannotTry as error:
+            p.left_out = str(error)
         finally:
             p.search.observe(results)
             p.spent += time.monotonic() - start

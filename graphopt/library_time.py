@@ -28,19 +28,20 @@ Values = dict[Value, torch.Tensor]
 def library_seconds(subject: Subject, seconds: float = 0.1, device: torch.device = CPU) -> float:
     """Median seconds of a call; weights are as cold as where kernels are timed, the rest lies where it lay the call before.
 
-    On a GPU, everything is cold, as it is for the kernels that the tuner times there; 0 if it has not the room.
+    On a GPU, everything is cold, as it is for the kernels that the tuner times there. 0 if there is not the room.
 
     Args:
         seconds: of calls that are timed.
     """
-    if device.type == "cpu":
-        return _seconds(subject, seconds, device)
     try:
         return _seconds(subject, seconds, device)
-    except torch.OutOfMemoryError:
-        return 0.0
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # as a processor's allocator says
+            return 0.0
+        raise
     finally:
-        torch.cuda.empty_cache()  # the process that runs candidates needs the room
+        if device.type != "cpu":
+            torch.cuda.empty_cache()  # the process that runs candidates needs the room
 
 
 def _seconds(subject: Subject, seconds: float, device: torch.device) -> float:

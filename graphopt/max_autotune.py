@@ -69,6 +69,7 @@ def autotune(units: Sequence[tuple[Graph, Lowered]], target: Target, path: Path,
         report.tuning.append(TunedKernel(p.task.name, p.trials, p.trials - p.statuses.get("ok", 0), default, p.best))
     if outcome.why == "interrupted":
         raise KeyboardInterrupt
+    report.notes += [f"max-autotune: {p.task.name} was left out: {p.left_out}" for p in outcome.progress if p.left_out]
     report.notes.append(_told(outcome, seconds))
 
 

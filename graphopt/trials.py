@@ -37,6 +37,9 @@ def case_maker(w: Workload, sizes: Mapping[str, int] | None = None, device: torc
     Args:
         sizes: values of the symbols of the workload's graph.
         device: where the reference is computed.
+
+    Raises:
+        GraphoptError: no other sizes make sense, so nobody would know whether a kernel is right there.
     """
     graph = w.graph
     known = dict(sizes or {})

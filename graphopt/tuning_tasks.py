@@ -12,6 +12,7 @@ import torch
 from graphopt.autotune.measure import Subject
 from graphopt.autotune.space import Rule, Workload
 from graphopt.autotune.tasks import Task
+from graphopt.errors import GraphoptError, first_line
 from graphopt.ir import Trait, dims, types
 from graphopt.ir.graph import Value
 from graphopt.ir.stage import staged_values
@@ -100,7 +101,12 @@ def tasks_of(profiles: Sequence[Profile], target: Target, least: LeastSeconds | 
         share = use.seconds / total if total else 0.0
         read = min(use.weight_bytes, use.bytes) if cold else 0  # of a table, the rows that are taken
         floor = least(limited, read, _tile_products(w, target)) if least else 0.0
-        subject = Subject(w, case_maker(w, use.sizes, device), use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
+        try:
+            make_case = case_maker(w, use.sizes, device)
+        except GraphoptError as error:
+            found.left_out.append((use.name, first_line(error)))
+            continue
+        subject = Subject(w, make_case, use.weights, min(between, MOST_BETWEEN), use.sizes, floor)
         eager = library(subject) if library and share >= WORTH else 0.0
         found.tasks.append(Task(subject, use.name, use.step.schedule, use.calls, one, eager, use.flops, read))
         found.share.append(share)

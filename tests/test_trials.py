@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+import graphopt
 from graphopt.autotune.space import Workload
+from graphopt.errors import GraphoptError
 from graphopt.ir import parse_graph
+from graphopt.target import detect
 from graphopt.trials import case_maker
+from graphopt.tuning_tasks import tasks_of
 
 SYMBOLIC = Workload.of(parse_graph("""
 graph @g(%x: f32[N, 4]) -> f32[N, 4] where 1 <= N {
@@ -28,6 +35,17 @@ def test_even_seeds_have_the_sizes_that_are_timed_and_odd_ones_others() -> None:
     for c in cases:
         assert c.inputs[0].shape == c.outputs[0].shape == (*c.sizes, 4)
         assert not c.judge([c.inputs[0].exp()]).reason and c.judge([c.inputs[0].sin()]).reason
+
+
+def test_a_workload_without_other_sizes_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: object, **options: object) -> None:
+        raise GraphoptError("no values were found")
+
+    compiled = graphopt.compile(torch.nn.Linear(4, 4), (torch.randn(2, 4),), tuning_db=None)
+    profile = compiled.profile(torch.randn(2, 4), runs=1)
+    monkeypatch.setattr("graphopt.trials.sample_bindings", none)
+    found = tasks_of([profile], detect())
+    assert not found.tasks and ("no values were found" in why for _, why in found.left_out)
 
 
 def test_without_symbols_all_seeds_have_the_same_sizes_and_other_numbers() -> None:

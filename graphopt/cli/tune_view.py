@@ -194,12 +194,14 @@ def reached(least: float, seconds: float | None) -> str:
 
 
 def refusals(outcome: Outcome) -> list[str]:
-    """What to know of kernels whose default schedule failed."""
+    """What to know of kernels whose default schedule failed, or that could not be tried."""
     out = []
     for p in outcome.progress:
         if p.refused:
             then = "the fastest of the others counts from now on, also where it is slower" if p.incumbent else "no other one ran either"
             out.append(f"{p.task.name}: its default schedule is refused ({p.refused}); {then}. Please report it")
+        if p.left_out:
+            out.append(f"{p.task.name}: left out after {counted(p.trials, 'trial')}: {p.left_out}")
     return out
 
 
@@ -209,7 +211,7 @@ def standstill(outcome: Outcome, found: Tasks) -> list[str]:
     done: list[tuple[float, int]] = []
     tried: list[tuple[float, int]] = []
     for p, share in zip(outcome.progress, found.share, strict=True):
-        if not p.trials or p.refused or (p.gain or 1.0) > 1.0:
+        if not p.trials or p.refused or p.left_out or (p.gain or 1.0) > 1.0:
             continue
         group = near if p.best and p.best <= NEAR * p.task.least else done if p.exhausted else tried
         group.append((share, p.trials + p.earlier))

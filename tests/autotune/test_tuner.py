@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from graphopt.autotune.measure import Built, Incumbent, Subject, Timing, Trial
+from graphopt.autotune.measure import Built, Case, Incumbent, Subject, Timing, Trial
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
@@ -99,6 +99,31 @@ def test_a_default_that_was_lost_is_tried_again(n: int) -> None:
     assert p.default is not None and p.default.ok
     assert p.incumbent is not None and p.incumbent.schedule["kernel"] == "good"
     assert p.statuses["lost"] == 2
+
+
+def test_a_default_that_is_tried_again_is_in_no_others_place() -> None:
+    runner = LosingRunner("good", 2)
+    setup = Setup(runner, space("good", "slow", "slower", n=3), batch=2)
+    try:
+        outcome, p = setup.run(Budget())
+    finally:
+        runner.close()
+    assert outcome.why == "done" and p.exhausted
+    assert len({t.schedule for t, _ in setup.records}) == 9, "every schedule that there is was tried"
+
+
+def test_a_task_without_room_for_its_inputs_is_left_out_and_the_others_are_tuned(runner: ProcessRunner) -> None:
+    def no_room(seed: int) -> Case:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+    setup = Setup(runner, space("good", n=4))
+    (other,) = setup.tuner.progress
+    first = replace(other, task=Task(replace(subject(), case=no_room), "large", schedule("good")))
+    first.search = Search(first.task.workload, TARGET, [space("good", n=4)], seed=0)
+    setup.tuner.progress = [first, other]
+    outcome = setup.tuner.run(Budget())
+    assert outcome.why == "done" and (first.trials, other.trials) == (0, 4)
+    assert "could not be made" in first.left_out and "allocate 1 TB" in first.left_out and not other.left_out
 
 
 def test_a_default_that_is_always_lost_is_given_up() -> None:
