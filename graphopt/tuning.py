@@ -5,10 +5,10 @@ Which kernels of a model to tune: :mod:`graphopt.tuning_tasks`. What the model g
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -107,28 +107,24 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
         runner: of ``run.machine``, where that is another one. It is closed at the end.
     """
     name = run.run or new_run()
-    claim = Claim(name)
-    done = run_records(run, tasks) if run.run else []
     backend = tuning_backend(run.target, run.machine, run.gpu)
-    builder = backend.builder(run.workers)
-    runner = runner or backend.runner(run.threads, run.timing, run.seed)
-    runner.start()
-    model = _cost_model(run)
-    try:
-        tuner = Tuner(
-            tasks, search=partial(_search, run, model, done), builder=builder, runner=runner, record=partial(_record, run, name),
-            scheduler=scheduler, batch=run.batch, known=_incumbents(run, tasks, done), done=max((r.trial for r in done), default=0),
-            listener=listener,
-        )  # fmt: skip
-        runner.ready()  # the budget is for trials
-        return tuner.run(budget)
-    finally:
-        claim.close()
-        runner.close()
-        builder.close()
-        if len(model):
-            with contextlib.suppress(DatabaseError):  # it can be taught again, and must not hide what else went wrong
-                run.database.save_model(_model_name(run), model.to_bytes())
+    with (closing(runner or backend.runner(run.threads, run.timing, run.seed)) as runner, closing(backend.builder(run.workers)) as builder,
+          closing(Claim(name))):  # fmt: skip
+        done = run_records(run, tasks) if run.run else []
+        runner.start()
+        model = _cost_model(run)
+        try:
+            tuner = Tuner(
+                tasks, search=partial(_search, run, model, done), builder=builder, runner=runner, record=partial(_record, run, name),
+                scheduler=scheduler, batch=run.batch, known=_incumbents(run, tasks, done), done=max((r.trial for r in done), default=0),
+                listener=listener,
+            )  # fmt: skip
+            runner.ready()  # the budget is for trials
+            return tuner.run(budget)
+        finally:
+            if len(model):
+                with suppress(DatabaseError):  # it can be taught again, and must not hide what else went wrong
+                    run.database.save_model(_model_name(run), model.to_bytes())
 
 
 def new_run() -> str:

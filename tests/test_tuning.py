@@ -25,9 +25,11 @@ from graphopt.autotune.claim import Claim, going_on
 from graphopt.autotune.database import Database
 from graphopt.autotune.measure import Built, Timing
 from graphopt.autotune.records import Measured, Status, TuningRecord
+from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 from graphopt.autotune.tasks import Task
 from graphopt.autotune.tuner import Budget
+from graphopt.errors import DatabaseError
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
 from graphopt.tuning import Run, last_run, moment, spaces_of, tune, versions, withdraw
@@ -116,6 +118,19 @@ def test_bad_templates_are_tried_and_none_is_chosen(tmp_path: Path, monkeypatch:
     assert best.schedule.template != "mistaken" or not best.schedule["mistaken"]
     compiled = graphopt.compile(Net(), (X,), cache_dir=tmp_path / "cache", tuning_db=tmp_path / "t.db")
     torch.testing.assert_close(compiled(X), Net()(X))
+
+
+def test_a_model_that_cannot_be_read_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(self: Database, name: str) -> bytes:
+        raise DatabaseError("the disk does not answer")
+
+    closed: list[str] = []
+    monkeypatch.setattr(Database, "load_model", damaged)
+    monkeypatch.setattr(TvmCandidates, "close", lambda self, close=TvmCandidates.close: closed.append("builder") or close(self))
+    monkeypatch.setattr(ProcessRunner, "close", lambda self, close=ProcessRunner.close: closed.append("runner") or close(self))
+    with pytest.raises(DatabaseError):
+        tune([], Run(detect(), Database(tmp_path / "t.db"), 1, workers=1), Budget(trials=1))
+    assert sorted(closed) == ["builder", "runner"]
 
 
 # --- killed at any moment ----------------------------------------------------------------------------------------------
