@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -149,6 +150,7 @@ class TuningRecord:
         data["schedule"] = schedule_from(data["schedule"])
         data["measured"] = Measured.from_dict(data["measured"])
         data["versions"] = tuple(data["versions"].items())
+        _expect_moment(data["when"])
         try:
             return TuningRecord(**data)
         except ValueError as error:
@@ -162,6 +164,7 @@ def schedule_from(data: Mapping[str, Any]) -> Schedule:
     return Schedule(data["template"], data["sketch"], tuple(sorted(knobs.items())))
 
 
+_MOMENT = "%Y-%m-%dT%H:%M:%SZ"
 _TYPES: dict[str, type] = {
     "workload": dict, "target": str, "device": str, "threads": int, "schedule": dict, "measured": dict, "versions": dict,
     "run": str, "trial": int, "when": str,
@@ -187,6 +190,16 @@ def _expect(data: Mapping[str, Any], kinds: Mapping[str, type], what: str) -> No
     for name, kind in kinds.items():
         if not isinstance(data[name], kind) or (kind is int and isinstance(data[name], bool)):
             raise UsageError(f"{name} of {what} is {data[name]!r}, which is no {kind.__name__}")
+
+
+def _expect_moment(text: str) -> None:
+    """Raises UsageError unless it is written as :attr:`TuningRecord.when` is: so that later ones are greater texts."""
+    try:
+        same = datetime.strptime(text, _MOMENT).strftime(_MOMENT) == text
+    except ValueError:
+        same = False
+    if not same:
+        raise UsageError(f"when of a tuning record is {text!r}, which is no moment such as 2026-01-31T12:00:00Z")
 
 
 def _knob(name: str, value: Any) -> Knob:

@@ -20,7 +20,7 @@ from graphopt.autotune.database import Database, Versions
 from graphopt.autotune.prune import Prune, outdated, superfluous
 from graphopt.autotune.records import TuningRecord
 from graphopt.autotune.space import Workload
-from graphopt.errors import UsageError, counted
+from graphopt.errors import GraphoptError, UsageError, counted
 from graphopt.options import default_cache_dir
 from graphopt.profile import describe_region
 from graphopt.tuning import all_versions
@@ -66,13 +66,13 @@ def ls(db: Db = None) -> None:
     best = _best(database, groups)
     table = Table("workload", "computes", "device", "threads", "trials", "failed", "best us", "gain", "last", box=None, pad_edge=False)
     other, now = False, all_versions()
-    for group, records in sorted(groups.items(), key=lambda item: -_newest(item[1])):
+    for group, records in sorted(groups.items(), key=lambda item: _newest(item[1]), reverse=True):
         lead, failed = best.get(group), sum(not r.measured.ok for r in records)
         old = outdated(records[0].versions, now)
         other = other or old
         seconds, gain = ("", "") if lead is None else (f"{(lead.measured.seconds or 0) * 1e6:.1f}", _gain(lead, records))
-        first, last = records[0], max(r.when for r in records)[:10] + ("*" if old else "")
-        table.add_row(first.workload.key[:8], describe_region(first.workload.graph), first.device.partition(" (")[0], str(first.threads),
+        first, last = records[0], _newest(records)[:10] + ("*" if old else "")
+        table.add_row(first.workload.key[:8], _computes(first.workload), first.device.partition(" (")[0], str(first.threads),
                       str(len(records)), str(failed or ""), seconds, gain, last)  # fmt: skip
     console = _console()
     console.print(table)
@@ -94,7 +94,7 @@ def show(
     groups = _groups(database.records(w))
     best = _best(database, groups)
     console = _console()
-    console.print(f"{w.kind} {w.key}: {describe_region(w.graph)}", soft_wrap=True)
+    console.print(f"{w.kind} {w.key}: {_computes(w)}", soft_wrap=True)
     console.print(w.text.rstrip(), markup=False, soft_wrap=True)
     for group, records in groups.items():
         lead, r = best.get(group), records[0]
@@ -119,6 +119,14 @@ def show(
 Group = tuple[str, str, int, Versions]
 
 
+def _computes(w: Workload) -> str:
+    """What a workload computes; its kind alone if another version made it, with operations that this one does not have."""
+    try:
+        return describe_region(w.graph)
+    except GraphoptError:
+        return f"{w.kind} (of another version)"
+
+
 def _groups(records: Iterable[TuningRecord]) -> dict[Group, list[TuningRecord]]:
     """Records that may be compared, together."""
     out: dict[Group, list[TuningRecord]] = {}
@@ -137,8 +145,8 @@ def _best(database: Database, groups: dict[Group, list[TuningRecord]]) -> dict[G
     return {_group(r): r for records in found.values() for r in records}
 
 
-def _newest(records: Sequence[TuningRecord]) -> float:
-    return max(datetime.fromisoformat(r.when.replace("Z", "+00:00")).timestamp() for r in records)
+def _newest(records: Iterable[TuningRecord]) -> str:
+    return max(r.when for r in records)
 
 
 def _gain(lead: TuningRecord, records: Sequence[TuningRecord]) -> str:
@@ -156,7 +164,7 @@ def _workload(database: Database, prefix: str) -> Workload:
         return next(iter(found))
     if not found:
         raise UsageError(f"workload {prefix!r}: there is none in {database.path}; graphopt db ls prints their keys")
-    which = "; ".join(f"{w.key[:8]} {describe_region(w.graph)}" for w in list(found)[:4])
+    which = "; ".join(f"{w.key[:8]} {_computes(w)}" for w in list(found)[:4])
     raise UsageError(f"workload {prefix!r}: which of these? {which}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 from hypothesis import given
@@ -28,9 +29,10 @@ measured = st.one_of(
     st.builds(Measured, st.just(Status.OK), st.floats(1e-9, 1e3), numbers, numbers, numbers, words),
     st.builds(Measured, st.sampled_from([s for s in Status if s is not Status.OK]), st.none(), st.none(), numbers, st.none(), words),
 )
+moments = st.datetimes(datetime(1000, 1, 1)).map(lambda d: f"{d:%Y-%m-%dT%H:%M:%SZ}")
 records = st.builds(
     TuningRecord, st.builds(Workload, words, words), words, words, st.integers(1, 256), schedules, measured,
-    st.dictionaries(words, words, max_size=3).map(lambda d: tuple(d.items())), words, st.integers(0, 10**6), words,
+    st.dictionaries(words, words, max_size=3).map(lambda d: tuple(d.items())), words, st.integers(0, 10**6), moments,
 )  # fmt: skip
 
 
@@ -97,6 +99,8 @@ def changed(**fields: object) -> str:
         (changed(measured={"status": "ok"}), "was timed"),
         (changed(measured={"status": "wrong", "sped": 1.0}), "sped"),
         (changed(versions={"tvm": 3}), "tvm of versions is 3"),
+        (changed(when=""), "when of a tuning record is '', which is no moment"),
+        (changed(when="2026-1-1T0:0:0Z"), "no moment such as"),
     ],
 )
 def test_malformed_records_are_refused_in_words(text: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from graphopt.autotune.database import Database
 from graphopt.autotune.records import Status
+from graphopt.autotune.space import Workload
 from graphopt.cli.main import app
 from tests.autotune.db_check import OLD, record
 
@@ -50,6 +52,19 @@ def test_a_key_that_is_unknown_or_ambiguous(file: Path) -> None:
     assert done.exit_code == 2 and "there is none" in done.stderr
     done = db("show", "", "--db", file)
     assert done.exit_code == 2 and "which of these?" in done.stderr
+
+
+def test_what_another_version_made_is_shown_though_this_one_cannot_read_it(file: Path) -> None:
+    w = record(1).workload
+    other = replace(record(7, versions=OLD), workload=Workload(w.kind, w.text.replace("relu(", "frobnicate(")), when="")
+    Database(file).add([other])
+    done = db("ls", "--db", file)
+    assert done.exit_code == 0, done.stderr
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith(other.workload.key[:8])]
+    assert f"{w.kind} (of another version)" in line and "relu -> " in done.stdout
+    done = db("show", other.workload.key, "--db", file)
+    assert done.exit_code == 0, done.stderr
+    assert "(of another version)" in done.stdout and "frobnicate(" in done.stdout
 
 
 def test_an_export_is_stable_and_comes_back(file: Path, tmp_path: Path) -> None:
