@@ -18,10 +18,11 @@ from graphopt.autotune.tuner import Budget
 from graphopt.bench.measure import label
 from graphopt.bench.models import MODELS
 from graphopt.cli import INTERRUPTED
+from graphopt.cli.files import unwritable
 from graphopt.cli.tune_plot import check_plot, plot
 from graphopt.cli.tune_sessions import GpuSession, RemoteSession, Session
 from graphopt.cli.tune_view import show_plan
-from graphopt.errors import GraphoptError, UsageError, counted
+from graphopt.errors import DatabaseError, GraphoptError, UsageError, counted
 from graphopt.options import default_cache_dir
 from graphopt.remote import Address
 from graphopt.tuning import check_device
@@ -105,18 +106,21 @@ def tune_command(
     again = _again(models, device, budget, trials, seed, threads, db, cache_dir, address, interpret)
     try:
         database.models()  # a file that is no database is told now
+        if not plan and (why := unwritable(database.path)):
+            raise DatabaseError(f"tuning database {database.path} cannot be written: {why}")
         session.prepare()
         if plan or not session.found.tasks:
             show_plan(session.found, session.limits, seconds, session.console)
             return
-        try:
-            session.tune(Budget(seconds, trials), seed, resume)
-        finally:
-            if plot_file and session.outcome:
-                plot(session.outcome, session.found, session.limits, " ".join(map(label, session.names)), plot_file)
+        session.tune(Budget(seconds, trials), seed, resume)
         session.finish()
+        _draw(session, plot_file)
     except KeyboardInterrupt:
         typer.echo(session.interrupted(again), err=True)
+        try:
+            _draw(session, plot_file)
+        except UsageError as error:  # must not hide how it ended
+            typer.echo(str(error), err=True)
         raise typer.Exit(INTERRUPTED) from None
     except GraphoptError as error:
         if isinstance(error, Damaged):
@@ -126,6 +130,12 @@ def tune_command(
         raise
     finally:
         session.close()
+
+
+def _draw(session: Session, file: Path | None) -> None:
+    """The picture, if one is wanted and anything was tried. Raises UsageError if it cannot be written."""
+    if file and session.outcome:
+        plot(session.outcome, session.found, session.limits, " ".join(map(label, session.names)), file)
 
 
 def duration(text: str) -> float:

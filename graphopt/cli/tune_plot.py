@@ -11,6 +11,7 @@ from graphopt.autotune.tasks import Progress
 from graphopt.autotune.tuner import Outcome
 from graphopt.bench.limits import Limits
 from graphopt.bench.plot import apart
+from graphopt.cli.files import unwritable
 from graphopt.errors import UsageError
 from graphopt.tuning_tasks import Tasks
 
@@ -31,6 +32,8 @@ def check_plot(file: Path) -> None:
         raise UsageError(f"--plot {file}: {file.suffix or 'no suffix'} is no format for pictures; write out.png or out.svg")
     if not file.parent.is_dir():
         raise UsageError(f"--plot {file}: there is no folder {file.parent}")
+    if why := unwritable(file):
+        raise UsageError(f"--plot {file} cannot be written: {why}")
 
 
 def plot(outcome: Outcome, found: Tasks, limits: Limits | None, name: str, file: Path) -> None:

@@ -166,9 +166,10 @@ class Session:
         kept = f"{counted(self.trials, 'trial')} made, and kept in {self.database.path}"
         if self.outcome is not None and self.outcome.why != "interrupted":
             return f"interrupted while the models were measured; {kept}: they count from the next compilation on"
-        if not self.trials or self.outcome is None:
+        if not self.trials:
             return "interrupted before the first trial; nothing was tuned"
-        show_result(self.outcome, self.found, self.console)
+        if self.outcome is not None:  # else it was interrupted again, while its processes were ended
+            show_result(self.outcome, self.found, self.console)
         return f"interrupted; {kept}. To go on:\n  {again}"
 
 

@@ -97,6 +97,14 @@ def test_a_database_that_may_not_be_read_is_out_of_reach(tmp_path: Path) -> None
     assert "cannot be read" in done.stderr
 
 
+def test_a_database_that_may_not_be_written_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("graphopt.cli.tune_sessions.load", lambda name: pytest.fail("it was compiled"))
+    done = tune("mlp", "--db", str(tmp_path / "new" / "tuning.db"))
+    assert done.exit_code == 9
+    assert f"cannot be written: nothing may be written to {tmp_path}" in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[str, ...]:
     """Arguments for a small model, and a folder of its own."""
@@ -191,11 +199,55 @@ def test_ctrl_c_before_the_first_trial(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.tvm
+def test_a_second_ctrl_c_while_the_run_is_closed_says_what_was_kept(small: tuple[str, ...], tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def save_model(self: Database, name: str, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    fails_after(3, KeyboardInterrupt(), monkeypatch)
+    monkeypatch.setattr(Database, "save_model", save_model)
+    done = tune(*small, "--trials", "5")
+    assert done.exit_code == 130, done.stderr
+    assert "3 trials made, and kept in" in done.stderr and done.stderr.splitlines()[-1].endswith("--resume")
+
+
+@pytest.mark.tvm
+def test_a_picture_that_cannot_be_written_hides_nothing(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+
+    def no_room(*args: object) -> None:
+        raise UsageError("--plot out.png cannot be written: No space left on device")
+
+    monkeypatch.setattr("graphopt.cli.tune.plot", no_room)
+    done = tune(*small, "--trials", "1", "--plot", str(tmp_path / "out.png"))
+    assert done.exit_code == 2 and "No space left" in done.stderr
+    assert "runs in turns" in done.stdout or "nothing changes" in done.stdout, "the models were measured before"
+    fails_after(1, KeyboardInterrupt(), monkeypatch)
+    done = tune(*small, "--trials", "5", "--plot", str(tmp_path / "out.png"))
+    assert done.exit_code == 130 and "No space left" in done.stderr and "--resume" in done.stderr
+
+
+@pytest.mark.tvm
 def test_a_runner_that_cannot_start_blames_no_candidate(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.tuning_tvm.LOADER", "graphopt.nowhere:load")
     done = tune(*small)
     assert done.exit_code == 12, done.stderr
     assert "the process that runs candidates" in done.stderr
+    assert not Database(tmp_path / "cache" / "tuning.db").records()
+
+
+@pytest.mark.tvm
+def test_a_builder_that_cannot_start_blames_no_candidate(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unable(TvmCandidates):
+        def __init__(self, target: Target, workers: int) -> None:  # the model was compiled before
+            broken = partial(start_python, "raise ImportError('no tvm here')")
+            monkeypatch.setattr("graphopt.backends.tvm.build.start_python", lambda program, errors: broken(errors))
+            super().__init__(target, workers)
+
+    monkeypatch.setattr("graphopt.tuning_tvm.TvmCandidates", Unable)
+    done = tune(*small)
+    assert done.exit_code == 12, done.stderr
+    assert "no process that builds kernels can be started" in done.stderr and "no tvm here" in done.stderr
     assert not Database(tmp_path / "cache" / "tuning.db").records()
 
 
@@ -233,18 +285,3 @@ def test_a_model_is_planned_tuned_and_gone_on_with(tmp_path: Path) -> None:
     assert len({r.run for r in records}) == 1
     assert len({(r.workload.key, r.schedule) for r in records}) == 6
     assert all(r.measured.ok for r in records)
-@pytest.mark.tvm
-def test_a_builder_that_cannot_start_blames_no_candidate(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unable(TvmCandidates):
-        def __init__(self, target: Target, workers: int) -> None:  # the model was compiled before
-            broken = partial(start_python, "raise ImportError('no tvm here')")
-            monkeypatch.setattr("graphopt.backends.tvm.build.start_python", lambda program, errors: broken(errors))
-            super().__init__(target, workers)
-
-    monkeypatch.setattr("graphopt.tuning_tvm.TvmCandidates", Unable)
-    done = tune(*small)
-    assert done.exit_code == 12, done.stderr
-    assert "no process that builds kernels can be started" in done.stderr and "no tvm here" in done.stderr
-    assert not Database(tmp_path / "cache" / "tuning.db").records()
-
-
