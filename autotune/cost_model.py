@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from zipfile import BadZipFile
 
@@ -216,16 +216,24 @@ def pairwise_accuracy(scores: Sequence[float], seconds: Sequence[float], apart: 
     Args:
         apart: pairs whose times differ by no more than this share of the shorter one are not counted.
     """
+    right = _pairs(scores, seconds, apart)
+    return float(np.mean(right)) if len(right) else math.nan
+
+
+def ranked(batches: Iterable[tuple[Sequence[float], Sequence[float]]]) -> tuple[int, float]:
+    """Pairs of candidates within batches, each (scores, seconds), and the share of them that the scores put in order."""
+    right = np.concatenate([np.zeros(0), *(_pairs(scores, seconds) for scores, seconds in batches)])
+    return len(right), float(np.mean(right)) if len(right) else math.nan
+
+
+def _pairs(scores: Sequence[float], seconds: Sequence[float], apart: float = 0.0) -> Array:
+    """For each pair with different times 1 if the scores say which is faster, 0 if they say the other, 0.5 if neither."""
     x, t = np.asarray(scores, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
-    if len(x) < 2:
-        return math.nan
     i, j = np.triu_indices(len(x), 1)
     counted = np.abs(t[i] - t[j]) > apart * np.minimum(t[i], t[j])
     i, j = i[counted], j[counted]
-    if not len(i):
-        return math.nan
-    agreement = np.sign(x[i] - x[j]) * np.sign(t[j] - t[i])
-    return float(np.mean((agreement + 1) / 2))
+    out: Array = (np.sign(x[i] - x[j]) * np.sign(t[j] - t[i]) + 1) / 2
+    return out
 
 
 def _nests(spaces: Sequence[SearchSpace]) -> dict[str, Callable[[Schedule], LoopNest] | None]:

@@ -53,6 +53,10 @@ class Proposer(Protocol):
     def exhausted(self) -> bool:
         """Whether there is nothing left to propose."""
 
+    @property
+    def predictions(self) -> list[tuple[list[float], list[float]]]:
+        """(scores that a cost model gave, seconds that were then measured) of every batch that it had ranked."""
+
     def propose(self, n: int) -> list[Schedule]:
         """New candidates."""
 
@@ -71,11 +75,11 @@ class Progress:
         rounds: (trials so far, those of earlier parts included; seconds of the incumbent) at the end of every round.
         curve: (seconds since the run began, seconds of the incumbent) at every change.
         statuses: how often trials ended how.
+        left_out: why there can be no more trials, in words; empty if there can.
     """
 
     task: Task
     search: Proposer
-        left_out: why there can be no more trials, in words; empty if there can.
     default: Measured | None = None
     incumbent: Incumbent | None = None
     trials: int = 0

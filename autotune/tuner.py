@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from graphopt.autotune.cost_model import ranked
 from graphopt.autotune.measure import Builder, Built, CannotTry, Incumbent, Runner, Trial
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.scheduler import ByGain
@@ -86,12 +87,21 @@ class Standing:
 
 @dataclass
 class Outcome:
-    """How a run ended: ``why`` is one of ``budget``, ``trials``, ``done`` (nothing left to try), ``interrupted``."""
+    """How a run ended: ``why`` is one of ``budget``, ``trials``, ``done`` (nothing left to try), ``interrupted``.
+
+    ``why_unranked``: why there is no cost model, in words; empty if there is one.
+    """
 
     why: str
     progress: list[Progress]
     seconds: float
     trials: int
+    why_unranked: str = ""
+
+    @property
+    def ranked(self) -> tuple[int, float]:
+        """Pairs of candidates that the cost model had ranked before they were measured; the share of them that it had in order."""
+        return ranked(batch for p in self.progress for batch in p.search.predictions)
 
     @property
     def rate(self) -> float:

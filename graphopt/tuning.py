@@ -120,7 +120,7 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
                 listener=listener,
             )  # fmt: skip
             runner.ready()  # the budget is for trials
-            return tuner.run(budget)
+            return replace(tuner.run(budget), why_unranked=model.why_not)
         finally:
             if len(model):
                 with suppress(DatabaseError):  # it can be taught again, and must not hide what else went wrong

@@ -181,7 +181,7 @@ def show_result(outcome: Outcome, found: Tasks, console: Console) -> None:
         table.add_row(p.task.name, f"{share:.1%}", str(p.trials), str(failed or ""), microseconds(p.task.library), microseconds(default),
                       microseconds(p.best), gain, reached(p.task.least, p.best))  # fmt: skip
     console.print(table)
-    for text in (*refusals(outcome), *standstill(outcome, found)):
+    for text in (*refusals(outcome), *standstill(outcome, found), *ranking(outcome)):
         console.print(text, highlight=False, soft_wrap=True)
     why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
     rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
@@ -203,6 +203,14 @@ def refusals(outcome: Outcome) -> list[str]:
         if p.left_out:
             out.append(f"{p.task.name}: left out after {counted(p.trials, 'trial')}: {p.left_out}")
     return out
+
+
+def ranking(outcome: Outcome) -> list[str]:
+    """How good the cost model was on what it had not seen, in words; or why there is none."""
+    if outcome.why_unranked:
+        return [outcome.why_unranked]
+    pairs, share = outcome.ranked
+    return [f"the cost model had {share:.0%} of {counted(pairs, 'pair')} of candidates in order before they were measured"] if pairs else []
 
 
 def standstill(outcome: Outcome, found: Tasks) -> list[str]:

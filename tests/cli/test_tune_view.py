@@ -11,7 +11,7 @@ from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.autotune.tasks import Progress, Task
 from graphopt.autotune.tuner import Budget, Outcome, RoundBegins, Tried
-from graphopt.cli.tune_view import View, refusals, standstill
+from graphopt.cli.tune_view import View, ranking, refusals, standstill
 from graphopt.tuning_tasks import Tasks
 from tests.autotune.test_scheduler import NoSearch
 
@@ -34,6 +34,20 @@ def test_a_line_tells_of_the_task_at_hand() -> None:
     view.listen(Tried(1, trial(1e-4, True, n=1)))
     assert "2 trials (" in view.line() and " a second)" in view.line()
     assert view.line().endswith("1.00 -> 0.90 ms (estimate); now large (80%, 2 trials, best 100.0 us, 2.00x)")
+
+
+class Ranked(NoSearch):
+    def __init__(self, *batches: tuple[list[float], list[float]]) -> None:
+        self.predictions = list(batches)
+
+
+def test_how_good_the_cost_model_was_is_said() -> None:
+    first = Progress(task("first"), Ranked(([3.0, 2.0, 1.0], [1e-3, 2e-3, 3e-3]), ([1.0, 2.0], [1e-3, 2e-3])))
+    second = Progress(task("second"), Ranked(([1.0, 2.0], [1e-3, 1e-3])))  # which is faster nobody knows
+    outcome = Outcome("budget", [first, second], 1.0, 7)
+    assert ranking(outcome) == ["the cost model had 75% of 4 pairs of candidates in order before they were measured"]
+    assert ranking(Outcome("budget", [second], 1.0, 2)) == []
+    assert ranking(Outcome("budget", [first], 1.0, 5, "xgboost cannot be used")) == ["xgboost cannot be used"]
 
 
 def test_why_kernels_are_no_faster_is_said() -> None:
