@@ -309,9 +309,11 @@ def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Op
         captured = capture_fx(gm, weights=weights, inputs=inputs, name=re.sub(r"\W+", "_", label).strip("_") or "main")
     except Uncapturable as error:
         return fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
+    eager = eager_peak(gm)
+    del gm  # the caller's, if it kept no other reference: what is made from here on comes to lie where it lay
     mark(captured, values or {})
     compiled = compile_captured(captured, options, label=label, progress=progress)
-    compiled.report.memory["eager"] = eager_peak(gm)
+    compiled.report.memory["eager"] = eager
     return compiled
 
 

@@ -153,7 +153,8 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
         exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
         values = _weights(exported, chosen)
-        compiled = CompiledModel(exported, compile_fx(exported.gm, exported.weights, chosen, values=values, label=label, progress=progress))
+        graph = compile_fx(exported.take_graph(), exported.weights, chosen, values=values, label=label, progress=progress)
+        compiled = CompiledModel(exported, graph)
     if chosen.own_weights:
         compiled._own_weights(model if isinstance(model, torch.nn.Module) else None)
     else:

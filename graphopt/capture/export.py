@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._export.utils import _collect_all_valid_cia_ops, _get_decomp_for_cia
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental import proxy_tensor
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -90,6 +91,11 @@ class ExportedGraph:
         self._single = self._out_spec.is_leaf()
         shapes = [t.shape if isinstance(t, torch.Tensor) else () for _, _, t in self._users]
         self._sizes = [[n if isinstance(n, int) else None for n in shape] for shape in shapes]
+
+    def take_graph(self) -> torch.fx.GraphModule:
+        """The graph, for good: calls do not need it, and it takes some MiB."""
+        gm, self.gm = self.gm, torch.fx.GraphModule({}, torch.fx.Graph())
+        return gm
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's arguments for a call of the model.
@@ -200,6 +206,7 @@ def _exported_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], d
         slots[i] = _slot(owner, program, spec.target)
         if spec.target not in updated:
             weights[i] = spec.target
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()  # PyTorch's, of the last export: it would keep the graph
     spec = program.call_spec
     return ExportedGraph(program.graph_module, weights, slots, users, spec.in_spec, spec.out_spec, _names(owner))
 

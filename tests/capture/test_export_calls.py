@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +67,13 @@ def test_another_form_is_told_in_a_line(args: tuple[object, ...], kwargs: dict[s
 def test_a_missing_example_is_told_without_a_line_of_the_standard_library() -> None:
     with pytest.raises(CaptureError, match=r"missing a required argument: 'x'$"):
         exported_graph(Two())
+
+
+def test_a_graph_that_was_taken_is_kept_by_nobody_else() -> None:
+    exported = exported_graph(Two(), (A, B))
+    graph = exported.take_graph()
+    assert len(graph.graph.nodes) > 3
+    held = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert held() is None and exported.flatten((A, B), {})[0] is A
