@@ -43,7 +43,7 @@ class ByGain:
 
     def next(self, tasks: Sequence[Progress]) -> int | None:
         """Index of a task, or None if none is worth going on with."""
-        going = [i for i, p in enumerate(tasks) if not p.exhausted and not p.left_out and not self._at_roofline(p)]
+        going = [i for i, p in enumerate(tasks) if not (p.exhausted or p.left_out or (p.trials and p.at_roofline(self.near)))]
         fresh = [i for i in going if not _tried(tasks[i])]
         if fresh:
             return max(fresh, key=lambda i: tasks[i].task.calls * tasks[i].task.seconds)
@@ -51,9 +51,6 @@ class ByGain:
             return self._rng.choice(going)
         reached = self._reached(tasks)
         return max(going, key=lambda i: self.gain(tasks[i], reached), default=None)
-
-    def _at_roofline(self, p: Progress) -> bool:
-        return p.best is not None and p.trials > 0 and p.best <= self.near * p.task.least
 
     def _reached(self, tasks: Sequence[Progress]) -> dict[str, float]:
         """structure -> the smallest multiple of its least time that a task of this structure has come down to."""

@@ -104,6 +104,10 @@ class Progress:
             return None
         return self.default.seconds / self.best
 
+    def at_roofline(self, near: float) -> bool:
+        """Whether the fastest takes its least time, or ``near`` times that at most. If it is faster by as much, the limit is not one."""
+        return self.best is not None and self.task.least / near <= self.best <= near * self.task.least
+
     @property
     def refused(self) -> str:
         """Why the default schedule does not count, so that the fastest of the others does though it may be slower; empty if it does."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from graphopt.run_delay import Undisturbed, run_delay
+
 LEAST_PAIRS = 5
 PROBED_PAIRS = 3  # after so many pairs a hopeless candidate is given up
+DROPPED, DROPPED_ALONE = 5.0, 50.0  # floors of disturbed pairs that are dropped at most; what is timed alone is what all others are told in
 CANDIDATE, INCUMBENT = 0, 1
 
 
 def take_turns(timed: Callable[[Sequence[int]], Sequence[float]], calls: int, floor: float, hopeless: float, *, alone: bool,
-               together: int = 1) -> tuple[list[float], list[float]]:  # fmt: skip
-    """Time a candidate in turns with the incumbent: A B, B A, A B ...
+               together: int = 1, waited: Callable[[], float] = run_delay) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Time a candidate in turns with the incumbent: A B, B A, A B ... Pairs in which a thread waited for a processor are dropped.
 
     Args:
         timed: whose turns (``CANDIDATE``, ``INCUMBENT``) -> seconds of a call in each.
@@ -20,18 +23,23 @@ def take_turns(timed: Callable[[Sequence[int]], Sequence[float]], calls: int, fl
         floor, hopeless: see :class:`~graphopt.autotune.measure.Timing`.
         alone: there is no incumbent.
         together: pairs at most that are timed before anything is decided.
+        waited: seconds that threads which run them have waited for processors so far.
 
     Returns:
         The candidate's times and the incumbent's, pair by pair.
     """
     times: tuple[list[float], list[float]] = ([], [])
     total, pairs = 0.0, 0
+    undisturbed = Undisturbed(floor * (DROPPED_ALONE if alone else DROPPED), waited)
     while pairs < PROBED_PAIRS or (pairs < LEAST_PAIRS and total < 10 * floor) or total < floor:
         left = PROBED_PAIRS - pairs if pairs < PROBED_PAIRS else math.ceil((floor - total) * pairs / max(total, 1e-9))
         turns: list[int] = []
         for pair in range(pairs, pairs + max(1, min(together, left))):
             turns += [CANDIDATE] if alone else [CANDIDATE, INCUMBENT] if pair % 2 else [INCUMBENT, CANDIDATE]
-        for which, seconds in zip(turns, timed(turns), strict=True):
+        taken = timed(turns)
+        if not undisturbed.counts(sum(taken) * calls):
+            continue
+        for which, seconds in zip(turns, taken, strict=True):
             times[which].append(seconds)
             total += seconds * calls
         pairs = len(times[CANDIDATE])

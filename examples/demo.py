@@ -21,9 +21,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 import graphopt
+from graphopt.bench.load import watch
 from graphopt.bench.models import MODELS
 from graphopt.verification import ROUNDINGS
 
+BUSY = 0.25  # processors that others may keep busy without a word
 STEPS = ("build the model", "f64 reference", "eager", "compile", "measure")
 
 
@@ -98,6 +100,8 @@ def main() -> int:
     table = Table("model", "error vs eager", "error vs f64", "eager vs f64", "eager ms", "graphopt ms", "speed-up", "kernel calls",
                   "library calls", "compile s", title="torch.compile(model, backend='graphopt'), f32, batch 1")  # fmt: skip
     summary, wrong = "", []
+    if (load := watch(0.5)) and load.others > BUSY:
+        console.print(f"other processes keep {load.others:.1f} processors busy: the times are worth little", highlight=False)
     count = TextColumn("{task.completed}/{task.total}")
     columns = (SpinnerColumn(), TextColumn("{task.description:32}"), BarColumn(), count, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -105,6 +109,8 @@ def main() -> int:
         for done, name in enumerate(names):
 
             def step(what: str, name: str = name, done: int = done) -> None:
+                if not console.is_terminal:
+                    print(f"{name}: {what}", file=sys.stderr, flush=True)
                 progress.update(bar, description=f"{name}: {what}", completed=done * len(STEPS) + STEPS.index(what))
 
             row = run(name, args.repeats, step)

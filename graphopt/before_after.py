@@ -10,6 +10,7 @@ from statistics import median, quantiles
 
 from graphopt.lower import KernelStep
 from graphopt.profile import CallCost, Profile
+from graphopt.run_delay import Undisturbed
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _schedule(call: CallCost) -> object:
 
 
 def interleaved(calls: Sequence[Call], seconds: float, rounds: int = 9) -> list[list[float]]:
-    """Seconds of calls that take turns: a list each, in the order of the calls.
+    """Seconds of calls that take turns: a list each, in the order of the calls. Not of rounds in which a thread waited for a processor.
 
     Args:
         seconds: for all of it; each is called in so many rounds at least.
@@ -126,13 +127,18 @@ def interleaved(calls: Sequence[Call], seconds: float, rounds: int = 9) -> list[
     for call in calls:
         call()
     end, n = time.perf_counter() + seconds, 0
+    undisturbed = Undisturbed(seconds)
     while n < rounds or time.perf_counter() < end:
+        taken = [0.0] * len(calls)
         for i in range(len(calls)) if n % 2 else reversed(range(len(calls))):
             calls[i]()  # not timed: the other one has just used the caches
             start = time.perf_counter()
             calls[i]()
-            times[i].append(time.perf_counter() - start)
-        n += 1
+            taken[i] = time.perf_counter() - start
+        if undisturbed.counts(2 * sum(taken)):
+            for seen, took in zip(times, taken, strict=True):
+                seen.append(took)
+            n += 1
     return times
 
 

@@ -16,6 +16,7 @@ from graphopt.autotune.measure import Subject
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.interpreter import bind_symbols, evaluate_node
 from graphopt.ir.ops import EvalContext
+from graphopt.run_delay import Undisturbed
 from graphopt.sampling import random_inputs
 from graphopt.trials import CPU
 
@@ -57,12 +58,15 @@ def _seconds(subject: Subject, seconds: float, device: torch.device) -> float:
         if device.type != "cpu":
             return _on_gpu(lambda: _run(timed, dict(sets[0]), ctx), GpuClock(device), seconds)
         times: list[float] = []
+        undisturbed, n = Undisturbed(seconds), 0
         while len(times) < LEAST_CALLS or sum(times) < seconds:
-            values = dict(sets[len(times) % len(sets)])
+            values, n = dict(sets[n % len(sets)]), n + 1
             start = time.perf_counter()
             _run(timed, values, ctx)
-            times.append(time.perf_counter() - start)
-            if times[-1] > LONG:
+            took = time.perf_counter() - start
+            if undisturbed.counts(took):
+                times.append(took)
+            if took > LONG and times:
                 break
     return median(times[1:] or times)  # the first one warms up
 

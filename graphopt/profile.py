@@ -24,6 +24,7 @@ from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node
 from graphopt.lower import KernelStep, LibraryStep
 from graphopt.program import Program
+from graphopt.run_delay import Undisturbed
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
 
     Args:
         inputs, sizes: as the program takes them; what the program updates in place is updated in a copy.
-        runs: runs with clocks, and as many without, in turns. On a GPU each call is waited for, so its time holds the launch, too.
+        runs: runs with clocks, and as many without, in turns; those in which a thread waited for a processor are repeated. On a GPU each
+            call is waited for, so its time holds the launch, too.
     """
     graph = program.graph
     inputs = [x.clone() if i in program.written else x for i, x in enumerate(inputs)]
@@ -119,19 +121,28 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
 
         return run
 
-    watched, whole = program.wrapped(clocked), []
+    watched, whole, took = program.wrapped(clocked), list[float](), 0.0
     for _ in range(2):
+        start = time.perf_counter()
         watched(inputs, sizes)
         program(inputs, sizes)
         wait()
+        took = time.perf_counter() - start
     for seen in times:
         seen.clear()
-    for _ in range(runs):
-        watched(inputs, sizes)
+    undisturbed = Undisturbed(runs * took)
+    while len(whole) < runs:
         start = time.perf_counter()
+        watched(inputs, sizes)
+        between = time.perf_counter()
         program(inputs, sizes)
         wait()
-        whole.append(time.perf_counter() - start)
+        end = time.perf_counter()
+        if undisturbed.counts(end - start):
+            whole.append(end - between)
+        else:
+            for seen in times:
+                del seen[-1:]
     calls = []
     for step, seen in zip(program.calls, times, strict=True):
         if seen:  # what has no elements is not called

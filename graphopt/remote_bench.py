@@ -216,7 +216,7 @@ class _Case:
             growth = max(growth, done[-1].resident - done[len(warm) - 1].resident)
             return [t.seconds / calls for t in done[len(warm) :]]
 
-        times = take_turns(timed, calls, floor, hopeless, alone=old is None, together=TOGETHER)
+        times = take_turns(timed, calls, floor, hopeless, alone=old is None, together=TOGETHER, waited=float)
         answer: dict[str, Any] = {"candidate": times[0], "incumbent": times[1], "calls": calls}
         if growth > leak:
             n = max(16, min(len(times[0]) * calls, round(AGAIN / max(min(times[0]), 1e-9))))

@@ -199,6 +199,8 @@ class Target:
             return Target("cpu", processor.arch, arch, features, int(cores or 1), (l1 << 10, l2 << 10, l3 << 10), processor.sve_bits)
         gpus = [f"{g.kind}:{a}" for a, g in ACCELERATORS.items()]
         hint = nearest(arch, tuple(PROCESSORS)) if kind == "cpu" else nearest(name, gpus)
+        if kind in ("gpu", "rocm", "nvidia", "amd"):
+            hint = f" (a GPU is called {'hip' if kind in ('rocm', 'amd') else 'cuda'})"
         known = ", ".join(f"cpu:{p}" for p in PROCESSORS)
         raise DeviceError(f"unknown target {name!r}{hint}; known are cpu, {known}, {', '.join(gpus)} (each with :CORES)")
 

@@ -45,6 +45,7 @@ MEMBERS = {
     "graphopt.child_process": "target",
     "graphopt.openmp": "target",
     "graphopt.processors": "target",
+    "graphopt.run_delay": "target",
     "graphopt.accelerators": "target",
     "graphopt": "root",
 }  # modules whose layer is not their first name; whatever else stands in graphopt/ belongs to the compiler

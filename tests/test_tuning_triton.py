@@ -336,7 +336,7 @@ def test_candidates_on_a_gpu_have_the_time_to_be_compiled_once_more_and_not_thou
     timing = TritonTuning(TARGET, interpret=False).runner(1, None, 0).timing
     assert timing.patience >= tuning_triton.BUILD_SECONDS
     calls = round(timing.slice / 2e-6)
-    times = take_turns(lambda turns: [2e-6] * len(turns), calls, timing.recheck, timing.hopeless, alone=False)
+    times = take_turns(lambda turns: [2e-6] * len(turns), calls, timing.recheck, timing.hopeless, alone=False, waited=float)
     assert sum(map(len, times)) * calls < 10_000, "of a kernel of 2 us"
 
 

@@ -13,6 +13,7 @@ import torch
 
 from graphopt.errors import GraphoptError
 from graphopt.pages import Pages, available_memory
+from graphopt.run_delay import Undisturbed
 from graphopt.target import THIRDS_PRODUCTS, Target, detect
 
 MEMORY_BYTES = 1 << 30  # far beyond the last-level cache, where memory allows
@@ -114,13 +115,16 @@ class LimitMeter:
 
 
 def best_seconds(run: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest of the runs that fit into some seconds, and of three at least, after one that warms up."""
+    """Seconds of the fastest of the undisturbed runs that fit into some seconds, and of three at least, after one that warms up."""
     run()
     times: list[float] = []
+    undisturbed = Undisturbed(3 * seconds)
     while len(times) < 3 or sum(times) < seconds:
         start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - start)
+        took = time.perf_counter() - start
+        if undisturbed.counts(took):
+            times.append(took)
     return min(times)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -103,7 +104,7 @@ def tune_command(
             session = Session(names, target, database, {**options, "target": device}, threads)
     else:
         session = RemoteSession(names, device, address, database, threads, seed)
-    again = _again(models, device, budget, trials, seed, threads, db, cache_dir, address, interpret)
+    again = partial(_again, models, device, trials, seed, threads, db, plot_file, cache_dir, address, interpret)
     try:
         database.models()  # a file that is no database is told now
         if not plan and (why := unwritable(database.path)):
@@ -116,7 +117,7 @@ def tune_command(
         session.finish()
         _draw(session, plot_file)
     except KeyboardInterrupt:
-        typer.echo(session.interrupted(again), err=True)
+        typer.echo(session.interrupted(again(seconds - session.spent)), err=True)
         try:
             _draw(session, plot_file)
         except UsageError as error:  # must not hide how it ended
@@ -126,7 +127,8 @@ def tune_command(
         if isinstance(error, Damaged):
             error.set_aside()
         if session.trials:
-            error.add_note(f"{counted(session.trials, 'trial')} of this run are kept in {database.path}. To go on:\n  {again}")
+            error.add_note(f"{counted(session.trials, 'trial')} of this run are kept in {database.path}. To go on:\n"
+                           f"  {again(seconds - session.spent)}")  # fmt: skip
         raise
     finally:
         session.close()
@@ -136,27 +138,30 @@ def _draw(session: Session, file: Path | None) -> None:
     """The picture, if one is wanted and anything was tried. Raises UsageError if it cannot be written."""
     if file and session.outcome:
         plot(session.outcome, session.found, session.limits, " ".join(map(label, session.names)), file)
+        session.say(f"drawn: {file}")
 
 
 def duration(text: str) -> float:
     """Seconds of a text such as ``90s``, ``10m`` or ``1h30m``. Raises UsageError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
     if not parts or "".join(n + u for n, u in parts) != text.strip():
-        raise UsageError(f"--budget {text!r} is no duration; write 90s, 10m or 1h30m")
+        hint = f"{text.strip()}s, {text.strip()}m" if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text) else "90s, 10m"
+        raise UsageError(f"--budget {text!r} is no duration; write {hint} or 1h30m")
     seconds = sum(float(n) * _UNITS[u] for n, u in parts)
     if seconds <= 0:
         raise UsageError(f"--budget {text!r}: there is no time to tune in")
     return seconds
 
 
-def _again(models: Sequence[str], device: str, budget: str, trials: int | None, seed: int, threads: int | None, db: Path | None,
-           cache_dir: Path | None, address: Address | None, interpret: bool = False) -> str:  # fmt: skip
-    """The command that goes on."""
-    words = ["graphopt", "tune", *models, "--device", device, "--budget", budget, "--seed", str(seed)]
+def _again(models: Sequence[str], device: str, trials: int | None, seed: int, threads: int | None, db: Path | None, plot_file: Path | None,
+           cache_dir: Path | None, address: Address | None, interpret: bool, left: float) -> str:  # fmt: skip
+    """The command that goes on, for the seconds that are left."""
+    words = ["graphopt", "tune", *models, "--device", device, "--budget", f"{max(1.0, left):.0f}s", "--seed", str(seed)]
     words += ["--threads", str(threads)] if threads else []
     words += ["--interpret"] if interpret else []
     words += ["--rpc", f"{address.host}:{address.port}", "--key", address.key] if address else []
     words += ["--trials", str(trials)] if trials else []
     words += ["--db", str(db)] if db else []
+    words += ["--plot", str(plot_file)] if plot_file else []
     words += ["--cache-dir", str(cache_dir)] if cache_dir else []
     return shlex.join([*words, "--resume"])

@@ -28,6 +28,8 @@ def check_plot(file: Path) -> None:
     except ImportError as error:
         raise UsageError("--plot needs matplotlib: pip install matplotlib (or 'graphopt[bench]')") from error
     matplotlib.use("Agg")
+    if file.is_dir():
+        raise UsageError(f"--plot {file} is a folder; write {file / 'out.png'}")
     if file.suffix.lstrip(".") not in FigureCanvasAgg.get_supported_filetypes():
         raise UsageError(f"--plot {file}: {file.suffix or 'no suffix'} is no format for pictures; write out.png or out.svg")
     if not file.parent.is_dir():
@@ -64,9 +66,11 @@ def _curves(axes: Any, outcome: Outcome, found: Tasks, colors: Sequence[str]) ->
         front = color != GREY
         axes.plot(xs, ys, drawstyle="steps-post", color=color, linewidth=1.6 if front else 0.8, zorder=2 if front else 1)
         if front:
-            ends.append((ys[-1], f"{ys[-1]:.2f}x  {p.task.name} ({share:.0%})", color))
-            if p.task.library and p.task.library < 3 * p.default.seconds:  # far below, it would flatten the curves
-                axes.plot(outcome.seconds, p.default.seconds / p.task.library, "x", color=color, markersize=6, clip_on=False, zorder=3)
+            library = p.default.seconds / p.task.library if p.task.library else 0.0
+            beside = f"; PyTorch {library:.2f}x" if library else ""
+            ends.append((ys[-1], f"{ys[-1]:.2f}x  {p.task.name} ({share:.0%}){beside}", color))
+            if library > 1 / 3:  # far below, it would flatten the curves
+                axes.plot(outcome.seconds, library, "x", color=color, markersize=6, clip_on=False, zorder=3)
     low, high = axes.get_ylim()
     span = (high - low) or 1.0
     axes.set_ylim(low, high)
@@ -82,6 +86,8 @@ def _curves(axes: Any, outcome: Outcome, found: Tasks, colors: Sequence[str]) ->
 
 def _roofline(axes: Any, progress: Sequence[Progress], limits: Limits | None, colors: Sequence[str]) -> None:
     """GFLOP/s over flops for each byte from memory: hollow with the default schedule, filled with the best one."""
+    from matplotlib.ticker import LogLocator
+
     axes.set(title="under the measured limits (hollow: default)", ylabel="GFLOP/s")
     axes.set_xlabel("floating-point operations for each byte of weights")
     known = [(p, c) for p, c in zip(progress, colors, strict=True) if p.task.flops and p.best and p.default and p.default.seconds]
@@ -101,10 +107,12 @@ def _roofline(axes: Any, progress: Sequence[Progress], limits: Limits | None, co
                       xytext=(-2, 3), textcoords="offset points", fontsize=8)  # fmt: skip
     middle = math.sqrt(low * ridge)
     axes.annotate(f"{limits.bytes / 1e9:.1f} GB/s", (middle, middle * limits.bytes / 1e9), ha="right", va="bottom", fontsize=8)
+    speeds: list[float] = []
     for p, color in known:
         assert p.default is not None and p.default.seconds is not None and p.best is not None
         x = p.task.flops / p.task.read if p.task.read else high / 1.3
         before, after = p.task.flops / p.default.seconds / 1e9, p.task.flops / p.best / 1e9
+        speeds += [before, after]
         axes.plot([x, x], [before, after], color=color, linewidth=1.0)
         axes.plot(x, before, "o", markerfacecolor="white", color=color, markersize=6)
         axes.plot(x, after, "o", color=color, markersize=6)
@@ -113,6 +121,10 @@ def _roofline(axes: Any, progress: Sequence[Progress], limits: Limits | None, co
     left_out = len(progress) - len(known)
     if left_out:
         axes.annotate(f"{left_out} more without such operations", (0.01, 0.01), xycoords="axes fraction", fontsize=7, color="#606060")
-    lowest = min(p.task.flops / p.default.seconds for p, _ in known if p.default and p.default.seconds) / 1e9
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest / 3, limits.by_thirds / 1e9 * 1.6))
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(speeds) / 3, max(*speeds, limits.by_thirds / 1e9) * 1.6))
+    for axis in (axes.xaxis, axes.yaxis):  # of small ranges the usual ones have labels that overlap
+        first, last = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 300 * first else (1,)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.grid(which="major", alpha=0.3)

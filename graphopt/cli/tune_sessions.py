@@ -86,25 +86,37 @@ class Session:
         """Trials that were made, and written down."""
         return sum(self.view.trials) if self.view else 0
 
+    @property
+    def spent(self) -> float:
+        """Seconds of the budget that are gone."""
+        return self.view.elapsed if self.view else 0.0
+
     def say(self, text: str) -> None:
         self.errors.print(text, style="dim", highlight=False, soft_wrap=True)
 
     def prepare(self) -> None:
         """Compile and profile the models with default schedules: what there is to tune, and how far it is from the limits."""
         for name in self.names:
-            self.say(f"compiling {label(name)} with default schedules")
             self.models.append(self.load(name))
         self.find_tasks()
 
     def load(self, name: str) -> _Model:
         """The model, compiled with default schedules."""
-        return _load(name, self.options)
+        return self.compiled(name, *_loaded(name))
+
+    def compiled(self, name: str, module: Any, args: Any, kwargs: Any) -> _Model:
+        self.say(f"compiling {label(name)} with default schedules")
+        compiled = graphopt.compile(module, args, kwargs, name=label(name), **self.options)
+        return _Model(label(name), module, args, kwargs, compiled)
 
     def find_tasks(self) -> None:
         """Measure the limits and the models."""
         self.say("measuring the machine's limits, the models, and PyTorch's kernels")
-        self.limits = _limits(self.threads)
+        meter = _meter(self.threads)
+        first = meter.measure() if meter else None
         profiles = [m.compiled.profile(*m.args, runs=10, **m.kwargs) for m in self.models]
+        if meter and first:
+            self.limits = first.best(meter.measure())  # something else may have been in the way, once
         self.found = tasks_of(profiles, self.target, self.limits.least_seconds if self.limits else None, library_seconds)
 
     def tune(self, budget: Budget, seed: int, resume: bool) -> None:
@@ -122,7 +134,7 @@ class Session:
             self.say(f"{complaint}: times, and what won by little, are the less sure")
         if self.outcome.why == "interrupted":
             raise KeyboardInterrupt
-        show_result(self.outcome, self.found, self.console)
+        show_result(self.outcome, self.found, self.limits, self.console)
 
     def _listen(self, event: Event) -> None:
         if isinstance(event, RoundBegins) and (seen := snapshot()):
@@ -157,6 +169,9 @@ class Session:
                 break
             then = "what counted before does again" + ("" if again + 1 < MEASURED else "; this was not measured any more")
             self.console.print(f"{counted(lost, 'kernel')} of them withdrawn, as the model is slower with them: {then}", highlight=False)
+        use = "" if self.database.path == Options().tuning_path else f" with options={{'tuning_db': '{self.database.path}'}}"
+        self.console.print(f"{counted(self.trials, 'record')} in {self.database.path}; the best of them count from the next compilation on"
+                           f"{use}", highlight=False, soft_wrap=True)  # fmt: skip
 
     def close(self) -> None:
         """Give back what another machine lent."""
@@ -169,7 +184,7 @@ class Session:
         if not self.trials:
             return "interrupted before the first trial; nothing was tuned"
         if self.outcome is not None:  # else it was interrupted again, while its processes were ended
-            show_result(self.outcome, self.found, self.console)
+            show_result(self.outcome, self.found, self.limits, self.console)
         return f"interrupted; {kept}. To go on:\n  {again}"
 
 
@@ -188,7 +203,7 @@ class GpuSession(Session):
         self.device = CPU if interpret else torch.device("cuda", self.gpu)
 
     def load(self, name: str) -> _Model:
-        return _load(name, self.options, self.device)
+        return self.compiled(name, *_loaded(name, self.device))
 
     def find_tasks(self) -> None:
         self.target = choose_target(self.device, Options(**self.options))  # a model's file may have allowed tf32, of which records tell
@@ -250,28 +265,22 @@ class RemoteSession(Session):
         self.runner.close()
 
 
-def _load(name: str, options: dict[str, Any], device: torch.device = CPU) -> _Model:
-    """The model on a device, compiled with default schedules."""
-    module, args, kwargs = _loaded(name)
+def _loaded(name: str, device: torch.device = CPU) -> tuple[Any, Any, Any]:
+    """The model on a device, as it is for inference, and its arguments."""
+    module, args, kwargs = load(name)
+    if isinstance(module, torch.nn.Module):
+        module.eval()
     if device != CPU:
         if not isinstance(module, torch.nn.Module):
             raise UsageError(f"{name} is on the device that it was exported on; for a GPU, give the model itself: file.py:factory")
         module.to(device)
         args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(device), (args, kwargs))
-    return _Model(label(name), module, args, kwargs, graphopt.compile(module, args, kwargs, name=label(name), **options))
-
-
-def _loaded(name: str) -> tuple[Any, Any, Any]:
-    """The model as it is for inference, and its arguments."""
-    module, args, kwargs = load(name)
-    if isinstance(module, torch.nn.Module):
-        module.eval()
     return module, args, kwargs
 
 
-def _limits(threads: int) -> Limits | None:
+def _meter(threads: int) -> LimitMeter | None:
     try:
-        return LimitMeter(threads).measure()
+        return LimitMeter(threads)
     except GraphoptError:
         return None
 

@@ -36,10 +36,11 @@ def microseconds(seconds: float | None) -> str:
 def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Console) -> None:
     """What would be tuned: share of the models' time, distance to the roofline, and what to expect."""
     table = Table("kernel", "calls", "us", "PyTorch us", "share", "roofline", "expected", "seconds", title="Plan", title_justify="left")
-    left = 0.0
+    left = wanted_in_all = 0.0
     for task, share in zip(found.tasks, found.share, strict=True):
         gain = expected_gain(task.seconds, task.least)
         wanted = TYPICAL_TRIALS * (TYPICAL_TRIAL_SECONDS + 20 * task.seconds)
+        wanted_in_all += wanted
         left += share * (1 - 1 / gain)
         near = f"{task.least / task.seconds:.0%}" if task.least and task.seconds else "?"
         table.add_row(task.name, str(task.calls), microseconds(task.seconds), microseconds(task.library), f"{share:.1%}", near,
@@ -49,17 +50,24 @@ def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Conso
         console.print(f"not tuned: {what}: {why}", style="dim", highlight=False)
     if found.estimated and found.tasks:
         console.print("times are estimates, as nothing has run there yet")
-    if limits is None:
-        console.print("roofline: the limits were not measured")
-    else:
-        thirds = f" (products from thirds on AMX tiles: {limits.by_thirds / 1e9:.0f})" if limits.by_thirds > limits.flops else ""
-        measured = f"{limits.flops / 1e9:.0f} GFLOP/s{thirds}, {limits.bytes / 1e9:.1f} GB/s"
-        console.print(f"roofline: {measured}, measured with {counted(limits.threads, 'thread')}", highlight=False)
+    console.print(roofline(limits), highlight=False)
     if found.tasks:
         console.print(f"expected: {1 / (1 - left):.2f}x for the whole; a guess, as nothing is known of a kernel but its distance to the "
-                      f"roofline. The budget is {budget:.0f} s", highlight=False)  # fmt: skip
+                      "roofline", highlight=False)  # fmt: skip
+        enough = "" if budget >= wanted_in_all else ", which goes to where a second promises most"
+        console.print(f"seconds: what {TYPICAL_TRIALS} trials of a kernel take, {wanted_in_all:.0f} for all of them; the budget is "
+                      f"{budget:.0f}{enough}", highlight=False)  # fmt: skip
     else:
         console.print("there is nothing to tune")
+
+
+def roofline(limits: Limits | None) -> str:
+    """The machine's limits, in words."""
+    if limits is None:
+        return "roofline: the limits were not measured"
+    thirds = f" (products from thirds on AMX tiles: {limits.by_thirds / 1e9:.0f})" if limits.by_thirds > limits.flops else ""
+    measured = f"{limits.flops / 1e9:.0f} GFLOP/s{thirds}, {limits.bytes / 1e9:.1f} GB/s"
+    return f"roofline: {measured}, measured with {counted(limits.threads, 'thread')}"
 
 
 def expected_gain(seconds: float, least: float) -> float:
@@ -133,10 +141,15 @@ class View:
                 saved += task.calls * max(0.0, task.seconds - max(task.seconds * best / default, task.least))
         return max(0.0, sum(self.found.seconds) - saved)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the budget that are gone."""
+        return time.monotonic() - self._start if self.doing else 0.0
+
     def line(self) -> str:
         before = sum(self.found.seconds)
         whole = "" if self.found.estimated else f"; {before * 1e3:.2f} -> {self.estimate * 1e3:.2f} ms (estimate)"
-        elapsed, tried = time.monotonic() - self._start, sum(self.trials)
+        elapsed, tried = self.elapsed, sum(self.trials)
         rate = f" ({tried / elapsed:.1f} a second)" if tried and elapsed else ""
         return f"{elapsed:5.0f} s{self._left()}, {counted(tried, 'trial')}{rate}, {self.failed} failed{whole}; now {self._task()}"
 
@@ -152,7 +165,7 @@ class View:
     def _left(self) -> str:
         if self.budget.seconds is None:
             return ""
-        return f", {max(0.0, self.budget.seconds - (time.monotonic() - self._start)):.0f} s left"
+        return f", {max(0.0, self.budget.seconds - self.elapsed):.0f} s left"
 
     def picture(self) -> Group:
         table = Table("", "kernel", "share", "trials", "PyTorch us", "default us", "best us", "gain", "roofline", box=None, pad_edge=False)
@@ -170,7 +183,7 @@ class View:
 # --- at the end --------------------------------------------------------------------------------------------------------
 
 
-def show_result(outcome: Outcome, found: Tasks, console: Console) -> None:
+def show_result(outcome: Outcome, found: Tasks, limits: Limits | None, console: Console) -> None:
     """What was tried and found."""
     table = Table("kernel", "share", "trials", "failed", "PyTorch us", "default us", "best us", "gain", "roofline",
                   title="Kernels alone, each timed in turns with the best so far", title_justify="left")  # fmt: skip
@@ -181,7 +194,9 @@ def show_result(outcome: Outcome, found: Tasks, console: Console) -> None:
         table.add_row(p.task.name, f"{share:.1%}", str(p.trials), str(failed or ""), microseconds(p.task.library), microseconds(default),
                       microseconds(p.best), gain, reached(p.task.least, p.best))  # fmt: skip
     console.print(table)
-    for text in (*refusals(outcome), *standstill(outcome, found), *ranking(outcome)):
+    if limits is not None:
+        console.print(roofline(limits), highlight=False)
+    for text in (*beyond(outcome), *refusals(outcome), *standstill(outcome, found), *ranking(outcome)):
         console.print(text, highlight=False, soft_wrap=True)
     why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
     rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
@@ -191,6 +206,16 @@ def show_result(outcome: Outcome, found: Tasks, console: Console) -> None:
 def reached(least: float, seconds: float | None) -> str:
     """How near a kernel is to its roofline; empty if that is not known."""
     return f"{least / seconds:.0%}" if least and seconds else ""
+
+
+def beyond(outcome: Outcome) -> list[str]:
+    """Kernels that are faster than they can be, if the limits are right: a tenth beyond them."""
+    fast = [f"{p.task.name} ({p.task.least / p.best:.0%})" for p in outcome.progress if p.best and p.best * NEAR < p.task.least]
+    if not fast:
+        return []
+    what = "it is" if len(fast) == 1 else "they are"
+    return [f"beyond the roofline: {', '.join(fast)}. What {what} said to read was in a cache, or the machine was slower when its limits "
+            "were measured"]  # fmt: skip
 
 
 def refusals(outcome: Outcome) -> list[str]:
@@ -221,13 +246,15 @@ def standstill(outcome: Outcome, found: Tasks) -> list[str]:
     for p, share in zip(outcome.progress, found.share, strict=True):
         if not p.trials or p.refused or p.left_out or (p.gain or 1.0) > 1.0:
             continue
-        group = near if p.best and p.best <= NEAR * p.task.least else done if p.exhausted else tried
+        group = near if p.at_roofline(NEAR) else done if p.exhausted else tried
         group.append((share, p.trials + p.earlier))
     out = []
     for group, what in ((near, "no more trials, as nothing can be much faster there: within a tenth of the roofline"),
                         (done, "every schedule that there is was tried, and none is faster"), (tried, "none that was tried is faster")):
         if group:
-            trials = f"{min(n for _, n in group)} to {max(n for _, n in group)} trials" if len(group) > 1 else counted(group[0][1], "trial")
+            least, most = min(n for _, n in group), max(n for _, n in group)
+            each = " each" if len(group) > 1 else ""
+            trials = f"{least} to {most} trials" if least < most else counted(most, "trial") + each
             out.append(f"{counted(len(group), 'kernel')} as before ({sum(s for s, _ in group):.0%} of the time; {trials}): {what}")
     return out
 

@@ -120,6 +120,12 @@ def test_a_task_near_its_roofline_gets_one_round() -> None:
     assert chosen.count(0) == 1 and chosen.count(1) == 19
 
 
+def test_a_task_that_is_faster_than_its_roofline_goes_on() -> None:
+    """A limit that was measured too low must not end anything."""
+    _, chosen = play(quiet(), [Curve(1e-3, 4e-4, least=3e-3)], 20)
+    assert len(chosen) == 20
+
+
 def test_an_exhausted_task_gets_none_and_without_any_it_ends() -> None:
     tasks = [Curve(1e-3, 5e-4).progress(8), Curve(1e-3, 5e-4).progress(16)]
     tasks[0].search = type("Ended", (NoSearch,), {"exhausted": True})()

@@ -24,7 +24,7 @@ class Clock:
 @pytest.mark.parametrize("together", [1, 64])
 def test_pairs_alternate_until_the_floor_is_reached(together: int) -> None:
     clock = Clock(1e-4, 1e-4)
-    candidate, incumbent = take_turns(clock, 10, 0.02, 1.15, alone=False, together=together)
+    candidate, incumbent = take_turns(clock, 10, 0.02, 1.15, alone=False, together=together, waited=float)
     assert len(candidate) == len(incumbent) == 10  # of 2 ms each
     turns = [which for asked in clock.asked for which in asked]
     assert turns == [INCUMBENT, CANDIDATE, CANDIDATE, INCUMBENT] * 5
@@ -33,14 +33,42 @@ def test_pairs_alternate_until_the_floor_is_reached(together: int) -> None:
 
 @pytest.mark.parametrize("together", [1, 64])
 def test_a_hopeless_one_is_given_up(together: int) -> None:
-    assert len(take_turns(Clock(2e-4, 1e-4), 10, 1.0, 1.15, alone=False, together=together)[0]) == PROBED_PAIRS
-    assert len(take_turns(Clock(9e-4, 1e-4), 10, 1.0, 1.15, alone=False)[0]) == 1
+    assert len(take_turns(Clock(2e-4, 1e-4), 10, 1.0, 1.15, alone=False, together=together, waited=float)[0]) == PROBED_PAIRS
+    assert len(take_turns(Clock(9e-4, 1e-4), 10, 1.0, 1.15, alone=False, waited=float)[0]) == 1
 
 
 def test_a_long_one_is_timed_a_few_times_and_one_alone_has_no_pairs() -> None:
-    assert len(take_turns(Clock(0.03, 0.03), 1, 0.02, 1.15, alone=False, together=64)[0]) == LEAST_PAIRS - 1
-    candidate, incumbent = take_turns(Clock(1e-3, 0.0), 1, 0.02, 1.15, alone=True)
+    assert len(take_turns(Clock(0.03, 0.03), 1, 0.02, 1.15, alone=False, together=64, waited=float)[0]) == LEAST_PAIRS - 1
+    candidate, incumbent = take_turns(Clock(1e-3, 0.0), 1, 0.02, 1.15, alone=True, waited=float)
     assert (len(candidate), incumbent) == (20, [])
+
+
+def test_pairs_in_which_a_thread_waited_for_a_processor_do_not_count() -> None:
+    """Threads that share a processor by turns of milliseconds: a serial candidate feels nothing of it, and must not win by it."""
+    waited = 0.0
+    asked = 0
+
+    def timed(turns: Sequence[int]) -> list[float]:
+        nonlocal waited, asked
+        asked += 1
+        if asked in (1, 2, 5):
+            waited += 4e-3
+            return [2e-5 if which == CANDIDATE else 8e-4 for which in turns]
+        return [2e-5 if which == CANDIDATE else 1e-5 for which in turns]
+
+    candidate, incumbent = take_turns(timed, 10, 0.02, 10.0, alone=False, waited=lambda: waited)
+    assert set(candidate) == {2e-5} and set(incumbent) == {1e-5} and len(candidate) == asked - 3
+
+
+def test_where_threads_wait_all_the_time_times_count_after_a_while() -> None:
+    waited = 0.0
+
+    def timed(turns: Sequence[int]) -> list[float]:
+        nonlocal waited
+        waited += 4e-3
+        return [8e-3] * len(turns)
+
+    assert len(take_turns(timed, 1, 0.02, 1.15, alone=False, waited=lambda: waited)[0]) == LEAST_PAIRS
 
 
 def test_calls_of_a_slice() -> None:

@@ -54,6 +54,9 @@ def test_no_durations(text: str) -> None:
         ((), 2, "which model?"),
         (("brt",), 2, "bert"),
         (("mlp", "--budget", "soon"), 2, "no duration"),
+        (("mlp", "--budget", "20"), 2, "write 20s, 20m or 1h30m"),
+        (("mlp", "--plot", "/"), 2, "is a folder; write /out.png"),
+        (("mlp", "--device", "gpu"), 10, "a GPU is called cuda"),
         (("mlp", "--trials", "0"), 2, "trials"),
         (("mlp", "--device", "cpu:zmver5"), 10, "znver5"),
         (("mlp", "--device", "cuda:sm_90"), 10, "timed on the GPU itself: --device cuda, where it is"),
@@ -143,6 +146,7 @@ def test_ctrl_c_keeps_all_and_says_how_to_go_on(small: tuple[str, ...], tmp_path
     assert "3 trials made, and kept in" in done.stderr
     again = shlex.split(done.stderr.splitlines()[-1])
     assert again[:2] == ["graphopt", "tune"] and again[-1] == "--resume"
+    assert 1 <= duration(again[again.index("--budget") + 1]) <= 60
     monkeypatch.undo()
     rest = tune(*again[2:])
     assert rest.exit_code == 0, rest.stderr

@@ -67,7 +67,7 @@ def test_nothing_was_tried(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "word"), [("out", "no suffix"), ("out.xyz", "no format"), ("nowhere/out.png", "no folder"),
-                                            ("folder.png", "it is a folder")])  # fmt: skip
+                                            ("folder.png", "is a folder; write .*folder.png/out.png")])  # fmt: skip
 def test_a_picture_that_cannot_be_is_refused(name: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError, match=word):

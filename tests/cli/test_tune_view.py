@@ -11,7 +11,7 @@ from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.autotune.tasks import Progress, Task
 from graphopt.autotune.tuner import Budget, Outcome, RoundBegins, Tried
-from graphopt.cli.tune_view import View, ranking, refusals, standstill
+from graphopt.cli.tune_view import View, beyond, ranking, refusals, show_plan, standstill
 from graphopt.tuning_tasks import Tasks
 from tests.autotune.test_scheduler import NoSearch
 
@@ -83,3 +83,25 @@ def test_a_default_that_is_refused_is_told_of() -> None:
     ]
     found = Tasks([p.task for p in outcome.progress], [0.2, 0.3, 0.5], [1e-3])
     assert not any("as before" in line for line in standstill(outcome, found)), "neither is as before"
+
+
+def test_what_is_faster_than_the_limits_allow_is_named() -> None:
+    def progress(name: str, best: float) -> Progress:
+        return Progress(task(name, 1e-4), NoSearch(), Measured(Status.OK, 2e-4), Incumbent(Built(Schedule.make("t")), best), 8)
+
+    outcome = Outcome("budget", [progress("near", 0.95e-4), progress("beyond", 0.4e-4)], 60.0, 16)
+    (line,) = beyond(outcome)
+    assert line.startswith("beyond the roofline: beyond (250%). What it is said to read was in a cache, or")
+    assert standstill(outcome, Tasks([p.task for p in outcome.progress], [0.5, 0.5])) == []
+    assert beyond(Outcome("budget", outcome.progress[:1], 60.0, 8)) == []
+
+
+def test_the_plan_says_where_a_short_budget_goes() -> None:
+    def plan(budget: float) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        show_plan(Tasks([task("a"), task("b")], [0.5, 0.5], [4e-4]), None, budget, console)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    assert "52 for all of them; the budget is 10, which goes to where a second promises most" in plan(10.0)
+    assert "the budget is 600\n" in plan(600.0)
