@@ -23,12 +23,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from graphopt.autotune.arena import map_shared
+from graphopt.autotune.library_kernel import SUFFIX, LibraryKernel, load_library_kernel
 from graphopt.autotune.turns import calls_of_a_slice, take_turns
 from graphopt.errors import RemoteError
 from graphopt.run_delay import Undisturbed
@@ -65,7 +67,8 @@ class Bench:
         self.kernels: dict[tuple[str, str], Kernel] = {}
         self._weights: list[int] = request["weights"]
         self._between: int = request["between"]
-        self._calls: Iterator[list[Any]] | None = None
+        self._sets: list[list[Any]] = []
+        self._calls: Iterator[list[Any]] = iter(())
         self._own: list[torch.Tensor] = []
         return {}
 
@@ -77,7 +80,10 @@ class Bench:
         """A kernel by file and name, loaded once."""
         path, entry = which
         if (path, entry) not in self.kernels:
-            self.kernels[path, entry] = self.load(Path(path), entry)
+            if path.endswith(SUFFIX):
+                self.kernels[path, entry] = load_library_kernel(Path(path), self._weights, self.inputs[0].device)
+            else:
+                self.kernels[path, entry] = self.load(Path(path), entry)
             _die_at_once()
         return self.kernels[path, entry]
 
@@ -92,8 +98,8 @@ class Bench:
         kernel(*inputs, *self.outputs, *self.sizes)
         return {"seconds": time.perf_counter() - start}
 
-    def arguments(self) -> Iterator[list[Any]]:
-        """Arguments of the calls that are timed, for ever: weights from one copy after the other, the rest from the same place.
+    def arguments(self) -> list[list[Any]]:
+        """Arguments of the calls that are timed, in turns: weights from one copy after the other, the rest from the same place.
 
         The memory is ordinary memory of this process: pages of shared memory are mapped differently, which a kernel that reads
         much of it feels.
@@ -109,15 +115,16 @@ class Bench:
         for _ in range(copies):
             operands = [_copy(self.inputs[i]) if x is None else x for i, x in enumerate(rest)]
             sets.append([*operands, *self._own, *self.sizes])
-        while True:
-            yield from sets
+        return sets
 
     def race(self, candidate: Sequence[str], incumbent: Sequence[str] | None, floor: float, slice: float, hopeless: float,
              leak: int) -> dict[str, Any]:  # fmt: skip
         """Time a kernel in turns with the incumbent, or alone."""
-        if self._calls is None:
-            self._calls = self.arguments()
-        new, old = self.kernel(candidate), self.kernel(incumbent) if incumbent else None
+        if not self._sets:
+            self._sets = self.arguments()
+            self._calls = cycle(self._sets)
+        judged = self.kernel(candidate)
+        new, old = self._to_be_timed(judged), self._to_be_timed(self.kernel(incumbent)) if incumbent else None
         calls = self._slice_length(new, old, slice)
         before = _resident()
 
@@ -131,10 +138,18 @@ class Bench:
         if self.in_place is None:
             for x, own in zip(self.outputs, self._own, strict=True):
                 copy_results(own, x)  # the tuner's poison: what an earlier call left there must not be judged
-            self._timed(new, 1)
+            self._timed(judged, 1)
             for x, own in zip(self.outputs, self._own, strict=True):
                 copy_results(x, own)
         return answer
+
+    def _to_be_timed(self, kernel: Kernel) -> Kernel:
+        """What is timed of a kernel: of PyTorch's not the copy of their results, which a program does not make."""
+        if not isinstance(kernel, LibraryKernel):
+            return kernel
+        for args in self._sets:
+            kernel.prepare(args)
+        return kernel.compute
 
     def _slice_length(self, new: Kernel, old: Kernel | None, seconds: float) -> int:
         """Calls between two readings of the clock: few of a pair of which one takes long. Each kernel is warm afterwards."""
@@ -145,7 +160,6 @@ class Bench:
                 return calls_of_a_slice([min(t) for t in taken], seconds)
 
     def _timed(self, kernel: Kernel, calls: int) -> float:
-        assert self._calls is not None
         arguments = [next(self._calls) for _ in range(calls)]
         start = time.perf_counter()
         for a in arguments:

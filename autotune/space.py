@@ -162,6 +162,7 @@ class Rule(str, Enum):
     TURN = "turned tasks"  # threads divide the other axis first
     TENSORIZE = "tensorization"  # instructions that multiply pairs, or whole tiles
     SPLIT_NUMBERS = "split numbers"  # a number of f32 as a sum of narrower ones
+    LIBRARY = "library"  # PyTorch's kernels: a call for each operation
     WINOGRAD = "winograd"  # Winograd's transform: fewer multiplications
 
 

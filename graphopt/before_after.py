@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from graphopt.lower import KernelStep
+from graphopt.autotune.space import Workload
+from graphopt.lower import KernelStep, LibraryStep
 from graphopt.profile import CallCost, Profile
 from graphopt.run_delay import Undisturbed
 
@@ -101,9 +103,10 @@ def before_and_after(name: str, calls: tuple[Call, Call], profiles: tuple[Callab
             found[which].append(profiles[which]())
     kernels: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
     workloads: dict[tuple[str, str, bool], dict[str, None]] = {}
+    tuned = [counterparts(found[0][0], p) for p in found[1]]
     for i, call in enumerate(found[0][0].calls):
-        old, new = (median(p.calls[i].seconds for p in side) for side in found)
-        changed = _schedule(call) != _schedule(found[1][0].calls[i])
+        old, new = median(p.calls[i].seconds for p in found[0]), median(p[i][0] for p in tuned)
+        changed = _schedule(call) != tuned[0][i][1]
         group = call.kind, call.what, changed
         kernels.setdefault(group, []).append((old, new))
         if isinstance(call.step, KernelStep):
@@ -111,6 +114,28 @@ def before_and_after(name: str, calls: tuple[Call, Call], profiles: tuple[Callab
     rows = [KernelTimes(g[1], len(t), median(a for a, _ in t), median(b for _, b in t), g[2], tuple(workloads.get(g, ())))
             for g, t in kernels.items()]  # fmt: skip
     return BeforeAfter(name, tuple(before), tuple(after), tuple(sorted(rows, key=lambda r: -r.calls * r.before)))
+
+
+def counterparts(before: Profile, after: Profile) -> list[tuple[float, object]]:
+    """Seconds and schedule of what does the same in the tuned program, for each call: one, or the library's in its place."""
+    instead: dict[Workload, float] = {}
+    others = []
+    for call in after.calls:
+        w = call.step.instead if isinstance(call.step, LibraryStep) else None
+        if w is None:
+            others.append(call)
+        else:
+            instead[w] = instead.get(w, 0.0) + call.seconds
+    uses = Counter(c.step.workload for c in before.calls if isinstance(c.step, KernelStep))
+    out: list[tuple[float, object]] = []
+    rest = iter(others)
+    for call in before.calls:
+        if isinstance(call.step, KernelStep) and call.step.workload in instead:
+            out.append((instead[call.step.workload] / uses[call.step.workload], None))
+        else:
+            same = next(rest)
+            out.append((same.seconds, _schedule(same)))
+    return out
 
 
 def _schedule(call: CallCost) -> object:

@@ -27,6 +27,7 @@ from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.hashing import canonical_text
 from graphopt.ir.narrow import narrow
+from graphopt.library_choice import take_library
 from graphopt.lower import KernelStep, LibraryStep, Lowered, lower
 from graphopt.max_autotune import autotune
 from graphopt.options import Options
@@ -178,7 +179,7 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     if options.tune_seconds and backend is not None:
         tune_kernels(units, target, device, options, progress)
     if backend is not None and provider is not None:
-        choose_schedules(units, target, device, backend, provider, options)
+        choose_schedules(units, captured, target, backend, provider, options)
         building = time.perf_counter()
         build_kernels(units, dict.fromkeys([captured_key, report.key]), target, provider, options, progress)
         report.seconds["build"] = time.perf_counter() - building
@@ -253,9 +254,9 @@ def tune_kernels(units: Sequence[_Unit], target: Target, device: torch.device, o
              interpreting(target, device), device.index or 0)  # fmt: skip
 
 
-def choose_schedules(units: Sequence[_Unit], target: Target, device: torch.device, backend: Backend, provider: KernelProvider,
+def choose_schedules(units: Sequence[_Unit], captured: Captured, target: Target, backend: Backend, provider: KernelProvider,
                      options: Options) -> None:  # fmt: skip
-    """Take schedules from the tuning database, where it has any. They become part of the compilation's key."""
+    """Take schedules from the tuning database, where it has any, or the library's kernels. They become part of the compilation's key."""
     path = options.tuning_path
     if path is None:
         return
@@ -263,10 +264,12 @@ def choose_schedules(units: Sequence[_Unit], target: Target, device: torch.devic
     report = units[0].report
     strict = options.tuning_db != "auto"
     chosen = use_records([(u.lowered, u.report) for u in units], target, backend, path, kernel_threads(target),
-                         interpreting(target, device), strict=strict)  # fmt: skip
+                         interpreting(target, captured.device), strict=strict)  # fmt: skip
     if chosen:
         for u in units:
             u.report.key = key_with(u.report.key, chosen)
+            u.lowered = take_library(u.lowered, _mutated_inputs(captured), target, backend)
+            u.report.text_after = str(u.graph)
         provider.prestart(options.kernels_dir, options.workers, report.key)
     report.seconds["lower"] += time.perf_counter() - start
 

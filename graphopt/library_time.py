@@ -1,30 +1,26 @@
 """What a workload takes through PyTorch's own kernels: a call for each of its operations, as eager would make them.
 
-What depends on weights alone (the packing that a kernel undoes by how it reads) is computed before, and not timed.
+What depends on weights alone is computed before, and not timed (:class:`~graphopt.autotune.library_kernel.LibraryKernel`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 
 import torch
 
 from graphopt.autotune.gpu_clock import GpuClock
+from graphopt.autotune.library_kernel import LibraryKernel
 from graphopt.autotune.measure import Subject
-from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.interpreter import bind_symbols, evaluate_node
-from graphopt.ir.ops import EvalContext
+from graphopt.ir.interpreter import bind_symbols
 from graphopt.run_delay import Undisturbed
 from graphopt.sampling import random_inputs
 from graphopt.trials import CPU
 
 LONG = 0.25  # seconds of a call that is timed once
 LEAST_CALLS = 8
-
-Values = dict[Value, torch.Tensor]
-
 
 def library_seconds(subject: Subject, seconds: float = 0.1, device: torch.device = CPU) -> float:
     """Median seconds of a call; weights are as cold as where kernels are timed, the rest lies where it lay the call before.
@@ -47,23 +43,25 @@ def library_seconds(subject: Subject, seconds: float = 0.1, device: torch.device
 
 def _seconds(subject: Subject, seconds: float, device: torch.device) -> float:
     graph = subject.workload.graph
+    kernel = LibraryKernel(graph, subject.weights, device)
     with torch.no_grad():
         inputs = [x.to(device) for x in random_inputs(graph, subject.sizes, 0)]
-        ctx = EvalContext(bind_symbols(graph, [x.shape for x in inputs], subject.sizes), device=device)
-        before, timed = _divided(graph, subject.weights)
+        bound = bind_symbols(graph, [x.shape for x in inputs], subject.sizes)
         size = sum(inputs[i].nbytes for i in subject.weights)
         copies = max(1, min(4096, -(-subject.between // size))) if size and device.type == "cpu" else 1
-        sets = [_run(before, {v: _copy(x) if i in subject.weights else x for i, (v, x) in enumerate(zip(graph.inputs, inputs))}, ctx)
-                for i in range(copies)]  # fmt: skip
+        rest = [*graph.outputs, *(bound[s] for s in sorted(graph.symbols))]  # in the places of outputs, which are not written
+        calls = [[*(_copy(x) if i in subject.weights else x for i, x in enumerate(inputs)), *rest] for _ in range(copies)]
+        for args in calls:
+            kernel.prepare(args)
         if device.type != "cpu":
-            return _on_gpu(lambda: _run(timed, dict(sets[0]), ctx), GpuClock(device), seconds)
+            return _on_gpu(lambda: kernel.compute(*calls[0]), GpuClock(device), seconds)
         times: list[float] = []
         undisturbed, n = Undisturbed(seconds), 0
         while len(times) < LEAST_CALLS or sum(times) < seconds:
-            values, n = dict(sets[n % len(sets)]), n + 1
             start = time.perf_counter()
-            _run(timed, values, ctx)
+            kernel.compute(*calls[n % copies])
             took = time.perf_counter() - start
+            n += 1
             if undisturbed.counts(took):
                 times.append(took)
             if took > LONG and times:
@@ -75,25 +73,6 @@ def _on_gpu(run: Callable[[], object], clock: GpuClock, seconds: float) -> float
     """Median seconds of a call."""
     (first,) = clock.time([run, run])[1:]  # the first one loads kernels, and the library chooses among them
     return median(clock.time([run] * max(LEAST_CALLS, min(1000, round(seconds / first)))))
-
-
-def _divided(graph: Graph, weights: Sequence[int]) -> tuple[list[Node], list[Node]]:
-    """Nodes that depend on weights alone, and the others."""
-    fixed = dict.fromkeys(graph.inputs[i] for i in weights)
-    before, timed = [], []
-    for node in graph.nodes():
-        if all(v in fixed for v in node.operands):
-            fixed.update(dict.fromkeys(node.results))
-            before.append(node)
-        else:
-            timed.append(node)
-    return before, timed
-
-
-def _run(nodes: Sequence[Node], values: Values, ctx: EvalContext) -> Values:
-    for node in nodes:
-        values.update(zip(node.results, evaluate_node(node, [values[v] for v in node.operands], ctx), strict=True))
-    return values
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ Nothing is built here. Each step knows its values; :mod:`graphopt.program` gives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.base import Backend
@@ -39,11 +39,15 @@ class KernelStep:
 
 @dataclass
 class LibraryStep:
-    """Call PyTorch. ``asked``: the options asked for it, or it is no computation worth a kernel."""
+    """Call PyTorch. ``asked``: the options asked for it, or it is no computation worth a kernel, or it is as fast as none.
+
+    ``instead``: what this is a part of, which the library computes faster than a kernel.
+    """
 
     node: Node
     reason: str
     asked: bool = False
+    instead: Workload | None = None
 
 
 @dataclass
@@ -75,10 +79,12 @@ class Lowered:
     in_place: dict[int, int] = field(default_factory=dict)
 
 
-def lower(graph: Graph, target: Target, backend: Backend | None, why_none: str = "", asked: bool = False) -> Lowered:
+def lower(graph: Graph, target: Target, backend: Backend | None, why_none: str = "", asked: bool = False,
+          library: Mapping[Node, KernelStep] | None = None) -> Lowered:  # fmt: skip
     """Choose a kernel or a library call for every node.
 
     Args:
+        library: nodes that are left to the library by choice, and the step that they take the place of.
         backend: who generates kernels; None for library calls only.
         why_none: the reason to report where there is no backend.
         asked: whether library calls are what the options ask for.
@@ -90,7 +96,12 @@ def lower(graph: Graph, target: Target, backend: Backend | None, why_none: str =
         if staged.node(node):
             staged_nodes.append(node)
         else:
-            steps.append(_step(node, target, backend, why_none, asked))
+            instead = (library or {}).get(node)
+            if instead is None:
+                steps.append(_step(node, target, backend, why_none, asked))
+            else:
+                step = _step(node, target, None, instead.tuned, asked=True)
+                steps.append(replace(step, instead=instead.workload) if isinstance(step, LibraryStep) else step)
     boundary: dict[Value, None] = {}
     for node in [*(s.node for s in steps), graph.ret]:
         for v in node.operands:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from graphopt.autotune.database import Database
+from graphopt.autotune.library_kernel import TEMPLATE, library_space
 from graphopt.autotune.records import TuningRecord
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.base import Backend
@@ -24,6 +25,7 @@ from graphopt.report import Report
 from graphopt.target import Target, detect
 
 DEFAULT = "default schedule"
+PYTORCH = "PyTorch's kernels, as tuned"
 _PATIENCE = 2.0  # seconds that a compilation waits for a process that writes the database
 
 
@@ -112,12 +114,15 @@ def _verdict(r: TuningRecord, default: Schedule, before: float | None, target: T
         return default, text, _remark("analysis", text)
     assert r.measured.seconds is not None
     gain = f"{before / r.measured.seconds:.2f}x over the {DEFAULT}, " if before else ""
-    text = f"tuned: {gain}measured {date}"
+    text = f"{PYTORCH if r.schedule.template == TEMPLATE else 'tuned'}: {gain}measured {date}"
     return r.schedule, text, _remark("passed", text)
 
 
 def _outside(w: Workload, s: Schedule, target: Target, backend: Backend) -> str | None:
     """Why a schedule cannot be used, or None if it can."""
+    if s.template == TEMPLATE:
+        space = library_space(w)
+        return space.rejection(s) if space else "PyTorch's kernels do not take its place"
     template = next((t for t in backend.templates(w, target) if t.name == s.template), None)
     if template is None:
         return f"no template {s.template!r} takes this region"

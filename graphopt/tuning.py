@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -18,14 +19,15 @@ import torch
 from graphopt.autotune.claim import Claim, going_on
 from graphopt.autotune.cost_model import CostModel
 from graphopt.autotune.database import Database, leader
-from graphopt.autotune.measure import Timing, Trial
+from graphopt.autotune.library_kernel import LibraryBuilder, library_space
+from graphopt.autotune.measure import Builder, Timing, Trial
 from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
 from graphopt.autotune.tasks import Scheduler, Task
 from graphopt.autotune.tuner import Budget, Listener, Outcome, Standing, Tuner
-from graphopt.candidates import TuningBackend
+from graphopt.candidates import TuningBackend, new_folder
 from graphopt.devices import choose_target
 from graphopt.errors import DatabaseError, DeviceError, UsageError, counted
 from graphopt.hidden import missing_here
@@ -89,6 +91,11 @@ class Run:
     gpu: int = 0
 
     @property
+    def has_library(self) -> bool:
+        """Whether PyTorch's kernels are candidates: where they run on what is tuned for."""
+        return self.machine is None and (self.target.is_gpu or self.target == detect())
+
+    @property
     def device(self) -> str:
         """``TuningRecord.target`` of its trials."""
         return device_key(self.target, self.machine)
@@ -108,8 +115,14 @@ def tune(tasks: Sequence[Task], run: Run, budget: Budget, *, scheduler: Schedule
     """
     name = run.run or new_run()
     backend = tuning_backend(run.target, run.machine, run.gpu)
-    with (closing(runner or backend.runner(run.threads, run.timing, run.seed)) as runner, closing(backend.builder(run.workers)) as builder,
-          closing(Claim(name))):  # fmt: skip
+    with ExitStack() as stack:
+        runner = stack.enter_context(closing(runner or backend.runner(run.threads, run.timing, run.seed)))
+        builder: Builder = stack.enter_context(closing(backend.builder(run.workers)))
+        if run.has_library:
+            folder = new_folder()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            builder = LibraryBuilder(builder, folder)
+        stack.enter_context(closing(Claim(name)))
         done = run_records(run, tasks) if run.run else []
         runner.start()
         model = _cost_model(run)
@@ -189,7 +202,12 @@ def _search(run: Run, model: CostModel, done: Sequence[TuningRecord], task: Task
     seeds = run.database.seeds(task.workload, run.device, run.threads, versions(run.target))
     if best is not None:
         seeds = [best.schedule, *seeds]
-    return Search(task.workload, run.target, spaces_of(task.workload, run.target), seed=run.seed, model=model, known=known, seeds=seeds)
+    return Search(task.workload, run.target, _spaces(run, task.workload), seed=run.seed, model=model, known=known, seeds=seeds)
+
+
+def _spaces(run: Run, w: Workload) -> list[SearchSpace]:
+    library = library_space(w) if run.has_library else None
+    return [*spaces_of(w, run.target), *([library] if library else ())]
 
 
 def search_for(task: Task, target: Target, known: Sequence[tuple[Schedule, Measured]] = ()) -> Search:

@@ -14,6 +14,7 @@ from torch import nn
 
 import graphopt
 from graphopt.autotune.database import Database
+from graphopt.autotune.library_kernel import TEMPLATE, library_space
 from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.backend import TvmBackend
@@ -181,3 +182,65 @@ def test_timings_are_of_kernels_for_a_target_on_this_machine() -> None:
     assert device_key(detect()) == detect().fingerprint
     assert device_key(baseline) not in (baseline.fingerprint, detect().fingerprint)
     assert json.dumps(device_key(baseline)) == json.dumps(device_key(Target.from_name("cpu:x86-64-v3")))
+
+
+# --- PyTorch's kernels, where they won ----------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(48, 96), nn.Linear(96, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def library_record(w: Workload, **change: Any) -> TuningRecord:
+    space = library_space(w)
+    assert space is not None
+    measured = Measured(Status.OK, 1e-6, 0.01, 0.5, 1.5)
+    record = TuningRecord(w, device_key(detect()), str(detect()), torch.get_num_threads(), space.default(), measured,
+                          TvmBackend().versions(), "run", 2, WHEN)  # fmt: skip
+    return replace(record, **change)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_where_pytorchs_kernels_won_they_are_called_and_the_report_says_so(tmp_path: Path, dynamic: bool) -> None:
+    def run(**options: Any) -> tuple[Report, torch.Tensor, torch.Tensor]:
+        given = {"cache_dir": str(tmp_path / "kernels"), "strict": True, "verify": "each-pass", **options}
+        torch._dynamo.reset()
+        model = Two().eval()
+        compiled = torch.compile(model, backend="graphopt", dynamic=dynamic, options=given)
+        x = torch.randn(4, 48)
+        with torch.no_grad():
+            got = compiled(x)
+            return graphopt.reports()[-1], got, model(x)
+
+    before, _, _ = run(tuning_db=None)
+    bodies = [n.body for n in parse_graph(before.text_after) if n.op.name == "fusion" and n.attrs["kind"] == "matmul"]
+    first, second = (Workload.of(b, "matmul") for b in bodies if b is not None)
+    Database(tmp_path / "t.db").add([library_record(first)])
+    after, got, wanted = run(tuning_db=str(tmp_path / "t.db"))
+    torch.testing.assert_close(got, wanted)
+    assert len(after.kernels) == len(before.kernels) - 1 and after.key != before.key
+    why = "PyTorch's kernels, as tuned: measured 2026-01-31"
+    assert {f.reason for f in after.fallbacks} == {why} and all(f.asked for f in after.fallbacks)
+    assert "matmul" in {f.op for f in after.fallbacks} and remarks(after) == [("passed", why)]
+    Database(tmp_path / "t.db").add([library_record(second)])
+    both, got, wanted = run(tuning_db=str(tmp_path / "t.db"))
+    torch.testing.assert_close(got, wanted)
+    assert [f.op for f in both.fallbacks].count("matmul") == 2
+
+
+def test_pytorchs_kernels_of_another_version_do_not_count(tmp_path: Path) -> None:
+    options = {"cache_dir": tmp_path / "kernels"}
+    before = graphopt.compile(Two().eval(), (torch.randn(4, 48),), tuning_db=None, **options).report
+    bodies = [n.body for n in parse_graph(before.text_after) if n.op.name == "fusion"]
+    w = Workload.of(bodies[0], "matmul")  # type: ignore[arg-type]
+    Database(tmp_path / "t.db").add([library_record(w, schedule=Schedule.make(TEMPLATE, torch="1.0"))])
+    after = graphopt.compile(Two().eval(), (torch.randn(4, 48),), tuning_db=tmp_path / "t.db", **options).report
+    assert not after.fallbacks and after.key == before.key
+    ((kind, message),) = remarks(after)
+    assert kind == "missed" and "torch = 1.0 is not among" in message

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -23,6 +24,7 @@ import graphopt
 from graphopt import tuning, tuning_tvm
 from graphopt.autotune.claim import Claim, going_on
 from graphopt.autotune.database import Database
+from graphopt.autotune.library_kernel import TEMPLATE
 from graphopt.autotune.measure import Built, Timing
 from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
@@ -210,6 +212,21 @@ def test_a_tuner_that_is_killed_at_random_moments_makes_the_trials_of_an_undistu
         assert len({r.run for r in records}) == 1
         assert all(r.measured.ok for r in records), Counter(r.measured.reason for r in records)
     assert not [p for p in Path(tempfile.gettempdir()).glob("graphopt-tune-*-*") if not Path(f"/proc/{p.name.split('-')[2]}").exists()]
+
+
+def test_pytorchs_kernels_are_a_candidate_that_is_checked_and_timed_like_any_other(tmp_path: Path) -> None:
+    found = tasks(tmp_path / "cache")
+    run = Run(detect(), Database(tmp_path / "tuning.db"), 1, workers=1)
+    tune(found, run, Budget(seconds=120.0, trials=16))
+    mine = [r for r in run.database.records() if r.schedule.template == TEMPLATE]
+    assert {r.workload.key for r in mine} == {t.workload.key for t in found} and all(r.measured.ok for r in mine)
+    assert all(r.measured.error is not None and 0 < r.measured.error < 1e-5 for r in mine)
+
+
+@pytest.mark.parametrize("change", [{"machine": detect()}, {"target": Target.from_name("cpu:x86-64-v2")}])
+def test_pytorchs_kernels_are_none_where_they_do_not_run_on_what_is_tuned_for(tmp_path: Path, change: dict[str, Any]) -> None:
+    run = Run(detect(), Database(tmp_path / "tuning.db"), 1)
+    assert run.has_library and not replace(run, **change).has_library
 
 
 def test_what_is_slower_in_the_model_is_withdrawn(tmp_path: Path) -> None:

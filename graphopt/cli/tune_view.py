@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.autotune.library_kernel import TEMPLATE
 from graphopt.autotune.scheduler import ByGain
 from graphopt.autotune.tuner import Budget, Event, GoesOn, Outcome, RoundBegins, TimingBegins, Tried
 from graphopt.before_after import BeforeAfter
@@ -196,7 +197,7 @@ def show_result(outcome: Outcome, found: Tasks, limits: Limits | None, console: 
     console.print(table)
     if limits is not None:
         console.print(roofline(limits), highlight=False)
-    for text in (*beyond(outcome), *refusals(outcome), *standstill(outcome, found), *ranking(outcome)):
+    for text in (*beyond(outcome), *refusals(outcome), *libraries(outcome), *standstill(outcome, found), *ranking(outcome)):
         console.print(text, highlight=False, soft_wrap=True)
     why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
     rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
@@ -228,6 +229,12 @@ def refusals(outcome: Outcome) -> list[str]:
         if p.left_out:
             out.append(f"{p.task.name}: left out after {counted(p.trials, 'trial')}: {p.left_out}")
     return out
+
+
+def libraries(outcome: Outcome) -> list[str]:
+    """Kernels in whose place PyTorch's were the fastest."""
+    won = [p.task.name for p in outcome.progress if p.incumbent and p.incumbent.schedule.template == TEMPLATE]
+    return [f"PyTorch's kernels were the fastest, and are called from now on: {', '.join(won)}"] if won else []
 
 
 def ranking(outcome: Outcome) -> list[str]:

@@ -13,9 +13,10 @@ import pytest
 from graphopt.autotune.measure import Built, Case, Incumbent, Subject, Timing, Trial
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.runner import ProcessRunner
+from graphopt.autotune.scheduler import ByGain
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace
-from graphopt.autotune.tasks import MOST_LOST, Progress, Task
+from graphopt.autotune.tasks import MOST_LOST, Progress, Scheduler, Task
 from graphopt.autotune.tuner import Budget, Event, Outcome, Standing, Tried, Tuner, round_size
 from graphopt.target import Target
 from tests.autotune.fake_kernels import BAD, LOADER, FakeBuilder, schedule, space, subject
@@ -36,14 +37,15 @@ class Setup:
     """A tuner over fake kernels, and what it wrote down."""
 
     def __init__(self, runner: ProcessRunner, spaces: SearchSpace, *, batch: int = 4, known: Standing | None = None, done: int = 0,
-                 tried: tuple[tuple[Schedule, Measured], ...] = (), listener: Callable[[Event], None] | None = None) -> None:  # fmt: skip
+                 tried: tuple[tuple[Schedule, Measured], ...] = (), listener: Callable[[Event], None] | None = None,
+                 scheduler: Scheduler | None = None) -> None:  # fmt: skip
         self.records: Records = []
         self.builder = FakeBuilder()
         task = Task(subject(), "x + y", spaces.default())
         self.tuner = Tuner(
             [task], search=lambda t: Search(t.workload, TARGET, [spaces], seed=0, known=tried), builder=self.builder, runner=runner,
             record=lambda t, trial, n: self.records.append((trial, n)), batch=batch, known={0: known} if known else None, done=done,
-            listener=listener,
+            listener=listener, scheduler=scheduler,
         )  # fmt: skip
 
     def run(self, budget: Budget) -> tuple[Outcome, Progress]:
@@ -214,10 +216,10 @@ def test_an_incumbent_that_cannot_be_built_again_is_forgotten(runner: ProcessRun
 
 
 def test_a_task_at_its_roofline_gets_one_batch(runner: ProcessRunner) -> None:
-    spaces = space("good", n=100)
-    setup = Setup(runner, spaces)
+    spaces = space("slow", n=100)
+    setup = Setup(runner, spaces, scheduler=ByGain(near=4.0))
     p = setup.tuner.progress[0]
-    p.task = Task(replace(subject(), least=1.0), "x + y", spaces.default())
+    p.task = Task(replace(subject(), least=1e-3), "x + y", spaces.default())  # as long as it waits
     outcome, _ = setup.run(Budget())
     assert (outcome.why, outcome.trials) == ("done", 4)
 

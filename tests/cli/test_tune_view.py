@@ -11,7 +11,7 @@ from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.autotune.tasks import Progress, Task
 from graphopt.autotune.tuner import Budget, Outcome, RoundBegins, Tried
-from graphopt.cli.tune_view import View, beyond, ranking, refusals, show_plan, standstill
+from graphopt.cli.tune_view import View, beyond, libraries, ranking, refusals, show_plan, standstill
 from graphopt.tuning_tasks import Tasks
 from tests.autotune.test_scheduler import NoSearch
 
@@ -105,3 +105,12 @@ def test_the_plan_says_where_a_short_budget_goes() -> None:
 
     assert "52 for all of them; the budget is 10, which goes to where a second promises most" in plan(10.0)
     assert "the budget is 600\n" in plan(600.0)
+
+
+def test_where_pytorchs_kernels_won_is_said() -> None:
+    def progress(name: str, template: str) -> Progress:
+        return Progress(task(name), NoSearch(), Measured(Status.OK, 2e-4), Incumbent(Built(Schedule.make(template)), 1e-4), 8)
+
+    mine = [progress("a", "tile"), progress("b", "library")]
+    assert libraries(Outcome("budget", mine, 60.0, 16)) == ["PyTorch's kernels were the fastest, and are called from now on: b"]
+    assert libraries(Outcome("budget", mine[:1], 60.0, 8)) == []
