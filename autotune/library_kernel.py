@@ -25,10 +25,15 @@ KINDS = ("matmul", "conv")  # what libraries are good at: the rest is as fast as
 
 
 def library_space(w: Workload) -> SearchSpace | None:
-    """The space of one schedule, PyTorch's kernels of the version that is here; None for a workload that is not left to them."""
-    heavy = any(n.op.name in KINDS for n in w.graph.nodes())
+    """The space of one schedule, PyTorch's kernels of the version that is here; None for a workload that is not left to them.
+
+    So are products of weights that are held in fewer bits than they are multiplied in: the library would be handed wide ones, made once,
+    and the memory that the narrow ones save is what they are for.
+    """
+    factors = [v for n in w.graph.nodes() if n.op.name in KINDS for v in n.operands[:2]]
+    narrow = any(v.type.rank > 1 and v.dtype.bits < f.dtype.bits and not v.dtype.is_bool for v in w.graph.inputs for f in factors)
     strided = any(s is not None for s in w.graph.output_strides)  # the library chooses the strides of what it returns
-    if not heavy or strided:
+    if not factors or narrow or strided:
         return None
     return SearchSpace(TEMPLATE, params=(Param("torch", (torch.__version__,)),), rules={"default": (Rule.LIBRARY,)})
 

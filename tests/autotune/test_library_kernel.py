@@ -51,6 +51,8 @@ def test_outputs_are_filled_and_weights_are_unpacked_once(monkeypatch: pytest.Mo
 def test_what_the_library_is_asked_for() -> None:
     assert library_space(workload()) is not None
     assert library_space(workload("graph @r(%x: f32[4]) -> (f32[4]) {\n  %0: f32[4] = relu(%x)\n  return %0\n}", "pointwise")) is None
+    narrow = PACKED.replace("%w: f32[", "%q: i8[").replace("{\n", "{\n  %w: f32[2, 8, 2] = cast(%q) {dtype = f32}\n", 1)
+    assert library_space(workload(narrow)) is None, "the library would have to be given wide weights"
     strided = PACKED.replace("-> (f32[B, 4])", "-> (f32[B, 4; 1, B])")
     assert library_space(workload(strided)) is None
 
