@@ -22,12 +22,13 @@ from graphopt.backends.triton.index import Sum, Var, add, scale, variable
 from graphopt.backends.triton.matmul import LEAST, factor, precision
 from graphopt.backends.triton.pointwise import NAMES, NARROW, number
 from graphopt.backends.triton.scores import Scores
+from graphopt.backends.triton.sums import in_turn
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph
 from graphopt.ir.opset.attention_training import EMPTY
 from graphopt.target import Target
 
-JOINED = 2048  # elements of a program that joins pieces, at most
+JOINED = 512  # elements of a program that joins pieces, at most
 
 
 def side(n: int) -> int:
@@ -112,7 +113,7 @@ class JoinKernel(Rows):
     def emit(self) -> tuple[Code, Launch]:
         code, (top, total, out) = self.code, self.start(sinks=True)
         places = {name: code.let("place", code.place(self.place(name)).text) for name in self.parts}
-        with code.loop(f"for _ in tl.static_range({self.pieces}):"):
+        with code.loop(f"for _ in {in_turn(self.pieces)}:"):
             s, part, acc = (self._load(name, at) for name, at in places.items())
             new = code.let("new", f"tl.maximum({top}, {s})")
             p, alpha = self.weights(s, top, new)

@@ -33,6 +33,11 @@ def sum_type(dtype: types.DType) -> types.DType:
     return types.f64 if dtype == types.f64 else types.f32
 
 
+def in_turn(pieces: int) -> str:
+    """The loop in which pieces are joined: several are on their way at once; all of many would take the compiler long."""
+    return f"tl.range({pieces}, loop_unroll_factor={min(16, pieces)})"
+
+
 def total_of(dtype: types.DType) -> str:
     """The same, as Triton calls it."""
     return NAMES[sum_type(dtype)]
@@ -109,7 +114,7 @@ class Pieces:
         place = code.let("place", at.name)
         for node in self.nodes:
             total = code.let("sum", f"tl.zeros([BLOCK], {total_of(node.operands[0].dtype)})")
-            with code.loop(f"for _ in tl.static_range({self.count}):"):
+            with code.loop(f"for _ in {in_turn(self.count)}:"):
                 code.line(f"{total} += tl.load({PARTIAL} + {place}{mask})")
                 code.line(f"{place} += {code.size(size)}")
             e.sources[node.result] = computed(total, node, index, at.axes)

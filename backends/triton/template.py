@@ -15,7 +15,7 @@ from graphopt.ir import dims
 from graphopt.target import Target
 
 LANES = 8  # elements that one thread holds of a tile, at most, by default
-PIECES = (1, 2, 4, 8, 16, 32)  # of a product's depth
+PIECES = (1, 2, 4, 8, 16, 32, 64, 128)  # of a product's depth
 
 
 @dataclass(frozen=True)
