@@ -6,6 +6,10 @@ A program has ``BLOCK_M`` rows of queries of one head, and goes through the keys
 does not see has the score -inf, or, where a row without keys is the mean of all values, the least number. A sink is where maximum and sum
 begin. Dao et al., FlashAttention, arXiv:2205.14135; the running maximum: Milakov and Gimelshein, arXiv:1805.02867.
 
+Heads that share keys and values can be rows of one program, which then reads these once for all of them: row ``r`` is query
+``r // heads`` of head ``r % heads``, so that the rows of a tile are of neighbouring queries, which see nearly the same keys. Ainslie
+et al., GQA, arXiv:2305.13245.
+
 Where programs are fewer than processors and keys are many, as in decoding, programs share the keys of their rows (split-KV), block by block
 in turns. Each leaves m, l and o in scratch memory, in f32; a second kernel joins them in order by the same rule, so a result has the same
 bits each time. Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023.
@@ -37,16 +41,24 @@ def side(n: int) -> int:
 
 
 class Rows:
-    """Rows of one head's result, under construction.
+    """Rows of the result, under construction: of one head, or of several that share keys and values.
 
     Args:
         rows: of a program.
         pieces: of the keys; where there are several, their parts of the result are in scratch memory.
+        heads: whose queries are rows of one program; a divisor of ``form.share``.
+
+    Attributes:
+        row: number of a row.
+        query: its query.
+        lead: index of its batch and head.
+        first_head: the same of the first of the heads.
     """
 
-    def __init__(self, graph: Graph, form: Form, rows: int, pieces: int) -> None:
+    def __init__(self, graph: Graph, form: Form, rows: int, pieces: int, heads: int = 1) -> None:
         self.graph, self.form, self.p, self.attrs = graph, form, form.parts, form.node.attrs
-        self.m, self.e, self.pieces = rows, side(form.width), pieces
+        self.m, self.e, self.pieces, self.heads = rows, side(form.width), pieces, heads
+        self.groups = form.batch if heads == 1 else (*form.batch[:-1], dims.floordiv(form.batch[-1], heads))
         count, each = dims.numel([*form.batch, form.queries]), (("tops", 1), ("totals", 1), ("partial", form.width))
         self.parts = {name: (dims.mul(count, n), n) for name, n in each}
         scratch = {name: Scratch(types.f32, dims.mul(pieces, size)) for name, (size, _) in self.parts.items()}
@@ -54,14 +66,19 @@ class Rows:
         self.x = Expressions(self.code)
         self.scores = Scores(self.x, form)
         self.tile = self.code.program(0, "tile")
-        head = Var(self.code.program(1, "head"), dims.numel(form.batch))
-        self.lead = self.x.places.unflatten(variable(head), form.batch)
-        self.row = self.code.block("row", f"{self.tile} * BLOCK_M", "BLOCK_M", rows, form.queries, 0, 2)
+        head = Var(self.code.program(1, "head"), dims.numel(self.groups))
+        self.lead = self.first_head = self.x.places.unflatten(variable(head), self.groups)
+        self.row = self.query = self.code.block("row", f"{self.tile} * BLOCK_M", "BLOCK_M", rows, dims.mul(form.queries, heads), 0, 2)
+        if heads > 1:
+            *batch, group = self.lead
+            row, own = variable(self.row), scale(group, heads)
+            self.query = self.code.derived(self.x.places.quotient(row, heads), form.queries, "query")
+            self.first_head, self.lead = [*batch, own], [*batch, add(own, self.x.places.remainder(row, heads))]
         self.width = self.code.block("e", "", "BLOCK_E", self.e, form.width, 1, 2)
 
     @property
     def grid(self) -> tuple[dims.Dim, ...]:
-        return ceildiv(self.form.queries, self.m), dims.numel(self.form.batch)
+        return ceildiv(self.row.extent, self.m), dims.numel(self.groups)
 
     def start(self, sinks: bool) -> tuple[str, str, str]:
         """Names of the maximum, the sum and the result so far."""
@@ -81,7 +98,7 @@ class Rows:
     def place(self, name: str) -> Sum:
         """Where in scratch memory the rows' numbers of the first piece lie."""
         n = self.parts[name][1]
-        at = scale(self.x.places.flatten([*self.lead, variable(self.row)], (*self.form.batch, self.form.queries)), n)
+        at = scale(self.x.places.flatten([*self.lead, variable(self.query)], (*self.form.batch, self.form.queries)), n)
         return at if name != "partial" else add(at, variable(self.width))
 
     def lanes(self, name: str) -> tuple[list[Var], str]:
@@ -94,7 +111,7 @@ class Rows:
         result = self.code.let("o", f"{out} / {total}" if times == 1.0 else f"{out} * {times!r} / {total}")
         if self.attrs["empty"] == "zero":
             result = self.code.let("o", f"tl.where({total} == 0.0, 0.0, {result})")
-        index: Sequence[Sum] = [*self.lead, variable(self.row), variable(self.width)]
+        index: Sequence[Sum] = [*self.lead, variable(self.query), variable(self.width)]
         for node in self.form.views:
             if node.name == "transpose":
                 index = [index[p] for p in node.attrs["perm"]]
@@ -104,7 +121,7 @@ class Rows:
         if self.form.keeps_lse:
             lse = self.code.let("lse", f"{top} + tl.log({total})")
             lse = self.code.let("lse", f'tl.where({lse} == float("-inf"), {number(EMPTY[self.attrs["empty"]], types.f32)}, {lse})')
-            self.x.store(1, [*self.lead, variable(self.row)], [self.row], "[BLOCK_M, 1]", lse)
+            self.x.store(1, [*self.lead, variable(self.query)], [self.row], "[BLOCK_M, 1]", lse)
 
 
 class JoinKernel(Rows):
@@ -134,32 +151,32 @@ class JoinKernel(Rows):
 class FlashKernel(Rows):
     """One region around an attention."""
 
-    def __init__(self, graph: Graph, form: Form, t: Target, queries: int, keys: int, pieces: int = 1) -> None:
-        super().__init__(graph, form, queries, pieces)
+    def __init__(self, graph: Graph, form: Form, t: Target, rows: int, keys: int, pieces: int = 1, heads: int = 1) -> None:
+        super().__init__(graph, form, rows, pieces, heads)
         self.n, self.d = keys, side(form.depth)
         self.precision = precision(form.out.dtype, t)
 
     def emit(self, warps: int, stages: int) -> tuple[Code, Launch]:
-        code, form, x, p, lead, scores = self.code, self.form, self.x, self.p, self.lead, self.scores
+        code, form, x, p, lead, query, scores = self.code, self.form, self.x, self.p, self.lead, self.query, self.scores
         piece = Var(code.program(2, "piece") if self.pieces > 1 else "0", self.pieces)
         q_depth = code.block("dq", "", "BLOCK_D", self.d, form.depth, 1, 2)
         k_depth = code.block("dk", "", "BLOCK_D", self.d, form.depth, 0, 2)
-        q = factor(x, p.q, [*scores.lead_of(p.q, lead), variable(self.row), variable(q_depth)], q_depth, "[BLOCK_M, BLOCK_D]")
+        q = factor(x, p.q, [*scores.lead_of(p.q, lead), variable(query), variable(q_depth)], q_depth, "[BLOCK_M, BLOCK_D]")
         top, total, out = self.start(sinks=self.pieces == 1)
-        low, high = scores.keys_of(self.tile)
+        low, high = scores.keys_of(self.tile, self.heads)
         first, blocks = code.fresh("n"), f"{low}, {high}, BLOCK_N"
         if self.pieces > 1:
             blocks = f"{low} + {piece.name} * BLOCK_N, {high}, {self.pieces} * BLOCK_N".removeprefix("0 + ")
         with code.loop(f"for {first} in range({blocks}):"):
             column = code.block("column", first, "BLOCK_N", self.n, form.keys, 1, 2, 1)
             down = code.block("down", first, "BLOCK_N", self.n, form.keys, 0, 2, 1)
-            k = factor(x, p.k, [*scores.lead_of(p.k, lead), variable(column), variable(k_depth)], k_depth, "[BLOCK_D, BLOCK_N]")
-            s, _ = scores.of(code.let("s", f'tl.dot({q}, {k}, input_precision="{self.precision}")'), lead, self.row, column)
+            k = factor(x, p.k, [*scores.lead_of(p.k, self.first_head), variable(column), variable(k_depth)], k_depth, "[BLOCK_D, BLOCK_N]")
+            s, _ = scores.of(code.let("s", f'tl.dot({q}, {k}, input_precision="{self.precision}")'), lead, query, column)
             new = code.let("new", f"tl.maximum({top}, tl.max({s}, axis=1, keep_dims=True))")
             weight, alpha = self.weights(s, top, new)
             code.line(f"{total} = {total} * {alpha} + tl.sum({weight}, axis=1, keep_dims=True)")
-            v = factor(x, p.v, [*scores.lead_of(p.v, lead), variable(down), variable(self.width)], down, "[BLOCK_N, BLOCK_E]")
-            kept = scores.dropped.kept(weight, lead, variable(self.row), (*form.batch, form.queries), variable(column))
+            v = factor(x, p.v, [*scores.lead_of(p.v, self.first_head), variable(down), variable(self.width)], down, "[BLOCK_N, BLOCK_E]")
+            kept = scores.dropped.kept(weight, lead, variable(query), (*form.batch, form.queries), variable(column))
             weight = f"{kept}.to({NAMES[p.v.dtype]})" if p.v.dtype in NARROW else kept
             code.line(f'{out} = tl.dot({weight}, {v}, {out} * {alpha}, input_precision="{self.precision}")')
             code.line(f"{top} = {new}")

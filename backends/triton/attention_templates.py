@@ -24,20 +24,35 @@ def _attention_form(w: Workload) -> Form | str:
     return form_of(w.graph) if w.kind in ("attention", "attention_forward") else "not an attention region"
 
 
+def _heads(form: Form, queries: int, rows: int) -> int:
+    """Heads whose queries are rows of one program by default: those that share keys and values, if these are then read half as often.
+
+    Args:
+        queries: of a head, at most.
+        rows: of a program, at most.
+    """
+    return form.share if 2 * -(-form.share * queries // rows) <= form.share * -(-queries // rows) else 1
+
+
 def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     form = _attention_form(w)
     assert isinstance(form, Form)
     itemsize = form.out.dtype.itemsize
     d, e = attention.side(form.depth), attention.side(form.width)
     wide = max(d, e) > (128 if t.kind == "cuda" else 64)  # sums that leave few registers
-    m = max(LEAST, min(32 if itemsize >= 4 else 64 if wide else 128, power_of_two(largest(form.queries, 4096))))
+    most = 32 if itemsize >= 4 else 64 if wide else 128
+    queries = dims.bounds(form.queries, form.symbols)[1] or 4096
+    heads = _heads(form, queries, most)
+    rows = heads * queries
+    m = max(LEAST, min(most, power_of_two(rows)))
     n = max(LEAST, min(32 if itemsize >= 4 or wide else 64, power_of_two(largest(form.keys, 4096))))
-    programs = largest(dims.numel(form.batch), 8) * -(-largest(form.queries, 4096) // m)
+    programs = max(1, largest(dims.numel(form.batch), 8) // heads) * -(-rows // m)
     seen = min([dims.bounds(form.keys, form.symbols)[1] or 4096, *(w for w in [form.node.attrs["window"]] if isinstance(w, int))])
     key = (form.depth + form.width) * itemsize
     knob, full = divide(pieces_of(programs, seen * key, max(KEYS_PIECE, n * key), t), form.keys, "n")
     params = (
         knob,
+        Param("heads", first(heads, (1, form.share)), "tile"),
         Param("m", first(m, (16, 32, 64, 128)), "tile"),
         Param("n", first(n, (16, 32, 64, 128)), "tile"),
         Param("warps", first(8 if m >= 128 and t.kind == "cuda" else 4 if m >= 32 else 2, (2, 4, 8))),
@@ -57,7 +72,7 @@ def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
 def _write_attention(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     form = _attention_form(w)
     assert isinstance(form, Form)
-    return attention.FlashKernel(w.graph, form, t, s["m"], s["n"], s["pieces"]).emit(s["warps"], s["stages"])
+    return attention.FlashKernel(w.graph, form, t, s["m"], s["n"], s["pieces"], s["heads"]).emit(s["warps"], s["stages"])
 
 
 # --- its gradient ------------------------------------------------------------------------------------------------------------

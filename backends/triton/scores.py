@@ -52,17 +52,20 @@ class Scores:
             return True
         return self.p.bias is None and self.p.mask is None and sees_a_key(attrs, form.queries, form.keys, form.symbols)
 
-    def keys_of(self, tile: str) -> tuple[str, str]:
-        """The keys that ``BLOCK_M`` rows may see by position: from, and up to but not with."""
+    def keys_of(self, tile: str, heads: int = 1) -> tuple[str, str]:
+        """The keys that ``BLOCK_M`` rows may see by position: from, and up to but not with; ``heads`` rows are of one query."""
         code, attrs, keys = self.code, self.attrs, self.code.size(self.form.keys)
         if not self.is_local:
             return "0", keys
         low, high, offset, window = "0", keys, code.size(attrs["offset"]), attrs["window"]
-        end = f"({tile} + 1) * BLOCK_M + {offset}"  # behind the last row's own position
+        first, last = f"{tile} * BLOCK_M", f"({tile} + 1) * BLOCK_M"
+        if heads > 1:
+            first, last = f"({first}) // {heads}", f"({last} + {heads - 1}) // {heads}"
+        end = f"{last} + {offset}"  # behind the last row's own position
         if attrs["causal"]:
             high = code.let("high", f"tl.minimum({keys}, {end})")
         if window is not None:
-            start = f"{tile} * BLOCK_M + {offset} - {code.size(window)} + 1"
+            start = f"{first} + {offset} - {code.size(window)} + 1"
             low = code.let("low", f"tl.maximum({start}, 0) // BLOCK_N * BLOCK_N")
             if not attrs["causal"]:
                 high = code.let("high", f"tl.minimum({keys}, {end} + {code.size(window)} - 1)")
