@@ -277,12 +277,17 @@ print(len(launched), before == sorted(p.name for p in (path.parent / "binaries")
 """
 
 
-@pytest.mark.parametrize("name", ["cuda:sm_90", "hip:gfx942"])
-def test_a_launch_finds_what_was_compiled_ahead(name: str) -> None:
+@pytest.mark.parametrize(("name", "space", "reads"), [
+    ("cuda:sm_90", 0, "pointers"), ("hip:gfx942", 0, "pointers"), ("cuda:sm_90", 0, "descriptors"), ("cuda:sm_100", 1, "descriptors"),
+])  # fmt: skip
+def test_a_launch_finds_what_was_compiled_ahead(name: str, space: int, reads: str) -> None:
+    """Of kernels that take tiles one after another, too; and of such whose descriptors the launch makes."""
     target = Target.from_name(name)
+    default = spaces_of(PRODUCT, target)[space].default()
+    schedule = Schedule.make("matmul", default.sketch, **{**dict(default.knobs), "reads": reads})
     builder = TritonCandidates(target, 1, interpret=False)
     try:
-        (built,) = builder.build(PRODUCT, [spaces_of(PRODUCT, target)[0].default()])
+        (built,) = builder.build(PRODUCT, [schedule])
         assert not built.failure
         of = offline._gpu(target)
         how = [sys.executable, "-c", DRIVER, built.path, json.dumps([of.backend, of.arch, of.warp_size])]

@@ -58,6 +58,33 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """How tiles of a tensor lie in memory, which a launch tells the device.
+
+    Attributes:
+        tensor: the parameter's name.
+        dtype: of its elements.
+        shape, strides: in elements; the last stride is 1.
+        block: shape of a tile.
+    """
+
+    tensor: str
+    dtype: DType
+    shape: tuple[Dim, ...]
+    strides: tuple[Dim, ...]
+    block: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring numbers: from ``start``, an expression, as many as ``size``, which has a name."""
+
+    start: str
+    size_name: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Text:
     """An expression, the tile axes along which it varies, and its depth."""
 
@@ -75,6 +102,8 @@ class Code:
         wide: whether places in memory need 64 bits.
         scratch: memory that the kernel and those after it share, by the parameter's name.
         then: the kernels that are launched after this one, of the same tensors and scratch.
+        descriptors: of tiles that this kernel reads by descriptor, by the parameter's name.
+        spans: the blocks of :meth:`block`, by the variable's name.
         helpers: functions of :mod:`~graphopt.backends.triton.library` that the lines call.
     """
 
@@ -82,6 +111,8 @@ class Code:
     scratch: Mapping[str, Scratch] = field(default_factory=dict)
     then: list[tuple[Code, Launch]] = field(default_factory=list)
     blocks: list[list[str]] = field(default_factory=lambda: [[]])
+    descriptors: dict[str, Descriptor] = field(default_factory=dict)
+    spans: dict[str, Span] = field(default_factory=dict)
     helpers: dict[str, None] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
     _atoms: dict[Atom, str] = field(default_factory=dict)
@@ -181,7 +212,9 @@ class Code:
         lanes = f"tl.arange(0, {size_name})"
         if rank > 1:
             lanes += "[" + ", ".join(":" if k == axis else "None" for k in range(rank)) + "]"
-        text = self.let(name, f"{start} + {lanes}" if start and not start.startswith("0 *") else lanes, depth)
+        start = "" if start.startswith("0 *") else start
+        text = self.let(name, f"{start} + {lanes}" if start else lanes, depth)
+        self.spans[text] = Span(start or "0", size_name, size)
         whole = isinstance(extent, int) and extent % size == 0
         inside = () if whole else (self.let(f"{name}_in", f"{text} < {self.size(extent)}", depth),)
         return Var(text, extent, frozenset([axis]), depth, inside)
@@ -193,38 +226,53 @@ class Code:
         kernels = [(name, self, launch), *((f"{name}_{k}", code, after) for k, (code, after) in enumerate(self.then, 1))]
         given, symbols = [*self.tensors, *self.scratch], sorted(w.graph.symbols)
         values = (*w.graph.inputs, *w.graph.outputs)
-        bits = {n for n, v in zip(self.tensors, values, strict=True) if v.dtype in LARGEST}  # read and written as what they are made of
+        bits = {n: as_bits(v.dtype) for n, v in zip(self.tensors, values, strict=True)}
+        mapped = any(code.descriptors for _, code, _ in kernels)
         helpers = sorted({h for _, code, _ in kernels for h in code.helpers})
-        passed = [*(f"{n}.view(torch.uint8)" if n in bits else n for n in given), *symbols]
         lines = [
             f"# {w.kind} region for {t}: {json.dumps({'sketch': s.sketch, **dict(s.knobs)})}",
             "#",
             *(f"# {line}" for line in w.text.splitlines()),
             "",
-            *(["import torch"] if bits or self.scratch else []),
+            *(["import torch"] if any(bits.values()) or self.scratch else []),
             "import triton",
             "import triton.language as tl",
             *([f"from graphopt.backends.triton.library import {', '.join(helpers)}"] if helpers else []),
+            *(["from graphopt.backends.triton.tensormap import tensor_map"] if mapped else []),
         ]
         for kernel, code, how in kernels:
             blocks = [f"{n}: tl.constexpr = {size}" for n, size in how.blocks.items()]
             (body,) = code.blocks
-            lines += ["", "", "@triton.jit", f"def {kernel}({', '.join([*given, *symbols, *blocks])}):", *(INDENT + line for line in body)]
+            parameters = ", ".join([*given, *code.descriptors, *symbols, *blocks])
+            lines += ["", "", "@triton.jit", f"def {kernel}({parameters}):", *(INDENT + line for line in body)]
         lines += ["", "", f"def launch({', '.join([*self.tensors, *symbols])}):"]
         for n, memory in self.scratch.items():
             size = dims.format_dim(memory.numel)
             lines.append(f"{INDENT}{n} = torch.empty({size}, dtype={memory.dtype.torch}, device={self.tensors[-1]}.device)")
-        for kernel, _, how in kernels:
+        for kernel, code, how in kernels:
+            for n, d in code.descriptors.items():
+                shape, strides, block = (", ".join(map(dims.format_dim, numbers)) for numbers in (d.shape, d.strides, d.block))
+                lines.append(f"{INDENT}{n} = tensor_map({d.tensor}{as_bits(d.dtype)}, [{shape}], [{strides}], [{block}])")
+            passed = ", ".join([*(n + bits.get(n, "") for n in given), *code.descriptors, *symbols])
             lines.append(f"{INDENT}grid = ({''.join(dims.format_dim(n) + ', ' for n in how.grid)})")
-            lines.append(f"{INDENT}{kernel}[grid]({', '.join(passed)}, num_warps={how.warps}, num_stages={how.stages})")
+            lines.append(f"{INDENT}{kernel}[grid]({passed}, num_warps={how.warps}, num_stages={how.stages})")
         types = [*(v.dtype for v in values), *(memory.dtype for memory in self.scratch.values())]
-        signature = {n: f"*{_POINTERS[d.name]}" for n, d in zip(given, types, strict=True)} | dict.fromkeys(symbols, "i32")
-        payload = tuple(Payload(kernel, signature | dict.fromkeys(how.blocks, "constexpr"), how) for kernel, _, how in kernels)
-        return KernelSource(name, "triton", "\n".join(lines) + "\n", payload)
+        pointers = {n: f"*{_POINTERS[d.name]}" for n, d in zip(given, types, strict=True)}
+        payload = []
+        for kernel, code, how in kernels:
+            tiles = {n: f"tensordesc<{_POINTERS[d.dtype.name]}[{', '.join(map(str, d.block))}]>" for n, d in code.descriptors.items()}
+            rest = {**dict.fromkeys(symbols, "i32"), **dict.fromkeys(how.blocks, "constexpr")}
+            payload.append(Payload(kernel, {**pointers, **tiles, **rest}, how))
+        return KernelSource(name, "triton", "\n".join(lines) + "\n", tuple(payload))
 
 
 _POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
              "u8": "u8", "f8e4m3": "u8", "f8e5m2": "u8", "b1": "i1"}  # fmt: skip
+
+
+def as_bits(dtype: DType) -> str:
+    """How a tensor is passed: floats of 8 bits are read and written as what they are made of."""
+    return ".view(torch.uint8)" if dtype in LARGEST else ""
 
 
 def _without_powers(text: str) -> str:

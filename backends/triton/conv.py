@@ -44,7 +44,7 @@ class ConvKernel:
     def emit(self, warps: int, stages: int) -> tuple[Code, Launch]:
         code, form, node = self.code, self.form, self.form.node
         tiles = ceildiv(form.pixels, self.m), ceildiv(form.filters, self.n)
-        first, second = tile_numbers(code, *tiles)
+        first, second = tile_numbers(code, code.program(0), *tiles)
         group = variable(Var(code.program(1, "part"), form.groups)) if form.groups > 1 else Sum()
         row = code.block("row", f"{first} * BLOCK_M", "BLOCK_M", self.m, form.pixels, 0, 2)
         column = code.block("column", f"{second} * BLOCK_N", "BLOCK_N", self.n, form.filters, 1, 2)

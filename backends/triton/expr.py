@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from graphopt.backends.forms.support import constant_of
 from graphopt.backends.triton.code import Code, Text, conditions
+from graphopt.backends.triton.descriptors import Descriptors
 from graphopt.backends.triton.index import NO_AXES, Places, Sum, Var, scale, shift, total, variable, variables
 from graphopt.backends.triton.pointwise import NAMES, NARROW, Ops, cast, held, number, typed
 from graphopt.errors import BuildError
@@ -59,6 +60,7 @@ class Expressions:
     Attributes:
         reads: where inputs were read, for a look at the access pattern.
         conditional: indices that conditions or values, not only addresses, depend on.
+        descriptors: while set, tiles that a descriptor can tell are read by it.
     """
 
     def __init__(self, code: Code) -> None:
@@ -68,6 +70,7 @@ class Expressions:
         self.ops = Ops(code.helper)
         self.reads: list[tuple[Value, Sum]] = []
         self.conditional: list[Sum] = []
+        self.descriptors: Descriptors | None = None
         self._names = {v: f"in{k}" for k, v in enumerate(code.graph.inputs)}
         self._guards: tuple[Text, ...] = ()
         self._memo: dict[tuple[Value, tuple[Sum, ...], tuple[Text, ...]], Tile] = {}
@@ -162,6 +165,10 @@ class Expressions:
 
     def _load(self, v: Value, at: Sum) -> Tile:
         self.reads.append((v, at))
+        narrow = v.dtype in NARROW or v.dtype in LARGEST
+        if self.descriptors is not None and not self._guards and (block := self.descriptors.load(self._names[v], v.dtype, at)) is not None:
+            zero = frozenset(c for var in variables(at) for c in var.inside)
+            return Tile(self.code.let("x", block.text, block.depth), v.dtype, frozenset([0, 1]), block.depth, narrow, zero=zero)
         place, of = self.code.place(at), variables(at)
         guards = [g for g in self._guards if g.axes <= place.axes]
         masks = list(dict.fromkeys([*(c for var in of for c in var.inside), *(g.text for g in guards)]))
@@ -172,7 +179,7 @@ class Expressions:
             where = place.text
         mask = f", mask={conditions(masks)}, other=0" if masks else ""
         text = self.code.let("x", f"tl.load({self._names[v]} + {where}{mask})", depth)
-        return Tile(text, v.dtype, place.axes, depth, v.dtype in NARROW or v.dtype in LARGEST, zero=frozenset(masks))
+        return Tile(text, v.dtype, place.axes, depth, narrow, zero=frozenset(masks))
 
     def _broadcast(self, index: Index, x: Value) -> list[Sum]:
         tail = list(index)[len(index) - x.type.rank :]

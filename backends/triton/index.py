@@ -180,12 +180,12 @@ class Places:
         whole: list[tuple[Atom, Dim]] = []
         rest: list[tuple[Atom, Dim]] = []
         for atom, step in s.terms:
-            part = _exact(step, by)
+            part = exact(step, by)
             if part is not None:
                 whole.append((atom, part))
             else:
                 rest.append((atom, step))
-        start, left = _exact(s.start, by), s.start
+        start, left = exact(s.start, by), s.start
         if start is not None:
             left = 0
         elif isinstance(s.start, int) and isinstance(by, int):
@@ -216,11 +216,16 @@ class Places:
         span = self._span(atom.of)
         return None if span is None else dims.floordiv(span[1], atom.by)
 
+    def end(self, atom: Atom) -> Dim | None:
+        """What a variable, quotient or remainder is below; None where that is not known."""
+        most = self._most(atom)
+        return None if most is None else dims.add(most, 1)
+
     def _holds(self, a: Dim, relation: str, b: Dim) -> bool:
         return dims.prove(a, relation, b, self.symbols) is True
 
 
-def _exact(a: Dim, by: Dim) -> Dim | None:
+def exact(a: Dim, by: Dim) -> Dim | None:
     """``a / by`` if that is a whole number, else None. A kernel's sizes are not 0."""
     if a == 0:
         return 0

@@ -4,6 +4,14 @@
 
 Programs that run at the same time take tiles that share factors: ``GROUP`` tiles of rows go through the columns together. Several
 products of one left factor (a gate and its value) share its reads, an accumulator each.
+
+A *persistent* kernel has as many programs as the device runs at once, each of which takes tile after tile; the two loops run as one, so
+that the factors of the next tile are on their way while a tile is finished:
+
+    for tile in range(program, tiles, PROGRAMS):  ...
+
+Factors are read element by element or by descriptor (:mod:`~graphopt.backends.triton.descriptors`). Of the latter some warps can do the
+copies and others the products (``specialized``).
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.backends.triton.code import Code, Launch, ceildiv, conditions
+from graphopt.backends.triton.descriptors import Descriptors
 from graphopt.backends.triton.expr import Expressions, Index, Tile
 from graphopt.backends.triton.index import Sum, Var, variable
 from graphopt.backends.triton.pointwise import NAMES, NARROW
@@ -93,12 +102,11 @@ def columns_of(code: Code, x: Value, column: Var, start: str, size: int) -> tupl
     if node.attrs["start"] != 0 or node.attrs["step"] != 1:
         return x, variable(column)
     whole = node.operands[0]
-    return whole, variable(code.block("wide", start, "BLOCK_N", size, whole.shape[-1], 1, 2))
+    return whole, variable(code.block("wide", start, "BLOCK_N", size, whole.shape[-1], 1, 2, column.depth))
 
 
-def tile_numbers(code: Code, rows: Dim, columns: Dim) -> tuple[str, str]:
-    """This program's tile: ``GROUP`` tiles of rows side by side go through all columns, then the next group."""
-    pid = code.program(0)
+def tile_numbers(code: Code, pid: str, rows: Dim, columns: Dim) -> tuple[str, str]:
+    """A tile by its number: ``GROUP`` tiles of rows side by side go through all columns, then the next group."""
     if rows == 1 or columns == 1:
         return ("0", pid) if rows == 1 else (pid, "0")
     group = code.let("group", f"{pid} // (GROUP * {code.size(columns)})")
@@ -113,15 +121,35 @@ def last(index: Sequence[Sum], rank: int) -> list[Sum]:
     return [*[Sum()] * (rank - len(index)), *index[max(0, len(index) - rank) :]]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How tiles are read, and by whom.
+
+    Attributes:
+        programs: that take tile after tile; 0 for a program each.
+        descriptors: factors are read by descriptor where they lie so.
+        specialized: warps either copy or multiply.
+    """
+
+    programs: int = 0
+    descriptors: bool = False
+    specialized: bool = False
+
+    def loop(self, *ends: str, flatten: bool = False) -> str:
+        """A loop with what the compiler is told of it."""
+        told = [*(["flatten=True"] if flatten else []), *(["warp_specialize=True"] if self.specialized else [])]
+        return f"tl.range({', '.join([*ends, *told])})"
+
+
 class MatmulKernel:
     """One region of matrix products.
 
     Args:
-        pieces: of the depth (:mod:`~graphopt.backends.triton.sums`).
+        pieces: of the depth (:mod:`~graphopt.backends.triton.sums`); one where programs take tile after tile.
     """
 
-    def __init__(self, graph: Graph, t: Target, tile: tuple[int, int, int], group: int, pieces: int = 1) -> None:
-        self.graph, self.form, self.target, self.group = graph, form_of(graph), t, group
+    def __init__(self, graph: Graph, t: Target, tile: tuple[int, int, int], group: int, pieces: int = 1, plan: Plan | None = None) -> None:
+        self.graph, self.form, self.target, self.group, self.plan = graph, form_of(graph), t, group, plan or Plan()
         self.m, self.n, self.k = tile
         self.pieces = Pieces(self.form.nodes, pieces)
         self.code = Code(graph, self.pieces.scratch)
@@ -129,36 +157,57 @@ class MatmulKernel:
 
     def emit(self, warps: int, stages: int) -> tuple[Code, Launch]:
         code, form = self.code, self.form
-        rows = dims.numel(form.rows)
-        tiles = ceildiv(rows, self.m), ceildiv(form.columns, self.n)
-        first, second = tile_numbers(code, *tiles)
-        grid, lead = [dims.mul(*tiles)], list[Sum]()
-        if form.batch:
-            lead = self.e.places.unflatten(variable(Var(code.program(1, "batch"), dims.numel(form.batch))), form.batch)
-            grid.append(dims.numel(form.batch))
-        piece = self.pieces.own(code, len(grid))
-        row = code.block("row", f"{first} * BLOCK_M", "BLOCK_M", self.m, rows, 0, 2)
-        column = code.block("column", start := f"{second} * BLOCK_N", "BLOCK_N", self.n, form.columns, 1, 2)
+        tiles = ceildiv(dims.numel(form.rows), self.m), ceildiv(form.columns, self.n)
+        each, batches = dims.mul(*tiles), dims.numel(form.batch)
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
+        number = code.program(0)
+        if not self.plan.programs:
+            grid = [each]
+            batch = Var("0", 1)
+            if form.batch:
+                batch = Var(code.program(1, "batch"), batches)
+                grid.append(batches)
+            self._tile(tile_numbers(code, number, *tiles), batch, self.pieces.own(code, len(grid)))
+            return code, Launch((*grid, *self.pieces.grid), blocks, warps, stages)
+        assert self.pieces.count == 1
+        tile = code.fresh("tile")
+        with code.loop(f"for {tile} in {self.plan.loop(number, code.size(dims.mul(each, batches)), 'PROGRAMS', flatten=True)}:"):
+            batch = Var("0", 1)
+            if form.batch:
+                batch = Var(code.let("batch", f"{tile} // {code.size(each)}"), batches, depth=1)
+                tile = code.let("tile", f"{tile} % {code.size(each)}")
+            self._tile(tile_numbers(code, tile, *tiles), batch, Var("0", 1))
+        return code, Launch((self.plan.programs,), {**blocks, "PROGRAMS": self.plan.programs}, warps, stages)
+
+    def _tile(self, numbers: tuple[str, str], batch: Var, piece: Var) -> None:
+        """Compute a tile of the result: of a row of tiles and a column of them."""
+        code, form, depth, rows = self.code, self.form, self.code.depth, dims.numel(self.form.rows)
+        lead = self.e.places.unflatten(variable(batch), form.batch) if form.batch else []
+        row = code.block("row", f"{numbers[0]} * BLOCK_M", "BLOCK_M", self.m, rows, 0, 2, depth)
+        column = code.block("column", start := f"{numbers[1]} * BLOCK_N", "BLOCK_N", self.n, form.columns, 1, 2, depth)
         index = [*lead, *self.e.places.unflatten(variable(row), form.rows)]
         rights = [columns_of(code, n.operands[1], column, start, self.n) for n in form.nodes]
         sums = self._products(index, rights, piece)
         assert all(v.type.rank == len(index) + 1 for v in self.graph.outputs)
         self.pieces.finish(self.e, piece, [*index, variable(column)], sums, [row, column], "[BLOCK_M, BLOCK_N]")
-        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
-        return code, Launch((*grid, *self.pieces.grid), blocks, warps, stages)
 
     def _products(self, index: Index, rights: Sequence[tuple[Value, Sum]], piece: Var) -> list[str]:
         """Names of the accumulators in which the products of a tile are summed; ``rights`` are the right factors and their columns."""
         code, form = self.code, self.form
         total = total_of(form.dtype)
         accumulators = [code.let("acc", f"tl.zeros([BLOCK_M, BLOCK_N], {total})") for _ in form.nodes]
-        start = code.fresh("k")
-        with code.loop(f"for {start} in {self.pieces.steps(code, piece, form.depth)}:"):
-            along = code.block("ka", start, "BLOCK_K", self.k, form.depth, 1, 2, 1)  # as the columns of the left factor
-            down = code.block("kb", start, "BLOCK_K", self.k, form.depth, 0, 2, 1)  # as the rows of the right one
+        start, depth = code.fresh("k"), code.depth + 1
+        steps = self.pieces.steps(code, piece, form.depth)
+        if self.plan.specialized and not self.plan.programs:
+            steps = self.plan.loop(*self.pieces.ends(code, piece, form.depth))
+        self.e.descriptors = Descriptors(code, self.e.places) if self.plan.descriptors else None
+        with code.loop(f"for {start} in {steps}:"):
+            along = code.block("ka", start, "BLOCK_K", self.k, form.depth, 1, 2, depth)  # as the columns of the left factor
+            down = code.block("kb", start, "BLOCK_K", self.k, form.depth, 0, 2, depth)  # as the rows of the right one
             left = form.nodes[0].operands[0]
             a = factor(self.e, left, last([*index, variable(along)], left.type.rank), along, "[BLOCK_M, BLOCK_K]")
             for acc, (x, column) in zip(accumulators, rights, strict=True):
                 b = factor(self.e, x, last([*index[: len(form.batch)], variable(down), column], x.type.rank), down, "[BLOCK_K, BLOCK_N]")
                 code.line(f'{acc} = tl.dot({a}, {b}, {acc}, input_precision="{precision(form.dtype, self.target)}", out_dtype={total})')
+        self.e.descriptors = None
         return accumulators

@@ -82,7 +82,8 @@ def _built(path: Path, kernels: Sequence[Payload], t: Target) -> list[Any]:
 def _compiled(function: Any, kernel: Payload, t: Target) -> Any:
     # what a launch tells of each argument, so that it finds this machine code: memory is aligned, and for AMD within 2 GB
     told = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if t.kind == "hip" else [])]
-    attributes = {(k,): told if kind.startswith("*") else [] for k, kind in enumerate(kernel.signature.values())}
+    kinds = [(k, kind) for k, kind in enumerate(kernel.signature.values()) if not kind.startswith("tensordesc")]
+    attributes = {(k,): told if kind.startswith("*") else [] for k, kind in kinds}
     ast = ASTSource(function, dict(kernel.signature), dict(kernel.launch.blocks), attributes)
     options = {"num_warps": kernel.launch.warps, "num_stages": kernel.launch.stages, "enable_fp_fusion": True}
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
@@ -37,7 +39,56 @@ def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     exact = form.dtype.itemsize >= 4 and matmul.precision(form.dtype, t) == "ieee"  # by multiply-adds: what is read stays in registers
     most = (64, 64, (64 if exact else 128) // form.dtype.itemsize) if wide else (128, 128, 128 // form.dtype.itemsize)
     batch = largest(dims.numel(form.batch), 8)
-    return (_tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, batch, most, divided=form.depth),)
+    tiled = _tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, batch, most, divided=form.depth)
+    reads = _reads(w, t, form)
+    knobs = Param("reads", ("pointers", "descriptors")), Param("specialized", (False, True))
+    tiled = replace(tiled, params=(*tiled.params, *knobs), constraints=(*tiled.constraints, *reads))
+    return tiled, _persistent(tiled, form, t)
+
+
+@lru_cache(maxsize=1024)
+def _has_descriptors(w: Workload, t: Target) -> bool:
+    """Whether a factor lies so in memory that a descriptor tells its tiles."""
+    code, _ = matmul.MatmulKernel(prepared(w), t, (16, 16, 16), 1, plan=matmul.Plan(descriptors=True)).emit(4, 1)
+    return bool(code.descriptors)
+
+
+def _reads(w: Workload, t: Target, form: matmul.Form) -> tuple[Constraint, ...]:
+    """By what tiles may be read, and who may read them."""
+    why = ""
+    if not t.has("tma"):
+        why = f"{t.arch} copies no tiles by descriptor"
+    elif not _has_descriptors(w, t):
+        why = "no factor lies in memory in rows of whole 16 bytes"
+
+    exact = form.dtype.itemsize >= 4 and matmul.precision(form.dtype, t) == "ieee"
+    apart = t.matrix_unit == "tcgen05" and not exact and len(form.nodes) == 1  # Triton refuses two products, and ignores other units
+
+    def shared_out(s: Mapping[str, Any]) -> bool:
+        return not s["specialized"] or (apart and s["reads"] == "descriptors" and s["m"] >= 64 and s["warps"] >= 4)
+
+    return (
+        *([Constraint(why, lambda s: s["reads"] == "pointers")] if why else []),
+        Constraint("warps are specialized for one product of tcgen05, of tiles of 64 rows, read by descriptor, by 4 warps", shared_out),
+    )
+
+
+def _persistent(tiled: SearchSpace, form: matmul.Form, t: Target) -> SearchSpace:
+    """The same tiles, by programs that take one after another; the factors of the next are on their way while one is finished."""
+    extra = 1 if t.matrix_unit == "wgmma" else 0  # Triton adds a stage there
+
+    def fits(s: Mapping[str, Any]) -> bool:
+        tile = (s["m"] + len(form.nodes) * s["n"]) * s["k"] * form.dtype.itemsize
+        return bool(s["resident"] * (s["stages"] + extra) * tile <= t.shared_memory)
+
+    default: dict[str, Any] = dict(tiled.default().knobs) | {"pieces": 1, "resident": 1}
+    default["stages"] = next(n for n in range(default["stages"], 0, -1) if fits({**default, "stages": n}))
+    by_descriptor = all(c.holds({**default, "reads": "descriptors"}) for c in tiled.constraints)
+    default["reads"] = "descriptors" if by_descriptor else "pointers"
+    params = [replace(p, choices=tuple(dict.fromkeys((default[p.name], *p.choices)))) for p in tiled.params if p.name != "pieces"]
+    params += [Param("pieces", (1,)), Param("resident", (1, 2, 3, 4))]
+    limit = Constraint("the tiles of all stages, and of all programs of a processor, exceed its shared memory", fits)
+    return replace(tiled, sketches=("persistent",), params=tuple(params), constraints=(*tiled.constraints, limit))
 
 
 def _tiles(template: str, t: Target, itemsize: int, count: int, sizes: tuple[int, ...], batch: int,
@@ -105,7 +156,9 @@ def _filling(tile: tuple[int, int], floor: int, least: int, sizes: tuple[int, ..
 
 
 def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
-    kernel = matmul.MatmulKernel(prepared(w), t, (s["m"], s["n"], s["k"]), s["group"], s["pieces"])
+    programs = s["resident"] * t.cores if s.sketch == "persistent" else 0
+    plan = matmul.Plan(programs, s["reads"] == "descriptors", s["specialized"])
+    kernel = matmul.MatmulKernel(prepared(w), t, (s["m"], s["n"], s["k"]), s["group"], s["pieces"], plan)
     return kernel.emit(s["warps"], s["stages"])
 
 

@@ -82,11 +82,15 @@ class Pieces:
         """This program's piece; ``axis`` is that of the grid along which the pieces lie."""
         return Var(code.program(axis, "piece") if self.count > 1 else "0", self.count)
 
-    def steps(self, code: Code, piece: Var, depth: Dim) -> str:
-        """The blocks of a piece of the depth."""
+    def ends(self, code: Code, piece: Var, depth: Dim) -> tuple[str, str, str]:
+        """The blocks of a piece of the depth: the first, what they are below, and the step."""
         if self.count == 1:
-            return f"range(0, {code.size(depth)}, BLOCK_K)"
-        return f"range({piece.name} * BLOCK_K, {code.size(depth)}, {self.count} * BLOCK_K)"
+            return "0", code.size(depth), "BLOCK_K"
+        return f"{piece.name} * BLOCK_K", code.size(depth), f"{self.count} * BLOCK_K"
+
+    def steps(self, code: Code, piece: Var, depth: Dim) -> str:
+        """The loop over them."""
+        return f"range({', '.join(self.ends(code, piece, depth))})"
 
     def finish(self, e: Expressions, piece: Var, index: Index, sums: Sequence[str], lanes: Sequence[Var], shape: str) -> None:
         """Write the region's outputs, computed from the sums of a tile; or the sums of a piece, and the kernel that joins them."""
@@ -94,7 +98,7 @@ class Pieces:
         if self.count == 1:
             axes = frozenset(a for lane in lanes for a in lane.axes)
             for node, total in zip(self.nodes, sums, strict=True):
-                e.sources[node.result] = computed(total, node, index, axes)
+                e.sources[node.result] = computed(total, node, index, axes, code.depth)
             for k in range(len(code.graph.outputs)):
                 e.store(k, index, lanes, shape)
             return

@@ -1,0 +1,22 @@
+"""Descriptors as a launch makes them of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from graphopt.backends.triton.descriptors import ALIGNED
+
+
+def tensor_map(x: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+    """Describe where tiles of a tensor lie. One that does not begin where descriptors need it is copied first.
+
+    Args:
+        shape, strides: of the tensor's memory, in elements; the last stride is 1.
+        block: shape of a tile.
+    """
+    if x.data_ptr() % ALIGNED:
+        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return TensorDescriptor(x, list(shape), list(strides), list(block))
