@@ -69,7 +69,7 @@ class Expand(Pass):
         if node.op.name in _BY_ROWS and rows_of(node) is None:
             return "its rows are not the trailing axes"
         if node.op.name in TRAINING:
-            return untrainable(node)
+            return untrainable(node, ctx.target)
         if node.op.name == "attention":
             choice = choose(node, CostModel(ctx.target, node.graph.symbols))
             if not choice.whole:

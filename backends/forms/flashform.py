@@ -194,8 +194,8 @@ def gradient_of(graph: Graph) -> Form | str:
         return "an attention without elements"
     if any(n is not node and not (n.op.has(Trait.POINTWISE) or n.name in MOVES) for n in graph.nodes()):
         return "a computation before the gradient"
-    if node.attrs["bias_gradient"] and p.bias is not None and (p.bias.shape[-1] == 1 or p.bias.dtype != types.f32):
-        return "the gradient of a bias that is of halves, or the same for all keys"
+    if node.attrs["bias_gradient"] and p.bias is not None and p.bias.shape[-1] == 1:
+        return "the gradient of a bias that is the same for all keys"
     return Form(node, p, node.operands[1], (), graph.symbols)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 from graphopt.backends.base import refused
 from graphopt.backends.tvm.template import Template
+from graphopt.ir import types
 from graphopt.target import Target
 
 
@@ -98,7 +99,10 @@ def _write_decode_tiles(w: Workload, s: Schedule, t: Target) -> Any:
 def _gradient_form(w: Workload) -> Any:
     from graphopt.backends.forms.flashform import gradient_of
 
-    return gradient_of(w.graph) if w.kind == "attention_backward" else "not the gradient of an attention"
+    form = gradient_of(w.graph) if w.kind == "attention_backward" else "not the gradient of an attention"
+    if isinstance(form, str) or not form.node.attrs["bias_gradient"] or form.out.dtype == types.f32:
+        return form
+    return "the gradient of a bias that is of halves"
 
 
 def _gradient_params(w: Workload, t: Target) -> tuple[Param, ...]:

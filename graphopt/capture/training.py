@@ -43,6 +43,7 @@ from graphopt.passes.attention.masks import may_hide
 from graphopt.passes.attention.recognise import RecogniseAttention
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.remarks import Remark
+from graphopt.target import Target
 
 NAME = "train-attention"
 _LAST = RecogniseAttention.name
@@ -85,7 +86,8 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
 def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement], list[Remark]]:
     """What is to be replaced, in order, and what is to be said. Changes nothing."""
     nodes, graph, values = _capture(gm)
-    ctx = PassContext(target=choose_target(torch.device("cpu"), options))
+    target = choose_target(torch.device("cpu"), options)
+    ctx = PassContext(target=target)
     pipeline = [
         replace(p, dropout=True) if isinstance(p, RecogniseAttention) else p for p in edit_pipeline(default_pipeline(), options.pipeline)
     ]
@@ -99,7 +101,7 @@ def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement
     known = [k for k in places.known if k.value.producer is None or not k.value.producer.erased]
     replacements, changed = [], _changed_in_place(gm)
     for attention in [n for n in graph.nodes() if n.name == "attention"]:
-        found = _replacement(attention, known, changed)
+        found = _replacement(attention, known, changed, target)
         if isinstance(found, str):
             ctx.missed(NAME, f"its gradient goes through the weights of all pairs: {found}", attention)
             continue
@@ -282,7 +284,7 @@ class _Replacement:
         return call
 
 
-def _replacement(attention: Node, known: Sequence[_Known], changed: set[int]) -> _Replacement | str | None:
+def _replacement(attention: Node, known: Sequence[_Known], changed: set[int], target: Target) -> _Replacement | str | None:
     """What takes the place of an attention in Dynamo's graph; why nothing does; None if there is nothing to gain."""
     usable = [k for k in known if _storage(k.node) not in changed]
     has_result = set(_below(attention.result))
@@ -299,7 +301,7 @@ def _replacement(attention: Node, known: Sequence[_Known], changed: set[int]) ->
     reads = {v: before[v] for n in members for v in n.operands if v in before}
     if not any(k.node.meta["example_value"].requires_grad for k in reads.values()):
         return None
-    if (why := _unfit(attention, members, before)) is not None:
+    if (why := _unfit(attention, members, before, target)) is not None:
         return why
     if (stop := _gradient_stop(node, {k.node for k in reads.values()})) is not None:
         return f"its gradient is stopped on the way, by {stop}"
@@ -349,12 +351,12 @@ def _members(value: Value, before: dict[Value, _Known]) -> list[Node] | str:
     return [n for n in value.producer.graph.nodes() if n in found]  # type: ignore[union-attr]
 
 
-def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, _Known]) -> str | None:
+def _unfit(attention: Node, members: Sequence[Node], before: dict[Value, _Known], target: Target) -> str | None:
     """Why the operator with a gradient does not compute an attention; None if it does."""
     p, attrs, symbols = parts(attention.operands, attention.attrs), attention.attrs, attention.graph.symbols
     if (dtype := attention.result.dtype) not in (types.f32, types.bf16):
         return f"it is of {dtype}, and the kernels are for f32 and bf16"
-    if p.bias is not None and dtype != types.f32 and _trains(p.bias, before):
+    if p.bias is not None and dtype != types.f32 and not target.is_gpu and _trains(p.bias, before):
         return f"its bias needs a gradient, which would be summed in {dtype}"
     if any(d == 0 for v in attention.operands for d in v.shape):
         return "it has no elements"

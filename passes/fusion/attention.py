@@ -15,6 +15,7 @@ from graphopt.ir.opset.attention import groups, parts, seen_pairs
 from graphopt.ir.opset.attention_training import GIVEN
 from graphopt.passes.fusion.cost import CLOCK, LAUNCH, CostModel
 from graphopt.rewrite import scalar_of
+from graphopt.target import Target
 
 FEW = 8  # query rows that share keys, up to which a kernel reads the keys once, without filling lanes with queries
 _EXP = 22.0  # vector instructions for a weight: exponential, maximum, sum
@@ -59,15 +60,18 @@ def unfit(node: Node) -> str | None:
     return None
 
 
-def untrainable(node: Node) -> str | None:
-    """Why no kernel takes an attention for training whole; None if one does."""
+def untrainable(node: Node, target: Target | None) -> str | None:
+    """Why no kernel of the target takes an attention for training whole; None if one does."""
     p = parts(node.operands[GIVEN:] if node.name == "attention_backward" else node.operands, node.attrs)
     if not all(isinstance(v.shape[-1], int) for v in (p.q, p.v)):
         return "no kernel takes heads of unknown size"
     if any(d == 0 for v in (*node.operands, *node.results) for d in v.shape):
         return "it has no elements"
-    if node.attrs.get("bias_gradient") and p.bias is not None and (p.bias.shape[-1] == 1 or p.bias.dtype != types.f32):
-        return "no kernel gives the gradient of a bias that is of halves, or the same for all keys"
+    if node.attrs.get("bias_gradient") and p.bias is not None:
+        if p.bias.shape[-1] == 1:
+            return "no kernel gives the gradient of a bias that is the same for all keys"
+        if p.bias.dtype != types.f32 and (target is None or not target.is_gpu):
+            return "no kernel of a CPU gives the gradient of a bias that is of halves"
     return None
 
 

@@ -190,3 +190,17 @@ def test_training_is_expanded_where_there_is_no_kernel() -> None:
     assert not [n for n in g.nodes() if n.name.startswith("attention")]
     said = [r.message for r in ctx.remarks if "attention" in r.message]
     assert said == ["attention_forward is expanded: no kernel takes heads of unknown size"]
+
+
+@pytest.mark.parametrize(("target", "reason"), [
+    (FAST, ["attention_backward is expanded: no kernel of a CPU gives the gradient of a bias that is of halves"]),
+    (Target("cuda", "sm_90"), []),
+], ids=str)  # fmt: skip
+def test_the_gradient_of_a_bias_of_halves_is_a_gpu_s(target: Target, reason: list[str]) -> None:
+    q, lse = "bf16[1, 4, 40, 8]", "f32[1, 4, 40]"
+    g = parse_graph(f"""graph @g(%d: {q}, %o: {q}, %l: {lse}, %q: {q}, %b: bf16[4, 40, 40]) -> ({q}, {q}, {q}, bf16[4, 40, 40]) {{
+      %0: {q}, %1: {q}, %2: {q}, %3: bf16[4, 40, 40] = attention_backward(%d, %o, %l, %q, %q, %q, %b) {{scale = 0.3, bias_gradient = true}}
+      return %0, %1, %2, %3
+    }}""")
+    ctx = run(g, [Expand()], target)
+    assert [r.message for r in ctx.remarks if "attention" in r.message] == reason

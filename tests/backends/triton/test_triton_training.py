@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attention_graphs import inputs
-from test_flashgradient import BIASES, CASES, backward, forward, gradient_inputs
+from test_flashgradient import BIASES, CASES, backward, batched, forward, gradient_inputs
 from test_triton_kernels import draws
 from test_triton_offline import TARGETS, judge
 from torch.nn import functional as F
@@ -44,13 +44,22 @@ def test_gradient_against_f64(name: str) -> None:
         check(graph, run, gradient_inputs(CASES[name], **sizes), sizes or None, factor=4.0, slack=8.0)
 
 
-@pytest.mark.parametrize("name", BIASES)
+HALVES = {
+    "of each pair, bf16": batched("2, 4, 50, 70", of="bf16"),
+    "of heads that share, bf16": batched("4, 50, 70", shared=2, attrs=", causal = true, offset = 20", of="bf16"),
+    "of keys, bf16": batched("70", of="bf16"),
+    "of keys and heads, bf16": batched("4, 1, 70", attrs=", dropout = 0.2", of="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", [*BIASES, *HALVES])
 def test_gradient_of_a_bias_against_f64(name: str) -> None:
-    graph = backward(BIASES[name], bias=True)
+    given = {**BIASES, **HALVES}[name]
+    graph = backward(given, bias=True)
     run = runner(graph, "attention_backward")
     for sizes in bindings(graph):
         sizes = {**sizes, "N": max(2, sizes["N"])} if sizes else sizes
-        check(graph, run, gradient_inputs(BIASES[name], **sizes), sizes or None, factor=4.0, slack=8.0)
+        check(graph, run, gradient_inputs(given, **sizes), sizes or None, factor=4.0, slack=8.0)
 
 
 @pytest.mark.parametrize("name", ["dropout on tiles", "window to both sides"])
@@ -114,6 +123,30 @@ def test_a_training_step() -> None:
     assert "attention_forward" in forward.text_after and "attention_backward" in backward.text_after
 
 
+def test_a_bias_of_halves_is_trained() -> None:
+    """Its gradient is a kernel's, summed in f32 over batches and rounded once."""
+
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) + b, -1) @ v
+
+    def step(fn: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        r = torch.Generator().manual_seed(0)
+        shapes = [(3, 2, 9, 8)] * 3 + [(2, 9, 9)]
+        given = [torch.randn(shape, generator=r).bfloat16().to(dtype).requires_grad_() for shape in shapes]
+        y = fn(*given)
+        y.square().sum().backward()
+        return [y.detach(), *(t.grad for t in given if t.grad is not None)]
+
+    torch._dynamo.reset()
+    clear_reports()
+    made = torch.compile(layer, backend="graphopt", options={"backend": "triton", "target": "cuda:sm_90:4", "strict": True})
+    found = zip(step(made, torch.bfloat16), step(layer, torch.bfloat16), step(layer, torch.float64), strict=True)
+    for mine, own, true in found:
+        assert (mine - true).abs().max() <= 4 * (own - true).abs().max() + 2 * torch.finfo(torch.bfloat16).eps * true.abs().max()
+    _, backward = reports()
+    assert "bias_gradient = true" in backward.text_after and "attention_backward" in backward.text_after
+
+
 LARGE = {
     "heads of 64": forward(1024, 1024, 64, heads=12, dtype="bf16", attrs=", causal = true"),
     "shared heads of 128": forward("M", "N", 128, heads=8, shared=2, dtype="bf16", attrs=", causal = true, window = 200",
@@ -137,6 +170,12 @@ def test_machine_code(name: str, target: str) -> None:
 def test_all_machine_code(name: str, target: str) -> None:
     judge(LARGE[name], "attention_forward", target)
     judge(backward(LARGE[name]), "attention_backward", target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code_of_the_gradient_of_a_bias(target: str) -> None:
+    biased = forward(512, 512, 64, heads=12, dtype="bf16", extra=", %b: bf16[12, 512, 512]", names=", %b")
+    judge(backward(biased, bias=True), "attention_backward", target)
 
 
 def test_every_kernel_multiplies_on_the_matrix_units() -> None:

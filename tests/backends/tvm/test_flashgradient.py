@@ -120,12 +120,13 @@ def test_gradient_against_f64(compile_all) -> None:
             check(graph, run, gradient_inputs(g, **sizes), sizes or None, factor=4.0, slack=8.0)
 
 
-def batched(bias: str, shared: int = 4, attrs: str = "", where: str = "", m: int | str = 50, n: int | str = 70) -> Graph:
+def batched(bias: str, shared: int = 4, attrs: str = "", where: str = "", m: int | str = 50, n: int | str = 70,
+            of: str = "f32") -> Graph:  # fmt: skip
     """Two batches of four heads, with a bias."""
-    out, lse = f"f32[2, 4, {m}, 16]", f"f32[2, 4, {m}]"
+    out, lse = f"{of}[2, 4, {m}, 16]", f"f32[2, 4, {m}]"
     seed = ", %s" if "dropout" in attrs else ""
-    return parse_graph(f"""graph @g(%q: f32[2, 4, {m}, 24], %k: f32[2, {shared}, {n}, 24], %v: f32[2, {shared}, {n}, 16], %b: f32[{bias}]
-      {", %s: i64[]" if seed else ""}) -> ({out}, {lse}){where} {{
+    return parse_graph(f"""graph @g(%q: {of}[2, 4, {m}, 24], %k: {of}[2, {shared}, {n}, 24], %v: {of}[2, {shared}, {n}, 16],
+      %b: {of}[{bias}]{", %s: i64[]" if seed else ""}) -> ({out}, {lse}){where} {{
         %0: {out}, %1: {lse} = attention_forward(%q, %k, %v, %b{seed}) {{scale = 0.3{attrs}}}
         return %0, %1
     }}""")
@@ -151,6 +152,11 @@ def test_gradient_of_a_bias_against_f64(compile_all) -> None:
         assert len(graph.outputs) == 4
         for sizes in [dict(zip("MN", s, strict=True)) for s in ((1, 2), (5, 9), (70, 20), (64, 96))] if graph.symbols else [{}]:
             check(graph, run, gradient_inputs(g, **sizes), sizes or None, factor=4.0, slack=8.0)
+
+
+def test_the_gradient_of_a_bias_of_halves_is_refused() -> None:
+    w = Workload.of(backward(batched("4, 50, 70", of="bf16"), bias=True), "attention_backward")
+    assert FLASH_GRADIENT.takes(w, detect()) == "the gradient of a bias that is of halves"
 
 
 def test_schedules(builder: KernelBuilder, kernels_dir: Any) -> None:
