@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from attention_graphs import attention, inputs
 from test_triton_offline import TARGETS
+from torch import nn
+from torch.nn import functional as F
 from triton_check import runner, templates
 
+import graphopt
 from graphopt.autotune.space import Schedule
 from graphopt.backends.triton.code import Payload
 from graphopt.backends.triton.offline import compile_offline
@@ -159,6 +163,35 @@ def test_keys_that_are_shared_otherwise_than_values_are_read_head_by_head() -> N
       return %0 }""")
     assert share_of(graph, "attention") == 1
     check(graph, runner(graph, "attention"), inputs(graph), factor=4.0)
+
+
+class Decoder(nn.Module):
+    """One token of eight heads behind a cache of two."""
+
+    def __init__(self, repeated: bool) -> None:
+        super().__init__()
+        self.repeated = repeated
+        self.q, self.k, self.v = (nn.Linear(64, 16 * heads, bias=False) for heads in (8, 2, 2))
+
+    def forward(self, x: torch.Tensor, *caches: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).view(1, 1, 8, 16).transpose(1, 2)
+        new = (f(x).view(1, 1, 2, 16).transpose(1, 2) for f in (self.k, self.v))
+        k, v = (torch.cat(pair, 2) for pair in zip(caches, new, strict=True))
+        if self.repeated:
+            k, v = (t[:, :, None].expand(1, 2, 4, t.shape[2], 16).reshape(1, 8, -1, 16) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.repeated).transpose(1, 2).reshape(1, 1, 128)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_decoder(repeated: bool) -> None:
+    """However a model has its heads share keys, they are rows of one program."""
+    torch.manual_seed(0)
+    model, given = Decoder(repeated).eval(), (torch.randn(1, 1, 64), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16))
+    with torch.no_grad():
+        compiled = graphopt.compile(model, given, backend="triton", target="cuda:sm_90:4", strict=True)
+        torch.testing.assert_close(compiled(*given), model(*given))
+    (kernel,) = (k for k in compiled.report.kernels if k.name.startswith("attention"))
+    assert '"heads": 4' in Path(kernel.path).read_text()
 
 
 @pytest.mark.parametrize("target", TARGETS)
