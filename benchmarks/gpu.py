@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--runs 30] [--seconds 400] [--json gpu.json]
 
 For each case: the error against f64 with eager's as the yardstick, at a small size; then the median time of a call by CUDA events, the L2
-cache flushed before each, graphopt's kernel with its default schedule and PyTorch's own call in turns; the ratio, and the bytes of operands
-and result as a share of the bandwidth of a copy, measured in the same run. After ``--seconds`` no case is begun; what was not measured is
-listed.
+cache flushed before each, graphopt's kernel with its default schedule (or one that the case names) and PyTorch's own call in turns; the
+ratio, and the bytes of operands and result as a share of the bandwidth of a copy, measured in the same run. After ``--seconds`` no case is
+begun; what was not measured is listed.
 
 Without a GPU it says so and exits with status 3; kernels can then be checked under the interpreter (docs/triton.md).
 """
@@ -27,12 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.autotune.gpu_clock import GpuClock
-from graphopt.autotune.space import Workload
+from graphopt.autotune.space import Knob, Schedule, Workload
+from graphopt.backends.base import KernelSource
 from graphopt.backends.triton.backend import TritonBackend
 from graphopt.ir import parse_graph
 from graphopt.ir.interpreter import evaluate
 from graphopt.sampling import random_inputs
-from graphopt.target import detect_gpu
+from graphopt.target import Target, detect_gpu
 
 NO_GPU = 3
 CASES = {
@@ -47,6 +48,9 @@ CASES = {
                     " %0: bf16[4095, 4095] = matmul(%x, %w)\n return %0\n}"),
     "matmul, few tiles": ("matmul", "(%x: bf16[256, 16384], %w: bf16[16384, 256]) -> bf16[256, 256] {\n"
                           " %0: bf16[256, 256] = matmul(%x, %w)\n return %0\n}"),
+    **dict.fromkeys(("matmul, by descriptor", "matmul, tile after tile", "matmul, both"),
+                    ("matmul", "(%x: bf16[4096, 4080], %w: bf16[4080, 4088]) -> bf16[4096, 4088] {\n"
+                     " %0: bf16[4096, 4088] = matmul(%x, %w)\n return %0\n}")),
     "3x3": ("conv", "(%x: f16[32, 56, 56, 64], %w: f16[3, 3, 64, 64]) -> f16[32, 56, 56, 64] {\n"
             " %0: f16[32, 56, 56, 64] = conv(%x, %w) {stride = [1, 1], padding = [1, 1], dilation = [1, 1], channels_last = true}\n"
             " return %0\n}"),
@@ -59,6 +63,11 @@ CASES = {
                              " -> bf16[1, 32, 1, 128] {\n"
                              " %0: bf16[1, 32, 1, 128] = attention(%q, %k, %v) {scale = 0.125}\n return %0\n}"),
 }  # fmt: skip
+SCHEDULES: dict[str, tuple[str, dict[str, Knob]]] = {  # of cases whose schedule is not the default: a structure, and knobs
+    "matmul, by descriptor": ("tiled", {"reads": "descriptors"}),
+    "matmul, tile after tile": ("persistent", {"reads": "pointers"}),
+    "matmul, both": ("persistent", {"reads": "descriptors"}),
+}
 
 
 @dataclass
@@ -85,12 +94,25 @@ def small(text: str) -> str:
     return text
 
 
-def kernel_of(kind: str, text: str, device: torch.device) -> tuple[Any, list[torch.Tensor], Callable[[], None]]:
+def source_of(name: str, w: Workload, target: Target) -> KernelSource:
+    """The kernel of a case.
+
+    Raises:
+        UsageError: its schedule is not for this target; the error tells why.
+    """
+    template = TritonBackend().templates(w, target)[0]
+    space, knobs = template.space(w, target), dict[str, Knob]()
+    if name in SCHEDULES:
+        sketch, knobs = SCHEDULES[name]
+        space = next(space for space in template.spaces(w, target) if sketch in space.sketches)
+    s = Schedule.make(space.template, space.sketches[0], **{**dict(space.default().knobs), **knobs})
+    return template.emit(w, space.check(s), target)
+
+
+def kernel_of(name: str, text: str, device: torch.device) -> tuple[Any, list[torch.Tensor], Callable[[], None]]:
     """A region's graph, its inputs on the GPU, and a call of its kernel."""
-    graph, target, backend = parse_graph("graph @g" + text), detect_gpu(device.index or 0), TritonBackend()
-    w = Workload.of(graph, kind)
-    template = backend.templates(w, target)[0]
-    kernel = backend.build(template.emit(w, template.space(w, target).default(), target), target)
+    graph, target = parse_graph("graph @g" + text), detect_gpu(device.index or 0)
+    kernel = TritonBackend().build(source_of(name, Workload.of(graph, CASES[name][0]), target), target)
     inputs = [x.to(device) for x in random_inputs(graph, {}, 0)]
     outputs = [torch.empty([int(d) for d in v.shape], dtype=v.dtype.torch, device=device) for v in graph.outputs]
 
@@ -102,9 +124,9 @@ def kernel_of(kind: str, text: str, device: torch.device) -> tuple[Any, list[tor
     return graph, [*inputs, *outputs], call
 
 
-def errors(kind: str, text: str, device: torch.device) -> tuple[float, float]:
+def errors(name: str, device: torch.device) -> tuple[float, float]:
     """Greatest error of the kernel and of eager against f64, at a small size."""
-    graph, tensors, _ = kernel_of(kind, small(text), device)
+    graph, tensors, _ = kernel_of(name, small(CASES[name][1]), device)
     inputs, (got,) = tensors[: len(graph.inputs)], tensors[len(graph.inputs) :]
     (true,), (own,) = evaluate(graph, inputs, wide=True), evaluate(graph, inputs)
     return float((got.double() - true).abs().max()), float((own.double() - true).abs().max())
@@ -123,9 +145,8 @@ def interleaved(calls: Sequence[Callable[[], Any]], runs: int, device: torch.dev
 
 
 def measure(name: str, runs: int, device: torch.device) -> Row:
-    kind, text = CASES[name]
-    error, eager = errors(kind, text, device)
-    graph, tensors, call = kernel_of(kind, text, device)
+    error, eager = errors(name, device)
+    graph, tensors, call = kernel_of(name, CASES[name][1], device)
     inputs = tensors[: len(graph.inputs)]
     ms, library = interleaved([call, lambda: evaluate(graph, inputs)], runs, device)
     return Row(name, error, eager, ms, library, sum(x.nbytes for x in tensors))

@@ -11,8 +11,11 @@ import pytest
 import torch
 from triton_check import SM_90, runner, templates
 
+from graphopt.autotune.space import Workload
+from graphopt.errors import UsageError
 from graphopt.ir.text import parse_graph
 from graphopt.sampling import random_inputs
+from graphopt.target import Target
 from graphopt.testing.kernels import check
 
 FILE = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu.py"
@@ -41,6 +44,18 @@ def test_small_cases_are_right(name: str) -> None:
     graph = parse_graph("graph @g" + GPU.small(text))
     assert max(int(v.type.numel) for v in graph.inputs) < 1 << 17
     check(graph, runner(graph, kind), random_inputs(graph, {}, 0), factor=4.0, slack=2)
+
+
+@pytest.mark.parametrize("name", GPU.CASES)
+def test_schedules(name: str) -> None:
+    """Each is for sm_90, at the size that is timed and the one that is checked; what is not for sm_80 tells why."""
+    kind, text = GPU.CASES[name]
+    for size in (text, GPU.small(text)):
+        w = Workload.of(parse_graph("graph @g" + size), kind)
+        assert ("tensor_map" in GPU.source_of(name, w, SM_90).text) == (name in ("matmul, by descriptor", "matmul, both"))
+        if name == "matmul, both":
+            with pytest.raises(UsageError, match="sm_80 copies no tiles by descriptor"):
+                GPU.source_of(name, w, Target.from_name("cuda:sm_80"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
