@@ -82,7 +82,7 @@ def _persistent(tiled: SearchSpace, form: matmul.Form, t: Target) -> SearchSpace
         return bool(s["resident"] * (s["stages"] + extra) * tile <= t.shared_memory)
 
     default: dict[str, Any] = dict(tiled.default().knobs) | {"pieces": 1, "resident": 1}
-    default["stages"] = next(n for n in range(default["stages"], 0, -1) if fits({**default, "stages": n}))
+    default["stages"] = next((n for n in range(default["stages"], 0, -1) if fits({**default, "stages": n})), 1)
     by_descriptor = all(c.holds({**default, "reads": "descriptors"}) for c in tiled.constraints)
     default["reads"] = "descriptors" if by_descriptor else "pointers"
     params = [replace(p, choices=tuple(dict.fromkeys((default[p.name], *p.choices)))) for p in tiled.params if p.name != "pieces"]

@@ -141,6 +141,16 @@ def test_reasons(target: str) -> None:
     assert persistent.rejection(crowded) == "the tiles of all stages, and of all programs of a processor, exceed its shared memory"
 
 
+def test_products_too_many_for_the_shared_memory_have_a_space() -> None:
+    """Nine of one left factor: not even a stage fits, and what does not fit is told."""
+    names = [f"%{k}" for k in range(9)]
+    given = "".join(f", %w{k}: f16[1024, 4096]" for k in range(9))
+    products = "".join(f" %{k}: f16[4096, 4096] = matmul(%x, %w{k})\n" for k in range(9))
+    graph = parsed(f"(%x: f16[4096, 1024]{given}) -> ({', '.join(['f16[4096, 4096]'] * 9)}) {{\n{products} return {', '.join(names)}\n}}")
+    _, persistent = spaces(graph, Target.from_name("hip:gfx942"))
+    assert "shared memory" in str(persistent.rejection(persistent.default()))
+
+
 # --- machine code ------------------------------------------------------------------------------------------------------------
 
 
