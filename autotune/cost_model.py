@@ -29,7 +29,7 @@ import numpy as np
 
 from graphopt.autotune.features import NAMES, Vector, features
 from graphopt.autotune.gaussian import Array, Points, Process, strided
-from graphopt.autotune.records import Measured, Status
+from graphopt.autotune.records import Measured
 from graphopt.autotune.space import LoopNest, Schedule, SearchSpace, Workload
 from graphopt.errors import UsageError
 from graphopt.target import Target
@@ -84,7 +84,7 @@ class CostModel:
             row = self._features(w, target, s, _nests(spaces))
             seconds = m.seconds if m.ok and m.seconds is not None else math.inf
             key = w.key, seconds, row.tobytes()
-            if m.status is Status.LOST or key in self._known:
+            if m.says_nothing or key in self._known:
                 continue
             self._known[key] = None
             self._rows.append(row)

@@ -39,6 +39,7 @@ class GpuBench(Bench):
     """
 
     watched = False  # a kernel of a GPU holds no memory of this process
+    waited = staticmethod(float)  # the GPU's own clock does not run while the host waits
 
     def __init__(self, load: Load, device: str) -> None:
         super().__init__(load)

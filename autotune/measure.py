@@ -31,6 +31,8 @@ class Timing:
         slice: calls between two readings of the clock, for kernels that are shorter.
         hopeless: a candidate this many times slower than the incumbent is given up early.
         margin: share of the incumbent's time by which a candidate must win.
+        slowed: an incumbent that takes this many times the time that stands for it is slowed down by something else, and not beaten.
+        tolerable: share of a pair's time that threads may have waited for processors in it, where there are no better pairs.
         patience: for the first call of a candidate; or ``patience_ratio`` times the incumbent's time, if that is longer.
         leak: bytes of growth of resident memory over the timed calls that are looked into.
         incredible: a time this many times shorter than the machine's limits allow is not believed. Not 1: some of the weights
@@ -42,6 +44,8 @@ class Timing:
     slice: float = 3e-4
     hopeless: float = 1.15
     margin: float = 0.01
+    slowed: float = 3.0
+    tolerable: float = 0.3
     patience: float = 10.0
     patience_ratio: float = 200.0
     leak: int = 256 << 10

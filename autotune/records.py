@@ -31,6 +31,7 @@ class Status(str, Enum):
     LEAKED = "leaked"
     INCREDIBLE = "incredible"
     LOST = "lost"  # the machine that it ran on, with or without its doing
+    DISTURBED = "disturbed"  # its threads waited for processors: no time is known
 
     def __str__(self) -> str:
         return self.value
@@ -73,6 +74,11 @@ class Measured:
     @property
     def ok(self) -> bool:
         return self.status is Status.OK
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether it says nothing of the candidate."""
+        return self.status in (Status.LOST, Status.DISTURBED)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, without the numbers that are not known."""

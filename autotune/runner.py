@@ -281,16 +281,20 @@ class ProcessRunner:
         if incumbent is None:
             other = self._check(session, session.another(), built, None)[0] if session.subject.sizes else verdict
             return Trial(built, _measured(race, None, max(verdict.error, other.error), True), won=True)
-        if race.won(self.timing.margin):
+        if self._won(race, incumbent):
             other, _ = self._check(session, session.another(), built, incumbent)
             self._check(session, 0, built, incumbent)
             race = self._race(session, built, incumbent, self.timing.recheck, seconds)
-            won = race.won(self.timing.margin)
+            won = self._won(race, incumbent)
             measured = _measured(race, incumbent, max(verdict.error, other.error), won)
             if won:
                 self._believe(session.subject, measured)
             return Trial(built, measured, won)
         return Trial(built, _measured(race, incumbent, verdict.error, False))
+
+    def _won(self, race: Race, incumbent: Incumbent) -> bool:
+        """Whether a candidate is faster than the incumbent as that is when nothing slows it down."""
+        return race.won(self.timing.margin) and median(race.incumbent) < self.timing.slowed * incumbent.seconds
 
     def _believe(self, subject: Subject, m: Measured) -> None:
         """Raises Failed if a winner's time is shorter than any kernel's could be: then something else slowed the incumbent down."""
@@ -373,7 +377,7 @@ class ProcessRunner:
         other = [incumbent.built.path, incumbent.built.entry] if incumbent else None
         seconds = 10.0 * floor + self._patience(incumbent) + (0.0 if incumbent else RACE_CALLS * first)
         answer = self._ask({"do": "race", "candidate": [built.path, built.entry], "incumbent": other, "floor": floor, "slice": t.slice,
-                            "hopeless": t.hopeless, "leak": t.leak}, seconds)  # fmt: skip
+                            "hopeless": t.hopeless, "leak": t.leak, "tolerable": t.tolerable}, seconds)  # fmt: skip
         if answer.get("leaked"):
             raise Harm(Status.LEAKED, f"resident memory grows by {answer['leaked']:.0f} bytes a call")
         if arena.case.in_place is None:

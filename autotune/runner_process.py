@@ -31,9 +31,10 @@ import torch
 
 from graphopt.autotune.arena import map_shared
 from graphopt.autotune.library_kernel import SUFFIX, LibraryKernel, load_library_kernel
-from graphopt.autotune.turns import calls_of_a_slice, take_turns
+from graphopt.autotune.records import Status
+from graphopt.autotune.turns import Disturbed, calls_of_a_slice, take_turns
 from graphopt.errors import RemoteError
-from graphopt.run_delay import Undisturbed
+from graphopt.run_delay import Undisturbed, run_delay
 
 Kernel = Callable[..., Any]
 Load = Callable[[Path, str], Kernel]
@@ -51,9 +52,11 @@ class Bench:
 
     Attributes:
         watched: whether a kernel may leak memory of this process.
+        waited: seconds that threads have waited for processors so far, as far as it matters.
     """
 
     watched = True
+    waited: Callable[[], float] = staticmethod(run_delay)
 
     def __init__(self, load: Load) -> None:
         self.load = load
@@ -117,8 +120,8 @@ class Bench:
             sets.append([*operands, *self._own, *self.sizes])
         return sets
 
-    def race(self, candidate: Sequence[str], incumbent: Sequence[str] | None, floor: float, slice: float, hopeless: float,
-             leak: int) -> dict[str, Any]:  # fmt: skip
+    def race(self, candidate: Sequence[str], incumbent: Sequence[str] | None, floor: float, slice: float, hopeless: float, leak: int,
+             tolerable: float) -> dict[str, Any]:  # fmt: skip
         """Time a kernel in turns with the incumbent, or alone."""
         if not self._sets:
             self._sets = self.arguments()
@@ -131,7 +134,8 @@ class Bench:
         def timed(turns: Sequence[int]) -> list[float]:
             return [self._timed((new, old)[which], calls) / calls for which in turns]  # type: ignore[arg-type]
 
-        candidate_times, incumbent_times = take_turns(timed, calls, floor, hopeless, alone=old is None)
+        candidate_times, incumbent_times = take_turns(timed, calls, floor, hopeless, alone=old is None, tolerable=tolerable,
+                                                      waited=self.waited)  # fmt: skip
         answer: dict[str, Any] = {"candidate": candidate_times, "incumbent": incumbent_times, "calls": calls}
         if self.watched and _resident() - before > leak:
             answer["leaked"] = self._growth(new, max(len(candidate_times) * calls, 16), leak)
@@ -153,11 +157,11 @@ class Bench:
 
     def _slice_length(self, new: Kernel, old: Kernel | None, seconds: float) -> int:
         """Calls between two readings of the clock: few of a pair of which one takes long. Each kernel is warm afterwards."""
-        undisturbed = Undisturbed(100 * seconds)
-        while True:
+        probes = Undisturbed[list[float]](100 * seconds, self.waited)
+        while not probes.quiet and not probes.hopeless:
             taken = [[self._timed(k, n) / n for n in (1, 2)] for k in (new, old) if k is not None]
-            if undisturbed.counts(sum(map(sum, taken))):
-                return calls_of_a_slice([min(t) for t in taken], seconds)
+            probes.add(sum(map(sum, taken)), [min(t) for t in taken])
+        return calls_of_a_slice(probes.best()[0], seconds)
 
     def _timed(self, kernel: Kernel, calls: int) -> float:
         arguments = [next(self._calls) for _ in range(calls)]
@@ -216,6 +220,8 @@ def serve(bench: Any, requests: Iterator[dict[str, Any]], reply: Callable[[dict[
             answer = {"lost": str(error)}
         except Spoilt as error:
             answer = {"spoilt": str(error)}
+        except Disturbed as error:
+            answer = {"failed": str(error), "status": Status.DISTURBED.value}
         except Exception as error:  # what a kernel raises is an answer, too
             answer = {"failed": f"{type(error).__name__}: {error}"}
         reply({"id": number, **answer})

@@ -213,8 +213,10 @@ class Tuner:
         m = trial.measured
         p.trials += 1
         p.statuses[m.status.value] = p.statuses.get(m.status.value, 0) + 1
-        if trial.schedule == p.task.default and m.status is Status.LOST:
+        if trial.schedule == p.task.default and m.says_nothing:
             p.lost += 1
+            if m.status is Status.DISTURBED and not p.wants_default:
+                p.left_out = f"its default schedule could not be timed: {m.reason}"
         elif trial.schedule == p.task.default:
             p.default = m
         if trial.won:

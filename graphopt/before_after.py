@@ -12,7 +12,7 @@ from statistics import median, quantiles
 from graphopt.autotune.space import Workload
 from graphopt.lower import KernelStep, LibraryStep
 from graphopt.profile import CallCost, Profile
-from graphopt.run_delay import Undisturbed
+from graphopt.run_delay import Undisturbed, run_delay
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,9 @@ class KernelTimes:
     changed: bool = True
     workloads: tuple[str, ...] = ()
 
-    @property
-    def slower(self) -> bool:
-        """Whether another schedule made it slower in the model than by noise: by more than a tenth."""
-        return self.changed and self.after > 1.1 * self.before
+    def slower(self, noise: float) -> bool:
+        """Whether another schedule made it slower in the model than by noise: by more than a tenth, and by more than that."""
+        return self.changed and self.after > max(1.1, noise) * self.before
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,21 @@ class BeforeAfter:
         return self.gain[2] < 1.0
 
     @property
+    def noise(self) -> float:
+        """How many times as slow a kernel may seem though nothing is known of it: where times vary much, twice as far as those are apart
+        whose schedule is the same, and a half at least."""
+        if not self.noisy:
+            return 1.0
+        apart = max((max(k.before / k.after, k.after / k.before) for k in self.kernels if not k.changed), default=1.0)
+        return max(1.5, 1.0 + 2.0 * (apart - 1.0))
+
+    @property
     def to_take_back(self) -> tuple[str, ...]:
         """Keys of the workloads whose new schedules do harm: those of kernels that are slower by more than noise; where the whole is
         slower, of all that are not faster in it, or if there are none, of all that changed: what one kernel leaves in the caches, the
-        next one has to do with. None where the times claim nothing."""
-        if self.noisy and not self.slower:
-            return ()
+        next one has to do with."""
         changed = [k for k in self.kernels if k.changed]
-        chosen = [k for k in changed if k.slower]
+        chosen = [k for k in changed if k.slower(self.noise)]
         if self.slower:
             chosen = [k for k in changed if k.after >= k.before] or changed
         return tuple(dict.fromkeys(key for k in chosen for key in k.workloads))
@@ -142,29 +148,30 @@ def _schedule(call: CallCost) -> object:
     return call.step.schedule if isinstance(call.step, KernelStep) else None
 
 
-def interleaved(calls: Sequence[Call], seconds: float, rounds: int = 9) -> list[list[float]]:
-    """Seconds of calls that take turns: a list each, in the order of the calls. Not of rounds in which a thread waited for a processor.
+def interleaved(calls: Sequence[Call], seconds: float, rounds: int = 9,
+                waited: Callable[[], float] = run_delay) -> list[list[float]]:  # fmt: skip
+    """Seconds of calls that take turns: a list each, in the order of the calls. Rounds in which a thread waited for a processor count where
+    there are too few others.
 
     Args:
         seconds: for all of it; each is called in so many rounds at least.
+        waited: seconds that threads have waited for processors so far.
     """
-    times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     end, n = time.perf_counter() + seconds, 0
-    undisturbed = Undisturbed(seconds)
-    while n < rounds or time.perf_counter() < end:
+    times = Undisturbed[list[float]](2 * seconds, waited)
+    while (len(times.quiet) < rounds or time.perf_counter() < end) and not times.hopeless:
         taken = [0.0] * len(calls)
         for i in range(len(calls)) if n % 2 else reversed(range(len(calls))):
             calls[i]()  # not timed: the other one has just used the caches
             start = time.perf_counter()
             calls[i]()
             taken[i] = time.perf_counter() - start
-        if undisturbed.counts(2 * sum(taken)):
-            for seen, took in zip(times, taken, strict=True):
-                seen.append(took)
-            n += 1
-    return times
+        times.add(2 * sum(taken), taken)
+        n += 1
+    found = times.quiet if len(times.quiet) >= rounds else [*times.quiet, *(taken for _, taken in times.rest)]
+    return [list(column) for column in zip(*found, strict=True)]
 
 
 def _quartiles(times: Sequence[float]) -> float:

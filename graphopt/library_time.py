@@ -21,6 +21,7 @@ from graphopt.trials import CPU
 
 LONG = 0.25  # seconds of a call that is timed once
 LEAST_CALLS = 8
+PATIENCE = 5.0  # times as long, where threads wait for processors
 
 def library_seconds(subject: Subject, seconds: float = 0.1, device: torch.device = CPU) -> float:
     """Median seconds of a call; weights are as cold as where kernels are timed, the rest lies where it lay the call before.
@@ -55,18 +56,17 @@ def _seconds(subject: Subject, seconds: float, device: torch.device) -> float:
             kernel.prepare(args)
         if device.type != "cpu":
             return _on_gpu(lambda: kernel.compute(*calls[0]), GpuClock(device), seconds)
-        times: list[float] = []
-        undisturbed, n = Undisturbed(seconds), 0
-        while len(times) < LEAST_CALLS or sum(times) < seconds:
+        times, n = Undisturbed[float](PATIENCE * seconds), 0
+        while (len(times.quiet) < LEAST_CALLS or sum(times.quiet) < seconds) and not times.hopeless:
             start = time.perf_counter()
             kernel.compute(*calls[n % copies])
             took = time.perf_counter() - start
             n += 1
-            if undisturbed.counts(took):
-                times.append(took)
-            if took > LONG and times:
+            times.add(took, took)
+            if took > LONG and times.quiet:
                 break
-    return median(times[1:] or times)  # the first one warms up
+    found = times.best()
+    return median(found[1:] or found)  # the first one warms up
 
 
 def _on_gpu(run: Callable[[], object], clock: GpuClock, seconds: float) -> float:

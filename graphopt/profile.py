@@ -102,7 +102,7 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
 
     Args:
         inputs, sizes: as the program takes them; what the program updates in place is updated in a copy.
-        runs: runs with clocks, and as many without, in turns; those in which a thread waited for a processor are repeated. On a GPU each
+        runs: runs with clocks, and as many without, in turns; those in which a thread waited for a processor do not count. On a GPU each
             call is waited for, so its time holds the launch, too.
     """
     graph = program.graph
@@ -121,36 +121,33 @@ def profile(program: Program, inputs: Sequence[torch.Tensor], sizes: Mapping[str
 
         return run
 
-    watched, whole, took = program.wrapped(clocked), list[float](), 0.0
+    watched, took = program.wrapped(clocked), 0.0
     for _ in range(2):
         start = time.perf_counter()
         watched(inputs, sizes)
         program(inputs, sizes)
         wait()
         took = time.perf_counter() - start
-    for seen in times:
-        seen.clear()
-    undisturbed = Undisturbed(runs * took)
-    while len(whole) < runs:
+    found = Undisturbed[tuple[float, list[float]]](2 * runs * took)
+    while len(found.quiet) < runs and not found.hopeless:
+        for seen in times:
+            seen.clear()
         start = time.perf_counter()
         watched(inputs, sizes)
         between = time.perf_counter()
         program(inputs, sizes)
         wait()
         end = time.perf_counter()
-        if undisturbed.counts(end - start):
-            whole.append(end - between)
-        else:
-            for seen in times:
-                del seen[-1:]
+        found.add(end - start, (end - between, [sum(seen) for seen in times]))
+    kept, called = found.best(), [bool(seen) for seen in times]
     calls = []
-    for step, seen in zip(program.calls, times, strict=True):
-        if seen:  # what has no elements is not called
+    for i, step in enumerate(program.calls):
+        if called[i]:  # what has no elements is not
             node = step.node
             kind, loc = step.workload.kind if isinstance(step, KernelStep) else "library", str(node.loc or "")
             flops, moved = (dims.evaluate(d, bound) for d in (work.flops(node), work.bytes_moved(node)))
-            calls.append(CallCost(describe(node, bound), kind, median(seen), flops, moved, loc, step))
-    return Profile(tuple(calls), median(whole), graph, bound)
+            calls.append(CallCost(describe(node, bound), kind, median(each[i] for _, each in kept), flops, moved, loc, step))
+    return Profile(tuple(calls), median(whole for whole, _ in kept), graph, bound)
 
 
 def waits_for(inputs: Iterable[Any]) -> Callable[[], None]:

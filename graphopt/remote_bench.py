@@ -79,8 +79,8 @@ class RemoteBench:
         return self._tried(which, None, lambda case, new, old: case.check(new, seconds))
 
     def race(self, candidate: Sequence[str], incumbent: Sequence[str] | None, floor: float, slice: float, hopeless: float, leak: int,
-             seconds: float) -> dict[str, Any]:  # fmt: skip
-        """Time a kernel in turns with the incumbent, or alone."""
+             tolerable: float, seconds: float) -> dict[str, Any]:  # fmt: skip
+        """Time a kernel in turns with the incumbent, or alone. Nobody knows of waiting threads there: ``tolerable`` is not asked for."""
         return self._tried(candidate, incumbent, lambda case, new, old: case.race(new, old, floor, slice, hopeless, leak, seconds))
 
     def _tried(self, which: Sequence[str], other: Sequence[str] | None, how: Any) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
+T = TypeVar("T")
 TASKS = Path("/proc/self/task")
 SLICE = 2.5e-4  # seconds: waking up takes a tenth of it, waiting for another thread's slice several times as much
 SHARE = 0.05  # of a longer time
+LEAST = 0.05
 
 
 def run_delay(tasks: Path = TASKS) -> float:
@@ -32,22 +35,42 @@ def run_delay(tasks: Path = TASKS) -> float:
     return total * 1e-9
 
 
-class Undisturbed:
-    """Which times count: those in which no thread waited for a processor. On a machine that is busy throughout, all do after a while.
+class Undisturbed(Generic[T]):
+    """Sorts what was timed: apart from times in which no thread waited for a processor, those in which some did.
 
     Args:
-        patience: seconds of times that are dropped at most.
+        patience: seconds of disturbed times, ``LEAST`` at least, after which nobody should wait for undisturbed ones any more.
         waited: the run delay so far.
+
+    Attributes:
+        quiet: what was undisturbed, in order.
+        rest: (share of the time that was waited for, what was timed) of the others.
     """
 
     def __init__(self, patience: float, waited: Callable[[], float] = run_delay) -> None:
-        self._left, self._waited = patience, waited
+        self._left, self._waited = max(patience, LEAST), waited
+        self.quiet: list[T] = []
+        self.rest: list[tuple[float, T]] = []
         self._before = waited()
 
-    def counts(self, seconds: float) -> bool:
-        """Whether the time that ends now, and began where the last one ended, counts; it took so long."""
+    def add(self, seconds: float, what: T) -> None:
+        """What took so long, ends now, and began where the last one ended."""
         before, self._before = self._before, self._waited()
-        if self._left <= 0.0 or self._before - before <= max(SLICE, SHARE * seconds):
-            return True
-        self._left -= seconds
-        return False
+        delay = self._before - before
+        if delay <= max(SLICE, SHARE * seconds):
+            self.quiet.append(what)
+        else:
+            self._left -= seconds
+            self.rest.append((delay / max(seconds, 1e-9), what))
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the patience has ended."""
+        return bool(self.rest) and self._left <= 0.0
+
+    def best(self, at_most: float = float("inf")) -> list[T]:
+        """What was undisturbed; without any, what was disturbed least, of which no more than this share was waited for."""
+        if self.quiet or not self.rest:
+            return self.quiet
+        usable = sorted((share, i) for i, (share, _) in enumerate(self.rest) if share <= at_most)
+        return [self.rest[i][1] for _, i in usable[: max(1, len(self.rest) // 4)]]

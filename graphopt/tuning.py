@@ -21,7 +21,7 @@ from graphopt.autotune.cost_model import CostModel
 from graphopt.autotune.database import Database, leader
 from graphopt.autotune.library_kernel import LibraryBuilder, library_space
 from graphopt.autotune.measure import Builder, Timing, Trial
-from graphopt.autotune.records import Measured, Status, TuningRecord
+from graphopt.autotune.records import Measured, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.search import Search
 from graphopt.autotune.space import Schedule, SearchSpace, Workload
@@ -220,7 +220,7 @@ def _incumbents(run: Run, tasks: Sequence[Task], done: Sequence[TuningRecord]) -
     out: dict[int, Standing] = {}
     for i, task in enumerate(tasks):
         mine = [r for r in done if r.workload.key == task.workload.key]
-        default = next((r.measured for r in mine if r.schedule == task.default and r.measured.status is not Status.LOST), None)
+        default = next((r.measured for r in mine if r.schedule == task.default and not r.measured.says_nothing), None)
         lead = leader([(r.schedule, r.measured, r.run) for r in mine])
         if lead is not None:
             seconds = mine[lead].measured.seconds

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from graphopt.autotune.arena import Arena
 from graphopt.autotune.database import Database
-from graphopt.autotune.measure import Built, Incumbent, Timing, Trial
+from graphopt.autotune.measure import Built, Incumbent, Trial
 from graphopt.autotune.records import Status
 from graphopt.autotune.runner import RunnerProcess
 from graphopt.cli.main import app
@@ -27,6 +27,7 @@ from graphopt.target import Target, detect
 from graphopt.tuned import device_key
 from graphopt.tuning import check_device
 from tests import rpc_check
+from tests.autotune.busy import timing
 from tests.autotune.fake_kernels import SIZE, schedule, subject
 
 KEY, KEPT = "loop", "kept"  # of a server that each test borrows for itself, and of one that ``runner`` keeps
@@ -36,7 +37,7 @@ import torch
 def make():
     return torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU()), (torch.randn(4, 32),)
 """
-QUICK = Timing(floor=0.002, recheck=0.004, patience=1.0)
+QUICK = timing(floor=0.002, recheck=0.004, patience=1.0)
 
 # kernels of x, y and out, 64 elements of f32 each
 KERNELS = """target triple = "TRIPLE"

@@ -40,17 +40,33 @@ def test_threads_that_share_a_processor_wait() -> None:
     assert float(done.stdout) > SLICE
 
 
-def test_what_counts() -> None:
-    waited = 0.0
-    undisturbed = Undisturbed(1.0, lambda: waited)
+class Sorted:
+    """Times that are taken, with a run delay each."""
 
-    def counts(delay: float, seconds: float) -> bool:
-        nonlocal waited
-        waited += delay
-        return undisturbed.counts(seconds)
+    def __init__(self, patience: float) -> None:
+        self.waited = 0.0
+        self.times = Undisturbed[str](patience, lambda: self.waited)
 
-    assert counts(0.0, 1e-4) and counts(SLICE / 2, 1e-4)  # waking up
-    assert not counts(4e-3, 5e-3)
-    assert counts(4e-3, 0.4)  # hardly a hundredth
-    assert not counts(0.5, 0.9) and not counts(0.5, 0.9)
-    assert counts(0.5, 0.9)  # the patience has ended
+    def add(self, what: str, delay: float, seconds: float) -> None:
+        self.waited += delay
+        self.times.add(seconds, what)
+
+
+def test_what_was_disturbed_stands_apart() -> None:
+    s = Sorted(1.0)
+    s.add("nothing", 0.0, 1e-4)
+    s.add("waking up", SLICE / 2, 1e-4)
+    s.add("a slice", 4e-3, 5e-3)
+    s.add("hardly a hundredth", 4e-3, 0.4)
+    assert s.times.quiet == ["nothing", "waking up", "hardly a hundredth"]
+    assert [what for _, what in s.times.rest] == ["a slice"] and not s.times.hopeless
+    s.add("half", 0.5, 0.999)
+    assert s.times.hopeless and s.times.best() == s.times.quiet
+
+
+def test_of_what_was_disturbed_the_least_disturbed_quarter_is_the_best() -> None:
+    s = Sorted(1.0)
+    assert s.times.best() == [] and not s.times.hopeless
+    for n, delay in enumerate((0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.6)):
+        s.add(str(n), delay, 1.0)
+    assert s.times.hopeless and s.times.best() == ["1", "5"]

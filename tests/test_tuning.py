@@ -25,7 +25,7 @@ from graphopt import tuning, tuning_tvm
 from graphopt.autotune.claim import Claim, going_on
 from graphopt.autotune.database import Database
 from graphopt.autotune.library_kernel import TEMPLATE
-from graphopt.autotune.measure import Built, Timing
+from graphopt.autotune.measure import Built
 from graphopt.autotune.records import Measured, Status, TuningRecord
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
@@ -37,6 +37,7 @@ from graphopt.tuned import device_key
 from graphopt.tuning import Run, last_run, moment, spaces_of, tune, versions, withdraw
 from graphopt.tuning_tasks import tasks_of
 from graphopt.tuning_tvm import TvmCandidates
+from tests.autotune.busy import timing
 
 pytestmark = pytest.mark.tvm
 
@@ -107,7 +108,7 @@ def test_bad_templates_are_tried_and_none_is_chosen(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tuning, "spaces_of", spaces)  # not the name that this file imported
     monkeypatch.setattr(tuning_tvm, "TvmCandidates", WithBadTemplates)
     database = Database(tmp_path / "t.db")
-    run = Run(detect(), database, 1, batch=BATCH, timing=Timing(floor=0.002, recheck=0.004, patience=2.0))
+    run = Run(detect(), database, 1, batch=BATCH, timing=timing(floor=0.002, recheck=0.004, patience=2.0))
     outcome = tune([task], run, Budget(seconds=300))
     assert outcome.why == "done", "it has been through the whole space"
     ended = {(r.schedule.template, dict(r.schedule.knobs).get("mistaken")): r.measured.status for r in database.records()}
@@ -144,7 +145,7 @@ def tune_all(found: list[Task], file: Path) -> int:
     """Tune to a number of trials in all, going on with whatever there is."""
     database = Database(file)
     last = last_run(database, found, detect(), 1) or ""
-    run = Run(detect(), database, 1, run=last, workers=1, batch=BATCH, timing=Timing(floor=0.002, recheck=0.004))
+    run = Run(detect(), database, 1, run=last, workers=1, batch=BATCH, timing=timing(floor=0.002, recheck=0.004))
     return tune(found, run, Budget(trials=TRIALS)).trials
 
 

@@ -23,7 +23,7 @@ from graphopt.autotune import gpu_bench
 from graphopt.autotune.database import Database
 from graphopt.autotune.gpu_bench import GpuBench, InterpretedBench
 from graphopt.autotune.gpu_clock import GpuClock
-from graphopt.autotune.measure import Built, Subject, Timing
+from graphopt.autotune.measure import Built, Subject
 from graphopt.autotune.records import Status
 from graphopt.autotune.runner import Failed, RunnerProcess
 from graphopt.autotune.runner_process import Bench
@@ -43,6 +43,7 @@ from graphopt.tuned import device_key
 from graphopt.tuning import Run, check_device, spaces_of, tune, versions
 from graphopt.tuning_tasks import tasks_of
 from graphopt.tuning_triton import TritonCandidates, TritonTuning
+from tests.autotune.busy import timing
 
 pytest.importorskip("triton")
 
@@ -52,7 +53,7 @@ from graphopt.backends.triton.build import write_source
 
 NAME = "cuda:sm_90:4"
 TARGET = Target.from_name(NAME)
-QUICK = Timing(floor=0.002, recheck=0.004, patience=20.0)
+QUICK = timing(floor=0.002, recheck=0.004, patience=20.0)
 X = torch.randn(24, 32)
 PRODUCT = Workload.of(parse_graph("""
 graph @g(%x: f16[256, 512], %w: f16[512, 256]) -> f16[256, 256] {

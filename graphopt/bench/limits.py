@@ -30,6 +30,7 @@ class Limits:
         bytes: bytes a second read from memory.
         buffer: bytes of the buffer that was read.
         tiles: bf16 floating-point operations a second on AMX tiles; 0 where there are none.
+        disturbed: threads waited for processors all the time: the limits are higher.
     """
 
     flops: float
@@ -37,6 +38,7 @@ class Limits:
     threads: int
     buffer: int
     tiles: float = 0.0
+    disturbed: bool = False
 
     def least_seconds(self, flops: float, read: float, products: int = 0) -> float:
         """No run can be faster: its arithmetic at full speed, or its bytes, whichever takes longer.
@@ -64,7 +66,7 @@ class Limits:
     def best(self, other: Limits) -> Limits:
         """The higher of two measurements of the same machine."""
         return Limits(max(self.flops, other.flops), max(self.bytes, other.bytes), self.threads, self.buffer,
-                      max(self.tiles, other.tiles))  # fmt: skip
+                      max(self.tiles, other.tiles), self.disturbed and other.disturbed)  # fmt: skip
 
 
 class LimitMeter:
@@ -102,30 +104,29 @@ class LimitMeter:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            fma = best_seconds(lambda: self._fma(self._constants, self._out), seconds)
-            tiles = best_seconds(partial(self._tiles, self._tile_input, self._out), seconds) if self._tiles else math.inf
+            fma, quiet = best_seconds(lambda: self._fma(self._constants, self._out), seconds)
+            tiles = best_seconds(partial(self._tiles, self._tile_input, self._out), seconds)[0] if self._tiles else math.inf
             memory = self._memory.get(large)
             if memory is None:
                 size = torch.Size([self.buffer // 4])
                 memory = self._memory[large] = (Pages().empty(size, torch.float32) if large else torch.empty(size)).fill_(1.0)
-            read = best_seconds(lambda: self._read(memory, self._out), seconds)
+            read, quiet_too = best_seconds(lambda: self._read(memory, self._out), seconds)
         finally:
             torch.set_num_threads(before)
-        return Limits(self._flops / fma, self.buffer / read, self.threads, self.buffer, self._tile_flops / tiles)
+        return Limits(self._flops / fma, self.buffer / read, self.threads, self.buffer, self._tile_flops / tiles, not (quiet and quiet_too))
 
 
-def best_seconds(run: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest of the undisturbed runs that fit into some seconds, and of three at least, after one that warms up."""
+def best_seconds(run: Callable[[], object], seconds: float) -> tuple[float, bool]:
+    """Seconds of the fastest of the runs that fit into some seconds, and of three at least, after one that warms up; and whether no thread
+    waited for a processor in it."""
     run()
-    times: list[float] = []
-    undisturbed = Undisturbed(3 * seconds)
-    while len(times) < 3 or sum(times) < seconds:
+    times = Undisturbed[float](3 * seconds)
+    while (len(times.quiet) < 3 or sum(times.quiet) < seconds) and not times.hopeless:
         start = time.perf_counter()
         run()
         took = time.perf_counter() - start
-        if undisturbed.counts(took):
-            times.append(took)
-    return min(times)
+        times.add(took, took)
+    return min(times.best()), bool(times.quiet)
 
 
 def buffer_bytes(target: Target, available: int) -> int:

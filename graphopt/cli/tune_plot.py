@@ -58,6 +58,7 @@ def plot(outcome: Outcome, found: Tasks, limits: Limits | None, name: str, file:
 def _curves(axes: Any, outcome: Outcome, found: Tasks, colors: Sequence[str]) -> None:
     """Speed of the best so far in that of the default schedule, over the seconds of the run."""
     ends: list[tuple[float, str, str]] = []
+    crosses = False
     for p, share, color in zip(outcome.progress, found.share, colors, strict=True):
         if p.default is None or not p.default.seconds or not p.curve:
             continue
@@ -69,7 +70,8 @@ def _curves(axes: Any, outcome: Outcome, found: Tasks, colors: Sequence[str]) ->
             library = p.default.seconds / p.task.library if p.task.library else 0.0
             beside = f"; PyTorch {library:.2f}x" if library else ""
             ends.append((ys[-1], f"{ys[-1]:.2f}x  {p.task.name} ({share:.0%}){beside}", color))
-            if library > 1 / 3:  # far below, it would flatten the curves
+            if 1 / 3 < library < 3 * max(ys):  # farther away, it would flatten the curves
+                crosses = True
                 axes.plot(outcome.seconds, library, "x", color=color, markersize=6, clip_on=False, zorder=3)
     low, high = axes.get_ylim()
     span = (high - low) or 1.0
@@ -80,7 +82,7 @@ def _curves(axes: Any, outcome: Outcome, found: Tasks, colors: Sequence[str]) ->
                       arrowprops=line, annotation_clip=False)  # fmt: skip
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="seconds of tuning", ylabel="speed, the default schedule's = 1", xlim=(0, outcome.seconds),
-             title="best so far, each kernel alone (x: PyTorch)")  # fmt: skip
+             title="best so far, each kernel alone" + (" (x: PyTorch)" if crosses else ""))  # fmt: skip
     axes.grid(alpha=0.3)
 
 
@@ -118,9 +120,10 @@ def _roofline(axes: Any, progress: Sequence[Progress], limits: Limits | None, co
         axes.plot(x, after, "o", color=color, markersize=6)
     if any(not p.task.read for p, _ in known):
         axes.annotate("weights stay in a cache, or there are none", (0.985, 0.02), xycoords="axes fraction", ha="right", fontsize=7)
-    left_out = len(progress) - len(known)
+    without, untimed = sum(not p.task.flops for p in progress), len(progress) - len(known)
+    left_out = [f"{n} more {why}" for n, why in ((without, "without such operations"), (untimed - without, "not timed")) if n]
     if left_out:
-        axes.annotate(f"{left_out} more without such operations", (0.01, 0.01), xycoords="axes fraction", fontsize=7, color="#606060")
+        axes.annotate(", ".join(left_out), (0.01, 0.01), xycoords="axes fraction", fontsize=7, color="#606060")
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(speeds) / 3, max(*speeds, limits.by_thirds / 1e9) * 1.6))
     for axis in (axes.xaxis, axes.yaxis):  # of small ranges the usual ones have labels that overlap
         first, last = axis.get_view_interval()

@@ -116,7 +116,8 @@ class Session:
         first = meter.measure() if meter else None
         profiles = [m.compiled.profile(*m.args, runs=10, **m.kwargs) for m in self.models]
         if meter and first:
-            self.limits = first.best(meter.measure())  # something else may have been in the way, once
+            limits = first.best(meter.measure())  # something else may have been in the way, once
+            self.limits = None if limits.disturbed else limits
         self.found = tasks_of(profiles, self.target, self.limits.least_seconds if self.limits else None, library_seconds)
 
     def tune(self, budget: Budget, seed: int, resume: bool) -> None:

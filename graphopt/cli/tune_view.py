@@ -46,7 +46,8 @@ def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Conso
         near = f"{task.least / task.seconds:.0%}" if task.least and task.seconds else "?"
         table.add_row(task.name, str(task.calls), microseconds(task.seconds), microseconds(task.library), f"{share:.1%}", near,
                       f"{gain:.2f}x", f"{wanted:.0f}")  # fmt: skip
-    console.print(table)
+    if found.tasks:
+        console.print(table)
     for what, why in dict.fromkeys(found.left_out):
         console.print(f"not tuned: {what}: {why}", style="dim", highlight=False)
     if found.estimated and found.tasks:
@@ -65,7 +66,7 @@ def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Conso
 def roofline(limits: Limits | None) -> str:
     """The machine's limits, in words."""
     if limits is None:
-        return "roofline: the limits were not measured"
+        return "roofline: the limits are not known, as they were not measured, or other processes were in the way all the time"
     thirds = f" (products from thirds on AMX tiles: {limits.by_thirds / 1e9:.0f})" if limits.by_thirds > limits.flops else ""
     measured = f"{limits.flops / 1e9:.0f} GFLOP/s{thirds}, {limits.bytes / 1e9:.1f} GB/s"
     return f"roofline: {measured}, measured with {counted(limits.threads, 'thread')}"

@@ -15,14 +15,14 @@ import torch
 from graphopt.autotune.arena import Arena
 from graphopt.autotune.gpu_bench import GpuBench
 from graphopt.autotune.gpu_clock import GpuClock
-from graphopt.autotune.measure import Timing
 from graphopt.autotune.records import Status
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.runner_process import Spoilt, serve
+from tests.autotune.busy import timing
 from tests.autotune.fake_kernels import KERNELS, built, case, subject
 
 HOW = {"threads": 1, "weights": [1], "between": 1 << 16}
-RACE = {"candidate": ("", "good"), "incumbent": None, "floor": 0.0, "slice": 1e-9, "hopeless": 2.0, "leak": 0}
+RACE = {"candidate": ("", "good"), "incumbent": None, "floor": 0.0, "slice": 1e-9, "hopeless": 2.0, "leak": 0, "tolerable": 1e9}
 
 
 class HostClock(GpuClock):
@@ -188,7 +188,7 @@ def load(path: Path, name: str) -> Callable[..., Any]:
 
 
 def test_a_spoilt_process_gives_way_to_another_and_only_its_candidate_is_blamed() -> None:
-    runner = ProcessRunner("tests.autotune.test_gpu_bench:load", threads=1, timing=Timing(floor=0.004, recheck=0.008, patience=3.0))
+    runner = ProcessRunner("tests.autotune.test_gpu_bench:load", threads=1, timing=timing(floor=0.004, recheck=0.008, patience=3.0))
     try:
         first, bad, last = runner.measure(subject(), [built("slow"), built("spoils"), built("good")], None)
     finally:

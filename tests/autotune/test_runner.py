@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from graphopt.autotune.arena import Arena
-from graphopt.autotune.measure import Case, Incumbent, Output, Race, Timing, Trial, Verdict
+from graphopt.autotune.measure import Case, Incumbent, Output, Race, Trial, Verdict
 from graphopt.autotune.records import Status
 from graphopt.autotune.runner import ProcessRunner, RunnerProcess
 from graphopt.autotune.runner_process import Bench, supervise
 from graphopt.errors import WorkerError
+from tests.autotune.busy import timing
 from tests.autotune.fake_kernels import BAD, LOADER, built, load, subject, symbolic_subject
 
-QUICK = Timing(floor=0.004, recheck=0.008, patience=3.0)
+QUICK = timing(floor=0.004, recheck=0.008, patience=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +275,7 @@ def test_bools_that_were_not_written_stay_what_no_bool_is(strides: tuple[int, in
     try:
         bench.case(**arena.description, weights=[], between=0, threads=1)
         arena.poison()
-        bench.race(("", "nothing"), None, 0.0, 1e-9, 2.0, 1 << 30)
+        bench.race(("", "nothing"), None, 0.0, 1e-9, 2.0, 1 << 30, 1e9)
         assert bool((arena.results()[0].view(torch.uint8) > 1).all())
     finally:
         arena.close()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from graphopt.autotune.measure import Built, Case, Incumbent, Subject, Timing, Trial
+from graphopt.autotune.measure import Built, Case, Incumbent, Subject, Trial
 from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.runner import ProcessRunner
 from graphopt.autotune.scheduler import ByGain
@@ -19,10 +19,11 @@ from graphopt.autotune.space import Schedule, SearchSpace
 from graphopt.autotune.tasks import MOST_LOST, Progress, Scheduler, Task
 from graphopt.autotune.tuner import Budget, Event, Outcome, Standing, Tried, Tuner, round_size
 from graphopt.target import Target
+from tests.autotune.busy import timing
 from tests.autotune.fake_kernels import BAD, LOADER, FakeBuilder, schedule, space, subject
 
 TARGET = Target("cpu", "x86_64")
-QUICK = Timing(floor=0.002, recheck=0.004, patience=3.0)
+QUICK = timing(floor=0.002, recheck=0.004, patience=3.0)
 Records = list[tuple[Trial, int]]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from graphopt.autotune.turns import CANDIDATE, INCUMBENT, LEAST_PAIRS, PROBED_PAIRS, calls_of_a_slice, take_turns
+from graphopt.autotune.turns import CANDIDATE, INCUMBENT, LEAST_PAIRS, PROBED_PAIRS, Disturbed, calls_of_a_slice, take_turns
 
 
 class Clock:
@@ -60,15 +60,31 @@ def test_pairs_in_which_a_thread_waited_for_a_processor_do_not_count() -> None:
     assert set(candidate) == {2e-5} and set(incumbent) == {1e-5} and len(candidate) == asked - 3
 
 
-def test_where_threads_wait_all_the_time_times_count_after_a_while() -> None:
-    waited = 0.0
+@pytest.mark.parametrize(("delay", "quiet"), [(4e-3, 0), (4e-3, 2), (1e-3, 0), (4e-3, 3)])
+def test_where_threads_wait_all_the_time(delay: float, quiet: int) -> None:
+    """Pairs that were disturbed by little are better than none; without any, nobody knows the times; three quiet ones are enough."""
+    waited, asked = 0.0, 0
 
     def timed(turns: Sequence[int]) -> list[float]:
-        nonlocal waited
-        waited += 4e-3
-        return [8e-3] * len(turns)
+        nonlocal waited, asked
+        asked += 1
+        if asked <= quiet:
+            return [1e-3] * len(turns)
+        waited += delay
+        return [2e-3] * len(turns)
 
-    assert len(take_turns(timed, 1, 0.02, 1.15, alone=False, waited=lambda: waited)[0]) == LEAST_PAIRS
+    def race() -> tuple[list[float], list[float]]:
+        return take_turns(timed, 1, 0.02, 1.15, alone=False, waited=lambda: waited)
+
+    if quiet == 3:
+        assert race() == ([1e-3] * 3, [1e-3] * 3)
+    elif delay < 4e-3 * 0.3:
+        candidate, incumbent = race()
+        assert set(candidate) == set(incumbent) == {2e-3} and len(candidate) == asked > LEAST_PAIRS
+    else:
+        with pytest.raises(Disturbed) as told:
+            race()
+        assert f"in {asked - quiet} of the {asked} times" in str(told.value)
 
 
 def test_calls_of_a_slice() -> None:
