@@ -106,26 +106,23 @@ class _Entry:
         self.values, self.admitted = Values(values), admitted
         self._staged = staged
         self._ids = [*map(id, weights)]
-        self._dead = False
-        self._refs = [weakref.ref(w, self._died) for w in weights]  # so that an id cannot come to mean another tensor
+        self._died: list[object] = []  # the callbacks must not refer to this entry, or it would be freed by the garbage collector alone
+        self._refs = [weakref.ref(w, self._died.append) for w in weights]  # so that an id cannot come to mean another tensor
         self._pointers = [*map(_pointer, weights)]
         self._versions = [*map(_version, weights[:staged])]
         self._forms = _forms(weights)
         self._fast = self._fast_forms(weights)
         self._probes = Probes(weights[:staged], changed)
 
-    def _died(self, _: object) -> None:
-        self._dead = True
-
     @property
     def dead(self) -> bool:
-        return self._dead
+        return bool(self._died)
 
     def same_tensors(self, weights: Sequence[torch.Tensor]) -> bool:
-        return not self._dead and [*map(id, weights)] == self._ids
+        return not self._died and [*map(id, weights)] == self._ids
 
     def is_current(self, weights: Sequence[torch.Tensor]) -> bool:
-        if self._dead or [*map(id, weights)] != self._ids or [*map(_pointer, weights)] != self._pointers:
+        if self._died or [*map(id, weights)] != self._ids or [*map(_pointer, weights)] != self._pointers:
             return False
         if [*map(_version, weights[: self._staged])] != self._versions or not self._same_forms(weights):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Sequence
@@ -73,6 +74,21 @@ def test_staged_values_follow_their_weights() -> None:
     torch.testing.assert_close(program([x, other, b])[0], evaluate(graph, [x, other, b])[0])
     program([x, w, b])
     assert program.staged.computed == 5  # going back to a known set of weights computes nothing
+
+
+def test_stale_staged_values_are_freed_at_once() -> None:
+    graph = parse_graph(MLP)
+    program = library_program(graph)
+    x, w, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
+    program([x, w, b])
+    staged = weakref.ref(program.weights([x, w, b])[0][0])
+    gc.disable()
+    try:
+        w.mul_(2)
+        program([x, w, b])
+        assert staged() is None
+    finally:
+        gc.enable()
 
 
 def test_inference_tensors_are_never_cached() -> None:
