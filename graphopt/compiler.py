@@ -22,6 +22,7 @@ from graphopt.capture.liveness import eager_peak
 from graphopt.devices import KernelProvider, choose_backend, choose_target, interpreting, kernel_provider
 from graphopt.errors import BuildError, FallbackError, UsageError, counted, first_line
 from graphopt.exact import Widened, mark, unmarked
+from graphopt.graphed import not_recorded, record_calls
 from graphopt.in_place import update_in_place
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node
@@ -196,6 +197,9 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     if others:
         share_weights([u.program for u in units])
         program = VariantProgram(first.program, [Variant(d, u.program, u.report) for d, u in zip(domains, others, strict=True)], report)
+    if options.records:
+        for u in units:
+            record_calls(u.program, u.lowered, u.report, device, interpreting(target, device) is not None)
     report.seconds["total"] = time.perf_counter() - start
     record(report)
 
@@ -460,5 +464,7 @@ def fallback_graph(gm: torch.fx.GraphModule, reason: str, loc: str, options: Opt
     report = Report(options.name or label, "library kernels", fallbacks=[fallback])
     if options.strict and report.unasked_fallbacks:
         raise FallbackError(_strict_message(report))
+    if options.records:
+        not_recorded(report, f"the graph runs through library kernels as a whole: {reason}")
     record(report)
     return LibraryGraph(gm, report)

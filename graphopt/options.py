@@ -29,7 +29,8 @@ class Options:
     """Options of one compilation.
 
     Attributes:
-        mode: as in ``torch.compile``; ``max-autotune`` tunes the kernels that the tuning database does not know well yet.
+        mode: as in ``torch.compile``; ``reduce-overhead`` asks for ``cuda_graphs``, ``max-autotune`` tunes the kernels that the tuning
+            database does not know well yet.
         tune_budget: seconds for which kernels are tuned before they are built, for each graph that is compiled; None for 60 under
             ``mode="max-autotune"``, else 0.
         verify: ``off``; ``structure`` (check the IR after every pass); ``each-pass`` (also run the graph before and
@@ -53,6 +54,8 @@ class Options:
         hot_sizes: which sizes of a graph with symbolic ones get a variant of their own, tried before the general program:
             ``auto`` (those of the example inputs), ``none``, or sizes by name: ``{"input_ids[1]": [128, (1, 16)], "B": [1]}``,
             where a name is an argument and its axis, or a symbol's own, and a pair is a range, both ends included.
+        cuda_graphs: record the launches of a call on a GPU, and replay them at later calls of the same sizes; None for
+            ``mode="reduce-overhead"`` only. See docs/runtime.md.
         cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
         tuning_db: the tuning database whose records choose schedules; ``auto`` for ``tuning.db`` in the folder of the kernels, None for
             default schedules.
@@ -73,6 +76,7 @@ class Options:
     freeze: bool = True
     own_weights: bool = False
     hot_sizes: Any = "auto"
+    cuda_graphs: bool | None = None
     cache_dir: Path | None = None
     tuning_db: Path | str | None = "auto"
     tune_budget: float | None = None
@@ -83,6 +87,8 @@ class Options:
         for name, kind in (("strict", bool), ("freeze", bool), ("own_weights", bool), ("target", str), ("name", str), ("quantize", str)):
             if type(getattr(self, name)) is not kind:
                 raise UsageError(f"option {name}={getattr(self, name)!r} must be a {kind.__name__}")
+        if self.cuda_graphs not in (True, False, None):
+            raise UsageError(f"option cuda_graphs={self.cuda_graphs!r} must be a bool, or None for what the mode says")
         if type(self.workers) is not int or self.workers < 0:
             raise UsageError(f"option workers={self.workers!r} must be a nonnegative int")
         if self.fuel is not None and (type(self.fuel) is not int or self.fuel < 0):
@@ -127,6 +133,11 @@ class Options:
     def kernels_dir(self) -> Path:
         """Folder of the kernel cache."""
         return self.cache_dir or default_cache_dir()
+
+    @property
+    def records(self) -> bool:
+        """Whether calls are recorded and replayed, where that can be."""
+        return self.mode == "reduce-overhead" if self.cuda_graphs is None else self.cuda_graphs
 
     @property
     def tune_seconds(self) -> float:

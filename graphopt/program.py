@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from graphopt.graphed import Graphed
 from graphopt.guards import InputGuard
 from graphopt.ir.graph import Node
-from graphopt.lower import Lowered
+from graphopt.lower import KernelStep, Lowered
 from graphopt.pages import uninitialized
 from graphopt.program_weights import ProgramWeights, picker
 from graphopt.program_writer import Call, ProgramWriter
@@ -48,6 +49,7 @@ class Program:
         written: positions of the inputs whose memory a run updates in place.
         weights: the weights that are read, and what is staged from them.
         read_sizes: values of the graph's symbols from a call's inputs.
+        graphed: records calls and replays them; None to make each.
     """
 
     def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device,
@@ -66,6 +68,7 @@ class Program:
         self.weights = ProgramWeights(lowered, writer.staged, direct, bool(kernels), library, device, changed_words)
         self._mine: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] | None = None  # of the staged values; None: all
         self._guard: InputGuard | None = None
+        self.graphed: Graphed | None = None
         if kernels:
             self._guard = InputGuard({i: v for i, v in enumerate(graph.inputs) if not v.weight}, device)
         self.read_sizes = SizeReader(graph)
@@ -97,9 +100,32 @@ class Program:
             return f"{match[1]}call{i}("
 
         twin = copy.copy(self)
-        twin._run_joined = None
+        twin._run_joined = twin.graphed = None
         twin._run = self._compiled(_CALL.sub(renamed, self.source), namespace)
         return twin
+
+    def alone(self, kernel: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., list[torch.Tensor]]:
+        """The program over an arena of its own, for one call at a time: ``run(inputs, staged, sizes)``, inputs in the right layout.
+
+        Args:
+            kernel: a kernel -> what to call in its place.
+        """
+        twin = self.wrapped(lambda i, call: kernel(call) if isinstance(self.calls[i], KernelStep) else call)
+        tensors = self._make_arena().tensors
+        return lambda inputs, staged, sizes: twin._run(inputs, staged, tensors, sizes)
+
+    def launch(self, inputs: Sequence[torch.Tensor], staged: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> list[torch.Tensor]:
+        """Run on inputs in the right layout, call by call."""
+        arena = self._arenas.pop() if self._arenas else self._make_arena()
+        try:
+            return self._run(inputs, staged, arena.tensors, sizes)
+        finally:
+            self._arenas.append(arena)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether inputs are checked to be what was compiled for."""
+        return self._guard is not None
 
     def __call__(self, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int] | None = None) -> list[torch.Tensor]:
         """Run.
@@ -113,12 +139,17 @@ class Program:
         """
         values, placed = self.weights(inputs)
         staged = values if self._mine is None else self._mine(values)
-        run = self._run_joined if placed is inputs else None  # copies of weights, for this call alone, lie elsewhere each time
+        lasting = placed is inputs  # copies of weights, for this call alone, lie elsewhere each time
+        run = self._run_joined if lasting else None
         inputs = placed
         if self._guard is not None:
             inputs = self._guard(inputs)
         if sizes is None:
             sizes = self.read_sizes(inputs) if self._symbols else {}
+        if self.graphed is not None:
+            if lasting:
+                return self.graphed(values, inputs, staged, sizes)
+            self.graphed.not_replayed("a weight lies in another layout than kernels expect, and is copied for each call")
         torch.get_num_threads()  # in a new thread, the call that makes OpenMP's number of threads PyTorch's
         arena = self._arenas.pop() if self._arenas else self._make_arena()
         try:

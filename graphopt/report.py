@@ -87,6 +87,25 @@ class TunedKernel:
 
 
 @dataclass
+class GraphCalls:
+    """What became of the calls of a program that CUDA graphs were asked for.
+
+    Attributes:
+        recorded: graphs that were made; ``replayed``, ``launched``: calls so far, by a graph and one kernel at a time.
+        stopped: why none is a replay; empty while that may come.
+    """
+
+    recorded: int = 0
+    replayed: int = 0
+    launched: int = 0
+    stopped: str = ""
+
+    def __str__(self) -> str:
+        calls = f"{self.recorded} recorded, {counted(self.replayed, 'call')} replayed, {self.launched} launched"
+        return f"{calls}; {self.stopped}" if self.stopped else calls
+
+
+@dataclass
 class Report:
     """All about one compiled graph.
 
@@ -95,7 +114,8 @@ class Report:
         tuning: what ``mode="max-autotune"`` tried.
         memory: ``planned`` (arena bytes), ``unplanned`` (sum of all intermediate buffers), ``weights``, ``staged`` (bytes kept for
             values computed from weights, beside the weights), ``outputs``, ``eager`` (the most that eager's intermediate
-            results and outputs take at once); None where sizes are symbolic.
+            results and outputs take at once), ``graphs`` (what the recordings made so far took: copies of inputs, and the pool of
+            memory that CUDA graphs share); None where sizes are symbolic.
         owns_weights: staged values have taken the place of the weights that they were made from.
         pipeline: the passes, with their options.
         key: identity of the compilation: captured graph, target, and the code and options of every pass.
@@ -104,6 +124,7 @@ class Report:
         variants: reports of the variants for some sizes, in the order in which they are tried.
         condition, reason: of a variant: the sizes that it is for, and why it was made.
         runs: calls so far, where there are variants.
+        graphs: what became of ``cuda_graphs``, where it was asked for.
     """
 
     name: str
@@ -126,6 +147,7 @@ class Report:
     condition: str = ""
     reason: str = ""
     runs: int = 0
+    graphs: GraphCalls | None = None
 
     @property
     def kernels_built(self) -> int:
@@ -138,6 +160,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         out = {k: v for k, v in vars(self).items() if k not in ("remarks", "kernels", "fallbacks", "tuning", "passes", "variants")}
+        out["graphs"] = asdict(self.graphs) if self.graphs is not None else None
         out["passes"] = [run._asdict() for run in self.passes]
         for key in ("remarks", "kernels", "fallbacks", "tuning"):
             out[key] = [asdict(x) for x in getattr(self, key)]
@@ -162,6 +185,8 @@ class Report:
             console.print("memory: " + ", ".join(f"{k} {_bytes(v)}" for k, v in self.memory.items()))
             if not self.owns_weights and (self.memory.get("staged") or 0) > _LARGE:
                 console.print("note: what is staged lies beside its weights; graphopt.compile(..., own_weights=True) keeps one of them")
+        if self.graphs is not None:
+            console.print(f"CUDA graphs: {self.graphs}", markup=False)
         for note in self.notes:
             console.print(f"note: {note}")
         self._variants(console)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from graphopt.compiler import CompiledGraph, LibraryGraph, compile_fx
 from graphopt.devices import prestart
 from graphopt.errors import UsageError
 from graphopt.garbage import uncollected
+from graphopt.graphed import not_recorded
 from graphopt.options import Options
 
 _LOOKUPS = (torch.nn.functional.embedding, torch.embedding)
@@ -53,14 +55,22 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
         compiled.stage_into(pages)
         return compiled
 
+    in_turn = replace(chosen, cuda_graphs=False)  # for training
+
+    def trained(gm: torch.fx.GraphModule, part: str, inputs: Mapping[int, str] | None = None) -> CompiledGraph | LibraryGraph:
+        compiled = compile_graph(gm, in_turn, f"{label} ({part})", {}, inputs)
+        if chosen.records:
+            not_recorded(compiled.report, "in training, parameters and what the backward reads would be copied at each call")
+        return compiled
+
     def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        compiled = compile_graph(gm, chosen, f"{label} (forward)", {}, inner_names(gm, names))
+        compiled = trained(gm, "forward", inner_names(gm, names))
         compiled.report.remarks[:0] = said
         say(compiled.report, in_training(chosen))
         return compiled
 
     def backward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        return _undisturbed(compile_graph(gm, chosen, f"{label} (backward)", {}), "compiled by graphopt")
+        return _undisturbed(trained(gm, "backward"), "compiled by graphopt")
 
     with functorch_config.patch(unlift_effect_tokens=True), uncollected():
         compiled = aot_module_simplified(
