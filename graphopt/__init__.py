@@ -16,6 +16,7 @@ from graphopt.errors import GraphoptError
 
 if TYPE_CHECKING:
     from graphopt.fake_quantization import fake_quantize
+    from graphopt.index_flags import check_indices
     from graphopt.model import CompiledModel, compile
     from graphopt.options import Options
     from graphopt.quantization import quantize
@@ -27,12 +28,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "CompiledModel": "graphopt.model", "compile": "graphopt.model", "Options": "graphopt.options", "Report": "graphopt.report",
     "reports": "graphopt.report", "clear_reports": "graphopt.report", "refresh": "graphopt.weights",
-    "quantize": "graphopt.quantization", "fake_quantize": "graphopt.fake_quantization",
+    "quantize": "graphopt.quantization", "fake_quantize": "graphopt.fake_quantization", "check_indices": "graphopt.index_flags",
 }  # fmt: skip
 
 __all__ = [
-    "CompiledModel", "GraphoptError", "Options", "Report", "__version__", "clear_reports", "compile", "fake_quantize", "quantize",
-    "refresh", "reports",
+    "CompiledModel", "GraphoptError", "Options", "Report", "__version__", "check_indices", "clear_reports", "compile", "fake_quantize",
+    "quantize", "refresh", "reports",
 ]  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Index bounds: which index tensors must be checked before a kernel may read by them.
 
 Eager raises IndexError for an index out of range; a generated kernel would read other memory. An index is checked
-before the launch unless it is proven to be in range.
+before the launch unless it is proven to be in range; on a GPU beside it (:mod:`graphopt.index_flags`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim, Symbols
@@ -18,13 +18,17 @@ _MOVES = ("reshape", "transpose", "broadcast_to", "slice", "flip")
 
 @dataclass(frozen=True)
 class IndexCheck:
-    """Body input ``operand``, seen through ``views``, must lie in ``low .. high - 1``; ``error`` is what eager raises otherwise."""
+    """Body input ``operand``, seen through ``views``, must lie in ``low .. high - 1``; ``error`` is what eager raises otherwise.
+
+    ``node`` is the first operation that reads or writes by it.
+    """
 
     operand: int
     low: Dim
     high: Dim
     error: type[Exception]
     views: tuple[Node, ...] = ()  # in order; only where a slice leaves elements out, which need not be in range
+    node: Node | None = field(default=None, compare=False)
 
 
 class IndexOutOfRange(IndexError, RuntimeError):
@@ -44,7 +48,8 @@ def index_checks(body: Graph) -> list[IndexCheck] | None:
         found = _checks(index, x.shape[node.attrs["axis"]], body.symbols, _error(node))
         if found is None:
             return None
-        checks.update(dict.fromkeys(found))
+        for check in found:
+            checks.setdefault(replace(check, node=node))
     return list(checks)
 
 

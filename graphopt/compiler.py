@@ -187,9 +187,10 @@ def compile_captured(captured: Captured, options: Options, *, label: str = "mode
     use_native = provider is not None and bool(units[0].kernels)
     changed_words, found = (provider.changed_words(), provider.native()) if provider is not None and use_native else (None, None)
     native = None if found is None else Native(*found)
+    look = provider.index_look() if provider is not None and any(u.has_checks for u in units) else None
     for unit in units:
         report_fallbacks(unit.report, unit.lowered, options)
-        unit.program = Program(unit.lowered, unit.kernels, lambda node: LibraryCall(node, device), device, changed_words, native)
+        unit.program = Program(unit.lowered, unit.kernels, lambda node: LibraryCall(node, device), device, changed_words, native, look)
         unit.report.program = unit.program.source
         unit.report.memory = _memory(unit.graph, unit.lowered, unit.program)
     first, *others = units
@@ -300,6 +301,11 @@ class _Unit:
         self.graph, self.report = graph, report
         self.kernels: list[Callable[..., Any]] = []
         report.text_before = str(graph)
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether kernels read or write by indices that must be in range."""
+        return any(isinstance(s, KernelStep) and s.checks for s in self.lowered.steps)
 
 
 def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Options, *, inputs: Mapping[int, str] | None = None,

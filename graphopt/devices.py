@@ -39,6 +39,9 @@ class KernelProvider(Protocol):
     def native(self) -> Any:
         """Runs tapes of calls (the fields of ``graphopt.tape.Native``); None where each call is made from Python."""
 
+    def index_look(self) -> Any:
+        """Looks through an index (``graphopt.index_flags.Look``); None where an index is looked at before a kernel reads by it."""
+
 
 def choose_target(device: torch.device, options: Options) -> Target:
     """The device to compile for.

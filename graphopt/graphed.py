@@ -70,9 +70,7 @@ def unrecordable(lowered: Lowered) -> str | None:
 
 def _unfit(step: KernelStep | LibraryStep) -> str | None:
     where = f" [{step.node.loc}]" if step.node.loc else ""
-    if isinstance(step, KernelStep):
-        return f"indices are looked at before they are used, which waits for the device{where}" if step.checks else None
-    if step.node.op.name != "aten":
+    if isinstance(step, KernelStep) or step.node.op.name != "aten":
         return None
     target = resolve_aten(step.node.attrs["target"])
     if target.namespace not in _NAMESPACES:
@@ -148,35 +146,32 @@ class Graphed:
         if (why := unrecordable(lowered)) is not None:
             self._stop(why)
 
-    def __call__(self, values: Values, inputs: Sequence[torch.Tensor], staged: Sequence[torch.Tensor], sizes: Mapping[str, int],
-                 ) -> list[torch.Tensor]:  # fmt: skip
-        """Run.
+    def __call__(self, values: Values | None, inputs: Sequence[torch.Tensor], staged: Sequence[torch.Tensor], sizes: Mapping[str, int],
+                 ) -> list[torch.Tensor] | None:  # fmt: skip
+        """The outputs of a call that is replayed, or made over memory to be recorded over; None for one that is to be made as ever.
 
         Args:
-            values: the state of the weights that ``staged`` is of; recordings are kept with it.
+            values: the state of the weights that ``staged`` is of, recordings are kept with it; None for one that lasts for this call only.
             inputs: in the layout that kernels expect.
         """
         if self.calls.stopped or self._inside == threading.get_ident():  # or called by what it calls itself
-            return self._program.launch(inputs, staged, sizes)
-        if (why := self._recorder.why_not_now()) is not None:
-            self.not_replayed(why)
-            return self._program.launch(inputs, staged, sizes)
+            return None
+        why = self._recorder.why_not_now()
+        if values is None:
+            why = "a weight lies in another layout than kernels expect, and is copied for each call"
+        if why is not None or values is None:
+            self.calls.launched += 1
+            self._say(f"not replayed: {why}")
+            return None
         with self._lock:
             self._inside = threading.get_ident()
             try:
-                outputs = self._recorded_call(values, inputs, staged, sizes)
+                return self._recorded_call(values, inputs, staged, sizes)
             finally:
                 self._inside = None
-        return self._program.launch(inputs, staged, sizes) if outputs is None else outputs
-
-    def not_replayed(self, why: str) -> None:
-        """Note that a call is made without a recording, and why."""
-        self.calls.launched += 1
-        self._say(f"not replayed: {why}")
 
     def _recorded_call(self, values: Values, inputs: Sequence[torch.Tensor], staged: Sequence[torch.Tensor], sizes: Mapping[str, int],
                        ) -> list[torch.Tensor] | None:  # fmt: skip
-        """The outputs of a call that is replayed, or made to be recorded; None for one that is to be made as ever."""
         kinds: dict[Any, _Recorded | None] = values.made.setdefault(self, {})
         kind = self._kind(inputs, sizes)
         if (found := kinds.get(kind)) is not None:

@@ -16,6 +16,7 @@ import torch
 
 from graphopt.graphed import Graphed
 from graphopt.guards import InputGuard
+from graphopt.index_flags import IndexFlags, Look
 from graphopt.ir.graph import Node
 from graphopt.lower import KernelStep, Lowered
 from graphopt.pages import uninitialized
@@ -23,7 +24,7 @@ from graphopt.program_weights import ProgramWeights, picker
 from graphopt.program_writer import Call, ProgramWriter
 from graphopt.sizes import SizeReader
 from graphopt.tape import KernelFunction, Native, Tapes
-from graphopt.weights import ChangedWords, StagedValues
+from graphopt.weights import ChangedWords, StagedValues, Values
 
 _CALL = re.compile(r"^(.*?\b)([kL]\d+)\(", re.MULTILINE)  # of a kernel or the library; at most one a line
 
@@ -40,6 +41,7 @@ class Program:
         device: where buffers live.
         changed_words: compares words of weights in native code; None to do it in Python.
         native: makes calls of kernels that follow one another in one go; None to make each from Python.
+        look: looks through indices without waiting for what it finds; None to look at each before a kernel reads by it.
 
     Attributes:
         source: the generated text, call by call.
@@ -50,13 +52,14 @@ class Program:
         weights: the weights that are read, and what is staged from them.
         read_sizes: values of the graph's symbols from a call's inputs.
         graphed: records calls and replays them; None to make each.
+        flags: what checks of indices found that nobody waits for; None where there are no such checks.
     """
 
     def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device,
-                 changed_words: ChangedWords | None = None, native: Native | None = None) -> None:  # fmt: skip
+                 changed_words: ChangedWords | None = None, native: Native | None = None, look: Look | None = None) -> None:  # fmt: skip
         self.device = device
         graph = self.graph = lowered.graph
-        writer = ProgramWriter(lowered, kernels, library, device)
+        writer = ProgramWriter(lowered, kernels, library, device, numbered=look is not None)
         self.source = writer.write()
         self.plan, self.calls = writer.plan, writer.calls
         self.written = tuple(dict.fromkeys(lowered.in_place.values()))
@@ -69,6 +72,10 @@ class Program:
         self._mine: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] | None = None  # of the staged values; None: all
         self._guard: InputGuard | None = None
         self.graphed: Graphed | None = None
+        self.flags: IndexFlags | None = None
+        if look is not None and writer.checks:
+            self.flags = IndexFlags(look, writer.checks, device, late=device.type != "cpu")
+            writer.namespace["check_index"] = self.flags.checking(look)
         if kernels:
             self._guard = InputGuard({i: v for i, v in enumerate(graph.inputs) if not v.weight}, device)
         self.read_sizes = SizeReader(graph)
@@ -110,17 +117,29 @@ class Program:
         Args:
             kernel: a kernel -> what to call in its place.
         """
-        twin = self.wrapped(lambda i, call: kernel(call) if isinstance(self.calls[i], KernelStep) else call)
+        twin = copy.copy(self)
+        if self.flags is not None:
+            twin._namespace = {**self._namespace, "check_index": self.flags.checking(kernel(self.flags.look))}
+        twin = twin.wrapped(lambda i, call: kernel(call) if isinstance(self.calls[i], KernelStep) else call)
         tensors = self._make_arena().tensors
         return lambda inputs, staged, sizes: twin._run(inputs, staged, tensors, sizes)
 
-    def launch(self, inputs: Sequence[torch.Tensor], staged: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> list[torch.Tensor]:
-        """Run on inputs in the right layout, call by call."""
-        arena = self._arenas.pop() if self._arenas else self._make_arena()
-        try:
-            return self._run(inputs, staged, arena.tensors, sizes)
-        finally:
-            self._arenas.append(arena)
+    def _on_gpu(self, values: Values | None, inputs: Sequence[torch.Tensor], staged: Sequence[torch.Tensor], sizes: Mapping[str, int],
+                ) -> list[torch.Tensor]:  # fmt: skip
+        """Run on inputs in the right layout, by a recording or call by call. ``values``: None where weights were copied for this call."""
+        if self.flags is not None:
+            self.flags.raise_found()
+        outputs = None if self.graphed is None else self.graphed(values, inputs, staged, sizes)
+        if outputs is None:
+            arena = self._arenas.pop() if self._arenas else self._make_arena()
+            try:
+                outputs = self._run(inputs, staged, arena.tensors, sizes)
+            finally:
+                self._arenas.append(arena)
+        if self.flags is not None:
+            self.flags.fetch()
+            self.flags.raise_found()
+        return outputs
 
     @property
     def guarded(self) -> bool:
@@ -146,10 +165,8 @@ class Program:
             inputs = self._guard(inputs)
         if sizes is None:
             sizes = self.read_sizes(inputs) if self._symbols else {}
-        if self.graphed is not None:
-            if lasting:
-                return self.graphed(values, inputs, staged, sizes)
-            self.graphed.not_replayed("a weight lies in another layout than kernels expect, and is copied for each call")
+        if self.graphed is not None or self.flags is not None:
+            return self._on_gpu(values if lasting else None, inputs, staged, sizes)
         torch.get_num_threads()  # in a new thread, the call that makes OpenMP's number of threads PyTorch's
         arena = self._arenas.pop() if self._arenas else self._make_arena()
         try:

@@ -14,6 +14,7 @@ import torch
 
 from graphopt.bounds import INDEXED, IndexCheck, IndexOutOfRange
 from graphopt.guards import InputError
+from graphopt.index_flags import Checked
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.interpreter import restride
@@ -65,10 +66,15 @@ class Storage:
 
 
 class ProgramWriter:
-    """Gives every value a place and writes the program's text."""
+    """Gives every value a place and writes the program's text.
 
-    def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device) -> None:
-        self.lowered, self.kernels, self.library = lowered, kernels, library
+    Args:
+        numbered: whether a check of an index is told its number in ``checks``, and not what to raise.
+    """
+
+    def __init__(self, lowered: Lowered, kernels: Sequence[KernelFunction], library: Callable[[Node], Call], device: torch.device,
+                 numbered: bool = False) -> None:  # fmt: skip
+        self.lowered, self.kernels, self.library, self._numbered = lowered, kernels, library, numbered
         self.namespace: dict[str, Any] = {
             "empty": torch.empty, "fresh": _fresh(device), "large": _large(device), "restride": restride, "check_index": check_index,
             "torch": torch, "device": device, "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes,
@@ -91,6 +97,7 @@ class ProgramWriter:
         self._launches: dict[int, Launch] = {}  # by line
         self._early: list[int] = []  # lines
         self.calls: list[KernelStep | LibraryStep] = []  # in the order of their lines
+        self.checks: list[Checked] = []
         self._count = 0
 
     # --- analysis -----------------------------------------------------------------------------------------------------
@@ -244,7 +251,12 @@ class ProgramWriter:
 
     def _check(self, check: IndexCheck, operand: str) -> str:
         operand += "".join(view_expression(n) for n in check.views)
-        return f"check_index({operand}, {expression(check.low)}, {expression(check.high)}, {check.error.__name__})"
+        told = check.error.__name__
+        if self._numbered:
+            assert check.node is not None
+            told = str(len(self.checks))
+            self.checks.append(Checked(check.node.op.name, str(check.node.loc or ""), check.error))
+        return f"check_index({operand}, {expression(check.low)}, {expression(check.high)}, {told})"
 
     def _result(self, v: Value, i: int) -> str:
         """A place for a kernel's result: in the arena if its size is known and no caller will see it, else fresh."""

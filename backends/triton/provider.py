@@ -51,6 +51,13 @@ class Provider:
     def native(self) -> None:
         """Each call is made from Python."""
 
+    def index_look(self) -> Callable[..., None]:
+        """Looks through an index for one that is out of range, without waiting for what it finds."""
+        from graphopt.backends.triton import indices
+        from graphopt.backends.triton.interpret import interpreted
+
+        return interpreted(indices) if self.interpret else indices.launch
+
     def load_or_build(self, jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,
                       progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact | BuildError]:  # fmt: skip
         """Kernels for jobs, in order; for one that could not be made, the error."""

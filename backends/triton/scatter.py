@@ -3,8 +3,9 @@
     put:      y = x;  for m in order:  y[p, index[m], q] = y[p, index[m], q] * source[p, m, q]
     scatter:  y = x;  for m in order:  y[p, index[p, m, q], q] = y[p, index[p, m, q], q] * source[p, m, q]
 
-with the update's own operation for ``*``. A *row* is a place along the indexed axis, a *column* one along all others, a *position* an m.
-Positions may repeat, and no two programs write to one place where their order would show. Three sketches:
+with the update's own operation for ``*``; nothing is written where the index is out of range. A *row* is a place along the indexed axis,
+a *column* one along all others, a *position* an m. Positions may repeat, and no two programs write to one place where their order would
+show. Three sketches:
 
 ``owned``: a program has some rows and columns of the result, looks through the index for its own rows, and joins what it finds in order;
     the result is written once, and the operand is not copied before. ``block`` positions are looked at together (1: each in turn).
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from graphopt.backends.forms.support import SCATTERS, is_materialized
 from graphopt.backends.triton.code import Code, Launch, Scratch, ceildiv, conditions
@@ -125,9 +127,14 @@ class _Kernel:
         """What the index says."""
         return self.e.at(self.u.index, along if self.u.shared else self.u.at(along, beside))
 
-    def row(self, along: Sequence[Sum], beside: Sequence[Sum]) -> Sum:
-        """The same as a row, kept within bounds."""
-        return self.e.position(self.u.index, along if self.u.shared else self.u.at(along, beside), self.u.size)
+    def row(self, along: Sequence[Sum], beside: Sequence[Sum], lane: Var) -> tuple[Sum, Var]:
+        """The same as a row, kept within bounds, and the lane, which writes only where there is such a row."""
+        at, last = self.place(along, beside), self.code.size(self.u.size)
+        row = self.e.position(self.u.index, along if self.u.shared else self.u.at(along, beside), self.u.size)
+        if at.literal:
+            return row, lane
+        valid = self.code.let("valid", f"({at.text} >= 0) & ({at.text} < {last})", at.depth)
+        return row, replace(lane, inside=(*lane.inside, valid))
 
     def joined(self, old: str, new: Tile) -> str:
         """An element after the update."""
@@ -264,10 +271,11 @@ class OrderedKernel(_InMemory):
         beside = e.places.unflatten(variable(column), u.beside)
         with self.in_turn() as position:
             along = e.places.unflatten(variable(position), u.positions)
-            index = u.at([self.row(along, beside)], beside)
+            row, there = self.row(along, beside, column)
+            index = u.at([row], beside)
             new = e.wide(u.source, u.at(along, beside))
-            old = "" if u.update == "set" else e.stored(0, index, [column], "[BLOCK]").text
-            e.store(0, index, [column], "[BLOCK]", self.joined(old, new))
+            old = "" if u.update == "set" else e.stored(0, index, [there], "[BLOCK]").text
+            e.store(0, index, [there], "[BLOCK]", self.joined(old, new))
             if u.update != "set" and u.count != 1:
                 code.line("tl.debug_barrier()")  # what one thread wrote another one may read
         return self.launched(size, warps)
@@ -283,8 +291,8 @@ class AtomicKernel(_InMemory):
         index = e.places.unflatten(variable(lane), u.source.shape)
         span = len(u.positions)
         along, beside = index[u.axis : u.axis + span], [*index[: u.axis], *index[u.axis + span :]]
-        new, row = e.wide(u.source, index), self.row(along, beside)
-        place, mask = e.lanes_at("out0", e.output_place(0, u.at([row], beside)), [lane], "[BLOCK]")
+        new, (row, there) = e.wide(u.source, index), self.row(along, beside, lane)
+        place, mask = e.lanes_at("out0", e.output_place(0, u.at([row], beside)), [there], "[BLOCK]")
         code.line(f"{_ATOMICS[u.update]}({place}, {new.text}{mask}, sem=\"relaxed\")")
         return self.launched(size, warps)
 

@@ -81,6 +81,10 @@ def _mark(folder: Path, model: str) -> Path:
     return folder / "models" / f"{model}-{source_hash('tvm')}"
 
 
+def index_look() -> None:
+    """An index is looked at before a kernel reads by it."""
+
+
 def load_or_build(jobs: Sequence[tuple[Workload, Schedule]], target: Target, cache_dir: Path, workers: int,
                   progress: Callable[[str, int, int], None] | None) -> list[LoadedArtifact | BuildError]:  # fmt: skip
     """Kernels for jobs, in order; for one that could not be built or loaded, the error."""
