@@ -48,7 +48,7 @@ def _evaluate(name: str, before: Sequence[torch.Tensor], args: Sequence[Any]) ->
     p = named(args)
     evaluate = OPS[name].evaluate
     assert evaluate is not None
-    results = evaluate([*before, *given(p)], attributes(p, args[OPERANDS:]), EvalContext({}))
+    results = evaluate([*before, *given(p)], attributes(p, args[OPERANDS:]), EvalContext({}, device=p.q.device))
     return tuple(x.contiguous() for x in results)
 
 

@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from graphopt.ir.graph import Node
-from graphopt.ir.interpreter import evaluate_node, fill_template, flatten_results, resolve_aten
+from graphopt.ir.interpreter import evaluate_node, fill_template, flatten_results, made_at, resolve_aten
 from graphopt.ir.ops import EvalContext, Ref
 
 
@@ -41,7 +41,7 @@ class LibraryCall:
             if all(isinstance(a, Ref) or _only_constants(a) for a in args) and all(_only_constants(v) for _, v in kwargs):
                 self._slots = [(i, a.index) for i, a in enumerate(args) if isinstance(a, Ref)]
                 self._args = [None if isinstance(a, Ref) else fill_template(a, (), self._static) for a in args]
-                self._kwargs = {k: fill_template(v, (), self._static) for k, v in kwargs}
+                self._kwargs = {k: fill_template(v, (), self._static) for k, v in kwargs} | made_at(node, self._target, device)
                 self._call = self._target
 
     def __call__(self, operands: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> list[torch.Tensor]:

@@ -189,6 +189,26 @@ def attention(c: Context, q: Value, k: Value, v: Value, dropout_p: float = 0.0, 
     return [c.b.attention(*operands, scale=float(scale), causal=is_causal), None]
 
 
+@lowers("_scaled_dot_product_flash_attention")
+def flash_attention(c: Context, q: Value, k: Value, v: Value, dropout_p: float = 0.0, is_causal: bool = False,
+                    return_debug_mask: bool = False, scale: float | None = None) -> list[Value | None]:  # fmt: skip
+    """PyTorch's choice on a GPU for half precision; the other results are for its own backward."""
+    return _first(c, attention(c, q, k, v, dropout_p, is_causal, None, scale))
+
+
+@lowers("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+def efficient_attention(c: Context, q: Value, k: Value, v: Value, attn_bias: Value | None, compute_log_sumexp: bool,
+                        dropout_p: float = 0.0, is_causal: bool = False, return_debug_mask: bool = False,
+                        scale: float | None = None) -> list[Value | None]:  # fmt: skip
+    """PyTorch's choice on a GPU for f32 and for masks."""
+    return _first(c, attention(c, q, k, v, dropout_p, is_causal, attn_bias, scale))
+
+
+def _first(c: Context, results: list[Value | None]) -> list[Value | None]:
+    """The first result, for an operator that has more."""
+    return [*results[:1], *[None] * (len(c.outs) - 1)]
+
+
 def _shares(many: Dim, few: Dim) -> bool:
     """Whether so many heads of queries can share so many heads of keys."""
     return many == few or (isinstance(many, int) and isinstance(few, int) and few > 0 and many % few == 0)

@@ -44,7 +44,7 @@ class _TracedSizes(EvalContext):
 
     def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
         sizes = [(d, n) for v, x in zip(graph.inputs, inputs, strict=True) for d, n in zip(v.shape, x.shape, strict=True)]
-        super().__init__({d.name: n for d, n in sizes if isinstance(d, sympy.Symbol)})
+        super().__init__({d.name: n for d, n in sizes if isinstance(d, sympy.Symbol)}, device=inputs[0].device)
 
     def dim(self, d: Dim) -> int:
         if isinstance(d, int):

@@ -24,16 +24,17 @@ def spelled_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inpl
     return x * (torch.bernoulli(torch.zeros_like(x), 1 - p) / (1 - p))
 
 
-def spelled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
-                      is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+def spelled_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+                      dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+                      enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
     """scaled_dot_product_attention as its documentation defines it; a row that sees no key gives zeros."""
     if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    s = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril() if is_causal else attn_mask
     if seen is not None:
         s = s.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else s + seen
-    return spelled_dropout(torch.ops.aten._safe_softmax(s, -1), dropout_p) @ v
+    return spelled_dropout(torch.ops.aten._safe_softmax(s, -1), dropout_p) @ value
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

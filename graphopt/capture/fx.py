@@ -239,10 +239,11 @@ class _Capture:
         b = Builder(self.graph, loc=location(node.meta))
         args, kwargs = [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
         build = TABLE.get(str(target))
-        if build is not None and all(v is None or isinstance(v, torch.Tensor) for v in vals):
+        used = self.used(node, len(vals))
+        if build is not None and all(v is None or isinstance(v, torch.Tensor) or not u for v, u in zip(vals, used, strict=True)):
             last = self.graph._last
             try:
-                return self.lower(node, b, build, args, kwargs, vals)
+                return self.lower(node, b, build, args, kwargs, [v if isinstance(v, torch.Tensor) else None for v in vals])
             except (Decline, TypeInferenceError):
                 self.erase_after(last)
         if target is torch.ops.aten.as_strided.default:

@@ -67,7 +67,7 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
         return []
     names = [str(getattr(n.target, "__name__", n.target)) for n in gm.graph.nodes]
     closed = [Remark("missed", NAME, NAME, why) for part, why in _CLOSED.items() if any(part in name for name in names)]
-    if not _worth_a_look(gm, names):
+    if not _worth_a_look(names):
         return closed
     try:
         found, said = _look(gm, options)
@@ -85,8 +85,8 @@ def train_attention(gm: torch.fx.GraphModule, options: Options) -> list[Remark]:
 
 def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement], list[Remark]]:
     """What is to be replaced, in order, and what is to be said. Changes nothing."""
+    target = choose_target(_device(gm), options)
     nodes, graph, values = _capture(gm)
-    target = choose_target(torch.device("cpu"), options)
     ctx = PassContext(target=target)
     pipeline = [
         replace(p, dropout=True) if isinstance(p, RecogniseAttention) else p for p in edit_pipeline(default_pipeline(), options.pipeline)
@@ -113,13 +113,22 @@ def _look(gm: torch.fx.GraphModule, options: Options) -> tuple[list[_Replacement
     return replacements, said + [r for r in ctx.remarks if r.pass_name == NAME]
 
 
-def _worth_a_look(gm: torch.fx.GraphModule, names: Sequence[str]) -> bool:
-    """Whether a graph for the CPU has a softmax, or something that may be a part of one."""
-    fakes = [n.meta.get("example_value") for n in gm.graph.nodes]
-    on_cpu = all(x.device.type == "cpu" for x in fakes if isinstance(x, torch.Tensor))
+def _worth_a_look(names: Sequence[str]) -> bool:
+    """Whether a graph has a softmax, or something that may be a part of one."""
     if any(part in name for name in names for part in _STATEFUL):
         return False
-    return on_cpu and any(hint in name for name in names for hint in _HINTS)
+    return any(hint in name for name in names for hint in _HINTS)
+
+
+def _device(gm: torch.fx.GraphModule) -> torch.device:
+    """Where all tensors of a graph are."""
+    fakes = [n.meta.get("example_value") for n in gm.graph.nodes]
+    found = list(dict.fromkeys(x.device for x in fakes if isinstance(x, torch.Tensor)))
+    if len(found) > 1:
+        raise Uncapturable(f"tensors are on {' and '.join(map(str, found))}")
+    if found[0].type not in ("cpu", "cuda"):
+        raise Uncapturable(f"no kernels are generated for {found[0].type} devices yet")
+    return found[0]
 
 
 # --- from Dynamo's graph to the IR -----------------------------------------------------------------------------------
@@ -154,13 +163,18 @@ def _capture(gm: torch.fx.GraphModule) -> tuple[list[torch.fx.Node], Graph, list
 
 
 class _Spelled(torch.fx.Interpreter):
-    """Runs a graph, and dropout by its definition: tracing PyTorch's own asks for numbers of symbolic sizes, or draws in place."""
+    """Runs a graph, and dropout by its definition: tracing PyTorch's own asks for numbers of symbolic sizes, or draws in place.
+
+    So is attention with dropout, and all of it on a GPU, for which PyTorch has several operators and chooses by sizes.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is dropout:
             target = spelled_dropout
-        elif target is scaled_dot_product_attention and (kwargs.get("dropout_p") or any(args[4:5])):
-            target = spelled_attention
+        elif target is scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            drops = kwargs.get("dropout_p") or any(args[4:5])
+            target = spelled_attention if drops or query.device.type != "cpu" else target
         return super().call_function(target, args, kwargs)
 
 

@@ -141,7 +141,14 @@ def _call(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) -> lis
     placed = [x.contiguous() if s is None else restride(x, ctx.shape(s)) for x, s in zip(operands, layouts, strict=True)]
     args = fill_template(node.attrs["args"], placed, ctx)
     kwargs = {k: fill_template(v, placed, ctx) for k, v in node.attrs["kwargs"]}
-    return flatten_results(resolve_aten(node.attrs["target"])(*args, **kwargs))
+    target = resolve_aten(node.attrs["target"])
+    return flatten_results(target(*args, **kwargs, **made_at(node, target, ctx.device)))
+
+
+def made_at(node: Node, target: Any, device: torch.device | str) -> dict[str, Any]:
+    """The argument by which an operator without operands makes its tensor where all others are, if it does not say where."""
+    asks = any(a.name == "device" for a in target._schema.arguments)
+    return {"device": device} if asks and not node.operands and "device" not in dict(node.attrs["kwargs"]) else {}
 
 
 def restride(x: torch.Tensor, strides: Sequence[int], copy: bool = False) -> torch.Tensor:
