@@ -10,6 +10,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Program:
         self.written = tuple(dict.fromkeys(lowered.in_place.values()))
         self._layout = writer.arena
         self._buffers = writer.buffers
-        self._arenas: list[_Arena] = []
+        self._arenas = Arenas(partial(torch.cuda.current_stream, device) if device.type == "cuda" else None)
         used = dict.fromkeys(v for node in (*(step.node for step in lowered.steps), graph.ret) for v in node.operands)
         direct = [v.index for v in graph.inputs if v.weight and v in used]
         self.weights = ProgramWeights(lowered, writer.staged, direct, bool(kernels), library, device, changed_words)
@@ -131,11 +132,12 @@ class Program:
             self.flags.raise_found()
         outputs = None if self.graphed is None else self.graphed(values, inputs, staged, sizes)
         if outputs is None:
-            arena = self._arenas.pop() if self._arenas else self._make_arena()
+            free = self._arenas.free()
+            arena = free.pop() if free else self._make_arena()
             try:
                 outputs = self._run(inputs, staged, arena.tensors, sizes)
             finally:
-                self._arenas.append(arena)
+                free.append(arena)
         if self.flags is not None:
             self.flags.fetch()
             self.flags.raise_found()
@@ -168,7 +170,8 @@ class Program:
         if self.graphed is not None or self.flags is not None:
             return self._on_gpu(values if lasting else None, inputs, staged, sizes)
         torch.get_num_threads()  # in a new thread, the call that makes OpenMP's number of threads PyTorch's
-        arena = self._arenas.pop() if self._arenas else self._make_arena()
+        free = self._arenas.free()
+        arena = free.pop() if free else self._make_arena()
         try:
             if run is None or self._joined is None:
                 return self._run(inputs, staged, arena.tensors, sizes)
@@ -177,7 +180,7 @@ class Program:
                 table = values.made[self._joined] = self._joined.table(staged, inputs)
             return run(inputs, staged, arena.tensors, sizes, arena.tapes.addresses, table.address)
         finally:
-            self._arenas.append(arena)
+            free.append(arena)
 
     @property
     def staged(self) -> StagedValues | None:
@@ -202,6 +205,24 @@ class _Arena(NamedTuple):
 
     tensors: list[torch.Tensor]
     tapes: Tapes
+
+
+class Arenas:
+    """Arenas that no call has at the moment.
+
+    Args:
+        stream: the current one; where kernels go on when a call has returned, the next call of another stream must not have its arena.
+            None where they do not.
+    """
+
+    def __init__(self, stream: Callable[[], Any] | None = None) -> None:
+        self._stream = stream
+        self._all: list[_Arena] = []
+        self._of: dict[Any, list[_Arena]] = {}
+
+    def free(self) -> list[_Arena]:
+        """Those that a call may take from the end of, and has to put back to."""
+        return self._all if self._stream is None else self._of.setdefault(self._stream(), [])
 
 
 def share_weights(programs: Sequence[Program]) -> None:

@@ -15,8 +15,9 @@ from graphopt.guards import InputError, InputGuard, alike
 from graphopt.ir import Graph, evaluate, parse_graph
 from graphopt.lower import lower
 from graphopt.memory import Lifetime, plan
-from graphopt.program import Program
+from graphopt.program import Arenas, Program, _Arena
 from graphopt.program_writer import check_index
+from graphopt.tape import Tapes
 from graphopt.target import Target
 
 CPU = torch.device("cpu")
@@ -89,6 +90,19 @@ def test_stale_staged_values_are_freed_at_once() -> None:
         assert staged() is None
     finally:
         gc.enable()
+
+
+def test_an_arena_stays_with_its_stream() -> None:
+    """Kernels may still work on it when the call has returned."""
+    stream = ["first"]
+    arenas, alone = Arenas(lambda: stream[0]), Arenas()
+    arena = _Arena([], Tapes([]))
+    for pool in (arenas, alone):
+        pool.free().append(arena)
+    stream[0] = "second"
+    assert not arenas.free() and alone.free() == [arena]
+    stream[0] = "first"
+    assert arenas.free() == [arena]
 
 
 def test_inference_tensors_are_never_cached() -> None:

@@ -150,6 +150,6 @@ def test_errors_of_a_kernel_are_raised() -> None:
     assert joined_ is not None
     run = joined_.runs[0]
     joined_.runs[0] = type(run)((run.launches[0], Launch(broken_kernel, ("t0",)), *run.launches[1:]), run.values)
-    program._arenas.clear()
+    program._arenas.free().clear()
     with pytest.raises(ValueError, match="broken here"):
         made(torch.randn(6, 48))
