@@ -229,6 +229,8 @@ class Graphed:
         except Exception as error:  # whatever a driver, a library or an operator may raise: the call itself was made
             self._stop(f"recording failed: {first_line(error)}")
         else:
+            for k in self._in_place:
+                recording.outputs[k] = torch.empty(0)  # the caller's memory, which must not live as long as a recording
             kinds[kind] = _Recorded(memory, recording)
             self._alive.add(recording)
             self.calls.recorded += 1

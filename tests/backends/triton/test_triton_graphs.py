@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,8 +13,10 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt import graphed
 from graphopt.errors import UsageError
 from graphopt.graphed import MOST
+from graphopt.recorders import CpuRecorder
 from graphopt.report import GraphCalls, Report
 
 OPTIONS: dict[str, Any] = {"backend": "triton", "target": "cuda:sm_90:4", "tuning_db": None, "strict": True}
@@ -122,6 +126,26 @@ def test_a_cache_is_updated_where_it_lies() -> None:
     report = graphopt.reports()[-1]
     assert [k.kind for k in report.kernels].count("update") == 1 and graphs(report) == GraphCalls(1, 4, 2)
     assert (report.memory["graphs"] or 0) < 2 * 16 * 8 * 4 * 3  # inputs of the graph: the index and the row, not the cache
+
+
+class Addresses(CpuRecorder):
+    """Keeps no more of a call than a CUDA graph does: what it returned."""
+
+    def record(self, run: Any, written: Any) -> Any:
+        recording = super().record(run, written)
+        recording._steps.clear()
+        return recording
+
+
+def test_a_recording_does_not_keep_a_cache_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "CpuRecorder", Addresses)
+    compiled, cache = compiled_cache(), torch.zeros(2, 16, 8)
+    steps(compiled, [cache], 2)
+    assert graphs(graphopt.reports()[-1]).recorded == 1
+    gone = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert gone() is None
 
 
 def test_caches_in_turn_have_a_recording_each_up_to_the_bound() -> None:
