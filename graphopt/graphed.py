@@ -86,10 +86,14 @@ def _unfit(step: KernelStep | LibraryStep) -> str | None:
 
 
 class _Static:
-    """The memory that a recording reads its inputs from: the input's position -> tensor."""
+    """The memory that a recording reads its inputs from: the input's position -> tensor.
+
+    ``streams``: those that the recorder has told PyTorch's allocator of.
+    """
 
     def __init__(self, tensors: dict[int, torch.Tensor]) -> None:
         self.tensors = tensors
+        self.streams: set[Any] = set()  # membership only
         self._places = [_once(x) for x in tensors.values()]
 
     def fill(self, inputs: Sequence[torch.Tensor]) -> None:
@@ -135,6 +139,7 @@ class Graphed:
         self._inside: int | None = None  # the thread that has the lock
         self._alone: Callable[..., list[torch.Tensor]] | None = None
         self._alive: weakref.WeakSet[Recording] = weakref.WeakSet()
+        self._said: dict[str, None] = {}
         self._in_place = lowered.in_place
         inputs = program.graph.inputs
         read = dict.fromkeys(v for step in lowered.steps for v in step.node.operands) | dict.fromkeys(lowered.graph.outputs)
@@ -156,7 +161,7 @@ class Graphed:
         """
         if self.calls.stopped or self._inside == threading.get_ident():  # or called by what it calls itself
             return None
-        why = self._recorder.why_not_now()
+        why = self._recorder.why_not_now() or (self._unfit_inputs(inputs) if self._by_size else None)
         if values is None:
             why = "a weight lies in another layout than kernels expect, and is copied for each call"
         if why is not None or values is None:
@@ -203,17 +208,14 @@ class Graphed:
         return False
 
     def _replay(self, found: _Recorded, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        self._recorder.in_order(found.memory.tensors.values())
+        self._recorder.in_order(found.memory.tensors.values(), found.memory.streams)
         found.memory.fill(inputs)
         found.recording.replay()
         return [inputs[self._in_place[k]] if k in self._in_place else x.clone() for k, x in enumerate(found.recording.outputs)]
 
     def _record(self, kinds: dict[Any, _Recorded | None], kind: Any, inputs: Sequence[torch.Tensor], staged: Sequence[torch.Tensor],
-                sizes: Mapping[str, int]) -> list[torch.Tensor] | None:  # fmt: skip
-        """Make a call over memory of a recording's own, and record it; None if it cannot be."""
-        if (why := self._unfit_inputs(inputs)) is not None:
-            self._stop(why)
-            return None
+                sizes: Mapping[str, int]) -> list[torch.Tensor]:  # fmt: skip
+        """Make a call over memory of a recording's own, and record it."""
         if self._alone is None:
             self._alone = self._program.alone(self._recorder.kernel)
         run, placed = self._alone, list(inputs)
@@ -221,7 +223,7 @@ class Graphed:
             memory = _Static({i: _like(inputs[i]) for i in self._copied})
         for i, x in memory.tensors.items():
             placed[i] = x
-        self._recorder.in_order(memory.tensors.values())
+        self._recorder.in_order(memory.tensors.values(), memory.streams)
         memory.fill(inputs)
         outputs = run(placed, staged, sizes)
         try:
@@ -250,10 +252,10 @@ class Graphed:
         return None
 
     def _stop(self, why: str) -> None:
-        self.calls.stopped = why
+        self.calls.stopped, self._alone = why, None
         self._say(f"each call is launched: {why}")
 
     def _say(self, message: str, kind: Literal["passed", "missed"] = "missed") -> None:
-        remark = Remark(kind, NAME, NAME, message)
-        if remark not in self._report.remarks:
-            self._report.remarks.append(remark)
+        if message not in self._said:
+            self._said[message] = None
+            self._report.remarks.append(Remark(kind, NAME, NAME, message))

@@ -63,8 +63,13 @@ class Recorder(Protocol):
     def why_not_now(self) -> str | None:
         """Why a call of this moment cannot be replayed; None if it can."""
 
-    def in_order(self, static: Iterable[torch.Tensor]) -> None:
-        """See to it that what comes next on the current stream waits for earlier replays, which use the same memory."""
+    def in_order(self, static: Iterable[torch.Tensor], streams: set[Any]) -> None:
+        """See to it that what comes next on the current stream waits for earlier replays, which use the same memory.
+
+        Args:
+            static: memory that is written before the replay; it is not to be given to others while that goes on.
+            streams: those that this was arranged for; added to.
+        """
 
 
 # --- CUDA graphs (and HIP's, under the same name in PyTorch) ---------------------------------------------------------------------
@@ -106,13 +111,14 @@ class CudaRecorder:
     def why_not_now(self) -> str | None:
         return "the caller records a CUDA graph of its own" if torch.cuda.is_current_stream_capturing() else None
 
-    def in_order(self, static: Iterable[torch.Tensor]) -> None:
+    def in_order(self, static: Iterable[torch.Tensor], streams: set[Any]) -> None:
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None and stream != self._last:
             stream.wait_stream(self._last)
-        if stream != self._last:
+        if stream not in streams:
+            streams.add(stream)
             for x in static:
-                x.record_stream(stream)  # or their memory would be free for others before a replay has ended
+                x.record_stream(stream)
         self._last = stream
 
 
@@ -165,7 +171,7 @@ class CpuRecorder:
     def why_not_now(self) -> str | None:
         return None
 
-    def in_order(self, static: Iterable[torch.Tensor]) -> None:
+    def in_order(self, static: Iterable[torch.Tensor], streams: set[Any]) -> None:
         """All is done in order anyway."""
 
 

@@ -349,9 +349,23 @@ def test_replays_on_several_streams_come_one_after_the_other(monkeypatch: pytest
     a, b, x = FakeStream(), FakeStream(), FakeTensor()
     recorder, used = CudaRecorder(torch.device("cuda:0")), [a, a, b, b, a]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: used.pop(0))
-    static: Any = [x]
+    static, streams = [x], set[Any]()
     for _ in range(5):
-        recorder.in_order(static)
-    assert a.waited == [b] and b.waited == [a] and x.streams == [a, b, a]
+        recorder.in_order(static, streams)
+    assert a.waited == [b] and b.waited == [a] and x.streams == [a, b]
+    used[:], other = [a], FakeTensor()
+    recorder.in_order([other], set())  # of another recording
+    assert other.streams == [a]
+
+
+def test_inputs_that_are_no_strided_tensors_are_not_copied() -> None:
+    graph, program, report = graphed(PAIR)
+    x, w, y = pair()
+    for _ in range(3):
+        program([x.to_sparse(), w, y])
+    assert report.graphs is not None and not report.graphs.recorded and "is no strided tensor" in said(report)
+    for _ in range(3):
+        right(graph, [x, w, y], program([x, w, y]))
+    assert report.graphs.replayed == 1
 
 
