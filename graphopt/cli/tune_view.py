@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.autotune.library_kernel import TEMPLATE
+from graphopt.autotune.records import Status
 from graphopt.autotune.scheduler import ByGain
 from graphopt.autotune.tuner import Budget, Event, GoesOn, Outcome, RoundBegins, TimingBegins, Tried
 from graphopt.before_after import BeforeAfter
@@ -50,6 +51,9 @@ def show_plan(found: Tasks, limits: Limits | None, budget: float, console: Conso
         console.print(table)
     for what, why in dict.fromkeys(found.left_out):
         console.print(f"not tuned: {what}: {why}", style="dim", highlight=False)
+    if found.tasks and sum(found.share) < 0.995 and not found.estimated:
+        rest = f"the other {1 - sum(found.share):.0%} of the time: what is not tuned, and between kernels"
+        console.print(rest, style="dim", highlight=False)
     if found.estimated and found.tasks:
         console.print("times are estimates, as nothing has run there yet")
     console.print(roofline(limits), highlight=False)
@@ -198,7 +202,8 @@ def show_result(outcome: Outcome, found: Tasks, limits: Limits | None, console: 
     console.print(table)
     if limits is not None:
         console.print(roofline(limits), highlight=False)
-    for text in (*beyond(outcome), *refusals(outcome), *libraries(outcome), *standstill(outcome, found), *ranking(outcome)):
+    told = (*beyond(outcome), *refusals(outcome), *libraries(outcome), *disturbances(outcome), *standstill(outcome, found))
+    for text in (*told, *ranking(outcome)):
         console.print(text, highlight=False, soft_wrap=True)
     why = {"budget": "the budget ended", "trials": "all trials were made", "done": "nothing was left to try", "interrupted": "interrupted"}
     rate = f"{outcome.seconds:.1f} s ({outcome.rate:.1f} a second)"
@@ -236,6 +241,12 @@ def libraries(outcome: Outcome) -> list[str]:
     """Kernels in whose place PyTorch's were the fastest."""
     won = [p.task.name for p in outcome.progress if p.incumbent and p.incumbent.schedule.template == TEMPLATE]
     return [f"PyTorch's kernels were the fastest, and are called from now on: {', '.join(won)}"] if won else []
+
+
+def disturbances(outcome: Outcome) -> list[str]:
+    """Trials of which no time is known."""
+    n = sum(p.statuses.get(Status.DISTURBED.value, 0) for p in outcome.progress)
+    return [f"{counted(n, 'trial')} disturbed by other processes: nobody knows how fast those are"] if n else []
 
 
 def ranking(outcome: Outcome) -> list[str]:

@@ -11,7 +11,7 @@ from graphopt.autotune.records import Measured, Status
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.autotune.tasks import Progress, Task
 from graphopt.autotune.tuner import Budget, Outcome, RoundBegins, Tried
-from graphopt.cli.tune_view import View, beyond, libraries, ranking, refusals, show_plan, standstill
+from graphopt.cli.tune_view import View, beyond, disturbances, libraries, ranking, refusals, show_plan, standstill
 from graphopt.tuning_tasks import Tasks
 from tests.autotune.test_scheduler import NoSearch
 
@@ -114,3 +114,12 @@ def test_where_pytorchs_kernels_won_is_said() -> None:
     mine = [progress("a", "tile"), progress("b", "library")]
     assert libraries(Outcome("budget", mine, 60.0, 16)) == ["PyTorch's kernels were the fastest, and are called from now on: b"]
     assert libraries(Outcome("budget", mine[:1], 60.0, 8)) == []
+
+
+def test_disturbed_trials_are_counted() -> None:
+    def progress(n: int) -> Progress:
+        return Progress(task("a"), NoSearch(), statuses={"ok": 3, "disturbed": n})
+
+    (line,) = disturbances(Outcome("budget", [progress(1)], 60.0, 4))
+    assert line == "1 trial disturbed by other processes: nobody knows how fast those are"
+    assert disturbances(Outcome("budget", [progress(0)], 60.0, 3)) == []
