@@ -224,17 +224,36 @@ def _program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_
     if isinstance(model, torch.export.ExportedProgram):
         return model
     if isinstance(model, str | Path):
-        if not Path(model).is_file():
-            raise UsageError(f"there is no file {model}")
-        try:
-            return torch.export.load(model)
-        except Exception as error:  # a zip without a program, no zip at all, another version: each raises its own
-            raise UsageError(f"{model} is no exported program (torch.export.save writes one): {type(error).__name__}") from error
+        return _saved(model)
     try:
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     except Exception as error:  # export raises whatever the model's code and torch's tracer raise
         raise CaptureError(f"{type(model).__name__} could not be exported: {_explain(error)}") from error
+
+
+def _saved(file: str | Path) -> torch.export.ExportedProgram:
+    if not Path(file).is_file():
+        raise UsageError(f"there is no file {file}")
+    try:
+        return torch.export.load(file)
+    except Exception as error:  # a zip without a program, no zip at all, another version: each raises its own
+        raise UsageError(f"{file} is no exported program (torch.export.save writes one): {type(error).__name__}") from error
+
+
+def example_inputs(file: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a ``.pt2`` file was exported with, by position and by name.
+
+    Raises:
+        UsageError: there is no such file, or it has none.
+    """
+    with _EXPORTING:
+        found = _saved(file).example_inputs
+    if found is None:
+        raise UsageError(f"{file} has no example inputs to run it on; export the model with them (torch.export.save keeps what "
+                         "torch.export.export was given), or give the model itself: file.py:factory")  # fmt: skip
+    args, kwargs = found
+    return tuple(args), dict(kwargs)
 
 
 def _short(spec: Any) -> str:

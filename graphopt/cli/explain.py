@@ -16,6 +16,7 @@ import typer
 
 import graphopt
 from graphopt.bench.loading import load
+from graphopt.capture.export import example_inputs
 from graphopt.errors import UsageError, nearest
 from graphopt.report import Report
 
@@ -67,6 +68,8 @@ def explain(
     """
     wanted = _sections(show or [])
     module, args, kwargs = load(model)
+    if profile and isinstance(module, Path):
+        args, kwargs = example_inputs(module)
     options: dict[str, Any] = {"strict": strict, "verify": verify, "pipeline": pipeline, "backend": backend, "target": target,
                                "precision": precision, "fuel": fuel, "skip_rewrites": skip_rewrite or [],
                                "cache_dir": cache_dir}  # fmt: skip

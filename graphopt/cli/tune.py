@@ -32,7 +32,7 @@ _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
 def tune_command(
-    models: Annotated[list[str] | None, typer.Argument(help="Built-in models, or file.py:factory.", show_default=False)] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Built-in models, file.py:factory, or .pt2 files.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="What to tune for: cpu, a processor such as cpu:x86-64-v3, or cuda: the GPU here.")] = "cpu",
     interpret: Annotated[bool, typer.Option("--interpret", help="Check the tuner for a GPU that is not here: slow.")] = False,
     budget: Annotated[str, typer.Option(help="How long: 90s, 10m, 1h30m.")] = "10m",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from graphopt.bench.limits import LimitMeter, Limits
 from graphopt.bench.load import Snapshot, between, snapshot, watch
 from graphopt.bench.loading import load
 from graphopt.bench.measure import label
+from graphopt.capture.export import example_inputs
 from graphopt.cli.tune_view import View, show_model, show_result
 from graphopt.devices import choose_target
 from graphopt.errors import GraphoptError, UsageError, counted
@@ -105,6 +107,8 @@ class Session:
         return self.compiled(name, *_loaded(name))
 
     def compiled(self, name: str, module: Any, args: Any, kwargs: Any) -> _Model:
+        if isinstance(module, Path):
+            args, kwargs = example_inputs(module)
         self.say(f"compiling {label(name)} with default schedules")
         compiled = graphopt.compile(module, args, kwargs, name=label(name), **self.options)
         return _Model(label(name), module, args, kwargs, compiled)

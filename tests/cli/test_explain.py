@@ -106,6 +106,18 @@ def test_an_exported_program(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(torch.nn.Linear(8, 4), (torch.randn(2, 8),)), path)
     done = explain(str(path))
     assert done.exit_code == 0, done.output
+    done = explain(str(path), "--profile")
+    assert done.exit_code == 0 and "a run " in done.stdout, "measured on the inputs that it was exported with"
+
+
+def test_an_exported_program_without_inputs_cannot_be_measured(tmp_path: Path) -> None:
+    path = tmp_path / "linear.pt2"
+    program = torch.export.export(torch.nn.Linear(8, 4), (torch.randn(2, 8),))
+    program._example_inputs = None  # as programs made by other tools have it
+    torch.export.save(program, path)
+    assert explain(str(path)).exit_code == 0, "compiling needs none"
+    done = explain(str(path), "--profile")
+    assert done.exit_code == 2 and "has no example inputs" in done.stderr and "file.py:factory" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,25 @@ def test_a_folder_without_room_blames_no_candidate(small: tuple[str, ...], tmp_p
 
 
 @pytest.mark.tvm
+def test_an_exported_program_is_measured_on_the_inputs_that_it_was_exported_with(tmp_path: Path) -> None:
+    class Scaled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+            y = super().forward(x)
+            return y if scale is None else y * scale
+
+    sizes = {"x": {0: torch.export.Dim("rows", min=2, max=64)}, "scale": None}
+    program = torch.export.export(Scaled(32, 64).eval(), (torch.randn(4, 32),), {"scale": torch.ones(64)}, dynamic_shapes=sizes)
+    torch.export.save(program, tmp_path / "scaled.pt2")
+    done = tune(str(tmp_path / "scaled.pt2"), "--plan", "--threads", "1", "--cache-dir", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert "matmul 4x32 * 32x64" in done.stdout
+    program._example_inputs = None
+    torch.export.save(program, tmp_path / "bare.pt2")
+    done = tune(str(tmp_path / "bare.pt2"), "--cache-dir", str(tmp_path))
+    assert done.exit_code == 2 and "has no example inputs" in done.stderr
+
+
+@pytest.mark.tvm
 def test_a_model_is_planned_tuned_and_gone_on_with(tmp_path: Path) -> None:
     pytest.importorskip("tvm_ffi")
     (tmp_path / "model.py").write_text(MODEL)
