@@ -20,7 +20,7 @@ from graphopt.capture.captured import AliasResult, Captured, TensorArgument, Unc
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.liveness import eager_peak
 from graphopt.devices import KernelProvider, choose_backend, choose_target, interpreting, kernel_provider
-from graphopt.errors import BuildError, FallbackError, UsageError, counted, first_line
+from graphopt.errors import BuildError, FallbackError, WholeFallback, counted, first_line
 from graphopt.exact import Widened, mark, unmarked
 from graphopt.graphed import not_recorded, record_calls
 from graphopt.in_place import update_in_place
@@ -37,7 +37,7 @@ from graphopt.pass_manager import Fuel, Instrument, PassContext, run_passes
 from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.profile import Profile, profile
 from graphopt.program import Program, share_weights
-from graphopt.report import Fallback, KernelInfo, Report, record
+from graphopt.report import WHOLE, Fallback, KernelInfo, Report, record
 from graphopt.tape import Native
 from graphopt.target import Target
 from graphopt.tuned import kernel_threads, key_with, use_records
@@ -455,7 +455,7 @@ class LibraryGraph:
 
     def profile(self, args: Sequence[Any], runs: int = 20) -> Profile:
         """There are no calls to measure one by one."""
-        raise UsageError("the graph runs through library kernels as a whole: there is nothing to profile")
+        raise WholeFallback(self.report.whole)
 
     def stage_into(self, pages: Pages) -> None:
         """Nothing is computed from weights ahead."""
@@ -466,7 +466,7 @@ class LibraryGraph:
 
 def fallback_graph(gm: torch.fx.GraphModule, reason: str, loc: str, options: Options, *, label: str = "model") -> LibraryGraph:
     """Run a whole graph through library kernels, as it could not be captured; reported, and an error under ``strict``."""
-    fallback = Fallback("whole graph", "", reason, loc, options.backend == "eager")
+    fallback = Fallback(WHOLE, "", reason, loc, options.backend == "eager")
     report = Report(options.name or label, "library kernels", fallbacks=[fallback])
     if options.strict and report.unasked_fallbacks:
         raise FallbackError(_strict_message(report))

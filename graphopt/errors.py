@@ -68,6 +68,13 @@ class CaptureError(GraphoptError):
     exit_status = 6
 
 
+class WholeFallback(CaptureError):
+    """A graph that cannot be held, for a reason: it runs through library kernels as a whole, and has no calls of its own."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the model runs through library kernels as a whole: {reason}")
+
+
 class FallbackError(GraphoptError):
     """``strict`` is on and an operation would run through a library kernel that was not asked for."""
 

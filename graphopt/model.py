@@ -15,7 +15,7 @@ from graphopt.capture.export import ExportedGraph, exported_graph, multiplied
 from graphopt.capture.fx import capture_fx
 from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, lowered_programs
 from graphopt.devices import prestart
-from graphopt.errors import CaptureError, UsageError
+from graphopt.errors import UsageError, WholeFallback
 from graphopt.exact import mark
 from graphopt.garbage import uncollected
 from graphopt.ir.graph import Graph
@@ -32,13 +32,14 @@ def lowered(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
     """The programs of a model for a target, which need not be a machine like this one: nothing is built or run.
 
     Raises:
-        CaptureError: the model cannot be exported, or its graph not be held.
+        CaptureError: the model cannot be exported.
+        WholeFallback: its graph cannot be held.
     """
     exported = exported_graph(model, args, kwargs, dynamic_shapes=None)
     try:
         captured = capture_fx(exported.gm, weights=exported.weights)
     except Uncapturable as error:
-        raise CaptureError(f"the model runs through library kernels as a whole: {error.reason}") from error
+        raise WholeFallback(error.reason) from error
     mark(captured, _weights(exported, options))
     return lowered_programs(captured, target, options)
 
@@ -73,7 +74,7 @@ class CompiledModel:
         return self
 
     def profile(self, *args: Any, runs: int = 20, **kwargs: Any) -> Profile:
-        """What every call of the program costs on these arguments. Raises UsageError if there is no program."""
+        """What every call of the program costs on these arguments. Raises WholeFallback if there is no program."""
         return self._compiled.profile(self._exported.flatten(args, kwargs), runs)
 
     def refresh(self) -> None:

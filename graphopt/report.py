@@ -15,6 +15,7 @@ from graphopt.remarks import Remark
 from graphopt.rewrite.context import PassRun
 
 _LARGE = 1 << 20  # bytes of staged values that are worth a note
+WHOLE = "whole graph"  # Fallback.op of a graph that could not be captured
 NEVER_BUILT = "built: this workload was never built here"
 
 
@@ -156,6 +157,11 @@ class Report:
     @property
     def unasked_fallbacks(self) -> list[Fallback]:
         return [f for f in self.fallbacks if not f.asked]
+
+    @property
+    def whole(self) -> str:
+        """Why the graph runs through library kernels as a whole; empty if it does not."""
+        return next((f.reason for f in self.fallbacks if f.op == WHOLE), "")
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from graphopt.bench.measure import label
 from graphopt.capture.export import example_inputs
 from graphopt.cli.tune_view import View, show_model, show_result
 from graphopt.devices import choose_target
-from graphopt.errors import GraphoptError, UsageError, counted
+from graphopt.errors import CaptureError, GraphoptError, UsageError, WholeFallback, counted
 from graphopt.library_time import library_seconds
 from graphopt.max_autotune import estimate
 from graphopt.model import CompiledModel, lowered
@@ -39,6 +39,8 @@ from graphopt.tuning_tasks import Tasks, tasks_of
 LOOK = 1.0  # seconds for which other processes are watched before the first trial
 MEASURED = 3  # times at most that a model is measured, as long as something is withdrawn
 MOST_LOAD = 0.25  # processors that they may keep busy without a word
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -98,9 +100,28 @@ class Session:
 
     def prepare(self) -> None:
         """Compile and profile the models with default schedules: what there is to tune, and how far it is from the limits."""
+        self.models = self.of_each(self.load)
+        if self.models:
+            self.find_tasks()
+
+    def of_each(self, take: Callable[[str], T]) -> list[T]:
+        """What is made of each model. Those that cannot be captured are named and left out, be it all of them.
+
+        Raises:
+            CaptureError: all of them, and one cannot even be exported.
+        """
+        out, failed = [], dict[str, CaptureError]()
         for name in self.names:
-            self.models.append(self.load(name))
-        self.find_tasks()
+            try:
+                out.append(take(name))
+            except CaptureError as error:
+                failed[name] = error
+        unexportable = [why for why in failed.values() if not isinstance(why, WholeFallback)]
+        if unexportable and not out:
+            raise unexportable[0]
+        for name, why in failed.items():
+            self.say(f"{label(name)} is left out: {why}")
+        return out
 
     def load(self, name: str) -> _Model:
         """The model, compiled with default schedules."""
@@ -111,6 +132,8 @@ class Session:
             args, kwargs = example_inputs(module)
         self.say(f"compiling {label(name)} with default schedules")
         compiled = graphopt.compile(module, args, kwargs, name=label(name), **self.options)
+        if compiled.report.whole:
+            raise WholeFallback(compiled.report.whole)
         return _Model(label(name), module, args, kwargs, compiled)
 
     def find_tasks(self) -> None:
@@ -248,13 +271,15 @@ class RemoteSession(Session):
         self.target = check_device(self.device, remote.target)
         pool = "in an OpenMP pool" if remote.pool == "libgomp" else "in TVM's own pool, as it has no libgomp.so.1"
         self.say(f"it is {remote.target}; kernels run with {counted(remote.threads, 'thread')}, {pool}")
-        profiles = []
-        for name in self.names:
-            self.say(f"compiling {label(name)} for {self.target}, without running it")
-            programs = lowered(*_loaded(name), self.target, Options())
-            profiles += [estimate(graph, program, self.target) for graph, program in programs[1:] or programs]
+        profiles = [p for found in self.of_each(self._estimates) for p in found]
         self.found = tasks_of(profiles, self.target)  # the machine's limits are not known: ``least`` is 0
         self.found.estimated = True
+
+    def _estimates(self, name: str) -> list[Profile]:
+        """What the programs of a model may take."""
+        self.say(f"compiling {label(name)} for {self.target}, without running it")
+        programs = lowered(*_loaded(name), self.target, Options())
+        return [estimate(graph, program, self.target) for graph, program in programs[1:] or programs]
 
     def finish(self) -> None:
         """Say where the records are good for something."""

@@ -286,6 +286,48 @@ def test_an_exported_program_is_measured_on_the_inputs_that_it_was_exported_with
     assert done.exit_code == 2 and "has no example inputs" in done.stderr
 
 
+UNCAPTURED = """
+class Sparse(torch.nn.Module):
+    def forward(self, x):
+        return x.nonzero()
+
+class Branch(torch.nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+def sparse():
+    return Sparse(), (torch.randn(4, 32),)
+
+def branch():
+    return Branch(), (torch.randn(4, 32),)
+"""
+
+
+@pytest.mark.tvm
+def test_a_model_that_cannot_be_captured_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(MODEL + UNCAPTURED)
+    common = ("--plan", "--threads", "1", "--cache-dir", str(tmp_path / "cache"))
+    done = tune(f"{file}:sparse", f"{file}:branch", f"{file}:make", *common)
+    assert done.exit_code == 0, done.stderr
+    assert "matmul" in done.stdout
+    assert "sparse is left out: the model runs through library kernels as a whole: " in done.stderr and "data-dependent" in done.stderr
+    assert "branch is left out: Branch could not be exported" in done.stderr
+    done = tune(f"{file}:sparse", *common)
+    assert done.exit_code == 0, "the same as a model with nothing to tune"
+    assert "sparse is left out" in done.stderr and "there is nothing to tune" in done.stdout
+    done = tune(f"{file}:sparse", f"{file}:branch", *common)
+    assert done.exit_code == 6 and "Branch could not be exported" in done.stderr
+
+
+def test_interpreted_and_on_a_gpu_the_same_models_are_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "model.py").write_text(MODEL + UNCAPTURED)
+    done = tune(f"{tmp_path}/model.py:sparse", "--device", "cuda:sm_90:4", "--interpret", "--plan", "--cache-dir", str(tmp_path / "cache"))
+    assert done.exit_code == 0, done.stderr
+    assert "sparse is left out" in done.stderr and "there is nothing to tune" in done.stdout
+
+
 @pytest.mark.tvm
 def test_a_model_is_planned_tuned_and_gone_on_with(tmp_path: Path) -> None:
     pytest.importorskip("tvm_ffi")

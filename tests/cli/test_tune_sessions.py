@@ -14,8 +14,20 @@ from rich.console import Console
 from graphopt.autotune.database import Database
 from graphopt.before_after import BeforeAfter, KernelTimes
 from graphopt.cli import tune_sessions
-from graphopt.cli.tune_sessions import MEASURED, Session
+from graphopt.cli.tune_sessions import MEASURED, RemoteSession, Session
+from graphopt.remote import Address
 from graphopt.target import detect
+
+SPARSE = """
+import torch
+
+class Sparse(torch.nn.Module):
+    def forward(self, x):
+        return x.nonzero()
+
+def make():
+    return Sparse(), torch.randn(4, 32)
+"""
 
 
 def ran(name: str, slower: Sequence[str]) -> BeforeAfter:
@@ -66,3 +78,12 @@ def test_it_ends_and_says_what_was_not_measured(tmp_path: Path, monkeypatch: pyt
 
 def test_it_ends_where_nothing_can_be_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Finish(tmp_path, monkeypatch, {"a": [["k"], ["k"]]}, withdrawn=False).measured == ["a"]
+
+
+def test_a_model_that_cannot_be_captured_is_left_out_for_another_machine_too(tmp_path: Path) -> None:
+    (tmp_path / "sparse_model.py").write_text(SPARSE)
+    name = f"{tmp_path}/sparse_model.py:make"
+    session = RemoteSession([name], "cpu", Address.parse("localhost:9190", "k"), Database(tmp_path / "tuning.db"), 1, 0)
+    session.errors = Console(file=(text := io.StringIO()), width=200)
+    assert session.of_each(session._estimates) == []
+    assert "sparse_model.py:make is left out: the model runs through library kernels as a whole: " in text.getvalue()
