@@ -21,7 +21,8 @@ from graphopt.autotune.records import Measured, Status, TuningRecord, schedule_f
 from graphopt.autotune.similar import distance, structure
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.autotune.sqlite import File
-from graphopt.errors import UsageError
+from graphopt.errors import DatabaseError, UsageError
+from graphopt.files import unwritable
 
 Versions = tuple[tuple[str, str], ...]
 
@@ -48,6 +49,11 @@ class Database:
     def __init__(self, path: Path, timeout: float = 30.0) -> None:
         self.path = Path(path)
         self._file = File(self.path, timeout)
+
+    def check_writable(self) -> None:
+        """Before anything is measured that could not be kept. Raises DatabaseError; nothing is written."""
+        if why := unwritable(self.path):
+            raise DatabaseError(f"tuning database {self.path} cannot be written: {why}")
 
     # --- records -------------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ def autotune(units: Sequence[tuple[Graph, Lowered]], target: Target, path: Path,
             error.set_aside()
         report.notes.append(f"max-autotune: {error}")
         return
-    report.seconds["tune"] = time.perf_counter() - start
+    finally:
+        report.seconds["tune"] = time.perf_counter() - start
     if outcome is None:
         report.notes.append("max-autotune: nothing to tune that was not tuned before")
         return
@@ -80,6 +81,7 @@ def _tune(units: Sequence[tuple[Graph, Lowered]], target: Target, database: Data
     tasks = [t for t in tasks_of(profiles, target, device=device).tasks if not _done(t, target, database, threads, machine)]
     if not tasks:
         return None
+    database.check_writable()
     last = last_run(database, tasks, target, threads, machine)
     run = Run(target, database, threads, run=last or "", machine=machine, gpu=gpu)
     begin = time.monotonic()

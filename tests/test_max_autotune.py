@@ -104,6 +104,15 @@ def test_without_a_database_nothing_is_tuned(tmp_path: Path) -> None:
 
 
 @pytest.mark.tvm
+def test_a_database_that_may_not_be_written_is_told_before_anything_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.autotune.database.unwritable", lambda file: "it may not be written to")
+    monkeypatch.setattr("graphopt.max_autotune.tune", lambda *args, **kwargs: pytest.fail("it was tuned"))
+    report = compiled(tmp_path, mode="max-autotune")
+    assert "tuning.db cannot be written: it may not be written to" in told(report)
+    assert report.seconds["tune"] > 0, "what it cost is told, though nothing came of it"
+
+
+@pytest.mark.tvm
 def test_a_damaged_database_is_kept_aside_and_does_not_stop_a_compilation(tmp_path: Path) -> None:
     file = tmp_path / "cache" / "tuning.db"
     file.parent.mkdir()

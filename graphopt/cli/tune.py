@@ -19,11 +19,10 @@ from graphopt.autotune.tuner import Budget
 from graphopt.bench.measure import label
 from graphopt.bench.models import MODELS
 from graphopt.cli import INTERRUPTED
-from graphopt.cli.files import unwritable
 from graphopt.cli.tune_plot import check_plot, plot
 from graphopt.cli.tune_sessions import GpuSession, RemoteSession, Session
 from graphopt.cli.tune_view import show_plan
-from graphopt.errors import DatabaseError, GraphoptError, UsageError, counted
+from graphopt.errors import GraphoptError, UsageError, counted
 from graphopt.options import default_cache_dir
 from graphopt.remote import Address
 from graphopt.tuning import check_device
@@ -107,8 +106,8 @@ def tune_command(
     again = partial(_again, models, device, trials, seed, threads, db, plot_file, cache_dir, address, interpret)
     try:
         database.models()  # a file that is no database is told now
-        if not plan and (why := unwritable(database.path)):
-            raise DatabaseError(f"tuning database {database.path} cannot be written: {why}")
+        if not plan:
+            database.check_writable()
         session.prepare()
         if plan or not session.found.tasks:
             show_plan(session.found, session.limits, seconds, session.console)

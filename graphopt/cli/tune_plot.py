@@ -11,8 +11,8 @@ from graphopt.autotune.tasks import Progress
 from graphopt.autotune.tuner import Outcome
 from graphopt.bench.limits import Limits
 from graphopt.bench.plot import apart
-from graphopt.cli.files import unwritable
 from graphopt.errors import UsageError
+from graphopt.files import unwritable
 from graphopt.tuning_tasks import Tasks
 
 COLORS = ("#c1272d", "#0f75bc", "#5b8c2a", "#e08a1e", "#7b3f99", "#00858a", "#8c5a2b", "#d6569b")  # of the tasks with the largest shares

@@ -1,4 +1,4 @@
-"""Files that a command will write at its end: whether it can is asked at its beginning."""
+"""Files that will be written at the end of something long: whether they can be is asked at its beginning."""
 
 from __future__ import annotations
 
