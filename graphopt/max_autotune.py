@@ -7,6 +7,7 @@ as it is: the second compilation of a model costs nothing more.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def autotune(units: Sequence[tuple[Graph, Lowered]], target: Target, path: Path,
         path: the tuning database.
         threads: that kernels will use.
         seconds: for trials.
+        progress: told how far it is; if there is none, a line on stderr says at the beginning what is done.
         machine, gpu: where kernels run; see :class:`~graphopt.tuning.Run`.
 
     Raises:
@@ -82,6 +84,9 @@ def _tune(units: Sequence[tuple[Graph, Lowered]], target: Target, database: Data
     if not tasks:
         return None
     database.check_writable()
+    if progress is None:  # nobody else says what takes so long
+        print(f"graphopt: max-autotune tunes {counted(len(tasks), 'kernel')} for {seconds:g} s; Ctrl-C ends the compilation, and what was "
+              "tried is kept", file=sys.stderr, flush=True)  # fmt: skip
     last = last_run(database, tasks, target, threads, machine)
     run = Run(target, database, threads, run=last or "", machine=machine, gpu=gpu)
     begin = time.monotonic()

@@ -63,8 +63,10 @@ def eight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.tvm
 @pytest.mark.usefixtures("eight")
-def test_it_tunes_uses_what_it_found_and_reports_it(tmp_path: Path) -> None:
+def test_it_tunes_uses_what_it_found_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = compiled(tmp_path, tune_budget=8)
+    line = "graphopt: max-autotune tunes 2 kernels for 8 s; Ctrl-C ends the compilation, and what was tried is kept\n"
+    assert capsys.readouterr().err.count(line) == 1
     assert "8 trials of 2 kernels" in told(report)
     assert report.seconds["tune"] > 0
     assert len(report.tuning) == 2 and all(t.trials == 4 and t.default and t.best and t.best <= t.default for t in report.tuning)
@@ -76,11 +78,14 @@ def test_it_tunes_uses_what_it_found_and_reports_it(tmp_path: Path) -> None:
 
 @pytest.mark.tvm
 @pytest.mark.usefixtures("eight")
-def test_kernels_that_were_tuned_enough_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_were_tuned_enough_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     compiled(tmp_path, mode="max-autotune")
     before = Database(tmp_path / "cache" / "tuning.db").records()
     monkeypatch.setattr("graphopt.max_autotune.ENOUGH", 4)
+    capsys.readouterr()
     second = compiled(tmp_path, mode="max-autotune")
+    assert "max-autotune" not in capsys.readouterr().err
     assert told(second) == "max-autotune: nothing to tune that was not tuned before"
     assert not second.tuning and "tune" in second.seconds
     assert Database(tmp_path / "cache" / "tuning.db").records() == before
@@ -88,10 +93,14 @@ def test_kernels_that_were_tuned_enough_are_left_alone(tmp_path: Path, monkeypat
 
 @pytest.mark.tvm
 @pytest.mark.usefixtures("eight")
-def test_it_goes_on_where_an_earlier_compilation_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_where_an_earlier_compilation_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     compiled(tmp_path, mode="max-autotune")
     monkeypatch.setattr("graphopt.max_autotune.Budget", lambda seconds: Budget(trials=12))
-    compiled(tmp_path, mode="max-autotune")
+    capsys.readouterr()
+    seen: list[str] = []
+    compiled(tmp_path, mode="max-autotune", progress=lambda stage, *_: seen.append(stage))
+    assert "tune" in seen and "max-autotune" not in capsys.readouterr().err, "who is told does not need to be told twice"
     records = Database(tmp_path / "cache" / "tuning.db").records()
     assert [r.trial for r in records] == list(range(1, 13))
     assert len({(r.workload.key, r.schedule) for r in records}) == 12, "nothing is tried twice"
