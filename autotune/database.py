@@ -235,6 +235,11 @@ def leader(trials: Sequence[tuple[Schedule, Measured, str]]) -> int | None:
     return lead
 
 
+def begun_with(lead: TuningRecord, records: Iterable[TuningRecord]) -> TuningRecord | None:
+    """What the leader of some records is faster than: its run's first trial that went well, of the default schedule, timed alone."""
+    return next((r for r in records if r.run == lead.run and r.measured.ok and r.measured.gain is None), None)
+
+
 def _seconds(trial: tuple[Schedule, Measured, str]) -> float:
     assert trial[1].seconds is not None
     return trial[1].seconds

@@ -1,7 +1,7 @@
 """Which records of a tuning database may go, so that nothing else changes: what compilations use, and what is known to be bad.
 
-The leader of each group of comparable records stays whatever is asked, and so do the trials that make it the leader: where the
-rest would elect another one, the group is left alone.
+The leader of each group of comparable records stays whatever is asked, and so do the trial that its gain is told over and those that
+make it the leader: where the rest would elect another one, the group is left alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from graphopt.autotune.database import Versions, leader
+from graphopt.autotune.database import Versions, begun_with, leader
 from graphopt.autotune.records import TuningRecord
 
 PACKAGES = ("tvm", "triton")  # of backends: whose records they are
@@ -59,11 +59,12 @@ def _of_group(group: Sequence[TuningRecord], what: Prune) -> list[TuningRecord]:
     if what.versions is not None and outdated(group[0].versions, what.versions):
         return list(group)
     lead = leader([(r.schedule, r.measured, r.run) for r in group])
+    used = () if lead is None else (group[lead], begun_with(group[lead], group))
     sound = dict.fromkeys(r.schedule for r in group if r.measured.ok)
     fastest = sorted((r for r in group if r.measured.ok), key=lambda r: r.measured.seconds or 0.0)
     kept = dict.fromkeys(r.key for r in (fastest if what.keep is None else fastest[: what.keep]))
     going = [
-        r for i, r in enumerate(group) if i != lead and (
+        r for r in group if r not in used and (
             (what.failed and not r.measured.ok and r.schedule not in sound)
             or (what.keep is not None and r.measured.ok and r.key not in kept)
             or r.when < what.before)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.autotune import DEFAULT_NAME
-from graphopt.autotune.database import Database, Versions
+from graphopt.autotune.database import Database, Versions, begun_with
 from graphopt.autotune.prune import Prune, outdated, superfluous
 from graphopt.autotune.records import TuningRecord
 from graphopt.autotune.space import Workload
@@ -150,8 +150,8 @@ def _newest(records: Iterable[TuningRecord]) -> str:
 
 
 def _gain(lead: TuningRecord, records: Sequence[TuningRecord]) -> str:
-    """Over what the leader's run began with: its first trial was timed alone."""
-    first = next((r for r in records if r.run == lead.run and r.measured.ok and r.measured.gain is None), None)
+    """Over what the leader's run began with."""
+    first = begun_with(lead, records)
     if first is None or not first.measured.seconds or not lead.measured.seconds:
         return ""
     return f"{first.measured.seconds / lead.measured.seconds:.2f}x"

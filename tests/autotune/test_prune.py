@@ -17,10 +17,12 @@ def going(records: list[TuningRecord], **what: object) -> list[int]:
     return sorted(r.trial for r in superfluous(records, Prune(**what)))  # type: ignore[arg-type]
 
 
-def test_all_but_the_fastest_go_and_the_best_stays() -> None:
+def test_all_but_the_fastest_go_and_the_best_stays_with_what_it_is_faster_than() -> None:
     run = [record(1, 9e-6), record(2, 5e-6, 1.8), record(3, 4.9e-6, 1.0), record(4, 7e-6, 0.7), record(5, 8e-6, 0.6)]
-    assert going(run, keep=2) == [1, 4, 5]
-    assert going(run, keep=1) == [1, 4, 5], "the fastest by the clock is not the best, which won in turns; both stay"
+    assert going(run, keep=2) == [4, 5]
+    assert going(run, keep=1) == [4, 5], "the fastest by the clock is not the best, which won in turns; both stay"
+    other = [record(6, 8e-6, run="run-2"), record(7, 6e-6, 1.3, run="run-2")]
+    assert going([*run, *other], keep=1) == [4, 5, 6, 7], "of another run than that of the best"
 
 
 def test_each_workload_device_and_version_counts_for_itself() -> None:
@@ -36,8 +38,8 @@ def test_failures_go_unless_the_schedule_went_well_once() -> None:
 
 def test_old_trials_go_but_not_the_best() -> None:
     old = "2025-12-31T00:00:00Z"
-    records = [record(1, 9e-6, when=old), record(2, 5e-6, 1.8, when=old), record(3, 9e-6, 0.5)]
-    assert going(records, before="2026-01-01T00:00:00Z") == [1]
+    records = [record(1, 9e-6, when=old), record(2, 5e-6, 1.8, when=old), record(3, 9e-6, 0.5, when=old), record(4, 9e-6, 0.5)]
+    assert going(records, before="2026-01-01T00:00:00Z") == [3]
 
 
 def test_other_versions_go_whole() -> None:
