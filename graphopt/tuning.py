@@ -183,6 +183,12 @@ def last_run(database: Database, tasks: Sequence[Task], target: Target, threads:
     return max((run for run in found if not going_on(run)), key=lambda run: found[run], default=None)
 
 
+def threads_of_runs(database: Database, tasks: Sequence[Task], target: Target, machine: Target | None = None) -> list[int]:
+    """With how many threads runs under otherwise the same conditions tuned some of these tasks."""
+    key, now = device_key(target, machine), versions(target)
+    return sorted({r.threads for t in tasks for r in database.records(t.workload, key, versions=now)})
+
+
 def _model_name(run: Run) -> str:
     return f"{run.device} {counted(run.threads, 'thread')}"
 

@@ -33,7 +33,7 @@ from graphopt.remote import Address, RemoteRunner
 from graphopt.target import Target, detect
 from graphopt.trials import CPU
 from graphopt.tuned import kernel_threads
-from graphopt.tuning import Run, check_device, last_run, run_records, tune, withdraw
+from graphopt.tuning import Run, check_device, last_run, run_records, threads_of_runs, tune, withdraw
 from graphopt.tuning_tasks import Tasks, tasks_of
 
 LOOK = 1.0  # seconds for which other processes are watched before the first trial
@@ -100,9 +100,16 @@ class Session:
 
     def prepare(self) -> None:
         """Compile and profile the models with default schedules: what there is to tune, and how far it is from the limits."""
+        self.check_threads(detect().cores)
         self.models = self.of_each(self.load)
         if self.models:
             self.find_tasks()
+
+    def check_threads(self, cores: int) -> None:
+        """Say so if kernels get more threads than there are cores."""
+        if self.threads > cores:
+            self.say(f"{self.threads} threads are more than the {counted(cores, 'core')} there: they are in each other's way, and what is "
+                     f"found counts for compilations with {self.threads} threads alone")  # fmt: skip
 
     def of_each(self, take: Callable[[str], T]) -> list[T]:
         """What is made of each model. Those that cannot be captured are named and left out, be it all of them.
@@ -180,7 +187,11 @@ class Session:
     def _run(self, seed: int, resume: bool) -> Run:
         last = last_run(self.database, self.found.tasks, self.target, self.threads, self.machine) if resume else None
         if resume and last is None:
-            self.say(f"{self.database.path} has no run of these models on this device to go on with; a new one begins")
+            others = threads_of_runs(self.database, self.found.tasks, self.target, self.machine)
+            which = f" with {counted(self.threads, 'thread')} (--threads {', '.join(map(str, others))} has one)" if others else ""
+            if self.threads in others:
+                which = " that no other process is at"
+            self.say(f"{self.database.path} has no run of these models on this device{which} to go on with; a new one begins")
         return Run(self.target, self.database, self.threads, seed, last or "", machine=self.machine, gpu=self.gpu)
 
     def finish(self) -> None:
@@ -271,6 +282,7 @@ class RemoteSession(Session):
         self.target = check_device(self.device, remote.target)
         pool = "in an OpenMP pool" if remote.pool == "libgomp" else "in TVM's own pool, as it has no libgomp.so.1"
         self.say(f"it is {remote.target}; kernels run with {counted(remote.threads, 'thread')}, {pool}")
+        self.check_threads(remote.target.cores)
         profiles = [p for found in self.of_each(self._estimates) for p in found]
         self.found = tasks_of(profiles, self.target)  # the machine's limits are not known: ``least`` is 0
         self.found.estimated = True

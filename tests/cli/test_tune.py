@@ -202,6 +202,17 @@ def test_ctrl_c_before_the_first_trial(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
+def test_more_threads_than_there_are_cores_are_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graphopt.cli.tune_sessions.load", load)
+    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4096)
+    done = tune("mlp", "--threads", "4096", "--cache-dir", str(tmp_path))
+    assert "4096 threads are more than" in done.stderr
+
+
 @pytest.mark.tvm
 def test_a_second_ctrl_c_while_the_run_is_closed_says_what_was_kept(small: tuple[str, ...], tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

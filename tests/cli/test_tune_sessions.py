@@ -17,6 +17,9 @@ from graphopt.cli import tune_sessions
 from graphopt.cli.tune_sessions import MEASURED, RemoteSession, Session
 from graphopt.remote import Address
 from graphopt.target import detect
+from graphopt.tuned import device_key
+from graphopt.tuning_tasks import Tasks
+from tests.autotune.db_check import NOW, record, workload
 
 SPARSE = """
 import torch
@@ -87,3 +90,24 @@ def test_a_model_that_cannot_be_captured_is_left_out_for_another_machine_too(tmp
     session.errors = Console(file=(text := io.StringIO()), width=200)
     assert session.of_each(session._estimates) == []
     assert "sparse_model.py:make is left out: the model runs through library kernels as a whole: " in text.getvalue()
+
+
+@pytest.mark.parametrize(("threads", "warned"), [(2, False), (3, True)])
+def test_more_threads_than_cores_are_named(threads: int, warned: bool, tmp_path: Path) -> None:
+    session = Session([], detect(), Database(tmp_path / "tuning.db"), {}, threads)
+    session.errors = Console(file=(text := io.StringIO()), width=200)
+    session.check_threads(2)
+    assert ("3 threads are more than the 2 cores there" in text.getvalue()) == warned
+
+
+@pytest.mark.parametrize(("threads", "hint"), [(1, " with 1 thread (--threads 2, 4 has one)"), (2, " that no other process is at")])
+def test_a_run_with_other_threads_is_named(threads: int, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = workload()
+    session = Session([], detect(), Database(tmp_path / "tuning.db"), {}, threads)
+    session.errors = Console(file=(text := io.StringIO()), width=300)
+    session.found = Tasks([SimpleNamespace(workload=w)])  # type: ignore[list-item]
+    monkeypatch.setattr("graphopt.tuning.versions", lambda target: NOW)
+    monkeypatch.setattr("graphopt.tuning.going_on", lambda run: threads == 2)  # then it is the run of another process
+    session.database.add([record(1, target=device_key(detect()), threads=n, run=f"run-{n}") for n in (2, 4)])
+    assert session._run(0, resume=True).run == ""
+    assert f"no run of these models on this device{hint} to go on with" in text.getvalue()
