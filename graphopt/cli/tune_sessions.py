@@ -219,7 +219,8 @@ class Session:
         """What to say after Ctrl-C."""
         kept = f"{counted(self.trials, 'trial')} made, and kept in {self.database.path}"
         if self.outcome is not None and self.outcome.why != "interrupted":
-            return f"interrupted while the models were measured; {kept}: they count from the next compilation on"
+            return (f"interrupted while the models were measured; {kept}: they count from the next compilation on. Schedules that are "
+                    f"slower in a model were not looked for; to measure the models again:\n  {again}")  # fmt: skip
         if not self.trials:
             return "interrupted before the first trial; nothing was tuned"
         if self.outcome is not None:  # else it was interrupted again, while its processes were ended

@@ -214,6 +214,24 @@ def test_more_threads_than_there_are_cores_are_told_before_anything_is_done(tmp_
 
 
 @pytest.mark.tvm
+def test_ctrl_c_while_the_models_are_measured_says_how_to_do_that_again(small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graphopt.cli.tune_sessions._measured", measure)
+    done = tune(*small, "--trials", "2")
+    assert done.exit_code == 130, done.stderr
+    assert "2 trials made, and kept in" in done.stderr and "slower in a model were not looked for" in done.stderr
+    again = shlex.split(done.stderr.splitlines()[-1])
+    assert again[-1] == "--resume"
+    monkeypatch.undo()
+    rest = tune(*again[2:])
+    assert rest.exit_code == 0, rest.stderr
+    assert "which has made 2 trials" in rest.stderr
+    assert "runs in turns" in rest.stdout or "nothing changes" in rest.stdout, "the models were measured"
+
+
+@pytest.mark.tvm
 def test_a_second_ctrl_c_while_the_run_is_closed_says_what_was_kept(small: tuple[str, ...], tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     def save_model(self: Database, name: str, data: bytes) -> None:
