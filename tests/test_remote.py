@@ -416,7 +416,7 @@ def test_addresses_that_are_none(tracker: str, key: str | None, words: str) -> N
 
 
 def test_addresses() -> None:
-    again = _again(["m"], "cpu", "10m", None, 0, None, None, None, Address("rack", 9190, "k"))
+    again = _again(["m"], "cpu", None, 0, None, None, None, None, Address("rack", 9190, "k"), False, 600.0)
     assert "--rpc rack:9190 --key k" in again and "--threads" not in again
     assert Address.parse("rack:9190", "k") == Address("rack", 9190, "k")
     assert Address.parse("[::1]:9190", "k") == Address("::1", 9190, "k")
