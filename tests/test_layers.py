@@ -43,6 +43,7 @@ MEMBERS = {
     "graphopt.sampling": "verification",
     "graphopt.bounds": "rewrite",
     "graphopt.child_process": "target",
+    "graphopt.files": "target",
     "graphopt.openmp": "target",
     "graphopt.processors": "target",
     "graphopt.run_delay": "target",
