@@ -207,12 +207,13 @@ def leader(trials: Sequence[tuple[Schedule, Measured, str]]) -> int | None:
     Candidates of a run are timed against the run's incumbent in alternation, so within a run the gain decides: seconds that were
     taken minutes apart on a machine that others use say less. A trial without a gain is timed against nothing: the chain of
     incumbents begins with it. Of two chains the later one decides if it has measured what led the earlier one, which may lead no more;
-    if not, only the seconds of their leaders are there to go by. What lost never leads, nor does a schedule whose last trial failed.
+    if not, only the seconds of their leaders are there to go by. What lost never leads, nor does a schedule whose last trial failed; one
+    that was disturbed says nothing.
 
     Args:
         trials: (schedule, what it gave, run), in the order in which they were measured.
     """
-    last = {s: i for i, (s, _, _) in enumerate(trials)}
+    last = {s: i for i, (s, m, _) in enumerate(trials) if m.status is not Status.DISTURBED}
     chains: dict[str, list[list[int]]] = {}  # of each run, in the order in which they were begun
     order: list[list[int]] = []
     for i, (_, m, run) in enumerate(trials):

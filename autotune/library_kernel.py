@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from graphopt.autotune.measure import Builder, Built
-from graphopt.autotune.space import Param, Rule, Schedule, SearchSpace, Workload
+from graphopt.autotune.space import Rule, Schedule, SearchSpace, Workload
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.interpreter import evaluate_node
 from graphopt.ir.ops import EvalContext
@@ -25,7 +25,7 @@ KINDS = ("matmul", "conv")  # what libraries are good at: the rest is as fast as
 
 
 def library_space(w: Workload) -> SearchSpace | None:
-    """The space of one schedule, PyTorch's kernels of the version that is here; None for a workload that is not left to them.
+    """The space of one schedule, PyTorch's kernels; None for a workload that is not left to them.
 
     So are products of weights that are held in fewer bits than they are multiplied in: the library would be handed wide ones, made once,
     and the memory that the narrow ones save is what they are for.
@@ -35,7 +35,7 @@ def library_space(w: Workload) -> SearchSpace | None:
     strided = any(s is not None for s in w.graph.output_strides)  # the library chooses the strides of what it returns
     if not factors or narrow or strided:
         return None
-    return SearchSpace(TEMPLATE, params=(Param("torch", (torch.__version__,)),), rules={"default": (Rule.LIBRARY,)})
+    return SearchSpace(TEMPLATE, rules={"default": (Rule.LIBRARY,)})
 
 
 class LibraryKernel:

@@ -32,7 +32,8 @@ class Timing:
         hopeless: a candidate this many times slower than the incumbent is given up early.
         margin: share of the incumbent's time by which a candidate must win.
         slowed: an incumbent that takes this many times the time that stands for it is slowed down by something else, and not beaten.
-        tolerable: share of a pair's time that threads may have waited for processors in it, where there are no better pairs.
+        tolerable: share of the time of a candidate that is timed alone that threads may have waited for processors in it, where there are
+            no better times; from 1 on, of pairs with an incumbent, too, of which waiting slows down one more than the other.
         patience: for the first call of a candidate; or ``patience_ratio`` times the incumbent's time, if that is longer.
         leak: bytes of growth of resident memory over the timed calls that are looked into.
         incredible: a time this many times shorter than the machine's limits allow is not believed. Not 1: some of the weights

@@ -30,7 +30,7 @@ from graphopt.errors import GraphoptError, WorkerError, first_line
 
 START = 120.0  # seconds that a process may take to be ready
 MOST_CASES = 3  # sets of inputs that winners are tried on, besides the first: of other sizes, where these are symbolic
-RACE_CALLS = 20  # of a candidate that is raced alone, however long each takes: for its pace, timed, seen not to leak, judged
+RACE_CALLS = 40  # of a candidate that is raced alone, however long each takes: for its pace, timed, seen not to leak, judged
 MOST_RESULTS = 2  # right results of a case that are kept
 
 
@@ -293,8 +293,12 @@ class ProcessRunner:
         return Trial(built, _measured(race, incumbent, verdict.error, False))
 
     def _won(self, race: Race, incumbent: Incumbent) -> bool:
-        """Whether a candidate is faster than the incumbent as that is when nothing slows it down."""
-        return race.won(self.timing.margin) and median(race.incumbent) < self.timing.slowed * incumbent.seconds
+        """Whether a candidate is faster than the incumbent. Raises Failed if something slowed the incumbent down."""
+        if not race.won(self.timing.margin):
+            return False
+        if (times := median(race.incumbent) / incumbent.seconds) >= self.timing.slowed:
+            raise Failed(Status.DISTURBED, f"the incumbent took {times:.3g} times as long as it does")
+        return True
 
     def _believe(self, subject: Subject, m: Measured) -> None:
         """Raises Failed if a winner's time is shorter than any kernel's could be: then something else slowed the incumbent down."""

@@ -134,6 +134,12 @@ class Search:
         self._seen.update(batch)
         return chosen
 
+    def give_back(self, schedules: Sequence[Schedule]) -> None:
+        """Take back candidates that were proposed and not tried: they are proposed again, before any others."""
+        for s in schedules:
+            self._seen.pop(s, None)
+        self._first = [*schedules, *self._first]
+
     def observe(self, results: Sequence[tuple[Schedule, Measured]]) -> None:
         """Take in what was measured, also of candidates that were not proposed here."""
         self._judge(results)

@@ -60,6 +60,9 @@ class Proposer(Protocol):
     def propose(self, n: int) -> list[Schedule]:
         """New candidates."""
 
+    def give_back(self, schedules: Sequence[Schedule]) -> None:
+        """Take back candidates that were proposed and not tried: they are proposed again."""
+
     def observe(self, results: Sequence[tuple[Schedule, Measured]]) -> None:
         """Take in what was measured."""
 

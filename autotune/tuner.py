@@ -191,6 +191,9 @@ class Tuner:
                 self._note(p, trial)
                 results.append((trial.schedule, trial.measured))
                 self._listener(Tried(index, trial))
+                if trial.schedule == p.task.default and trial.measured.status is Status.DISTURBED:
+                    p.search.give_back([b.schedule for b in built[len(results) :]])  # none may lead that was not timed beside the default
+                    return True
                 if self._over(budget):
                     return len(results) == len(built)
         except CannotTry as error:

@@ -49,7 +49,7 @@ def take_turns(timed: Callable[[Sequence[int]], Sequence[float]], calls: int, fl
         groups.add(sum(seconds for _, seconds in group) * calls, group)
         if len(groups.quiet) == quiet:
             if groups.hopeless and len(groups.rest) >= LEAST_DISTURBED:
-                return times if pairs >= PROBED_PAIRS else _tolerable(groups, tolerable)
+                return times if pairs >= PROBED_PAIRS else _tolerable(groups, tolerable if alone or tolerable >= 1.0 else 0.0)
             continue
         quiet += 1
         for which, seconds in group:

@@ -79,4 +79,4 @@ class Backend(Protocol):
         """Compile in this process."""
 
     def versions(self) -> tuple[tuple[str, str], ...]:
-        """(name, version) of everything but workload, schedule and target that decides a kernel's code; sorted."""
+        """(name, version) of everything but workload, schedule and target that decides which kernel is the fastest; sorted."""

@@ -139,7 +139,7 @@ def counterparts(before: Profile, after: Profile) -> list[tuple[float, object]]:
         if isinstance(call.step, KernelStep) and call.step.workload in instead:
             out.append((instead[call.step.workload] / uses[call.step.workload], None))
         else:
-            same = next(rest)
+            same = next(rest, call)
             out.append((same.seconds, _schedule(same)))
     return out
 

@@ -65,8 +65,7 @@ def _seconds(subject: Subject, seconds: float, device: torch.device) -> float:
             times.add(took, took)
             if took > LONG and times.quiet:
                 break
-    found = times.best()
-    return median(found[1:] or found)  # the first one warms up
+    return median(times.quiet[1:] or times.best())  # the first one warms up
 
 
 def _on_gpu(run: Callable[[], object], clock: GpuClock, seconds: float) -> float:

@@ -101,7 +101,7 @@ def _tune(units: Sequence[tuple[Graph, Lowered]], target: Target, database: Data
 def _done(task: Task, target: Target, database: Database, threads: int, machine: Target | None) -> bool:
     """Whether a workload was tuned enough, or there is nothing left to try."""
     known = database.records(task.workload, device_key(target, machine), threads, versions(target))
-    tried = {r.schedule: r.measured for r in known}
+    tried = {r.schedule: r.measured for r in known if not r.measured.says_nothing}
     return len(tried) >= ENOUGH or (bool(tried) and search_for(task, target, tuple(tried.items())).exhausted)
 
 

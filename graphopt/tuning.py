@@ -203,7 +203,7 @@ def _cost_model(run: Run) -> CostModel:
 
 
 def _search(run: Run, model: CostModel, done: Sequence[TuningRecord], task: Task) -> Search:
-    known = [(r.schedule, r.measured) for r in done if r.workload.key == task.workload.key]
+    known = [(r.schedule, r.measured) for r in done if r.workload.key == task.workload.key and not r.measured.says_nothing]
     best = run.database.best(task.workload, run.device, run.threads, versions(run.target))
     seeds = run.database.seeds(task.workload, run.device, run.threads, versions(run.target))
     if best is not None:

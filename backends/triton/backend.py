@@ -43,8 +43,8 @@ class TritonBackend:
         return load_source(src, interpret=False)
 
     def versions(self) -> tuple[tuple[str, str], ...]:
-        """(name, version) of everything but workload, schedule and target that decides a kernel's code; sorted."""
-        packages = tuple((name, package_version(name)) for name in ("graphopt", "triton"))
+        """(name, version) of everything but workload, schedule and target that decides what is the fastest; sorted."""
+        packages = tuple((name, package_version(name)) for name in ("graphopt", "torch", "triton"))  # PyTorch's kernels are candidates, too
         return (*packages, ("triton backend source", source_hash("triton")))
 
 

@@ -39,8 +39,9 @@ class TvmBackend:
         return build_in_process(src, t)
 
     def versions(self) -> tuple[tuple[str, str], ...]:
-        """(name, version) of everything but workload, schedule and target that decides a kernel's code; sorted."""
-        return tuple(sorted({"graphopt": package_version("graphopt"), **package_versions()}.items()))
+        """(name, version) of everything but workload, schedule and target that decides what is the fastest; sorted."""
+        packages = {name: package_version(name) for name in ("graphopt", "torch")}  # whose kernels are candidates, too
+        return tuple(sorted({**packages, **package_versions()}.items()))
 
 
 @lru_cache(maxsize=4096)

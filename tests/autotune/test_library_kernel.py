@@ -62,7 +62,7 @@ def test_the_builder_writes_a_file_and_leaves_the_others_to_the_other_one(tmp_pa
         def build(self, w: Workload, schedules: Sequence[Schedule]) -> list[Built]:
             return [Built(s, "made", "by another") for s in schedules]
 
-    own, other = Schedule.make(TEMPLATE, torch="2"), Schedule.make("tile", n=1)
+    own, other = Schedule.make(TEMPLATE), Schedule.make("tile", n=1)
     first, second = LibraryBuilder(Others(), tmp_path).build(workload(), [other, own])
     assert (first.schedule, first.path) == (other, "made") and second.schedule == own and second.path.endswith(SUFFIX)
     x, w, out = torch.randn(3, 8), torch.randn(2, 8, 2), torch.empty(3, 4)

@@ -49,6 +49,15 @@ def test_the_first_that_is_right_is_the_incumbent_and_a_faster_one_takes_its_pla
     assert good.measured.error is not None and 0 <= good.measured.error < 1e-6
 
 
+def test_nobody_wins_against_an_incumbent_that_something_else_slows_down() -> None:
+    runner = ProcessRunner(LOADER, threads=1, timing=replace(QUICK, slowed=3.0))
+    try:
+        (good,) = measure(runner, "good", incumbent=Incumbent(built("slow"), 1e-5))  # which takes a hundred times as long now
+    finally:
+        runner.close()
+    assert good.measured.status.value == "disturbed" and not good.won and "times as long as it does" in good.measured.reason
+
+
 @pytest.mark.parametrize(("kernel", "status"), BAD.items())
 def test_a_bad_candidate_is_found_and_the_next_one_is_measured(runner: ProcessRunner, kernel: str, status: str) -> None:
     bad, good = measure(runner, kernel, "good", incumbent=Incumbent(built("slow"), 1e-3))

@@ -129,6 +129,33 @@ def test_a_task_without_room_for_its_inputs_is_left_out_and_the_others_are_tuned
     assert "could not be made" in first.left_out and "allocate 1 TB" in first.left_out and not other.left_out
 
 
+class Disturbing(LosingRunner):
+    """Other processes are in the way the first times that a kernel is tried."""
+
+    def measure(self, subject: Subject, candidates: Sequence[Built], incumbent: Incumbent | None) -> Iterator[Trial]:
+        for trial in super().measure(subject, candidates, incumbent):
+            lost = trial.measured.status is Status.LOST
+            yield Trial(trial.built, Measured(Status.DISTURBED, reason="threads waited")) if lost else trial
+
+
+@pytest.mark.parametrize("times", [1, MOST_LOST])
+def test_nothing_is_tried_until_the_default_was_timed(times: int) -> None:
+    """What is timed alone, while the default was disturbed, would count as the fastest."""
+    runner = Disturbing("good", times)
+    try:
+        setup = Setup(runner, space("good", "slow", n=2))
+        outcome, p = setup.run(Budget())
+    finally:
+        runner.close()
+    first = [(t.schedule["kernel"], t.measured.status.value) for t, _ in setup.records][:times]
+    assert outcome.why == "done" and first == [("good", "disturbed")] * times
+    if times < MOST_LOST:
+        assert p.statuses == {"disturbed": times, "ok": 4} and p.incumbent is not None and p.incumbent.schedule["kernel"] == "good"
+        assert p.default is not None and p.default.ok and not p.left_out
+    else:
+        assert p.trials == times and p.incumbent is None and "could not be timed: threads waited" in p.left_out
+
+
 def test_a_default_that_is_always_lost_is_given_up() -> None:
     runner = LosingRunner("good", 100)
     try:
