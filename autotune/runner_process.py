@@ -34,7 +34,8 @@ from graphopt.autotune.library_kernel import SUFFIX, LibraryKernel, load_library
 from graphopt.autotune.records import Status
 from graphopt.autotune.turns import Disturbed, calls_of_a_slice, take_turns
 from graphopt.errors import RemoteError
-from graphopt.run_delay import Undisturbed, run_delay, usable_processors
+from graphopt.openmp import usable_processors
+from graphopt.run_delay import Undisturbed, run_delay
 
 Kernel = Callable[..., Any]
 Load = Callable[[Path, str], Kernel]
@@ -64,7 +65,7 @@ class Bench:
     def case(self, **request: Any) -> dict[str, Any]:
         """Take what :attr:`Arena.description` gives, and ``threads``, ``weights``, ``between``."""
         torch.set_num_threads(request["threads"])
-        if request["threads"] > usable_processors():
+        if request["threads"] > len(usable_processors()):
             self.waited = float  # those threads wait for each other all the time
         self.inputs, self.outputs = self.memory(request)
         self.sizes: list[int] = request["sizes"]

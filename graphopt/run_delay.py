@@ -13,17 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from graphopt.openmp import usable_processors
+
 T = TypeVar("T")
 TASKS = Path("/proc/self/task")
 WAKING = 2.5e-5  # seconds that a thread takes to wake up
 SLICE = 2.5e-4  # seconds: waiting for another thread's slice takes several times as much
 SHARE = 0.05  # of a longer time
 LEAST = 0.05
-
-
-def usable_processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_delay(tasks: Path = TASKS) -> float:
@@ -55,7 +52,7 @@ class Undisturbed(Generic[T]):
 
     def __init__(self, patience: float, waited: Callable[[], float] = run_delay) -> None:
         self._left, self._waited = max(patience, LEAST), waited
-        self._slice = max(SLICE, WAKING * usable_processors())  # as many threads may wake up
+        self._slice = max(SLICE, WAKING * len(usable_processors()))  # as many threads may wake up
         self.quiet: list[T] = []
         self.rest: list[tuple[float, T]] = []
         self._before = waited()

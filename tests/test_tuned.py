@@ -24,6 +24,7 @@ from graphopt.options import Options
 from graphopt.report import Report
 from graphopt.target import Target, detect
 from graphopt.tuned import device_key
+from tests.test_tuning import Net as TwoLayers
 
 pytestmark = pytest.mark.tvm
 
@@ -187,16 +188,6 @@ def test_timings_are_of_kernels_for_a_target_on_this_machine() -> None:
 # --- PyTorch's kernels, where they won ----------------------------------------------------------------------------------
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(48, 96), nn.Linear(96, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.relu(self.first(x)))
-
-
 def library_record(w: Workload, **change: Any) -> TuningRecord:
     space = library_space(w)
     assert space is not None
@@ -211,7 +202,7 @@ def test_where_pytorchs_kernels_won_they_are_called_and_the_report_says_so(tmp_p
     def run(**options: Any) -> tuple[Report, torch.Tensor, torch.Tensor]:
         given = {"cache_dir": str(tmp_path / "kernels"), "strict": True, "verify": "each-pass", **options}
         torch._dynamo.reset()
-        model = Two().eval()
+        model = TwoLayers().eval()
         compiled = torch.compile(model, backend="graphopt", dynamic=dynamic, options=given)
         x = torch.randn(4, 48)
         with torch.no_grad():
@@ -236,12 +227,12 @@ def test_where_pytorchs_kernels_won_they_are_called_and_the_report_says_so(tmp_p
 
 def test_pytorchs_kernels_of_another_version_do_not_count(tmp_path: Path) -> None:
     options = {"cache_dir": tmp_path / "kernels"}
-    before = graphopt.compile(Two().eval(), (torch.randn(4, 48),), tuning_db=None, **options).report
+    before = graphopt.compile(TwoLayers().eval(), (torch.randn(4, 48),), tuning_db=None, **options).report
     bodies = [n.body for n in parse_graph(before.text_after) if n.op.name == "fusion"]
     w = Workload.of(bodies[0], "matmul")  # type: ignore[arg-type]
     older = tuple((name, "1.0" if name == "torch" else version) for name, version in TvmBackend().versions())
     Database(tmp_path / "t.db").add([library_record(w, versions=older)])
-    after = graphopt.compile(Two().eval(), (torch.randn(4, 48),), tuning_db=tmp_path / "t.db", **options).report
+    after = graphopt.compile(TwoLayers().eval(), (torch.randn(4, 48),), tuning_db=tmp_path / "t.db", **options).report
     assert not after.fallbacks and after.key == before.key
     ((kind, message),) = remarks(after)
     assert kind == "missed" and "for another version (torch)" in message
