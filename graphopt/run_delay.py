@@ -72,9 +72,9 @@ class Undisturbed(Generic[T]):
         """Whether the patience has ended."""
         return bool(self.rest) and self._left <= 0.0
 
-    def best(self, at_most: float = float("inf")) -> list[T]:
-        """What was undisturbed; without any, what was disturbed least, of which no more than this share was waited for."""
+    def best(self) -> list[T]:
+        """What was undisturbed; without any, the quarter that was disturbed least."""
         if self.quiet or not self.rest:
             return self.quiet
-        usable = sorted((share, i) for i, (share, _) in enumerate(self.rest) if share <= at_most)
-        return [self.rest[i][1] for _, i in usable[: max(1, len(self.rest) // 4)]]
+        least = sorted(self.rest, key=lambda item: item[0])
+        return [what for _, what in least[: max(1, len(least) // 4)]]
