@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graphopt.capture.captured import TensorArgument
-from graphopt.compiler import CompiledGraph
+from graphopt.compiled import CompiledGraph
 from graphopt.ir.graph import Graph, Node, Value, is_view
 from graphopt.ledger import Entry, Ledger
 from graphopt.lower import KernelStep

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from graphopt.built import Progress
 from graphopt.capture.captured import Uncapturable
 from graphopt.capture.export import ExportedGraph, exported_graph, multiplied
 from graphopt.capture.fx import capture_fx
-from graphopt.compiler import CompiledGraph, LibraryGraph, Progress, compile_fx, lowered_programs
+from graphopt.compiled import CompiledGraph, LibraryGraph
+from graphopt.compiler import compile_fx
 from graphopt.devices import prestart
 from graphopt.errors import UsageError, WholeFallback
 from graphopt.exact import mark
@@ -22,6 +24,7 @@ from graphopt.ir.graph import Graph
 from graphopt.lower import Lowered
 from graphopt.options import Options
 from graphopt.ownership import GivenUp, OwnershipError, give_back_memory, refuse_loading, replace_everywhere
+from graphopt.prepared import lowered_programs
 from graphopt.profile import Profile
 from graphopt.report import Report
 from graphopt.target import Target

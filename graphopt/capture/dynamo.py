@@ -21,7 +21,8 @@ from graphopt.asked import in_training, say
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import clean_name
 from graphopt.capture.training import train_attention
-from graphopt.compiler import CompiledGraph, LibraryGraph, compile_fx
+from graphopt.compiled import CompiledGraph, LibraryGraph
+from graphopt.compiler import compile_fx
 from graphopt.devices import prestart
 from graphopt.errors import UsageError
 from graphopt.garbage import uncollected
