@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -34,14 +34,14 @@ from graphopt.variants import Variant, VariantProgram
 
 
 def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Options, *, inputs: Mapping[int, str] | None = None,
-               values: Mapping[int, torch.Tensor] | None = None, label: str = "model", progress: Progress | None = None,
+               exact: Collection[int] = (), label: str = "model", progress: Progress | None = None,
                keep: Callable[[Prepared], None] | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
     """Compile a functional aten graph; what the IR cannot hold runs through library kernels as a whole, and is reported.
 
     Args:
         weights: placeholder index -> name of the frozen weight that it is.
         inputs: placeholder index -> name of the user's argument that it is.
-        values: placeholder index -> the weight itself, as far as it is at hand: what its elements are may make it smaller.
+        exact: placeholders that are weights of f32 whose elements are bf16.
         keep: told what the passes and lowering made of it, before anything else is done with that.
 
     Raises:
@@ -54,7 +54,7 @@ def compile_fx(gm: torch.fx.GraphModule, weights: Mapping[int, str], options: Op
         return fallback_graph(gm, error.reason, str(error.loc or ""), options, label=label)
     eager = eager_peak(gm)
     del gm  # the caller's, if it kept no other reference: what is made from here on comes to lie where it lay
-    mark(captured, values or {})
+    mark(captured, exact)
     prepared = prepare(captured, options, label)
     prepared.eager = eager
     if keep is not None:

@@ -7,7 +7,7 @@ its mark any more is :class:`Widened`, and the graph is compiled anew, without m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,22 +42,22 @@ def _fits(bits: torch.Tensor) -> bool:
     return not bool(((exponent == 0x7F800000) | ((exponent == 0) & (bits & 0x7FFFFFFF != 0))).any())
 
 
-def mark(captured: Captured, values: Mapping[int, torch.Tensor]) -> bool:
+def exact_weights(values: Mapping[int, torch.Tensor]) -> set[int]:
+    """Which of these weights are bf16: matrices, filters and tables of f32, each of whose elements is looked at."""
+    return {i for i, w in values.items() if w.ndim >= 2 and is_bf16(w)}
+
+
+def mark(captured: Captured, exact: Collection[int]) -> None:
     """Mark the weights of a captured graph that are bf16.
 
     Args:
-        values: argument's position -> the weight.
-
-    Returns:
-        Whether there is one.
+        exact: positions of the arguments that :func:`exact_weights` found.
     """
-    found = False
     for i, argument in enumerate(captured.arguments):
-        if isinstance(argument, TensorArgument) and i in values:
+        if isinstance(argument, TensorArgument) and i in exact:
             v = captured.graph.inputs[argument.input]
-            if v.weight and v.dtype == types.f32 and v.type.rank >= 2 and is_bf16(values[i]):
-                v.exact, found = types.bf16, True
-    return found
+            if v.weight:
+                v.exact = types.bf16
 
 
 def unmarked(graph: Graph) -> Graph:

@@ -18,7 +18,7 @@ from graphopt.compiled import CompiledGraph, LibraryGraph
 from graphopt.compiler import compile_fx
 from graphopt.devices import prestart
 from graphopt.errors import UsageError, WholeFallback
-from graphopt.exact import mark
+from graphopt.exact import exact_weights, mark
 from graphopt.garbage import uncollected
 from graphopt.ir.graph import Graph
 from graphopt.lower import Lowered
@@ -43,7 +43,7 @@ def lowered(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
         captured = capture_fx(exported.gm, weights=exported.weights)
     except Uncapturable as error:
         raise WholeFallback(error.reason) from error
-    mark(captured, _weights(exported, options))
+    mark(captured, exact_weights(_weights(exported, options)))
     return lowered_programs(captured, target, options)
 
 
@@ -156,8 +156,8 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
     with nullcontext() if chosen.own_weights else uncollected():  # there memory counts
         exported = exported_graph(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         label = chosen.name or (Path(model).stem if isinstance(model, str | Path) else type(model).__name__)
-        values = _weights(exported, chosen)
-        graph = compile_fx(exported.take_graph(), exported.weights, chosen, values=values, label=label, progress=progress)
+        exact = exact_weights(_weights(exported, chosen))
+        graph = compile_fx(exported.take_graph(), exported.weights, chosen, exact=exact, label=label, progress=progress)
         compiled = CompiledModel(exported, graph)
     if chosen.own_weights:
         compiled._own_weights(model if isinstance(model, torch.nn.Module) else None)

@@ -56,7 +56,9 @@ class Options:
             where a name is an argument and its axis, or a symbol's own, and a pair is a range, both ends included.
         cuda_graphs: record the launches of a call on a GPU, and replay them at later calls of the same sizes; None for
             ``mode="reduce-overhead"`` only. See docs/runtime.md.
-        cache_dir: where built kernels are kept; None for ``~/.cache/graphopt``.
+        keep_graphs: keep what became of a graph until its kernels are built, and take it up where ``torch.compile`` hands over the same
+            graph again; not where single passes are asked for (``pipeline``, ``fuel``, ``verify="each-pass"``). See docs/runtime.md.
+        cache_dir: where built kernels and prepared graphs are kept; None for ``~/.cache/graphopt``.
         tuning_db: the tuning database whose records choose schedules; ``auto`` for ``tuning.db`` in the folder of the kernels, None for
             default schedules.
         workers: processes that build kernels; 0 for one a core.
@@ -77,6 +79,7 @@ class Options:
     own_weights: bool = False
     hot_sizes: Any = "auto"
     cuda_graphs: bool | None = None
+    keep_graphs: bool = True
     cache_dir: Path | None = None
     tuning_db: Path | str | None = "auto"
     tune_budget: float | None = None
@@ -84,7 +87,8 @@ class Options:
     name: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind in (("strict", bool), ("freeze", bool), ("own_weights", bool), ("target", str), ("name", str), ("quantize", str)):
+        for name, kind in (("strict", bool), ("freeze", bool), ("own_weights", bool), ("keep_graphs", bool), ("target", str), ("name", str),
+                           ("quantize", str)):  # fmt: skip
             if type(getattr(self, name)) is not kind:
                 raise UsageError(f"option {name}={getattr(self, name)!r} must be a {kind.__name__}")
         if self.cuda_graphs not in (True, False, None):
@@ -133,6 +137,12 @@ class Options:
     def kernels_dir(self) -> Path:
         """Folder of the kernel cache."""
         return self.cache_dir or default_cache_dir()
+
+    @property
+    def graphs_dir(self) -> Path | None:
+        """Folder of prepared graphs; None where each is to be made."""
+        single = self.pipeline is not None or self.fuel is not None or self.skip_rewrites or self.verify == "each-pass"
+        return self.kernels_dir / "graphs" if self.keep_graphs and not single else None
 
     @property
     def records(self) -> bool:

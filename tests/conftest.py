@@ -13,6 +13,16 @@ torch.set_num_threads(1)  # several test processes share the cores: spinning Ope
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_graphs_of_earlier_runs() -> Iterator[None]:
+    """Tests trace and prepare each graph anew, whatever was kept on this machine, unless they name a folder."""
+    folder = Options.graphs_dir.fget
+    assert folder is not None
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Options, "graphs_dir", property(lambda o: None if o.cache_dir is None else folder(o)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_tuning_database_of_the_user() -> Iterator[None]:
     """Tests compile with default schedules, whatever was tuned on this machine, unless they name a database or a folder."""
     path = Options.tuning_path.fget

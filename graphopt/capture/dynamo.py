@@ -7,8 +7,9 @@ graphs (forward and, when it is first needed, backward) take them as ordinary in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +20,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphopt.asked import in_training, say
 from graphopt.capture.decompositions import DECOMPOSITIONS
+from graphopt.capture.identity import Unknown, graph_text
 from graphopt.capture.source import clean_name
 from graphopt.capture.training import train_attention
 from graphopt.compiled import CompiledGraph, LibraryGraph
-from graphopt.compiler import compile_fx
+from graphopt.compiler import compile_fx, compile_prepared
 from graphopt.devices import prestart
 from graphopt.errors import UsageError
+from graphopt.exact import exact_weights
 from graphopt.garbage import uncollected
 from graphopt.graphed import not_recorded
+from graphopt.kept import NAME as KEPT
+from graphopt.kept import keep, key_of, take
 from graphopt.options import Options
+from graphopt.pages import Pages
+from graphopt.prepared import Prepared
+from graphopt.remarks import Remark
 
 _LOOKUPS = (torch.nn.functional.embedding, torch.embedding)
 Compiled = Callable[[list[Any]], Any]
@@ -44,17 +52,9 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     pages = prestart(chosen, example_inputs, [] if trains else [example_inputs[i] for i in multiplied(gm, static)])
     label = graph_label(gm)
     names = input_names(gm)
+    exact = set() if trains else exact_weights({i: example_inputs[i] for i in static})
     with _disable_current_modes():
         said = train_attention(gm, chosen) if trains else []
-
-    given = example_inputs
-
-    def inference(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        weights = inner_weights(gm, static)
-        values = {i: given[o] for i, o in enumerate(inner_origins(gm)) if i in weights and o is not None}
-        compiled = compile_graph(gm, chosen, label, weights, inner_names(gm, names), values)
-        compiled.stage_into(pages)
-        return compiled
 
     in_turn = replace(chosen, cuda_graphs=False)  # for training
 
@@ -73,20 +73,115 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     def backward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         return _undisturbed(trained(gm, "backward"), "compiled by graphopt")
 
-    with functorch_config.patch(unlift_effect_tokens=True), uncollected():
-        compiled = aot_module_simplified(
-            gm, list(example_inputs), fw_compiler=forward, bw_compiler=backward, inference_compiler=inference,
-            decompositions=dict(DECOMPOSITIONS), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
-        )  # fmt: skip
+    def trace(inference: Any) -> Callable[..., Any]:
+        with functorch_config.patch(unlift_effect_tokens=True):
+            compiled: Callable[..., Any] = aot_module_simplified(
+                gm, list(example_inputs), fw_compiler=forward, bw_compiler=backward, inference_compiler=inference,
+                decompositions=dict(DECOMPOSITIONS), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
+            )  # fmt: skip
+        return compiled
+
+    folder = None if trains else chosen.graphs_dir
+    with uncollected():
+        compiled = Inference(gm, example_inputs, chosen, folder, static, names, exact, label, pages).compiled(trace)
     return _undisturbed(compiled, "compiled by graphopt")
 
 
+class Inference:
+    """A Dynamo graph without gradients on its way: traced and prepared, or taken from those that were before.
+
+    Args:
+        folder: of graphs that were prepared before; None to prepare this one whatever there is.
+        static: arguments that are frozen weights, and their names.
+        names: the user's names of arguments.
+        exact: weights of f32 that are bf16 in truth.
+        pages: where packed weights shall lie.
+    """
+
+    def __init__(self, gm: torch.fx.GraphModule, examples: Sequence[Any], options: Options, folder: Path | None,
+                 static: Mapping[int, str], names: Mapping[int, str], exact: Collection[int], label: str,
+                 pages: Pages) -> None:  # fmt: skip
+        self.options, self.folder, self.label, self.pages = options, folder, label, pages
+        self.static, self.names, self.exact = static, names, exact
+        self.count = len(examples)
+        self.direct: Callable[..., Any] | None = None  # where AOTAutograd adds nothing to calls
+        self.key, self.why_not = "", ""
+        if folder is not None:
+            try:
+                text = graph_text(gm, examples, static, names)
+                self.key = key_of(text, exact, examples[0].device, options, label)
+            except Unknown as why:
+                self.why_not = str(why)
+
+    def compiled(self, trace: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+        """What Dynamo calls.
+
+        Args:
+            trace: has AOTAutograd trace the graph and hand it to a compiler, and returns what calls its result.
+        """
+        kept = take(self.folder, self.key) if self.folder is not None and self.key else None
+        if kept is None:
+            around = trace(self.compile)
+            return around if self.direct is None else self.direct
+        with _disable_current_modes():
+            compiled = compile_prepared(kept.prepared, self.options, label=self.label)
+        compiled.stage_into(self.pages)
+        return called_directly(compiled, kept.versions)
+
+    def compile(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        """AOTAutograd's compiler."""
+        weights = inner_weights(gm, self.static)
+        exact = {i for i, o in enumerate(inner_origins(gm)) if i in weights and o in self.exact}
+        versions = raised_versions(gm, self.count)
+        if self.key and versions is None:
+            self.why_not = "arguments or results share memory, or AOTAutograd changes them"
+
+        def keep_it(prepared: Prepared) -> None:
+            if self.folder is not None and self.key and versions is not None:
+                self.why_not = keep(self.folder, self.key, prepared, versions)
+
+        compiled = compile_graph(gm, self.options, self.label, weights, inner_names(gm, self.names), exact, keep_it)
+        compiled.stage_into(self.pages)
+        if self.why_not:
+            compiled.report.remarks.append(Remark("analysis", KEPT, KEPT, f"traced and prepared anew each time: {self.why_not}"))
+        if versions is not None and isinstance(compiled, CompiledGraph):
+            self.direct = called_directly(compiled, versions)
+        return compiled
+
+
+def raised_versions(gm: torch.fx.GraphModule, count: int) -> tuple[int, ...] | None:
+    """Positions of the arguments whose version counters AOTAutograd raises at a call; None if it does anything else around the graph.
+
+    Args:
+        gm: what it traced.
+        count: the arguments of Dynamo's graph.
+    """
+    context = torch._guards.TracingContext.try_get()
+    meta = context.fw_metadata if context is not None else None
+    if meta is None or inner_origins(gm) != list(range(count)):
+        return None
+    around = (meta.num_mutated_inp_runtime_indices, meta.num_outputs_aliased, meta.num_intermediate_bases, meta.tokens,
+              meta.dynamic_outputs, meta.is_rng_op_functionalized, meta.grad_enabled_mutation is not None)  # fmt: skip
+    return None if any(around) else tuple(meta.mutated_graph_handled_indices_seen_by_autograd)
+
+
+def called_directly(compiled: CompiledGraph, versions: Sequence[int]) -> Callable[..., Any]:
+    """What Dynamo calls where AOTAutograd has nothing to add."""
+
+    def run(*args: Any) -> list[Any]:
+        if versions:
+            torch.autograd.graph.increment_version([args[i] for i in versions])
+        return compiled(list(args))
+
+    return run
+
+
 def compile_graph(gm: torch.fx.GraphModule, options: Options, label: str, weights: Mapping[int, str],
-                  inputs: Mapping[int, str] | None = None,
-                  values: Mapping[int, Any] | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
+                  inputs: Mapping[int, str] | None = None, exact: Collection[int] = (),
+                  keep: Callable[[Prepared], None] | None = None) -> CompiledGraph | LibraryGraph:  # fmt: skip
     """Compile outside of the tracer's modes: under its fake tensors, checking a pass by value would compute nothing."""
     with _disable_current_modes():
-        return compile_fx(gm, weights, options, inputs=inputs, values=values, label=label)
+        return compile_fx(gm, weights, options, inputs=inputs, exact=exact, label=label, keep=keep)
 
 
 def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:

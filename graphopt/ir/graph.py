@@ -216,12 +216,16 @@ class Graph:
         elif types is None:
             raise TypeInferenceError(f"{op.name} needs its result types")
         node = Node(self, op, operands, full, types, loc, body)
+        self.append(node, before)
+        return node
+
+    def append(self, node: Node, before: Node | None = None) -> None:
+        """Put a node that was made for this graph at the end, or before another one. Nothing is inferred."""
         self._link(node, before)
         for i, v in enumerate(node.operands):
             v._uses[(node, i)] = None
         for listener in self.listeners:
             listener.created(node)
-        return node
 
     def erase(self, node: Node) -> None:
         """Remove a node whose results have no uses."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,28 +14,38 @@ from tests.opinfo.harness import copied, difference
 EAGER = {"backend": "eager"}
 
 
-def compiled(fn: Any, **kwargs: Any) -> Any:
+def compiled(fn: Any, cache_dir: str | None = None, **kwargs: Any) -> Any:
     torch._dynamo.reset()
     clear_reports()
-    return torch.compile(fn, backend="graphopt", options=EAGER, **kwargs)
+    return torch.compile(fn, backend="graphopt", options={**EAGER, "cache_dir": cache_dir}, **kwargs)
 
 
 def check(fn: Callable[..., Any], *args: Any, library: tuple[str, ...] = (), **kwargs: Any) -> None:
-    """One call of a function without gradients: dtypes, strides, values and what happened to the arguments are eager's.
+    """Calls of a function without gradients, compiled anew and taken from the graphs that are kept: dtypes, strides, values and what
+    happened to the arguments, their version counters included, are eager's.
 
     Args:
         library: the ATen operators that are expected to stay library calls; the graph may hold no other.
     """
-    mine, plain = copied(args), copied(args)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        want = fn(*plain)
-        torch.manual_seed(0)
-        got = compiled(fn, **kwargs)(*mine)
-    text = difference(want, got) or difference(plain, mine)
-    assert not text, text
-    called = sorted(set(library_calls()))
-    assert called == sorted(library), called
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            mine, plain = copied(args), copied(args)
+            before = versions(mine), versions(plain)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                want = fn(*plain)
+                torch.manual_seed(0)
+                got = compiled(fn, cache_dir=folder, **kwargs)(*mine)
+            text = difference(want, got) or difference(plain, mine)
+            assert not text, text
+            raised, wanted = ([a > b for a, b in zip(versions(x), b, strict=True)] for x, b in zip((mine, plain), before, strict=True))
+            assert raised == wanted, (raised, wanted)
+            called = sorted(set(library_calls()))
+            assert called == sorted(library), called
+
+
+def versions(args: Sequence[Any]) -> list[int]:
+    return [x._version for x in args if isinstance(x, torch.Tensor)]
 
 
 def library_calls() -> list[str]:
