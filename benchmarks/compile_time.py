@@ -63,7 +63,7 @@ def _graphopt_told() -> dict[str, Any]:
 
     reports = graphopt.reports()
     built, kernels = sum(r.kernels_built for r in reports), sum(len(r.kernels) for r in reports)
-    return {"found": f"{kernels - built} of {kernels} kernels", "passes": sum(r.seconds["passes"] for r in reports)}
+    return {"found": f"{kernels - built} of {kernels} kernels", "passes": sum(r.seconds.get("passes", 0.0) for r in reports)}
 
 
 def _inductor(cache: str, freezing: bool = True) -> Any:
