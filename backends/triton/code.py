@@ -64,12 +64,14 @@ class Descriptor:
     Attributes:
         tensor: the parameter's name.
         dtype: of its elements.
+        start: the element at which they begin.
         shape, strides: in elements; the last stride is 1.
         block: shape of a tile.
     """
 
     tensor: str
     dtype: DType
+    start: Dim
     shape: tuple[Dim, ...]
     strides: tuple[Dim, ...]
     block: tuple[int, ...]
@@ -252,7 +254,8 @@ class Code:
         for kernel, code, how in kernels:
             for n, d in code.descriptors.items():
                 shape, strides, block = (", ".join(map(dims.format_dim, numbers)) for numbers in (d.shape, d.strides, d.block))
-                lines.append(f"{INDENT}{n} = tensor_map({d.tensor}{as_bits(d.dtype)}, [{shape}], [{strides}], [{block}])")
+                start = f", {dims.format_dim(d.start)}" if d.start != 0 else ""
+                lines.append(f"{INDENT}{n} = tensor_map({d.tensor}{as_bits(d.dtype)}, [{shape}], [{strides}], [{block}]{start})")
             passed = ", ".join([*(n + bits.get(n, "") for n in given), *code.descriptors, *symbols])
             lines.append(f"{INDENT}grid = ({''.join(dims.format_dim(n) + ', ' for n in how.grid)})")
             lines.append(f"{INDENT}{kernel}[grid]({passed}, num_warps={how.warps}, num_stages={how.stages})")

@@ -3,8 +3,8 @@
     x[row, column] at row * S + column   =>   tiles = descriptor(x, [rows, columns], [S, 1], [BLOCK_M, BLOCK_K]);  tiles.load([row0, k0])
 
 An axis of the tensor is one of the tile or, with a block of one, a number such as that of a batch. What lies beyond the extents is zero.
-The tensor begins at a multiple of 16 bytes, as does each of its rows: the first is seen to when a kernel is launched (:mod:`.tensormap`),
-the second is proven here. NVIDIA, "CUDA driver API", tensor map objects.
+The tensor begins at a multiple of 16 bytes, as does each of its rows, and a part of it that is read: the first is seen to when a kernel is
+launched (:mod:`.tensormap`), the others are proven here. NVIDIA, "CUDA driver API", tensor map objects.
 """
 
 from __future__ import annotations
@@ -50,20 +50,23 @@ class Descriptors:
             return None
         wide = [(v, step) for v, step in at.terms if isinstance(v, Var) and v.axes]
         single = [(a, step) for a, step in at.terms if not (isinstance(a, Var) and a.axes)]
-        if at.start != 0 or len(wide) != 2 or len(at.terms) > MOST_AXES or any(code.place(Sum(((a, 1),))).axes for a, _ in single):
+        if len(wide) != 2 or len(at.terms) > MOST_AXES or any(code.place(Sum(((a, 1),))).axes for a, _ in single):
             return None
         (row, step), (column, one) = wide if wide[1][1] == 1 else reversed(wide)
         if one != 1 or row.axes == column.axes or row.name not in spans or column.name not in spans:
             return None
         strides = [*(s for _, s in single), step]
-        if any(exact(s, max(1, ALIGNED // dtype.itemsize)) is None for s in strides):
+        if any(exact(s, max(1, ALIGNED // dtype.itemsize)) is None for s in (at.start, *strides)):
+            return None
+        if not self.places.is_nonnegative(Sum((), at.start)):
             return None
         ends = [self.places.end(a) for a, _ in single]
         if any(n is None for n in ends):
             return None
         shape = tuple(n for n in (*ends, row.extent, column.extent) if n is not None)
         tile = tuple(spans[v.name] for v in (row, column))
-        name = self._named(Descriptor(tensor, dtype, shape, (*strides, 1), (*(1 for _ in single), *(t.size for t in tile))))
+        box = (*(1 for _ in single), *(t.size for t in tile))
+        name = self._named(Descriptor(tensor, dtype, at.start, shape, (*strides, 1), box))
         starts = [*(code.place(Sum(((a, 1),))).text for a, _ in single), *(t.start for t in tile)]
         text = f"{name}.load([{', '.join(self._coordinate(s) for s in starts)}])"
         if single:

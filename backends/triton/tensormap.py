@@ -10,13 +10,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from graphopt.backends.triton.descriptors import ALIGNED
 
 
-def tensor_map(x: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+def tensor_map(x: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int],
+               start: int = 0) -> TensorDescriptor:  # fmt: skip
     """Describe where tiles of a tensor lie. One that does not begin where descriptors need it is copied first.
 
     Args:
         shape, strides: of the tensor's memory, in elements; the last stride is 1.
         block: shape of a tile.
+        start: the element at which what is described begins.
     """
     if x.data_ptr() % ALIGNED:
         x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    if start:
+        x = x.as_strided((1,), (1,), x.storage_offset() + start)
     return TensorDescriptor(x, list(shape), list(strides), list(block))

@@ -43,6 +43,9 @@ ALIGNED = {
     " %2: bf16[2, 21, 48] = matmul(%x, %z)\n %3: bf16[2, 21, 48] = mul(%1, %2)\n return %3\n}",
     "any depth": "(%x: f32[B, 13, 4*H], %y: f32[B, 20, 4*H]) -> f32[B, 13, 20]\nwhere 1 <= B, 1 <= H {\n"
     " %t: f32[B, 4*H, 20] = transpose(%y) {perm = [0, 2, 1]}\n %0: f32[B, 13, 20] = matmul(%x, %t)\n return %0\n}",
+    "a part of the columns": "(%x: bf16[21, 96], %y: bf16[70, 40]) -> bf16[21, 70] {\n"
+    " %a: bf16[21, 40] = slice(%x) {axis = 1, start = 48, stop = 88}\n %t: bf16[40, 70] = transpose(%y) {perm = [1, 0]}\n"
+    " %0: bf16[21, 70] = matmul(%a, %t)\n return %0\n}",
     "a row of each batch": "(%x: f32[2, 3, 40], %y: f32[2, 40, 52]) -> f32[2, 3, 52] {\n %0: f32[2, 3, 52] = matmul(%x, %y)\n return %0\n}",
 }  # fmt: skip
 CASES = {**{f"{name}, {len(text)}": text for group in (PRODUCTS, DEEP) for name, text in group.items()}, **ALIGNED}
