@@ -56,9 +56,10 @@ CASES = {
             " return %0\n}"),
     "rows added by index": ("scatter", "(%x: f32[30522, 768], %i: i64[8192], %s: f32[8192, 768]) -> f32[30522, 768] {\n"
                             " %0: f32[30522, 768] = put(%x, %i, %s) {axis = 0, update = \"add\"}\n return %0\n}"),
-    "attention": ("attention", "(%q: bf16[4, 16, 4096, 64], %k: bf16[4, 16, 4096, 64], %v: bf16[4, 16, 4096, 64])"
-                  " -> bf16[4, 16, 4096, 64] {\n"
-                  " %0: bf16[4, 16, 4096, 64] = attention(%q, %k, %v) {scale = 0.125, causal = true}\n return %0\n}"),
+    **dict.fromkeys(("attention", "attention, by descriptor"),
+                    ("attention", "(%q: bf16[4, 16, 4096, 64], %k: bf16[4, 16, 4096, 64], %v: bf16[4, 16, 4096, 64])"
+                     " -> bf16[4, 16, 4096, 64] {\n"
+                     " %0: bf16[4, 16, 4096, 64] = attention(%q, %k, %v) {scale = 0.125, causal = true}\n return %0\n}")),
     "attention, one query": ("attention", "(%q: bf16[1, 32, 1, 128], %k: bf16[1, 8, 8192, 128], %v: bf16[1, 8, 8192, 128])"
                              " -> bf16[1, 32, 1, 128] {\n"
                              " %0: bf16[1, 32, 1, 128] = attention(%q, %k, %v) {scale = 0.125}\n return %0\n}"),
@@ -67,6 +68,7 @@ SCHEDULES: dict[str, tuple[str, dict[str, Knob]]] = {  # of cases whose schedule
     "matmul, by descriptor": ("tiled", {"reads": "descriptors"}),
     "matmul, tile after tile": ("persistent", {"reads": "pointers"}),
     "matmul, both": ("persistent", {"reads": "descriptors"}),
+    "attention, by descriptor": ("flash", {"reads": "descriptors"}),
 }
 
 

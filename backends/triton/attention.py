@@ -21,14 +21,15 @@ from collections.abc import Sequence
 
 from graphopt.backends.forms.flashform import Form
 from graphopt.backends.triton.code import Code, Launch, Scratch, ceildiv, conditions, power_of_two
-from graphopt.backends.triton.expr import Expressions
+from graphopt.backends.triton.descriptors import Descriptors
+from graphopt.backends.triton.expr import Expressions, Index
 from graphopt.backends.triton.index import Sum, Var, add, scale, variable
 from graphopt.backends.triton.matmul import LEAST, factor, precision
 from graphopt.backends.triton.pointwise import NAMES, NARROW, number
 from graphopt.backends.triton.scores import Scores
 from graphopt.backends.triton.sums import in_turn
 from graphopt.ir import dims, types
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, Value
 from graphopt.ir.opset.attention_training import EMPTY
 from graphopt.target import Target
 
@@ -151,17 +152,19 @@ class JoinKernel(Rows):
 class FlashKernel(Rows):
     """One region around an attention."""
 
-    def __init__(self, graph: Graph, form: Form, t: Target, rows: int, keys: int, pieces: int = 1, heads: int = 1) -> None:
+    def __init__(self, graph: Graph, form: Form, t: Target, rows: int, keys: int, pieces: int = 1, heads: int = 1,
+                 descriptors: bool = False) -> None:  # fmt: skip
         super().__init__(graph, form, rows, pieces, heads)
         self.n, self.d = keys, side(form.depth)
         self.precision = precision(form.out.dtype, t)
+        self.by_descriptor = Descriptors(self.code, self.x.places) if descriptors else None
 
     def emit(self, warps: int, stages: int) -> tuple[Code, Launch]:
-        code, form, x, p, lead, query, scores = self.code, self.form, self.x, self.p, self.lead, self.query, self.scores
+        code, form, p, lead, query, scores = self.code, self.form, self.p, self.lead, self.query, self.scores
         piece = Var(code.program(2, "piece") if self.pieces > 1 else "0", self.pieces)
         q_depth = code.block("dq", "", "BLOCK_D", self.d, form.depth, 1, 2)
         k_depth = code.block("dk", "", "BLOCK_D", self.d, form.depth, 0, 2)
-        q = factor(x, p.q, [*scores.lead_of(p.q, lead), variable(query), variable(q_depth)], q_depth, "[BLOCK_M, BLOCK_D]")
+        q = self._factor(p.q, [*scores.lead_of(p.q, lead), variable(query), variable(q_depth)], q_depth, "[BLOCK_M, BLOCK_D]")
         top, total, out = self.start(sinks=self.pieces == 1)
         low, high = scores.keys_of(self.tile, self.heads)
         first, blocks = code.fresh("n"), f"{low}, {high}, BLOCK_N"
@@ -170,12 +173,13 @@ class FlashKernel(Rows):
         with code.loop(f"for {first} in range({blocks}):"):
             column = code.block("column", first, "BLOCK_N", self.n, form.keys, 1, 2, 1)
             down = code.block("down", first, "BLOCK_N", self.n, form.keys, 0, 2, 1)
-            k = factor(x, p.k, [*scores.lead_of(p.k, self.first_head), variable(column), variable(k_depth)], k_depth, "[BLOCK_D, BLOCK_N]")
+            of_keys = [*scores.lead_of(p.k, self.first_head), variable(column), variable(k_depth)]
+            k = self._factor(p.k, of_keys, k_depth, "[BLOCK_D, BLOCK_N]")
             s, _ = scores.of(code.let("s", f'tl.dot({q}, {k}, input_precision="{self.precision}")'), lead, query, column)
             new = code.let("new", f"tl.maximum({top}, tl.max({s}, axis=1, keep_dims=True))")
             weight, alpha = self.weights(s, top, new)
             code.line(f"{total} = {total} * {alpha} + tl.sum({weight}, axis=1, keep_dims=True)")
-            v = factor(x, p.v, [*scores.lead_of(p.v, self.first_head), variable(down), variable(self.width)], down, "[BLOCK_N, BLOCK_E]")
+            v = self._factor(p.v, [*scores.lead_of(p.v, self.first_head), variable(down), variable(self.width)], down, "[BLOCK_N, BLOCK_E]")
             kept = scores.dropped.kept(weight, lead, variable(query), (*form.batch, form.queries), variable(column))
             weight = f"{kept}.to({NAMES[p.v.dtype]})" if p.v.dtype in NARROW else kept
             code.line(f'{out} = tl.dot({weight}, {v}, {out} * {alpha}, input_precision="{self.precision}")')
@@ -186,6 +190,13 @@ class FlashKernel(Rows):
             self._keep(piece, (top, total, out))
         sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_D": self.d, "BLOCK_E": self.e}
         return code, Launch((*self.grid, *([self.pieces] if self.pieces > 1 else [])), sizes, warps, stages)
+
+    def _factor(self, v: Value, index: Index, along: Var, shape: str) -> str:
+        """A tile of queries, keys or values; ``along`` is the axis that is summed."""
+        self.x.descriptors = self.by_descriptor
+        text = factor(self.x, v, index, along, shape)
+        self.x.descriptors = None
+        return text
 
     def _keep(self, piece: Var, found: tuple[str, str, str]) -> None:
         """Leave the piece's part, and join all in another kernel, of a few rows a program."""

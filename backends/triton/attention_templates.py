@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from graphopt.autotune.space import Constraint, Param, Schedule, SearchSpace, Workload
@@ -10,8 +11,8 @@ from graphopt.backends.base import refused
 from graphopt.backends.forms.flashform import Form, form_of, gradient_of
 from graphopt.backends.triton import attention, gradient
 from graphopt.backends.triton.code import Code, Launch, power_of_two
-from graphopt.backends.triton.matmul import LEAST
-from graphopt.backends.triton.template import Template, divide, first, largest, pieces_of
+from graphopt.backends.triton.matmul import LEAST, precision
+from graphopt.backends.triton.template import READS, Template, divide, first, largest, pieces_of, readable
 from graphopt.ir import dims
 from graphopt.target import Target
 
@@ -57,6 +58,7 @@ def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
         Param("n", first(n, (16, 32, 64, 128)), "tile"),
         Param("warps", first(8 if m >= 128 and t.kind == "cuda" else 4 if m >= 32 else 2, (2, 4, 8))),
         Param("stages", first(2 if t.kind == "cuda" else 1, (1, 2, 3))),
+        READS,
     )
 
     def fits(s: Mapping[str, Any]) -> bool:
@@ -66,13 +68,30 @@ def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
         return bool(s["m"] * (e + s["n"]) <= 128 * s["warps"] * t.warp)
 
     limits = Constraint("queries, keys and values exceed the shared memory", fits), Constraint("the sums exceed the registers", held)
-    return (SearchSpace("attention", ("flash",), params, (*limits, full)),)
+    return (SearchSpace("attention", ("flash",), params, (*limits, full, *_reads(w, t, form))),)
+
+
+@lru_cache(maxsize=1024)
+def _has_descriptors(w: Workload, t: Target) -> bool:
+    """Whether queries, keys or values lie so in memory that a descriptor tells their tiles."""
+    form = _attention_form(w)
+    assert isinstance(form, Form)
+    code, _ = attention.FlashKernel(w.graph, form, t, LEAST, LEAST, descriptors=True).emit(4, 1)
+    return bool(code.descriptors)
+
+
+def _reads(w: Workload, t: Target, form: Form) -> tuple[Constraint, ...]:
+    """By what queries, keys and values may be read."""
+    if t.has("tma") and form.out.dtype.itemsize >= 4 and precision(form.out.dtype, t) == "ieee":  # whole rows in registers, which spill
+        return (Constraint("f32 is multiplied by multiply-adds, and not as the device copies tiles", lambda s: s["reads"] == "pointers"),)
+    return readable(t, "queries, keys or values lie", lambda: _has_descriptors(w, t))
 
 
 def _write_attention(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     form = _attention_form(w)
     assert isinstance(form, Form)
-    return attention.FlashKernel(w.graph, form, t, s["m"], s["n"], s["pieces"], s["heads"]).emit(s["warps"], s["stages"])
+    kernel = attention.FlashKernel(w.graph, form, t, s["m"], s["n"], s["pieces"], s["heads"], s["reads"] == "descriptors")
+    return kernel.emit(s["warps"], s["stages"])
 
 
 # --- its gradient ------------------------------------------------------------------------------------------------------------

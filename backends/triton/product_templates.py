@@ -13,7 +13,7 @@ from graphopt.backends.forms.shapes import product_of
 from graphopt.backends.triton import conv, gemv, matmul
 from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
-from graphopt.backends.triton.template import LANES, Template, divide, first, largest, pieces_of
+from graphopt.backends.triton.template import LANES, READS, Template, divide, first, largest, pieces_of, readable
 from graphopt.ir import dims, types
 from graphopt.target import Target
 
@@ -40,9 +40,8 @@ def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     most = (64, 64, (64 if exact else 128) // form.dtype.itemsize) if wide else (128, 128, 128 // form.dtype.itemsize)
     batch = largest(dims.numel(form.batch), 8)
     tiled = _tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, batch, most, divided=form.depth)
-    reads = _reads(w, t, form)
-    knobs = Param("reads", ("pointers", "descriptors")), Param("specialized", (False, True))
-    tiled = replace(tiled, params=(*tiled.params, *knobs), constraints=(*tiled.constraints, *reads))
+    knobs = READS, Param("specialized", (False, True))
+    tiled = replace(tiled, params=(*tiled.params, *knobs), constraints=(*tiled.constraints, *_reads(w, t, form)))
     return tiled, _persistent(tiled, form, t)
 
 
@@ -55,12 +54,6 @@ def _has_descriptors(w: Workload, t: Target) -> bool:
 
 def _reads(w: Workload, t: Target, form: matmul.Form) -> tuple[Constraint, ...]:
     """By what tiles may be read, and who may read them."""
-    why = ""
-    if not t.has("tma"):
-        why = f"{t.arch} copies no tiles by descriptor"
-    elif not _has_descriptors(w, t):
-        why = "no factor lies in memory in rows of whole 16 bytes"
-
     exact = form.dtype.itemsize >= 4 and matmul.precision(form.dtype, t) == "ieee"
     apart = t.matrix_unit == "tcgen05" and not exact and len(form.nodes) == 1  # Triton refuses two products, and ignores other units
 
@@ -68,7 +61,7 @@ def _reads(w: Workload, t: Target, form: matmul.Form) -> tuple[Constraint, ...]:
         return not s["specialized"] or (apart and s["reads"] == "descriptors" and s["m"] >= 64 and s["warps"] >= 4)
 
     return (
-        *([Constraint(why, lambda s: s["reads"] == "pointers")] if why else []),
+        *readable(t, "factor lies", lambda: _has_descriptors(w, t)),
         Constraint("warps are specialized for one product of tcgen05, of tiles of 64 rows, read by descriptor, by 4 warps", shared_out),
     )
 

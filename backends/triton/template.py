@@ -90,3 +90,22 @@ def divide(default: int, depth: dims.Dim, block: str = "k") -> tuple[Param, Cons
 
     choices = tuple(n for n in PIECES if (n - 1) * LEAST < size)
     return Param("pieces", first(default, choices), "tile"), Constraint("a piece would be empty", full)
+
+
+READS = Param("reads", ("pointers", "descriptors"))
+
+
+def readable(t: Target, what: str, lies_so: Callable[[], bool]) -> tuple[Constraint, ...]:
+    """When tiles cannot be read by descriptor.
+
+    Args:
+        what: would be.
+        lies_so: whether some of it lies in memory as descriptors need it.
+    """
+    if not t.has("tma"):
+        why = f"{t.arch} copies no tiles by descriptor"
+    elif not lies_so():
+        why = f"no {what} in memory in rows of whole 16 bytes"
+    else:
+        return ()
+    return (Constraint(why, lambda s: s["reads"] == "pointers"),)

@@ -90,7 +90,7 @@ def bound(graph: Graph) -> list[dict[str, int]]:
 
 
 def schedule(graph: Graph, pieces: int, heads: int) -> Schedule:
-    return Schedule.make("attention", "flash", m=16, n=16, heads=heads, warps=2, stages=1, pieces=pieces)
+    return Schedule.make("attention", "flash", m=16, n=16, heads=heads, warps=2, stages=1, pieces=pieces, reads="pointers")
 
 
 def kind_of(graph: Graph) -> str:

@@ -20,7 +20,7 @@ DECODING = attention(1, 8192, 128, heads=8, shared=2, dtype="bf16", attrs=", cau
 
 def divided(pieces: int) -> Schedule:
     """Blocks of 16 keys, so that even a few give each piece some."""
-    return Schedule.make("attention", "flash", m=16, n=16, heads=1, warps=2, stages=1, pieces=pieces)
+    return Schedule.make("attention", "flash", m=16, n=16, heads=1, warps=2, stages=1, pieces=pieces, reads="pointers")
 
 
 @pytest.mark.parametrize("name", CASES)
