@@ -229,7 +229,8 @@ class Code:
         given, symbols = [*self.tensors, *self.scratch], sorted(w.graph.symbols)
         values = (*w.graph.inputs, *w.graph.outputs)
         bits = {n: as_bits(v.dtype) for n, v in zip(self.tensors, values, strict=True)}
-        mapped = any(code.descriptors for _, code, _ in kernels)
+        mapped = [d.tensor for _, code, _ in kernels for d in code.descriptors.values()]
+        described = ["copy_back"] * any(n.startswith("out") for n in mapped) + ["tensor_map"] * bool(mapped)
         helpers = sorted({h for _, code, _ in kernels for h in code.helpers})
         lines = [
             f"# {w.kind} region for {t}: {json.dumps({'sketch': s.sketch, **dict(s.knobs)})}",
@@ -240,7 +241,7 @@ class Code:
             "import triton",
             "import triton.language as tl",
             *([f"from graphopt.backends.triton.library import {', '.join(helpers)}"] if helpers else []),
-            *(["from graphopt.backends.triton.tensormap import tensor_map"] if mapped else []),
+            *([f"from graphopt.backends.triton.tensormap import {', '.join(described)}"] if described else []),
         ]
         for kernel, code, how in kernels:
             blocks = [f"{n}: tl.constexpr = {size}" for n, size in how.blocks.items()]
@@ -259,6 +260,8 @@ class Code:
             passed = ", ".join([*(n + bits.get(n, "") for n in given), *code.descriptors, *symbols])
             lines.append(f"{INDENT}grid = ({''.join(dims.format_dim(n) + ', ' for n in how.grid)})")
             lines.append(f"{INDENT}{kernel}[grid]({passed}, num_warps={how.warps}, num_stages={how.stages})")
+            results = [(n, d.tensor) for n, d in code.descriptors.items() if d.tensor.startswith("out")]
+            lines += [f"{INDENT}copy_back({n}, {tensor}{bits[tensor]})" for n, tensor in results]
         types = [*(v.dtype for v in values), *(memory.dtype for memory in self.scratch.values())]
         pointers = {n: f"*{_POINTERS[d.name]}" for n, d in zip(given, types, strict=True)}
         payload = []

@@ -1,8 +1,9 @@
-"""Tiles that are read by descriptor: the device copies a whole one (TMA), and no thread works out where its elements lie.
+"""Tiles that are read and written by descriptor: the device copies a whole one (TMA), and no thread works out where its elements lie.
 
     x[row, column] at row * S + column   =>   tiles = descriptor(x, [rows, columns], [S, 1], [BLOCK_M, BLOCK_K]);  tiles.load([row0, k0])
 
-An axis of the tensor is one of the tile or, with a block of one, a number such as that of a batch. What lies beyond the extents is zero.
+An axis of the tensor is one of the tile or, with a block of one, a number such as that of a batch. What lies beyond the extents is
+read as zero and not written.
 The tensor begins at a multiple of 16 bytes, as does each of its rows, and a part of it that is read: the first is seen to when a kernel is
 launched (:mod:`.tensormap`), the others are proven here. NVIDIA, "CUDA driver API", tensor map objects.
 """
@@ -22,15 +23,37 @@ MOST_AXES = 5
 
 @dataclass(frozen=True)
 class Block:
-    """A descriptor's tile.
+    """A tile of a tensor.
 
     Attributes:
-        text: what reads it.
+        name: of its descriptor.
+        at: where it begins, as text: a number for each axis of the tensor.
+        box: its shape with an axis of one for each that is no axis of the tile, as text; empty where there is none.
+        sides: its shape, as text, rows of memory first.
+        across: its rows are the columns of the memory's rows.
         depth: loops within which that stands.
     """
 
-    text: str
+    name: str
+    at: str
+    box: str
+    sides: str
+    across: bool
     depth: int
+
+    @property
+    def read(self) -> str:
+        """What reads it."""
+        text = f"{self.name}.load([{self.at}])"
+        if self.box:
+            text = f"tl.reshape({text}, [{self.sides}])"
+        return f"tl.trans({text})" if self.across else text
+
+    def written(self, value: str) -> str:
+        """What writes a value to it."""
+        if self.across:
+            value = f"tl.trans({value})"
+        return f"{self.name}.store([{self.at}], {f'tl.reshape({value}, [{self.box}])' if self.box else value})"
 
 
 class Descriptors:
@@ -39,7 +62,7 @@ class Descriptors:
     def __init__(self, code: Code, places: Places) -> None:
         self.code, self.places = code, places
 
-    def load(self, tensor: str, dtype: DType, at: Sum) -> Block | None:
+    def block(self, tensor: str, dtype: DType, at: Sum) -> Block | None:
         """The tile at a place in memory; None where no descriptor tells it.
 
         Args:
@@ -68,10 +91,10 @@ class Descriptors:
         box = (*(1 for _ in single), *(t.size for t in tile))
         name = self._named(Descriptor(tensor, dtype, at.start, shape, (*strides, 1), box))
         starts = [*(code.place(Sum(((a, 1),))).text for a, _ in single), *(t.start for t in tile)]
-        text = f"{name}.load([{', '.join(self._coordinate(s) for s in starts)}])"
-        if single:
-            text = f"tl.reshape({text}, [{', '.join(t.size_name for t in tile)}])"
-        return Block(text if row.axes == {0} else f"tl.trans({text})", max(v.depth for v in (row, column)))
+        sides = [t.size_name for t in tile]
+        at_text = ", ".join(self._coordinate(s) for s in starts)
+        whole = ", ".join([*("1" for _ in single), *sides]) if single else ""
+        return Block(name, at_text, whole, ", ".join(sides), row.axes != {0}, max(v.depth for v in (row, column)))
 
     def _named(self, d: Descriptor) -> str:
         name = next((n for n, other in self.code.descriptors.items() if other == d), "") or self.code.fresh("tiles")

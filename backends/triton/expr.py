@@ -61,6 +61,7 @@ class Expressions:
         reads: where inputs were read, for a look at the access pattern.
         conditional: indices that conditions or values, not only addresses, depend on.
         descriptors: while set, tiles that a descriptor can tell are read by it.
+        stores: if set, results that a descriptor can tell are written by it.
     """
 
     def __init__(self, code: Code) -> None:
@@ -71,6 +72,7 @@ class Expressions:
         self.reads: list[tuple[Value, Sum]] = []
         self.conditional: list[Sum] = []
         self.descriptors: Descriptors | None = None
+        self.stores: Descriptors | None = None
         self._names = {v: f"in{k}" for k, v in enumerate(code.graph.inputs)}
         self._guards: tuple[Text, ...] = ()
         self._memo: dict[tuple[Value, tuple[Sum, ...], tuple[Text, ...]], Tile] = {}
@@ -104,7 +106,12 @@ class Expressions:
         v = self.graph.outputs[k]
         tile = Tile(value, v.dtype) if value else self.at(v, index)
         text = tile.text if tile.narrow or v.dtype not in NARROW else f"{tile.text}.to({NAMES[v.dtype]})"
-        self.write(f"out{k}", self.output_place(k, index), lanes, shape, text)
+        name, at = f"out{k}", self.output_place(k, index)
+        block = self.stores.block(name, v.dtype, at) if self.stores is not None and tile.axes == {0, 1} else None
+        if block is not None:
+            self.code.line(block.written(text))
+        else:
+            self.write(name, at, lanes, shape, text)
 
     def write(self, tensor: str, to: Sum, lanes: Sequence[Var], shape: str, value: str) -> None:
         """Write the lanes of a tile to a place in a tensor; ``value`` is of the tensor's type."""
@@ -166,9 +173,9 @@ class Expressions:
     def _load(self, v: Value, at: Sum) -> Tile:
         self.reads.append((v, at))
         narrow = v.dtype in NARROW or v.dtype in LARGEST
-        if self.descriptors is not None and not self._guards and (block := self.descriptors.load(self._names[v], v.dtype, at)) is not None:
+        if self.descriptors is not None and not self._guards and (block := self.descriptors.block(self._names[v], v.dtype, at)) is not None:
             zero = frozenset(c for var in variables(at) for c in var.inside)
-            return Tile(self.code.let("x", block.text, block.depth), v.dtype, frozenset([0, 1]), block.depth, narrow, zero=zero)
+            return Tile(self.code.let("x", block.read, block.depth), v.dtype, frozenset([0, 1]), block.depth, narrow, zero=zero)
         place, of = self.code.place(at), variables(at)
         guards = [g for g in self._guards if g.axes <= place.axes]
         masks = list(dict.fromkeys([*(c for var in of for c in var.inside), *(g.text for g in guards)]))

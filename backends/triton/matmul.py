@@ -129,11 +129,14 @@ class Plan:
         programs: that take tile after tile; 0 for a program each.
         descriptors: factors are read by descriptor where they lie so.
         specialized: warps either copy or multiply.
+        stores: parts of a tile's columns that are finished and written one after another, by descriptor where results lie so; 0 for
+            all at once, by pointers.
     """
 
     programs: int = 0
     descriptors: bool = False
     specialized: bool = False
+    stores: int = 0
 
     def loop(self, *ends: str, flatten: bool = False) -> str:
         """A loop with what the compiler is told of it."""
@@ -160,6 +163,8 @@ class MatmulKernel:
         tiles = ceildiv(dims.numel(form.rows), self.m), ceildiv(form.columns, self.n)
         each, batches = dims.mul(*tiles), dims.numel(form.batch)
         blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
+        if self.plan.stores > 1:
+            blocks["PART"] = self.n // self.plan.stores
         number = code.program(0)
         if not self.plan.programs:
             grid = [each]
@@ -189,7 +194,23 @@ class MatmulKernel:
         rights = [columns_of(code, n.operands[1], column, start, self.n) for n in form.nodes]
         sums = self._products(index, rights, piece)
         assert all(v.type.rank == len(index) + 1 for v in self.graph.outputs)
-        self.pieces.finish(self.e, piece, [*index, variable(column)], sums, [row, column], "[BLOCK_M, BLOCK_N]")
+        self.e.stores = Descriptors(code, self.e.places) if self.plan.stores else None
+        parts = max(1, self.plan.stores)
+        for k, part in enumerate(zip(*(self._columns(acc, self.n, parts) for acc in sums), strict=True)):
+            shape, width = "[BLOCK_M, BLOCK_N]", self.n // parts
+            if parts > 1:
+                shape = "[BLOCK_M, PART]"
+                column = code.block("column", f"{k * width} + {start}" if k else start, "PART", width, form.columns, 1, 2, depth)
+            self.pieces.finish(self.e, piece, [*index, variable(column)], part, [row, column], shape)
+
+    def _columns(self, acc: str, width: int, parts: int) -> list[str]:
+        """Parts of the columns of an accumulator, from left to right."""
+        if parts == 1:
+            return [acc]
+        left, right = self.code.fresh("left"), self.code.fresh("right")
+        halves = f"tl.permute(tl.reshape({acc}, [BLOCK_M, 2, {width // 2}]), [0, 2, 1])"
+        self.code.line(f"{left}, {right} = tl.split({halves})")
+        return [part for half in (left, right) for part in self._columns(half, width // 2, parts // 2)]
 
     def _products(self, index: Index, rights: Sequence[tuple[Value, Sum]], piece: Var) -> list[str]:
         """Names of the accumulators in which the products of a tile are summed; ``rights`` are the right factors and their columns."""

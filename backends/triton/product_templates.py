@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,9 +15,11 @@ from graphopt.backends.triton.code import Code, Launch, power_of_two
 from graphopt.backends.triton.prepare import prepared
 from graphopt.backends.triton.template import LANES, READS, Template, divide, first, largest, pieces_of, readable
 from graphopt.ir import dims, types
+from graphopt.ir.graph import Value
 from graphopt.target import Target
 
 LEAST_DEPTH = 32  # bytes along the summed axis that the instructions multiply at once, and Triton asks for
+LEAST_PART = 16  # columns of a tile that are written by descriptor: of one byte each, what a descriptor asks for
 PIECE, ROW_PIECE = 1024, 8192  # bytes along the summed axis that a piece has at least by default: of tiles, of products of one row
 
 # --- matmul ------------------------------------------------------------------------------------------------------------------
@@ -40,44 +42,60 @@ def _matmul_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     most = (64, 64, (64 if exact else 128) // form.dtype.itemsize) if wide else (128, 128, 128 // form.dtype.itemsize)
     batch = largest(dims.numel(form.batch), 8)
     tiled = _tiles("matmul", t, form.dtype.itemsize, len(form.nodes), sizes, batch, most, divided=form.depth)
-    knobs = READS, Param("specialized", (False, True))
-    tiled = replace(tiled, params=(*tiled.params, *knobs), constraints=(*tiled.constraints, *_reads(w, t, form)))
-    return tiled, _persistent(tiled, form, t)
+    stores = (0, 1, 2, 4) if t.has("tma") and _lies_so(w, t, "out") else (0,)
+    knobs = READS, Param("stores", stores), Param("specialized", (False, True))
+    tiled = replace(tiled, params=(*tiled.params, *knobs), constraints=(*tiled.constraints, *_copies(w, t, form)))
+    return tiled, _persistent(tiled, form, prepared(w).outputs, t)
 
 
 @lru_cache(maxsize=1024)
-def _has_descriptors(w: Workload, t: Target) -> bool:
-    """Whether a factor lies so in memory that a descriptor tells its tiles."""
-    code, _ = matmul.MatmulKernel(prepared(w), t, (16, 16, 16), 1, plan=matmul.Plan(descriptors=True)).emit(4, 1)
-    return bool(code.descriptors)
+def _described(w: Workload, t: Target) -> frozenset[str]:
+    """The factors and results that lie so in memory that a descriptor tells their tiles."""
+    code, _ = matmul.MatmulKernel(prepared(w), t, (16, 16, 16), 1, plan=matmul.Plan(descriptors=True, stores=1)).emit(4, 1)
+    return frozenset(d.tensor for d in code.descriptors.values())
 
 
-def _reads(w: Workload, t: Target, form: matmul.Form) -> tuple[Constraint, ...]:
-    """By what tiles may be read, and who may read them."""
+def _lies_so(w: Workload, t: Target, tensors: str) -> bool:
+    return any(name.startswith(tensors) for name in _described(w, t))
+
+
+def _copies(w: Workload, t: Target, form: matmul.Form) -> tuple[Constraint, ...]:
+    """By what tiles may be read and written, and by whom."""
     exact = form.dtype.itemsize >= 4 and matmul.precision(form.dtype, t) == "ieee"
     apart = t.matrix_unit == "tcgen05" and not exact and len(form.nodes) == 1  # Triton refuses two products, and ignores other units
 
     def shared_out(s: Mapping[str, Any]) -> bool:
         return not s["specialized"] or (apart and s["reads"] == "descriptors" and s["m"] >= 64 and s["warps"] >= 4)
 
+    def whole(s: Mapping[str, Any]) -> bool:
+        return bool(s["pieces"] == 1 or s["stores"] == 0)
+
+    def wide(s: Mapping[str, Any]) -> bool:
+        return bool(s["n"] >= LEAST_PART * s["stores"])
+
     return (
-        *readable(t, "factor lies", lambda: _has_descriptors(w, t)),
+        *readable(t, "factor lies", lambda: _lies_so(w, t, "in")),
+        Constraint("what pieces of a depth give is not written by descriptor", whole),
+        Constraint(f"a part of a tile has fewer than {LEAST_PART} columns", wide),
         Constraint("warps are specialized for one product of tcgen05, of tiles of 64 rows, read by descriptor, by 4 warps", shared_out),
     )
 
 
-def _persistent(tiled: SearchSpace, form: matmul.Form, t: Target) -> SearchSpace:
+def _persistent(tiled: SearchSpace, form: matmul.Form, outputs: Sequence[Value], t: Target) -> SearchSpace:
     """The same tiles, by programs that take one after another; the factors of the next are on their way while one is finished."""
-    extra = 1 if t.matrix_unit == "wgmma" else 0  # Triton adds a stage there
+    size = max(v.dtype.itemsize for v in outputs)
 
     def fits(s: Mapping[str, Any]) -> bool:
         tile = (s["m"] + len(form.nodes) * s["n"]) * s["k"] * form.dtype.itemsize
-        return bool(s["resident"] * (s["stages"] + extra) * tile <= t.shared_memory)
+        staged = t.matrix_unit == "wgmma" or s["stores"] > 0  # results go through the shared memory, beside the next factors
+        result = s["m"] * s["n"] // max(1, s["stores"]) * size if staged else 0
+        return bool(s["resident"] * (s["stages"] * tile + result) <= t.shared_memory)
 
     default: dict[str, Any] = dict(tiled.default().knobs) | {"pieces": 1, "resident": 1}
+    default["reads"] = "descriptors" if all(c.holds({**default, "reads": "descriptors"}) for c in tiled.constraints) else "pointers"
+    if len(next(p for p in tiled.params if p.name == "stores").choices) > 1:  # a tile is on its way to memory while the next is computed
+        default["stores"] = 2 if default["n"] >= 128 else 1
     default["stages"] = next((n for n in range(default["stages"], 0, -1) if fits({**default, "stages": n})), 1)
-    by_descriptor = all(c.holds({**default, "reads": "descriptors"}) for c in tiled.constraints)
-    default["reads"] = "descriptors" if by_descriptor else "pointers"
     params = [replace(p, choices=tuple(dict.fromkeys((default[p.name], *p.choices)))) for p in tiled.params if p.name != "pieces"]
     params += [Param("pieces", (1,)), Param("resident", (1, 2, 3, 4))]
     limit = Constraint("the tiles of all stages, and of all programs of a processor, exceed its shared memory", fits)
@@ -150,7 +168,7 @@ def _filling(tile: tuple[int, int], floor: int, least: int, sizes: tuple[int, ..
 
 def _write_matmul(w: Workload, s: Schedule, t: Target) -> tuple[Code, Launch]:
     programs = s["resident"] * t.cores if s.sketch == "persistent" else 0
-    plan = matmul.Plan(programs, s["reads"] == "descriptors", s["specialized"])
+    plan = matmul.Plan(programs, s["reads"] == "descriptors", s["specialized"], s["stores"])
     kernel = matmul.MatmulKernel(prepared(w), t, (s["m"], s["n"], s["k"]), s["group"], s["pieces"], plan)
     return kernel.emit(s["warps"], s["stages"])
 

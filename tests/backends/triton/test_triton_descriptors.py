@@ -14,9 +14,11 @@ from test_triton_split_k import DEEP
 from triton_check import runner, templates
 
 from graphopt.autotune.space import Schedule, SearchSpace
+from graphopt.backends.triton.build import load_source
 from graphopt.backends.triton.offline import Compiled, compile_offline
 from graphopt.backends.triton.tensormap import tensor_map
 from graphopt.ir.graph import Graph
+from graphopt.ir.interpreter import evaluate
 from graphopt.ir.text import parse_graph
 from graphopt.sampling import random_inputs
 from graphopt.target import Target
@@ -48,6 +50,14 @@ ALIGNED = {
     " %0: bf16[21, 70] = matmul(%a, %t)\n return %0\n}",
     "a row of each batch": "(%x: f32[2, 3, 40], %y: f32[2, 40, 52]) -> f32[2, 3, 52] {\n %0: f32[2, 3, 52] = matmul(%x, %y)\n return %0\n}",
 }  # fmt: skip
+WRITTEN = {
+    "rows": "(%x: bf16[B, 40], %w: bf16[72, 40], %r: bf16[B, 72]) -> bf16[B, 72]\nwhere 1 <= B {\n"
+    " %t: bf16[40, 72] = transpose(%w) {perm = [1, 0]}\n %0: bf16[B, 72] = matmul(%x, %t)\n %1: bf16[B, 72] = add(%0, %r)\n return %1\n}",
+    "rows of batches": "(%x: f32[2, 13, 21], %y: f32[21, 36]) -> f32[2, 13, 36] {\n %0: f32[2, 13, 36] = matmul(%x, %y)\n return %0\n}",
+    "columns": "(%x: f16[21, 24], %y: f16[24, 40]) -> f16[21, 40; 1, 24] {\n %0: f16[21, 40] = matmul(%x, %y)\n return %0\n}",
+    "one of two": "(%x: f32[21, 33], %y: f32[33, 50]) -> (f32[21, 50], f16[21, 50; 56, 1]) {\n %0: f32[21, 50] = matmul(%x, %y)\n"
+    " %1: f16[21, 50] = cast(%0) {dtype = f16}\n return %0, %1\n}",
+}  # fmt: skip
 CASES = {**{f"{name}, {len(text)}": text for group in (PRODUCTS, DEEP) for name, text in group.items()}, **ALIGNED}
 
 
@@ -65,7 +75,7 @@ def spaces(graph: Graph, t: Target) -> tuple[SearchSpace, SearchSpace]:
 def schedule(space: SearchSpace, graph: Graph, **knobs: Any) -> Schedule:
     """Small tiles, so that even a small product has several."""
     depth = 16 if graph.inputs[0].dtype.itemsize > 1 else 32
-    small = {"m": 16, "n": 16, "k": depth, "warps": 2, "stages": 2, "pieces": 1, **knobs}
+    small = {"m": 16, "n": 16, "k": depth, "warps": 2, "stages": 2, "pieces": 1, "stores": 0, **knobs}
     return Schedule.make("matmul", space.sketches[0], **{**dict(space.default().knobs), **small})
 
 
@@ -92,6 +102,49 @@ def test_factors_that_are_read_by_descriptor(name: str, persistent: bool) -> Non
         judge(graph, s)
     else:
         assert name not in ALIGNED and reason == "no factor lies in memory in rows of whole 16 bytes"
+
+
+ROWS_OF_WORDS = ("batches of batches", "gate", "any depth", "a row of each batch", *WRITTEN)  # in their results
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("name", [*ALIGNED, *WRITTEN])
+def test_results_that_are_written_by_descriptor(name: str, persistent: bool) -> None:
+    """At once, in halves, and in quarters; of several products, too."""
+    graph = parsed({**ALIGNED, **WRITTEN}[name])
+    space = spaces(graph, FEW)[persistent]
+    for stores in (1, 2, 4):
+        s = schedule(space, graph, n=64, stores=stores, reads="pointers")
+        if name in ROWS_OF_WORDS:
+            assert space.rejection(s) is None
+            judge(graph, s)
+        else:
+            assert space.rejection(s) == f"stores = {stores} is not among (0,)"
+
+
+def test_floats_of_8_bits_are_written_so() -> None:
+    graph = parsed("(%x: bf16[21, 33], %y: bf16[33, 48], %s: bf16[48]) -> f8e4m3[21, 48] {\n %0: bf16[21, 48] = matmul(%x, %y)\n"
+                   " %1: f8e4m3[21, 48] = quantize(%0, %s) {dtype = f8e4m3, bits = 8}\n return %1\n}")  # fmt: skip
+    given, space = random_inputs(graph, {}, 0), spaces(graph, FEW)[0]
+    plain, written = (runner(graph, "matmul", schedule(space, graph, n=32, stores=n), FEW)(given, None)[0] for n in (0, 2))
+    assert torch.equal(plain.view(torch.uint8), written.view(torch.uint8)) and len(plain.view(torch.uint8).unique()) > 50
+
+
+@pytest.mark.parametrize("begin", [8, 9])
+def test_nothing_is_written_beside_a_result(begin: int) -> None:
+    """Wherever it begins: between words, what is written goes to a copy, which is copied back."""
+    graph = parsed(WRITTEN["rows"])
+    w, found = templates(graph, "matmul", FEW)
+    s = schedule(spaces(graph, FEW)[0], graph, n=32, stores=2, reads="descriptors")
+    source = next(p for p in found if p.name == "matmul").emit(w, s, FEW)
+    assert source.text.count("tiles2.store(") == 2 and "tl.store" not in source.text
+    given = random_inputs(graph, {"B": 21}, 0)
+    memory = torch.full([21 * 72 + 32], 77.0, dtype=torch.bfloat16)
+    assert memory.data_ptr() % 16 == 0
+    out = memory[begin : begin + 21 * 72].view(21, 72)
+    load_source(source, interpret=True)(*given, out, 21)
+    torch.testing.assert_close(out, evaluate(graph, given, bindings={"B": 21})[0], rtol=0.02, atol=0.02)
+    assert (memory[:begin] == 77).all() and (memory[begin + 21 * 72 :] == 77).all()
 
 
 @pytest.mark.parametrize("name", ["linear", "batches of batches"])
@@ -170,8 +223,8 @@ def compiled(name: str, target: str, persistent: bool, **knobs: Any) -> Compiled
 
 
 def copies(c: Compiled) -> int:
-    """Instructions that copy a tile by descriptor."""
-    return len(re.findall(r"cp\.async\.bulk\.tensor\.[2-5]d\S*global", c.assembly))
+    """Instructions that read a tile by descriptor."""
+    return len(re.findall(r"cp\.async\.bulk\.tensor\.[2-5]d\.shared::\w+\.global", c.assembly))
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -180,6 +233,18 @@ def copies(c: Compiled) -> int:
 def test_the_device_copies_tiles(name: str, target: str, persistent: bool) -> None:
     c = compiled(name, target, persistent, reads="descriptors")
     assert copies(c) >= 2 and not re.search(r"\bcp\.async\.c[ag]\.", c.assembly)  # no thread copies a part of a tile
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("target", ["cuda:sm_90", "cuda:sm_100"])
+@pytest.mark.parametrize("name", ["matmul: linear", "matmul: gate", "matmul: integers", "matmul: batches"])
+def test_the_device_writes_tiles(name: str, target: str, persistent: bool) -> None:
+    """No thread writes a part of one; in parts, what follows the product has fewer registers and less shared memory."""
+    whole, halves = (compiled(name, target, persistent, reads="descriptors", stores=n, n=64) for n in (1, 2))
+    for c, stores in ((whole, 1), (halves, 2)):
+        assert len(re.findall(r"cp\.async\.bulk\.tensor\.[2-5]d\.global\.shared", c.assembly)) >= stores
+        assert not re.search(r"\bst\.global", c.assembly)
+    assert halves.shared < whole.shared or not persistent
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -26,7 +26,7 @@ DEEP = {
     "one number": "(%x: f32[1, 100], %y: f32[100, 1]) -> f32[1, 1] {\n %0: f32[1, 1] = matmul(%x, %y)\n return %0\n}",
 }
 CASES = {**PRODUCTS, **DEEP}
-TILES = {"m": 16, "n": 16, "group": 4, "warps": 2, "stages": 2, "reads": "pointers", "specialized": False}
+TILES = {"m": 16, "n": 16, "group": 4, "warps": 2, "stages": 2, "reads": "pointers", "stores": 0, "specialized": False}
 LONG = "graph @g(%x: bf16[{m}, {k}], %w: bf16[{k}, {n}]) -> bf16[{m}, {n}]{where} {{\n %0: bf16[{m}, {n}] = matmul(%x, %w)\n return %0\n}}"
 
 
