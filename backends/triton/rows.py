@@ -179,23 +179,27 @@ class RowKernel:
         return self.e.wide(x, [next(columns) if k in axes else next(rows) for k in range(x.type.rank)])
 
     def _masked(self, node: Node, x: Tile, column: Var) -> Tile:
-        """The neutral element in lanes beyond the last column; truth values as integers."""
-        text = x.text
+        """The neutral element in lanes beyond the last column; truth values as numbers of what decides: a true, or a false one."""
+        text, zero = x.text, x.zero
         if node.name in ("any", "all"):
-            text = self.code.let("bit", f"({cast(text, x.dtype, types.b1)}).to(tl.int32)", x.depth)
+            truth = cast(text, x.dtype, types.b1) if node.name == "any" else f"{text} == 0"
+            text = self.code.let("bit", f"({truth}).to(tl.int32)", x.depth)
+            zero = zero if node.name == "any" else frozenset()
         neutral = self._neutral(node)
         depth = max(x.depth, column.depth)
-        if column.inside and not (set(column.inside) <= x.zero and neutral in ("0.0", "0")):
+        if column.inside and not (set(column.inside) <= zero and neutral in ("0.0", "0")):
             text = self.code.let("m", f"tl.where({conditions(column.inside)}, {text}, {neutral})", depth)
         return Tile(text, x.dtype, x.axes | (frozenset([COLUMN]) if column.inside else NO_AXES), depth)
 
     def _neutral(self, node: Node) -> str:
         d = node.operands[0].dtype
         match node.name:
-            case "sum" | "mean" | "any":
-                return "0.0" if d == types.f32 or d in NARROW else "0" if node.name == "any" else typed(0, d)
-            case "prod" | "all":
-                return "1" if node.name == "all" else typed(1, d)
+            case "any" | "all":
+                return "0"
+            case "sum" | "mean":
+                return "0.0" if d == types.f32 or d in NARROW else typed(0, d)
+            case "prod":
+                return typed(1, d)
         least = node.name == "max"
         if d.is_float:
             return typed(float("-inf") if least else float("inf"), d)
@@ -213,12 +217,10 @@ class RowKernel:
         """The reduction of lanes along the columns, [ROWS, 1]."""
         d = node.operands[0].dtype
         match node.name:
-            case "sum" | "mean":
+            case "sum" | "mean" | "any" | "all":  # of truth values the extremes become vectors of bits, for which LLVM takes stack
                 return f"tl.sum({text}, axis=1, keep_dims=True)"
             case "prod":
                 return f"{self.code.helper('product')}({text})"
-            case "any" | "all":
-                return f"tl.{'max' if node.name == 'any' else 'min'}({text}, axis=1, keep_dims=True)"
         if d.is_float and not _shifts_softmax(node):
             return f"{self.code.helper('greatest' if node.name == 'max' else 'least')}({text})"
         if d.is_bool:
@@ -230,7 +232,9 @@ class RowKernel:
         d = node.operands[0].dtype
         if node.name == "mean":
             text = f"{text} / {self.code.size(self.split.columns)}"
-        elif node.name in ("any", "all") or d.is_bool:
+        elif node.name == "all":
+            text = f"{text} == 0"
+        elif node.name == "any" or d.is_bool:
             text = f"{text} != 0"
         elif not d.is_float:
             text = f"{text}.to({held(d)})"
@@ -249,7 +253,7 @@ class RowKernel:
             case "prod":
                 return f"{acc} = {acc} * {x.text}"
             case "any" | "all":
-                return f"{acc} = tl.{'maximum' if node.name == 'any' else 'minimum'}({acc}, {x.text})"
+                return f"{acc} = tl.maximum({acc}, {x.text})"
         if d.is_bool:
             return f"{acc} = {acc} {'|' if node.name == 'max' else '&'} {x.text}"
         nan = ", propagate_nan=tl.PropagateNan.ALL" if d.is_float and not _shifts_softmax(node) else ""

@@ -91,3 +91,9 @@ def test_all_large_kernels(name: str, target: str) -> None:
 def test_small_kernels(name: str, target: str) -> None:
     kind, text = CASES[name]
     judge(parsed(text), kind, target, ("mma",) if target in ("cuda:sm_90", "cuda:sm_100") else ())  # wgmma takes 64 rows and more
+
+
+@pytest.mark.parametrize("name", ["reduction: all 0, 2", "reduction: any 0, 2"])
+def test_truth_values_take_no_stack(name: str) -> None:
+    """Their least and greatest would: vectors of bits, of which LLVM keeps a byte there."""
+    judge(parsed(CASES[name][1]), "reduction", "cuda:sm_90")
