@@ -66,7 +66,7 @@ def _node(node: Node, target: Target) -> str | None:
 def _pointwise(node: Node) -> str | None:
     name, operand = node.name, node.operands[0]
     f8 = [v for v in (*node.operands, *node.results) if v.dtype in LARGEST]
-    if f8 and name != "dequantize" and f8 != ([node.result] if name == "quantize" else [operand] if name == "cast" else []):
+    if f8 and name not in ("dequantize", "cast") and f8 != ([node.result] if name == "quantize" else []):
         return f"{name} on {f8[0].dtype}"
     if name in _INTEGER_DIVISIONS and not operand.dtype.is_float:
         divisor = constant_of(node.operands[1])

@@ -74,7 +74,7 @@ def _node(node: Node) -> str | None:
             return f"{node.name}: {why}"
     if node.name not in (*VIEWS, "dequantize", "cast") and any(v.dtype in LARGEST for v in node.operands):
         return f"{node.name} of 8-bit floats"
-    if node.name not in (*VIEWS, "quantize") and any(v.dtype in LARGEST for v in node.results):
+    if node.name not in (*VIEWS, "quantize", "cast") and any(v.dtype in LARGEST for v in node.results):
         return f"{node.name} to 8-bit floats"
     name, moved = node.name, (*MOVES, "wrap_index", "dequantize", "quantize")
     if name in (*moved, *REDUCTIONS, *ROW_OPS, *PRODUCTS, *ATTENTIONS, *SCANS, *SCATTERS):

@@ -21,7 +21,7 @@ from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
-from graphopt.ir.opset.quantize import LARGEST, integer_range
+from graphopt.ir.opset.quantize import LARGEST, integer_range, saturates
 from graphopt.ir.types import DType
 
 Index = Sequence[Sum]
@@ -160,6 +160,8 @@ class Expressions:
 
     def apply(self, name: str, args: Sequence[Tile], dtype: DType, result: DType, attrs: object = None, raw: Sequence[object] = ()) -> Tile:
         """A pointwise op on tiles, under a name of its own."""
+        if name == "cast" and result in LARGEST:
+            return self._to_f8(args[0], dtype, result)
         texts = [a.text for a in args]
         if args and all(a.literal for a in args):  # Triton's functions want tensors
             texts = [f"tl.full((), {a.text}, {held(a.dtype)})" for a in args]
@@ -365,11 +367,14 @@ class Expressions:
         ends = integer_range(dtype, node.attrs["bits"]) if most is None else (-most, most)
         low, high = (Tile(number(n, x), x, literal=True) for n in ends)
         value = self.apply("minimum", [self.apply("maximum", [value, low], x, x), high], x, x)
-        if most is None:
-            return self.apply("cast", [value], x, dtype)
-        wide = value.text if held(x) == held(types.f32) else f"{value.text}.to(tl.float32)"
-        bits = self.code.let("bits", f"{self.code.helper(f'to_{dtype.name}')}({wide})", value.depth)
-        return Tile(bits, dtype, value.axes, value.depth, narrow=True)
+        return self.apply("cast", [value], x, dtype)
+
+    def _to_f8(self, x: Tile, dtype: DType, to: DType) -> Tile:
+        """The bits of floats of 8 bits, as PyTorch casts to them: by way of f32."""
+        text = f"tl.full((), {x.text}, {held(dtype)})" if x.literal else x.text
+        wide = text if held(dtype) == held(types.f32) else f"{text}.to(tl.float32)"
+        helper = f"to_{to.name}" if to != types.f8e4m3 or saturates() else f"to_{to.name}_or_nan"
+        return Tile(self.code.let("bits", f"{self.code.helper(helper)}({wide})", x.depth), to, x.axes, x.depth, narrow=True)
 
     def _unpack_bits(self, node: Node, index: Index) -> Tile:
         (x,), axis, bits = node.operands, node.attrs["axis"] % len(index), node.attrs["bits"]

@@ -36,27 +36,38 @@ def f8e5m2(bits):
 
 @triton.jit
 def to_f8e4m3(x):
-    """Bits of the float of 8 bits that is nearest to an f32 within its range, ties to even; nan stays nan.
+    """Bits of the float of 8 bits that is nearest to an f32, ties to even: the largest for what lies beyond; nan stays nan.
 
     Where it is a normal number the significand is rounded in place. Below, numbers are multiples of the least: added to the power of two
     whose last digit that is, the sum is rounded so.
     """
+    return _to_f8e4m3(x, 0x7E)
+
+
+@triton.jit
+def to_f8e4m3_or_nan(x):
+    """The same, but nan for what lies beyond."""
+    return _to_f8e4m3(x, 0x7F)
+
+
+@triton.jit
+def _to_f8e4m3(x, most):
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     large = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
     small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - (141 << 23)
-    code = tl.where(size < (121 << 23), small, tl.where(size > 0x7F800000, 0x7F, large))
+    code = tl.where(size < (121 << 23), small, tl.where(size > 0x7F800000, 0x7F, tl.minimum(large, most)))
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
 def to_f8e5m2(x):
-    """The same of one of 5 bits of exponent and 2 of mantissa."""
+    """The same of one of 5 bits of exponent and 2 of mantissa, which has infinities for what lies beyond."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     large = ((size + 0xFFFFF + ((size >> 21) & 1)) >> 21) - (112 << 2)
     small = (tl.abs(x) + 128.0).to(tl.int32, bitcast=True) - (134 << 23)
-    code = tl.where(size < (113 << 23), small, tl.where(size > 0x7F800000, 0x7F, large))
+    code = tl.where(size < (113 << 23), small, tl.where(size > 0x7F800000, 0x7F, tl.minimum(large, 0x7C)))
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 

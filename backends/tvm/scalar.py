@@ -16,6 +16,7 @@ from tvm import tirx
 
 from graphopt.backends.tvm import vecmath
 from graphopt.ir import types
+from graphopt.ir.opset.quantize import saturates
 from graphopt.ir.types import DType
 
 COMPUTE = {
@@ -89,6 +90,8 @@ def cast(x: Any, source: DType, to: DType, let: vecmath.Let = lambda v: v) -> An
     name = COMPUTE[to]
     if source == to:
         return x
+    if to in FACTOR:
+        return to_f8(let(cast(x, source, types.f32, let)), to)
     if source in FACTOR:
         value = f8_part(x, source) * tirx.const(FACTOR[source], "float32")
         return value if to in (types.f32, types.bf16) else cast(let(value), types.f32, to, let)  # bf16 holds all of them
@@ -149,7 +152,7 @@ _FIELDS = {types.f8e4m3: (20, 120, 14), types.f8e5m2: (21, 112, 7)}  # bits cut 
 
 
 def to_f8(x: Any, dtype: DType) -> Any:
-    """The bits of the float of 8 bits that is nearest to an f32 within its range, ties to even; nan stays nan.
+    """The bits of the float of 8 bits that is nearest to an f32, ties to even; beyond the largest as PyTorch casts; nan stays nan.
 
     Where it is a normal number the significand is rounded in place. Below, numbers are multiples of the least: added to the power of
     two whose last digit that is, the sum is rounded so.
@@ -158,7 +161,8 @@ def to_f8(x: Any, dtype: DType) -> Any:
     u = tirx.bitwise_and(tirx.reinterpret("uint32", x), _u32(0x7FFFFFFF))
     odd = tirx.bitwise_and(tirx.shift_right(u, _u32(cut)), _u32(1))
     exact = tirx.shift_right(u + _u32((1 << (cut - 1)) - 1) + odd, _u32(cut))
-    large = tirx.reinterpret("int32", exact) - tirx.const(bias << (23 - cut), "int32")
+    most = 0x7C if dtype == types.f8e5m2 else 0x7E if saturates() else 0x7F
+    large = tirx.min(tirx.reinterpret("int32", exact) - tirx.const(bias << (23 - cut), "int32"), tirx.const(most, "int32"))
     base = tirx.const(float(1 << power), "float32")
     shifted = tirx.reinterpret("int32", tirx.reinterpret("float32", u) + base)
     small = shifted - tirx.const((127 + power) << 23, "int32")

@@ -31,8 +31,8 @@ cost model declines, with the numbers; work before a product that is dear, or th
 a reduction over other rows; a region of ``max_nodes`` nodes or ``max_inputs`` inputs; a move across a call that mutates. Staged
 values (of weights alone) are computed once and are inputs; only views of them join, and of those no transpose that is read
 element by element: it is done once as well, and each call reads neighbours (a product's factor is packed later, from the
-view). Complex numbers and 8-bit floats, other convolutions and library calls stay as they are. So do a view or a constant
-that no region takes.
+view). Complex numbers, 8-bit floats that are neither cast nor dequantized, other convolutions and library calls stay as they are. So do a
+view or a constant that no region takes.
 
 Legality, proven. Copying a constant or view for each reader keeps the graph acyclic and every value what it was. Afterwards each
 member of a region but its root has all of its users inside; so from every member a path leads to the root *within* the region,

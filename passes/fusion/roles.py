@@ -38,7 +38,7 @@ TRAINING = ("attention_forward", "attention_backward")  # several results: a reg
 _ANCHORS = ("attention", *TRAINING, *ARG_REDUCTIONS, *SCANS, *SCATTERS)
 
 def fusable_dtype(dtype: DType) -> bool:
-    """Complex numbers, 8-bit floats (unless they are dequantized) and packed sub-byte types stay outside of regions."""
+    """Complex numbers, 8-bit floats (unless they are cast or dequantized) and packed sub-byte types stay outside of regions."""
     return not dtype.is_complex and dtype.bits >= 8 and not (dtype.is_float and dtype.bits == 8)
 
 
@@ -59,8 +59,8 @@ def role(node: Node) -> Role:
         return Role.OTHER
     if op.name == "var" and rows_of(node) is None:
         return Role.OTHER
-    f8: tuple[Value, ...] = (*node.operands, *node.results) if found is Role.VIEW else ()
-    if op.name in ("dequantize", "cast"):
+    f8: tuple[Value, ...] = (*node.operands, *node.results) if found is Role.VIEW or op.name == "cast" else ()
+    if op.name == "dequantize":
         f8 = node.operands[:1]
     elif op.name == "quantize":
         f8 = node.results

@@ -7,6 +7,7 @@ Groups along an axis are an axis of their own, by a reshape: ``[K / g, g, N]`` w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 SMALL_INTEGERS = (types.i8, types.u8)
 LARGEST = {types.f8e4m3: 448.0, types.f8e5m2: 57344.0}  # finite numbers of floats of 8 bits
+
+
+@cache
+def saturates() -> bool:
+    """Whether this PyTorch casts what lies beyond the largest number of f8e4m3 to that number; others cast it to nan."""
+    return bool(torch.tensor(2 * LARGEST[types.f8e4m3]).to(types.f8e4m3.torch).float().isfinite())
 
 
 def integer_range(dtype: DType, bits: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from casts_to_f8 import F8, SOURCES, assert_as_eager, cast
 from test_quantized import default, region, run_all
 
 from graphopt.ir import evaluate, types
@@ -68,3 +69,9 @@ def test_rounding(compile_all, dtype: types.DType) -> None:
     (found,), (want,) = run([x, s], None), evaluate(graph, [x, s])
     torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.signbit(found)[~found.isnan()], torch.signbit(want)[~want.isnan()])
+
+
+def test_casts_as_eager(compile_all) -> None:
+    pairs = [(source, to) for to in F8 for source in SOURCES if source != str(to)]
+    for (source, to), run in zip(pairs, compile_all([(cast(*pair), "pointwise") for pair in pairs]), strict=True):
+        assert_as_eager(source, to, run([SOURCES[source]], None))
