@@ -273,15 +273,16 @@ def test_what_a_launch_tells_the_driver(monkeypatch: pytest.MonkeyPatch) -> None
     built: list[Any] = []
     of = offline._compiled
     monkeypatch.setattr(offline, "_compiled", lambda *a: built.append(of(*a)) or built[-1])
-    compiled("matmul: batches", "cuda:sm_90", False, reads="descriptors")
+    compiled("matmul: batches", "cuda:sm_90", False, reads="descriptors", stores=2, n=128)
     (kernel,) = built
     assert kernel.metadata.global_scratch_size == 0
-    x = torch.empty(12, 128, 64, dtype=torch.float16)
-    for meta in kernel.metadata.tensordesc_meta:
-        passed = nvidia.make_tensordesc_arg(tensor_map(x, [12, 128, 64], [8192, 64, 1], meta["block_size"]), meta, None)
-        assert passed[1:] == [12, 128, 64, 8192, 64, 1]
-    assert len(told) == 2
-    for address, swizzle, size, _, box, shape, strides, _ in told:
-        assert address % 16 == 0 and shape == [12, 128, 64] and all(1 <= n <= 256 for n in box)
+    shapes = [[12, 128, 64], [12, 64, 128], [12, 128, 128]]
+    for (*lead, columns), meta in zip(shapes, kernel.metadata.tensordesc_meta, strict=True):
+        x, strides = torch.empty(*lead, columns, dtype=torch.float16), [lead[1] * columns, columns, 1]
+        passed = nvidia.make_tensordesc_arg(tensor_map(x, [*lead, columns], strides, meta["block_size"]), meta, None)
+        assert passed[1:] == [*lead, columns, *strides]
+    assert [shape for *_, shape, _, _ in told] == shapes
+    for address, swizzle, size, _, box, _, strides, _ in told:
+        assert address % 16 == 0 and all(1 <= n <= 256 for n in box)
         assert box[-1] * size % 16 == 0 and (not swizzle or box[-1] * size <= 16 << swizzle)
         assert strides[-1] == 1 and all(n * size % 16 == 0 and n * size < 1 << 40 for n in strides[:-1])
