@@ -45,7 +45,9 @@ def flatten_rows(graph: Graph) -> Graph:
     the last of several short axes ends, and the second factor is read once, not once a batch. Where there are more rows
     than columns the batches stay: they are what a thread keeps in its cache while it goes through the second factor. A region of
     another form is returned as it is: one with a second factor of several matrices, with views of what has rows, or with strides.
+    A product with one column is turned first, see :func:`turn_column`.
     """
+    graph = turn_column(graph)
     products = [n for n in graph.nodes() if n.name == "matmul"]
     if len(products) != 1 or products[0].result.type.rank < 3 or products[0].operands[1].type.rank != 2:
         return graph
@@ -86,6 +88,62 @@ def flatten_rows(graph: Graph) -> Graph:
         mapping[n.result] = b.create(n.name, [mapping[v] for v in n.operands], dict(n.attrs))
     out.set_outputs([mapping[v] for v in graph.outputs])
     return out
+
+
+def turn_column(graph: Graph) -> Graph:
+    """A matmul region with one column as one with one row: ``[*B, M, K] @ [*B, K, 1]`` becomes ``[*B, 1, K] @ [*B, K, M]``.
+
+    The results lie in memory as before, and vectors of them are neighbours; the first factor, whose elements are used but once, is read
+    in the order in which it lies. A region of another form is returned as it is: one with views behind the product, or with strides.
+    """
+    products = [n for n in graph.nodes() if n.name == "matmul"]
+    if len(products) != 1 or products[0].result.shape[-1] != 1 or any(s is not None for s in graph.output_strides):
+        return graph
+    (product,) = products
+    if not isinstance(product.result.shape[-2], int) or product.result.shape[-2] == 1:
+        return graph
+    before = _upstream(product)
+
+    def turned(v: Value) -> Shape | None:
+        """The shape that a value beside or behind the product has then; None if it does not lend itself."""
+        if v.type.rank < 2:
+            return v.shape
+        return (*v.shape[:-2], 1, v.shape[-2]) if v.shape[-1] == 1 else None
+
+    mapping: dict[Value, Value] = {}
+    out = Graph(graph.name)
+    out.symbols.update(graph.symbols)
+    for v in graph.inputs:
+        shape = v.shape if v in before else turned(v)
+        if shape is None or (v not in before and v.type.strides is not None):
+            return graph
+        mapping[v] = out.add_input(TensorType(v.dtype, shape, v.type.strides), v.hint)
+    b = Builder(out)
+    for n in graph.nodes():
+        if n is product:
+            left, right = (b.transpose(mapping[v], perm=[*range(v.type.rank - 2), v.type.rank - 1, v.type.rank - 2]) for v in n.operands)
+            mapping[n.result] = b.create("matmul", [right, left], dict(n.attrs))
+            continue
+        inside = n.result in before
+        if not inside and (any(v in before for v in n.operands) or not (n.name == "constant" or n.op.has(Trait.POINTWISE))):
+            return graph
+        if not inside and turned(n.result) is None:
+            return graph
+        mapping[n.result] = b.create(n.name, [mapping[v] for v in n.operands], dict(n.attrs))
+    out.set_outputs([mapping[v] for v in graph.outputs])
+    return out
+
+
+def _upstream(node: Node) -> dict[Value, None]:
+    """The values that a node depends on."""
+    found: dict[Value, None] = {}
+    stack = list(node.operands)
+    while stack:
+        v = stack.pop()
+        if v not in found:
+            found[v] = None
+            stack += v.producer.operands if v.producer is not None else ()
+    return found
 
 
 def _views_behind(v: Value) -> list[Node]:

@@ -19,11 +19,8 @@ Element = Callable[[Index, Index], Any]
 
 
 def columns_at_once(rows: int, columns: int) -> int:
-    """Columns whose sums run side by side: a power of two that divides the columns."""
-    count = 8
-    while count > 1 and (rows * count > SUMS or columns % count):
-        count //= 2
-    return count
+    """Columns whose sums run side by side: 8, or as many as there are, or fewer of several rows."""
+    return max(1, min(8, columns, SUMS // rows))
 
 
 def sum_dots(code: Code, depth: Index, rows: Sequence[Index], columns: int, lanes: int, dtype: DType, held: str,
@@ -39,28 +36,34 @@ def sum_dots(code: Code, depth: Index, rows: Sequence[Index], columns: int, lane
     """
     tile = code.alloc(len(rows) * columns, held, "tile")
     side = columns_at_once(len(rows), columns)
-    sums = [[code.alloc(lanes, held, "acc") for _ in range(side)] for _ in rows]
     zero, m = tirx.const(0, held), Monoid.of("sum", dtype)
-    cells = [(i, c) for i in range(len(rows)) for c in range(side)]
     whole = code.div(depth, lanes)
-    with code.loop(columns // side, "serial", "side") as s:
-        first = code.simplify(s * side)
-        for i, c in cells:
+
+    def together(first: Index, count: int) -> None:
+        """The sums of so many columns from the first on."""
+        cells = [(i, c) for i in range(len(rows)) for c in range(count)]
+        sums = {cell: code.alloc(lanes, held, "acc") for cell in cells}
+        for cell in cells:
             with code.loop(lanes, "vectorized", "v") as v:
-                code.store(sums[i][c], v, zero)
+                code.store(sums[cell], v, zero)
         with code.loop(whole, "serial", "k") as k:
-            for c in range(side):
+            for c in range(count):
                 for i, r in enumerate(rows):
                     with code.loop(lanes, "vectorized", "v") as v:
                         at = code.simplify(k * lanes + v)
                         product = left(r, at) * right(at, code.simplify(first + c))
-                        code.store(sums[i][c], v, code.load(sums[i][c], v) + product)
+                        code.store(sums[i, c], v, code.load(sums[i, c], v) + product)
         for i, c in cells:
-            code.store(tile, code.simplify(first + i * columns + c), combine(code, sums[i][c], lanes, lanes, m))
+            code.store(tile, code.simplify(first + i * columns + c), combine(code, sums[i, c], lanes, lanes, m))
         rest = code.simplify(depth - whole * lanes)
         if not (isinstance(rest, int) and rest == 0):
             with code.loop(rest, "serial", "k") as k:
                 for i, c in cells:
                     at, place = code.simplify(whole * lanes + k), code.simplify(first + i * columns + c)
                     code.store(tile, place, code.load(tile, place) + left(rows[i], at) * right(at, code.simplify(first + c)))
+
+    with code.loop(columns // side, "serial", "side") as s:
+        together(code.simplify(s * side), side)
+    if columns % side:
+        together(columns - columns % side, columns % side)
     return tile

@@ -75,42 +75,49 @@ class Factor:
         (v, first), (_, second) = places
         return (self.args.inputs[v], first) if self.code.equal(first + self.width, second) else None
 
-    def copy(self, lead: Sequence[Index], column: Index, lanes: int, dtype: str, begin: Index = 0, depth: Index | None = None) -> Any:
+    def copy(self, lead: Sequence[Index], column: Index, lanes: int, dtype: str, begin: Index = 0, depth: Index | None = None,
+             width: int = 0, back: int = 0) -> Any:  # fmt: skip
         """Write code that copies the panel from a column on; returns the scratch buffer, ``[depth, width]``.
 
         Args:
             begin: the first row of the copy; ``depth``: how many, all of them unless given.
+            width: columns of the copy, those of a panel unless given.
+            back: by how many columns its last vector reaches back.
         """
         code = self.code
-        depth = self.depth if depth is None else depth
-        panel = code.alloc(code.simplify(depth * self.width), dtype, "panel")
+        depth, width = self.depth if depth is None else depth, width or self.width
+        panel = code.alloc(code.simplify(depth * width), dtype, "panel")
         squares: Index = 0
         if self.unit == "depth" and self.plain and lanes > 1 and lanes & (lanes - 1) == 0:
             squares = code.div(depth, lanes)
             if not (isinstance(squares, int) and squares == 0):
                 with code.loop(squares, "serial", "k") as k:
-                    for u in range(0, self.width, lanes):
-                        self._transpose(panel, lead, begin, code.simplify(k * lanes), column, u, lanes)
+                    for u in range(0, width, lanes):
+                        shift = back if u + lanes == width else 0
+                        to = code.simplify(k * (lanes * width) + u)
+                        first = code.simplify(column + (u - shift))
+                        self._transpose(panel, lead, code.simplify(begin + k * lanes), first, to, width, lanes)
         rest = code.simplify(depth - squares * lanes)
         if not (isinstance(rest, int) and rest == 0):
             with code.loop(rest, "serial", "k") as k:
                 row = code.simplify(squares * lanes + k)
                 step = 1 if self.scalar_only else lanes
-                for u in range(0, self.width, step):
+                for u in range(0, width, step):
+                    shift = back if u + lanes >= width else 0
                     with code.loop(step, "vectorized", "v") as v:
-                        value = self.at(lead, code.simplify(begin + row), code.simplify(column + u + v))
-                        code.store(panel, code.simplify(row * self.width + u + v), value)
+                        value = self.at(lead, code.simplify(begin + row), code.simplify(column + (u - shift) + v))
+                        code.store(panel, code.simplify(row * width + u + v), value)
         return panel
 
-    def _transpose(self, panel: Any, lead: Sequence[Index], begin: Index, k: Index, column: Index, u: int, lanes: int) -> None:
+    def _transpose(self, panel: Any, lead: Sequence[Index], row: Index, column: Index, to: Index, width: int, lanes: int) -> None:
         """One square: a vector along the summed axis for each column, interleaved in log2(lanes) rounds."""
         code = self.code
         rows = []
         for q in range(lanes):
-            j = code.simplify(column + u + q)
+            j = code.simplify(column + q)
             j = code.least(j, self.columns - 1) if self.clamp else j
-            first = Expressions(self.args, {}, probe=True).at(self.value, operand_index(lead, self.value, code.simplify(begin + k), j))
+            first = Expressions(self.args, {}, probe=True).at(self.value, operand_index(lead, self.value, row, j))
             rows.append(code.bind(tirx.BufferLoad(first.source, [tirx.Ramp(i64(first.indices[0]), i64(1), lanes)]), "row"))
         for q, row in enumerate(transpose_square(code, rows, lanes)):
-            at = code.simplify((k + q) * self.width + u)
+            at = code.simplify(to + q * width)
             code.emit(tirx.BufferStore(panel, row, [tirx.Ramp(i64(at), i64(1), lanes)]))

@@ -17,7 +17,7 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.tvm.code import Code, Index
-from graphopt.backends.tvm.loops import SMALL, product
+from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.tile import Product, TileKernel
 from graphopt.ir.graph import Graph
 
@@ -35,14 +35,14 @@ class SplitDepthKernel(TileKernel):
         assert isinstance(self.k, int)
         self.chunk = -(-self.k // (pieces * block)) * block
         self.pieces = -(-self.k // self.chunk)
-        self.size = rows * columns
 
     def emit(self) -> Code:
         code, zero = self.code, tirx.const(0, self.held)
         tiles = code.ceildiv(self.m, self.mr)
         blocks = [*self.batch, code.ceildiv(self.n, self.nr), code.ceildiv(tiles, self.group)]
         steps = product(code, blocks)
-        room = self.group * self.size
+        size = self.mr * self.nr
+        room = self.group * size
         partial = [code.alloc(code.simplify(steps * (self.pieces * room)), self.held, "partial") for _ in self.products]
         with code.loop(code.simplify(steps * self.pieces), "parallel", "task") as task:
             piece, *at = [code.bind_index(i, "t", n) for i, n in zip(
@@ -51,52 +51,62 @@ class SplitDepthKernel(TileKernel):
             even = isinstance(self.k, int) and self.k % self.chunk == 0
             length = self.chunk if even else code.bind_index(code.least(self.k - begin, self.chunk), "depth")
             for p, sums in zip(self.products, partial, strict=True):
-                self._piece(p, at, tiles, begin, length, sums, code.simplify(task * room))
+
+                def one(kernel: Any, p: Product = p, sums: Any = sums) -> None:
+                    kernel._piece(p, at, tiles, begin, length, sums, code.simplify(task * room), size)
+
+                self._each_panel(code.simplify(at[-2] * self.nr), one)
         joined = product(code, [steps, self.pieces * room])
         with code.loop(steps, "serial" if isinstance(joined, int) and joined < 4 * SMALL else "parallel", "tile") as step:
             *lead, jo, go = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(step, blocks), blocks, strict=True)]
             first, column = code.simplify(go * self.group), code.simplify(jo * self.nr)
-            totals = [code.alloc(self.size, self.held, "total") for _ in self.products]
-            with code.loop(self._here(first, tiles), "serial", "io") as io:
-                for total, sums in zip(totals, partial, strict=True):
-                    self._across(lambda q, total=total: code.store(total, q, zero))  # type: ignore[misc]
-                    with code.loop(self.pieces, "serial", "p") as piece:
-                        base = code.simplify(((piece * steps + step) * self.group + io) * self.size)
-                        self._across(lambda q, total=total, sums=sums, base=base: code.store(  # type: ignore[misc]
-                            total, q, code.load(total, q) + code.load(sums, code.simplify(base + q))))  # fmt: skip
-                self._store(lead, code.simplify((first + io) * self.mr), column, totals)
+            totals = [code.alloc(size, self.held, "total") for _ in self.products]
+
+            def join(kernel: Any) -> None:
+                with code.loop(self._here(first, tiles), "serial", "io") as io:
+                    for total, sums in zip(totals, partial, strict=True):
+                        kernel._across(lambda q, total=total: code.store(total, q, zero))
+                        with code.loop(self.pieces, "serial", "p") as piece:
+                            base = code.simplify(((piece * steps + step) * self.group + io) * size)
+                            kernel._across(lambda q, total=total, sums=sums, base=base: code.store(
+                                total, q, code.load(total, q) + code.load(sums, code.simplify(base + q))))  # fmt: skip
+                    kernel._store(lead, code.simplify((first + io) * self.mr), column, totals)
+
+            self._each_panel(column, join)
         return code
 
-    def _piece(self, p: Product, at: Sequence[Index], tiles: Index, begin: Index, length: Index, sums: Any, base: Index) -> None:
-        """Sum a piece of the depth of some row tiles of a panel, into ``sums`` from ``base`` on."""
+    def _piece(self, p: Product, at: Sequence[Index], tiles: Index, begin: Index, length: Index, sums: Any, base: Index,
+               size: int) -> None:  # fmt: skip
+        """Sum a piece of the depth of some row tiles of a panel, into ``sums`` from ``base`` on, a tile every ``size`` elements."""
         code, (*lead, jo, go) = self.code, at
         column, first = code.simplify(jo * self.nr), code.simplify(go * self.group)
         here = self._here(first, tiles)
         if p.dots:
             with code.loop(here, "serial", "io") as io:
                 found = self._dots(p, lead, code.simplify((first + io) * self.mr), column, begin, length)
-                start = code.simplify(base + io * self.size)
+                start = code.simplify(base + io * size)
                 self._across(lambda q: code.store(sums, code.simplify(start + q), code.load(found, q)))
             return
-        panel = p.factor.copy(lead, column, self.lanes, self.held, begin, length) if p.copied else None
         with code.loop(here, "serial", "io") as io:
-            start = code.simplify(base + io * self.size)
+            start = code.simplify(base + io * size)
             self._across(lambda q: code.store(sums, code.simplify(start + q), tirx.const(0, self.held)))
-        with code.loop(code.ceildiv(length, self.block), "serial", "block") as block, code.loop(here, "serial", "io") as io:
-            start, inner = code.simplify(base + io * self.size), code.simplify(block * self.block)
+        with code.loop(code.ceildiv(length, self.block), "serial", "block") as block:
+            inner = code.simplify(block * self.block)
             count = self.block if isinstance(length, int) else code.bind_index(code.least(length - inner, self.block))
-            acc, span = self._tile_sum(p, lead, self._rows(code.simplify((first + io) * self.mr)), column, panel, None, begin)
-            self._everywhere(acc, lambda s, q, _: code.store(s, q, tirx.const(0, self.held)))
-            span(code.simplify(begin + inner), count)
+            near = code.simplify(begin + inner)
+            panel = self._copied(p, lead, column, near, count)
+            with code.loop(here, "serial", "io") as io:
+                start = code.simplify(base + io * size)
+                acc, span = self._tile_sum(p, lead, self._rows(code.simplify((first + io) * self.mr)), column, panel, None, near)
+                self._everywhere(acc, lambda s, q, _: code.store(s, q, tirx.const(0, self.held)))
+                span(near, count)
 
-            def add(acc: Any, q: Index, place: Index) -> None:
-                to = code.simplify(start + place)
-                code.store(sums, to, code.load(sums, to) + code.load(acc, q))
+                def add(acc: Any, q: Index, place: Index, start: Index = start) -> None:
+                    to = code.simplify(start + place)
+                    code.store(sums, to, code.load(sums, to) + code.load(acc, q))
 
-            self._everywhere(acc, add)
+                self._everywhere(acc, add)
 
     def _across(self, body: Any) -> None:
-        """``body(place in a tile)`` for all vectors of a tile."""
-        code = self.code
-        with code.loop(self.size // self.lanes, "serial", "u") as u, code.loop(self.lanes, "vectorized", "v") as v:
-            body(code.simplify(u * self.lanes + v))
+        """``body(place in a tile)`` for all elements of a tile, a vector at a time."""
+        vector_loop(self.code, 0, self.mr * self.width, self.lanes, body, overlap=False)

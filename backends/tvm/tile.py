@@ -1,10 +1,11 @@
 """Matrix products by register tiles: mr rows by nr columns are summed in registers over the whole depth.
 
-Rows that do not fill a tile are a lower tile of their own where that saves enough; else, and of columns, what does not fill one is computed
-on clamped indices and not stored. The second factor may be packed
-(``[ceil(N / nr), K, nr]`` behind the views that the packing pass writes): the expression layer reduces those views to one
-contiguous address, so packed and plain factors are read by the same code. A long sum is taken in blocks, whose sums are added up in
-scratch memory; the last block's are added to them in registers, and stored from there if the epilogue is light.
+Rows that do not fill a tile are a lower tile of their own where that saves enough; else they are computed on clamped indices and not
+stored. Columns that do not fill one are a narrower tile, whose last vector reaches back over columns of the one before: it ends with the
+last column, so all vectors are read and stored whole. The second factor may be packed (``[ceil(N / nr), K, nr]`` behind the views that
+the packing pass writes): the expression layer reduces those views to one contiguous address, so packed and plain factors are read by
+the same code. A long sum is taken in blocks, whose sums are added up in scratch memory; the last block's are added to them in registers,
+and stored from there if the epilogue is light.
 """
 
 from __future__ import annotations
@@ -91,6 +92,10 @@ class TileKernel:
         self.ends = TileStore(self.code, self.args, graph, tuple(p.result for p in self.products), rows, columns, self.lanes)
         self.inside = True if isinstance(self.n, int) and self.n % columns == 0 else None  # whether all its columns are; None: not known
         self.tail = 0  # rows of a last tile of its own
+        self.back = 0  # columns by which the last vector of a tile reaches back
+        if self._reaches_back():
+            for p in self.products:
+                p.factor.clamp = False
 
     def _product(self, node: Node, one_tile: bool, scalar_only: bool) -> Product:
         ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
@@ -117,29 +122,57 @@ class TileKernel:
                 jo, go = go, jo
             column = code.simplify(jo * self.nr)
             first = code.simplify(go * self.group)
-            last = self._last()
-            if last is None:
-                self._step(lead, column, first, tiles)
-                return code
-            whole = copy.copy(self)
-            whole.inside = True
-            full = i64(code.simplify(column + self.nr)) <= i64(self.n)
-            with code.when(full):
-                whole._step(lead, column, first, tiles)
-            with code.when(tirx.Not(full)):
-                last._step(lead, column, first, tiles)
+            self._each_panel(column, lambda kernel: kernel._step(lead, column, first, tiles))
         return code
+
+    def _each_panel(self, column: Index, body: Callable[[TileKernel], None]) -> None:
+        """``body`` with the kernel of the panel from a column on: the last one may have one of its own."""
+        code, last = self.code, self._last()
+        if last is None:
+            return body(self)
+        if isinstance(self.n, int) and self.n < self.nr:
+            return body(last)
+        whole = copy.copy(self)
+        whole.inside = True
+        full = i64(code.simplify(column + self.nr)) <= i64(self.n)
+        with code.when(full):
+            body(whole)
+        with code.when(tirx.Not(full)):
+            body(last)
+        return None
 
     def _last(self) -> TileKernel | None:
         """The kernel of the last panel, where that has vectors of no column at all: it leaves them out."""
-        if self.inside or not isinstance(self.n, int) or self.n < self.nr or any(p.dots or p.copied for p in self.products):
+        if self.inside or not isinstance(self.n, int):
             return None
-        rest = -(-(self.n % self.nr) // self.lanes) * self.lanes
-        if rest == self.nr or not all(self._packed_width(p.result.producer.operands[1]) for p in self.products if p.result.producer):
-            return None
+        rest = self.n % self.nr
         last = copy.copy(self)
-        last.width, last.inside = rest, self.n % self.lanes == 0
+        if all(p.dots for p in self.products):
+            last.width, last.inside = rest, False
+            return last
+        last.width = -(-rest // self.lanes) * self.lanes
+        if self._reaches_back():
+            last.back, last.inside = last.width - rest, True
+            return last
+        if self.n < self.nr or last.width == self.nr or not all(self._padded()) or any(p.dots or p.copied for p in self.products):
+            return None
+        last.inside = self.n % self.lanes == 0
         return last
+
+    def _reaches_back(self) -> bool:
+        """Whether the last panel's last vector ends with the last column: of factors without columns beyond it, which could be read."""
+        enough = isinstance(self.n, int) and self.lanes <= self.n and self.n % self.nr != 0
+        return enough and not any(self._padded()) and not any(p.dots for p in self.products)
+
+    def _padded(self) -> list[bool]:
+        """Of each product, whether its second factor has columns beyond the last."""
+        return [self._packed_width(p.result.producer.operands[1]) > 0 for p in self.products if p.result.producer is not None]
+
+    def _copied(self, p: Product, lead: Sequence[Index], column: Index, begin: Index = 0, depth: Index | None = None) -> Any:
+        """A copy of a panel's columns, as many as a tile has; None where it is read in place."""
+        if not p.copied:
+            return None
+        return p.factor.copy(lead, column, self.lanes, self.held, begin, depth, self.width, self.back)
 
     def _step(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index) -> None:
         """Row tiles from ``first`` on with the panel of ``column``."""
@@ -147,7 +180,7 @@ class TileKernel:
         if self.blocked and not any(p.dots for p in self.products):
             self._by_blocks(lead, column, first, tiles)
             return
-        panels = [p.factor.copy(lead, column, self.lanes, self.held) if p.copied else None for p in self.products]
+        panels = [self._copied(p, lead, column) for p in self.products]
         totals = [None if p.dots else code.alloc(self.mr * self.width, self.held, "total") for p in self.products]
 
         def tile(kernel: TileKernel, io: Index) -> None:
@@ -192,12 +225,12 @@ class TileKernel:
         totals = [code.alloc(self.group * size, self.held, "total") for _ in self.products]
 
         def all_tiles(begin: Index, length: Index, is_first: Any, is_last: bool) -> None:
-            panels = [p.factor.copy(lead, column, self.lanes, self.held, begin, length) if p.copied else None for p in self.products]
+            panels = [self._copied(p, lead, column, begin, length) for p in self.products]
 
             def tile(kernel: TileKernel, io: Index) -> None:
                 row, base = code.simplify((first + io) * self.mr), code.simplify(io * size)
                 if is_last:
-                    kernel.ends.ask(lead, row, column, self.width)
+                    kernel.ends.ask(lead, row, column, self.width - self.back)
                 for p, panel, total in zip(self.products, panels, totals, strict=True):
                     ahead = None if p.copied else self._fetch(p.factor, lead, column, io, here, begin, length)
                     acc, span = kernel._tile_sum(p, lead, kernel._rows(row), column, panel, ahead, begin)
@@ -265,12 +298,12 @@ class TileKernel:
     def _end(self, lead: Sequence[Index], row: Index, column: Index, acc: Sequence[Any], totals: Sequence[Any], base: Index = 0) -> None:
         """Store a tile: its accumulators, or its totals."""
         if self.from_registers:
-            self.ends.write_registers(lead, row, column, acc, self.width)
+            self.ends.write_registers(lead, row, column, acc, self.width, self.back)
         else:
             self._store(lead, row, column, totals, base)
 
     def _store(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any], base: Index = 0) -> None:
-        self.ends.write(lead, row, column, sums, self.width, self.inside, base)
+        self.ends.write(lead, row, column, sums, self.width, self.inside, base, self.back)
 
     def _clamped(self, i: Index, size: Index, tile: int) -> Index:
         """An index that is surely inside, unless tiles fit the size."""
@@ -343,7 +376,7 @@ class TileKernel:
     def _tile_sum(self, p: Product, lead: Sequence[Index], rows: Sequence[Index], column: Index, panel: Any,
                   ahead: _Ask | None, begin: Index = 0) -> tuple[list[Any], Callable[[Index, Index], None]]:  # fmt: skip
         """A tile's accumulators, and ``span(first, length)``, which adds so many terms to them; a copied panel starts at ``begin``."""
-        code, a, nr, width = self.code, self.left, self.nr, self.width
+        code, a, width = self.code, self.left, self.width
         # a row of accumulators a buffer: small enough to become registers, whatever else the loop does with memory
         acc = [code.alloc(width, self.held, "acc") for _ in rows]
         line = code.alloc(width, self.held, "line")
@@ -357,8 +390,11 @@ class TileKernel:
                     ahead(base, q, u)
                 with code.loop(self.lanes, "vectorized", "v") as v:
                     at = code.simplify(u + v)
-                    inside = code.load(panel, code.simplify((k - begin) * nr + at)) if panel is not None else None
-                    code.store(line, at, inside if inside is not None else p.factor.at(lead, k, code.simplify(column + at)))
+                    if panel is not None:
+                        element = code.load(panel, code.simplify((k - begin) * width + at))
+                    else:
+                        element = p.factor.at(lead, k, code.simplify(column + (u - (self.back if u + self.lanes == width else 0)) + v))
+                    code.store(line, at, element)
             for sums, r in zip(acc, rows, strict=True):
                 x = code.bind(Expressions(self.args, {}).at(a, operand_index(lead, a, r, k)), "a")
                 for u in range(0, width, self.lanes):

@@ -23,6 +23,10 @@ SPLIT = "split-depth"  # a task is a piece of the depth, summed as in the blocke
 _PIECES = (2, 4, 8, 16, 32, 64)
 _PIECE = 4 * BLOCK  # terms of a piece at least
 _WORTH = 1 << 18  # multiplications of a piece at least, of a schedule that was not tuned
+_READ = 8  # multiplications of vectors that take as long as reading one of the second factor
+_DEEP = 8  # times as many terms as rows and columns: cores that divide them have less to read than those that divide rows or columns
+_LOPSIDED = 1.1  # times its share that a core may be given before the depth is divided
+_WIDEST = 8  # vectors of a tile of few rows at most
 _COPIED = 4  # row tiles at least that use a panel which is copied
 _MANY = 16  # tiles a core, with which there is nothing to gain from more tasks
 _FEW_ROWS = 8  # rows of the highest tile of a default schedule
@@ -41,7 +45,9 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     rows, columns = (_fixed(d, graph) for d in node.shape[-2:])
     mr, most = t.tile
     vectors = most
-    if isinstance(rows, int) and rows < mr:
+    if isinstance(rows, int) and rows <= _FEW_ROWS * 3 // 2 and _beside(graph) == "columns":
+        mr, vectors = rows, max(1, min(_WIDEST, (t.vector_registers - 1) // (rows + 1)))
+    elif isinstance(rows, int) and rows < mr:
         mr, vectors = rows, (4 if rows == 1 else 3 if rows < 4 else most)
     elif isinstance(rows, int):
         mr = -(-rows // -(-rows // mr))  # the same number of tiles, filled evenly
@@ -54,6 +60,8 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     ):
         vectors = 2
     nr = lanes * vectors
+    if isinstance(rows, int) and rows <= mr and isinstance(columns, int) and _beside(graph) == "rows" and columns < 4 * t.cores * nr:
+        nr = lanes  # dot products: a panel is but so many columns side by side
     while isinstance(columns, int) and nr > lanes and columns <= nr - lanes:
         nr -= lanes
     if isinstance(columns, int) and columns < lanes:
@@ -133,24 +141,30 @@ def variants(graph: Graph, t: Target) -> tuple[SearchSpace, ...]:
 
 def _split(graph: Graph, t: Target, own: tuple[Param, ...]) -> tuple[tuple[Param, ...], bool]:
     """The knobs of a split depth, and whether its first choices are a better default; no knobs where tiles are tasks enough."""
-    node, _ = _product(graph)
+    node, packed = _product(graph)
     depth = _depth(graph)
     if not isinstance(depth, int) or not all(isinstance(d, int) for d in node.shape) or depth < 2 * _PIECE:
         return (), False
     known = {p.name: p.choices[0] for p in own}
     *batch, m, n = (int(d) for d in node.shape)  # type: ignore[arg-type]
-    tiles, panels = -(-m // _int(known, "mr")), math.prod(batch) * -(-n // _int(known, "nr"))
-    if tiles * panels >= _MANY * t.cores:
+    mr, nr, lanes = (_int(known, name) for name in ("mr", "nr", "lanes"))
+    tiles, panels, count = -(-m // mr), -(-n // nr), math.prod(batch)
+    deep = not packed and count == 1 and depth >= _DEEP * max(m, n)
+    if tiles * panels * count >= _MANY * t.cores and not deep:
         return (), False
-    tasks = panels * -(-tiles // _int(known, "group"))
-    pieces = min(-(-2 * t.cores // panels), depth // _PIECE, math.prod(batch) * m * n * depth // _WORTH)
+    work = count * depth * max(m * -(-n // lanes) * lanes, _READ * n)
+    pieces = min(max(-(-2 * t.cores // (panels * count)), t.cores if deep else 1), depth // _PIECE, work // _WORTH)
     group = tuple(dict.fromkeys((tiles, *(g for g in (1, 2, 4, 8) if g < tiles))))
     out = {p.name: p for p in own} | {"prefetch": Param("prefetch", (False,)), "parallel": Param("parallel", (True,))}
     out.pop("ahead", None)
     out["group"] = Param("group", group, "tasks")
     out["pieces"] = Param("pieces", tuple(dict.fromkeys((max(2, pieces), *(p for p in _PIECES if depth // p >= _PIECE)))), "tasks")
     out["block"] = Param("block", (BLOCK, 64, 256, 512), "tasks")
-    return tuple(out.values()), tasks < t.cores and pieces > 1
+    plain = _int(known, "group")
+    idle = count * panels * -(-tiles // plain) < t.cores
+    last = _last_panel(n, nr, lanes) / nr
+    uneven = _busiest(panels, tiles, plain, t.cores, count, last) > _LOPSIDED * count * tiles * (panels - 1 + last) / t.cores
+    return tuple(out.values()), pieces > 1 and (idle or deep or (uneven and _beside(graph) == "columns"))
 
 
 # --- the loops, for the cost model ---------------------------------------------------------------------------------------
@@ -178,7 +192,7 @@ class TileLoops:
         k = -(-k // split)
         block = min(k, s["block"] if blocked else BLOCK)
         tiles, panels = -(-m // mr), float(-(-n // nr))
-        if self.packed and n >= nr and split == 1:  # unused vectors of the last one are left out
+        if n >= (nr if self.packed else lanes) and (split == 1 or not self.packed):  # unused vectors of the last one are left out
             panels += _last_panel(n, nr, lanes) / nr - 1
         pieces = -(-tiles // s["group"])
         height = tiles / pieces  # row tiles of a step, a mean
@@ -230,6 +244,19 @@ def _depth(graph: Graph) -> Dim:
     return node.operands[0].shape[-1]
 
 
+def _beside(graph: Graph) -> str:
+    """What lies side by side in the second factor's memory: its ``columns``, its ``rows`` (a column's elements), or nothing known."""
+    v = next(n for n in flatten_rows(graph).nodes() if n.name == "matmul").operands[1]
+    axes = list(range(v.type.rank))
+    while v.producer is not None and v.producer.name == "transpose":
+        axes = [v.producer.attrs["perm"][a] for a in axes]
+        v = v.producer.operands[0]
+    if not v.is_input or len(axes) < 2:
+        return ""
+    steps = v.type.strides or [0] * (v.type.rank - 1) + [1]
+    return "columns" if steps[axes[-1]] == 1 else "rows" if steps[axes[-2]] == 1 else ""
+
+
 def _panel_width(graph: Graph) -> int:
     """Columns of a panel of the packed second factor; 0 if it is not packed, or not by columns."""
     for node in graph.nodes():
@@ -252,7 +279,7 @@ def _copy(graph: Graph, mr: int, nr: int, t: Target) -> list[Param]:
     """
     node = next(n for n in flatten_rows(graph).nodes() if n.name == "matmul")
     b = node.operands[1]
-    if not b.is_input or (b.type.strides is not None and b.type.strides[-1] != 1):
+    if _beside(graph) != "columns":
         return []
     rows, depth = node.result.shape[-2], b.shape[-2]
     used_often = isinstance(rows, int) and rows >= _COPIED * mr
@@ -280,7 +307,8 @@ def _division(graph: Graph, mr: int, nr: int, t: Target) -> tuple[int, bool]:
     """
     node, packed = _product(graph)
     *batch, rows, columns = [_typical(d, graph) for d in node.shape]
-    last = _last_panel(columns, nr, t.lanes(8 if node.dtype.bits == 64 else 4)) / nr if packed else 1.0
+    lanes = t.lanes(8 if node.dtype.bits == 64 else 4)
+    last = _last_panel(columns, nr, lanes) / nr if packed or columns >= lanes else 1.0
     tiles, panels, count = -(-rows // mr), -(-columns // nr), math.prod(batch)
     share = count * tiles * (panels - 1 + last) / t.cores
     orders = (False, True) if _blocks(graph, mr) else (False,)
@@ -302,7 +330,7 @@ def tail_rows(rows: Dim, mr: int) -> int:
 
 
 def _last_panel(columns: int, nr: int, lanes: int) -> int:
-    """Columns of the last packed panel that are computed: vectors of no column at all are left out."""
+    """Columns of the last panel that are computed: vectors of no column at all are left out."""
     return -(-(columns % nr) // lanes) * lanes or nr
 
 

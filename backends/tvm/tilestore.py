@@ -93,15 +93,16 @@ class TileStore:
                 for u in range(0, width, LINE // v.dtype.itemsize):
                     self.args.ask(k, [*lead, self.code.simplify(row + i), self.code.simplify(column + u)])
 
-    def write_registers(self, lead: Sequence[Index], row: Index, column: Index, acc: Sequence[Any], width: int) -> None:
-        """Store a tile of whole vectors, a row of accumulators a buffer."""
+    def write_registers(self, lead: Sequence[Index], row: Index, column: Index, acc: Sequence[Any], width: int, back: int = 0) -> None:
+        """Store a tile of whole vectors, a row of accumulators a buffer; the last one lies ``back`` columns before its place."""
         code, (m, _) = self.code, self.sizes
 
         def line(i: int, sums: Any) -> None:
             r = code.bind_index(code.simplify(row + i), "r")
             for u in range(0, width, self.lanes):
+                shift = back if u + self.lanes == width else 0
                 with code.loop(self.lanes, "vectorized", "v") as v:
-                    self._element([*lead, r, code.simplify(column + u + v)], [(sums, code.simplify(u + v))])
+                    self._element([*lead, r, code.simplify(column + (u - shift) + v)], [(sums, code.simplify(u + v))])
 
         for i, sums in enumerate(acc):
             if self.fits_rows:
@@ -111,26 +112,34 @@ class TileStore:
                     line(i, sums)
 
     def write(self, lead: Sequence[Index], row: Index, column: Index, sums: Sequence[Any], width: int, inside: bool | None,
-              base: Index = 0) -> None:  # fmt: skip
+              base: Index = 0, back: int = 0) -> None:  # fmt: skip
         """Store a tile, which starts at ``base`` of a buffer for each product.
 
         Args:
             width: columns of the tile, which stand side by side in the buffers.
             inside: whether all columns are columns of the products; None if that is not known. All vectors are stored at once then,
                 else element by element.
+            back: by how many columns the last vector lies before its place; only where all are inside.
         """
         code, (m, n) = self.code, self.sizes
         count = self.rows if self.fits_rows else code.bind_index(code.least(m - row, self.rows), "rows")
 
-        def one(i: Index, j: Index) -> None:
+        def one(i: Index, j: Index, shift: int = 0) -> None:
             place = code.simplify(base + i * width + j)
-            self._element([*lead, code.simplify(row + i), code.simplify(column + j)], [(x, place) for x in sums])
+            self._element([*lead, code.simplify(row + i), code.simplify(column + j - shift)], [(x, place) for x in sums])
+
+        def vectors(i: Index, first: int, end: int, lanes: int, shift: int = 0) -> None:
+            if first == end:
+                return
+            with code.loop((end - first) // lanes, "serial", "u") as u, code.loop(lanes, "vectorized", "v") as v:
+                one(i, code.simplify(first + u * lanes + v), shift)
 
         def lines(lanes: int) -> None:
             with code.loop(count, "serial", "i") as i:
                 if lanes:
-                    with code.loop(width // lanes, "serial", "u") as u, code.loop(lanes, "vectorized", "v") as v:
-                        one(i, code.simplify(u * lanes + v))
+                    regular = width - self.lanes if back else width
+                    vectors(i, 0, regular, lanes)
+                    vectors(i, regular, width, lanes, back)
                 else:
                     with code.loop(code.least(n - column, width), "serial", "j") as j:
                         one(i, j)

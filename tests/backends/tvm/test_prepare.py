@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.backends.forms.prepare import flatten_rows
+from graphopt.backends.forms.prepare import flatten_rows, turn_column
 from graphopt.ir import Graph, evaluate, parse_graph
 
 LINEAR = """graph @g(%x: f32[2, 3, 2, 8], %w: f32[2, 8, 8], %b: f32[15], %s: f32[1, 1, 1, 15], %r: f32[2, 3, 2, 15]) -> f32[2, 3, 2, 15] {
@@ -81,3 +81,42 @@ def test_what_was_flat_stays() -> None:
 def test_other_forms_stay(text: str) -> None:
     graph = parse_graph(text)
     assert flatten_rows(graph) is graph
+
+
+COLUMN = """graph @g(%x: f32[2, 7, 8], %y: f32[2, 8, 1], %b: f32[1], %r: f32[2, 7, 1]) -> f32[2, 7, 1] {
+  %0: f32[2, 7, 8] = relu(%x)
+  %1: f32[2, 7, 1] = matmul(%0, %y)
+  %2: f32[2, 7, 1] = add(%1, %b)
+  %3: f32[2, 7, 1] = mul(%2, %r)
+  return %3
+}"""
+
+
+def test_one_column_becomes_one_row() -> None:
+    graph = parse_graph(COLUMN)
+    turned = turn_column(graph)
+
+    product = next(n for n in turned.nodes() if n.name == "matmul")
+    assert [str(v.type) for v in product.operands] == ["f32[2, 1, 8]", "f32[2, 8, 7]"]
+    assert [v.shape for v in turned.inputs] == [(2, 7, 8), (2, 8, 1), (1,), (2, 1, 7)]
+    x, y, b, r = values(graph)
+    (expected,) = evaluate(graph, [x, y, b, r])
+    (found,) = evaluate(turned, [x, y, b, r.reshape(2, 1, 7)])
+    torch.testing.assert_close(found.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        COLUMN.replace("%y: f32[2, 8, 1]", "%y: f32[2, 8, 5]").replace("7, 1] =", "7, 5] =").replace("-> f32[2, 7, 1]", "-> f32[2, 7, 5]"),
+        COLUMN.replace("2, 7, ", "2, 1, "),
+        COLUMN.replace("%r: f32[2, 7, 1]", "%r: f32[2, 7, 1; 14, 2, 1]"),
+        COLUMN.replace("-> f32[2, 7, 1]", "-> f32[2, 7, 1; 1, 2, 1]"),
+        COLUMN.replace("mul(%2, %r)", "mul(%2, %y)").replace("%y: f32[2, 8, 1]", "%y: f32[2, 7, 1]").replace("2, 7, 8]", "2, 7, 7]"),
+        COLUMN.replace("2, 7, ", "2, N, ").replace("1] {\n  %0: f32[2, N, 8]", "1]\nwhere 1 <= N {\n  %0: f32[2, N, 8]"),
+    ],
+    ids=["several columns", "one element", "strides", "strides of the result", "a factor beside the product", "rows of any number"],
+)
+def test_other_columns_stay(text: str) -> None:
+    graph = parse_graph(text)
+    assert turn_column(graph) is graph
