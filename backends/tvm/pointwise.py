@@ -230,6 +230,15 @@ class Ops:
     def _log(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("log", vecmath.log, a, d)
 
+    def _log2(self, a: list[Any], d: DType, raw: Any) -> Any:
+        return self._vector("log2", vecmath.log2, a, d)
+
+    def _log10(self, a: list[Any], d: DType, raw: Any) -> Any:
+        return self._vector("log10", vecmath.log10, a, d)
+
+    def _log1p(self, a: list[Any], d: DType, raw: Any) -> Any:
+        return self._vector("log1p", vecmath.log1p, a, d)
+
     def _tanh(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("tanh", vecmath.tanh, a, d)
 
@@ -264,7 +273,7 @@ class Ops:
     def _softplus(self, a: list[Any], d: DType, raw: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
         x, b = a[0], tirx.const(beta, COMPUTE[d])
         scaled = self.let(x * b)
-        value = self.libm("log1p", d, self.let(self._exp([scaled], d, raw))) / b
+        value = self._log1p([self.let(self._exp([scaled], d, raw))], d, raw) / b
         return tirx.Select(scaled > tirx.const(threshold, COMPUTE[d]), x, value)
 
     def _elu(self, a: list[Any], d: DType, raw: Any, alpha: float, scale: float, input_scale: float) -> Any:
@@ -358,6 +367,6 @@ _TABLE: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _TABLE |= {
     name: _from_libm(name)
-    for name in ("log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
+    for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
                  "atanh", "erfc")
 }  # fmt: skip

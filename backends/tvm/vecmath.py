@@ -192,8 +192,8 @@ def logistic(let: Let, x: Any) -> Any:
     return _odd_step(let, x, 9.0, p, (1.28899500e-6, 3.94066068e-4, 2.72500440e-2, 4.70141649e-1, 1.0))
 
 
-def log(let: Let, x: Any) -> Any:
-    """Natural logarithm, all inputs; the mantissa is brought to [sqrt(1/2), sqrt(2)]."""
+def _log_parts(let: Let, x: Any) -> tuple[Any, Any, Any, Any]:
+    """(n, f, f**2, t): x is 2**n (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), and log(1 + f) is f - f**2 / 2 + t."""
     tiny = x < const(1.17549435e-38)
     y = let(tirx.Select(tiny, x * const(8388608.0), x))  # denormals by 2**23
     bits = let(tirx.reinterpret("int32", y))
@@ -204,10 +204,46 @@ def log(let: Let, x: Any) -> Any:
     z = let(f * f)
     p = horner(f, 7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
                2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
-    t = fma(n, const(-2.12194440e-4), p * f * z)
-    t = fma(z, const(-0.5), t)
-    r = fma(n, const(0.693359375), f + t)
-    inf = const(float("inf"))
-    r = tirx.Select(x < inf, r, x)  # inf and nan stay
+    return n, f, z, p * f * z
+
+
+def _log_ends(x: Any, value: Any) -> Any:
+    """A logarithm of x, where that is no positive number, too."""
+    r = tirx.Select(x < const(float("inf")), value, x)  # inf and nan stay
     r = tirx.Select(tirx.EQ(x, const(0.0)), const(float("-inf")), r)
     return tirx.Select(x < const(0.0), const(float("nan")), r)
+
+
+def log(let: Let, x: Any) -> Any:
+    """Natural logarithm, all inputs."""
+    n, f, z, cubes = _log_parts(let, x)
+    t = fma(n, const(-2.12194440e-4), cubes)
+    t = fma(z, const(-0.5), t)
+    return _log_ends(x, fma(n, const(0.693359375), f + t))
+
+
+def log2(let: Let, x: Any) -> Any:
+    """Logarithm to base 2, all inputs; what log2(e) is above 1 is multiplied apart, so powers of two come out exact."""
+    n, f, z, cubes = _log_parts(let, x)
+    y, more = let(fma(z, const(-0.5), cubes)), const(0.44269504088896341)
+    return _log_ends(x, n + (f + (y + fma(f, more, y * more))))
+
+
+def log10(let: Let, x: Any) -> Any:
+    """Logarithm to base 10, all inputs; factors are in two parts, the first of which multiplies without rounding."""
+    n, f, z, cubes = _log_parts(let, x)
+    y = let(fma(z, const(-0.5), cubes))
+    t = fma(n, const(2.48745663981195213739e-4), (f + y) * const(7.00731903251827651129e-4))
+    return _log_ends(x, fma(n, const(3.0078125e-1), fma(f, const(4.3359375e-1), fma(y, const(4.3359375e-1), t))))
+
+
+def log1p(let: Let, x: Any) -> Any:
+    """log(1 + x), all inputs: with u the rounded sum, log(u) + (x - (u - 1)) / u.
+
+    Reference: Goldberg, "What every computer scientist should know about floating-point arithmetic", theorem 4.
+    """
+    u = let(fence(x + const(1.0), "float32"))
+    lost = let(fence(x - let(fence(u - const(1.0), "float32")), "float32"))
+    r = let(log(let, u))
+    inside = tirx.And(u > const(0.0), u < const(float("inf")))
+    return tirx.Select(tirx.EQ(u, const(1.0)), x, tirx.Select(inside, r + lost / u, r))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tvm_check import check
 
+from graphopt.autotune.space import Workload
 from graphopt.backends.forms.support import refusal
+from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.errors import TypeInferenceError
 from graphopt.ir import dims, types
 from graphopt.ir.builder import Builder
@@ -15,7 +17,7 @@ from graphopt.ir.interpreter import evaluate
 from graphopt.ir.ops import OPS, Trait
 from graphopt.ir.text import parse_graph
 from graphopt.ir.types import DType, TensorType
-from graphopt.target import detect
+from graphopt.target import Target, detect
 
 DTYPES = (types.f32, types.f64, types.f16, types.bf16, types.i64, types.i32, types.i8, types.u8, types.b1)
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.0,
@@ -269,3 +271,13 @@ def test_roundings_to_bf16(compile_all) -> None:
     a = torch.randn(40).bfloat16()
     a[0] = float("nan")
     check(chain, chained, [a, torch.randn(40).bfloat16()])
+
+
+def test_logarithms_are_computed_in_vectors() -> None:
+    """Device-free: none is called from the C library, an element at a time."""
+    target = Target.from_name("cpu:graniterapids:2")
+    for name in ("log", "log2", "log10", "log1p", "softplus", "mish"):
+        w = Workload.of(parse_graph(f"graph @g(%x: f32[640]) -> f32[640] {{\n %0: f32[640] = {name}(%x)\n return %0\n}}"), "pointwise")
+        template = TvmBackend().templates(w, target)[0]
+        text = template.emit(w, template.space(w, target).default(), target).text
+        assert "T.vectorized(T.int64(16))" in text and "extern" not in text, name
