@@ -19,13 +19,19 @@ _PIECES = (2, 4, 8, 16, 32, 64)
 _LONG, _FEW = 4096, 256  # elements of a result, and results, for which it is worth dividing a reduction
 
 
+def _unrolls(w: Workload) -> tuple[int, ...]:
+    """Vectors that a reduction keeps in flight: extremes wait longer for each other than sums, as they look for nan and signed zeros."""
+    found = [n.name for n in w.graph.nodes() if n.name in REDUCTIONS]
+    return (8, 4, 1, 2) if found and all(n in ("max", "min") for n in found) else (4, 1, 2, 8)
+
+
 def _nest_params(w: Workload, t: Target) -> tuple[Param, ...]:
     lanes = lanes_of(w.graph, t)
     written = [v.type.numel for v in w.graph.outputs]
     chunks = _CHUNKS if any(not isinstance(n, int) or n > _CHUNKS[1] for n in written) else _CHUNKS[:1]
     return (
         Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes, 4 * lanes)))),
-        Param("unroll", (4, 1, 2, 8)),
+        Param("unroll", _unrolls(w)),
         Param("chunk", chunks, "tasks"),
         Param("parallel", (True, False), "tasks"),
     )
@@ -87,7 +93,7 @@ def _rows_params(w: Workload, t: Target) -> tuple[Param, ...]:
     lanes = lanes_of(w.graph, t)
     return (
         Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes)))),
-        Param("unroll", (4, 1, 2, 8)),
+        Param("unroll", _unrolls(w)),
         Param("rows", tuple(dict.fromkeys((step, 1, 2, 4, 8, 16, 32, 64))), "tasks"),
         Param("parallel", (True, False), "tasks"),
     )

@@ -15,10 +15,10 @@ from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.elementwise import scratch
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import Tuning
+from graphopt.backends.tvm.narrow import NarrowReduction
 from graphopt.backends.tvm.pieces import write_output
 from graphopt.backends.tvm.pool import Pool
 from graphopt.backends.tvm.product import emit_product
-from graphopt.backends.tvm.reduce import Reduction
 from graphopt.backends.tvm.scan import Scan
 from graphopt.backends.tvm.scatter import Scatter
 from graphopt.errors import BuildError
@@ -105,6 +105,6 @@ def _materialize(args: Arguments, sources: dict[Value, Source], node: Node, tuni
     elif node.name in SCANS:
         Scan(args, known, node, tuning, sink).emit()
     else:
-        kind = ArgReduction if node.name.startswith("arg") else Reduction
+        kind = ArgReduction if node.name.startswith("arg") else NarrowReduction
         kind(args, known, node, tuning, sink).emit()
     return None
