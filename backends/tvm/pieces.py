@@ -12,7 +12,7 @@ from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, product, run_space, vector_loop
 from graphopt.ir.graph import Node, Value
 
-MOST = 16  # parts; each is a loop nest
+MOST = 64  # parts; each is a loop nest
 ROWS = 8  # rows that are enough to spread over the cores
 Address = Callable[[Sequence[Index]], Index]
 
