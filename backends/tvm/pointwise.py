@@ -239,6 +239,15 @@ class Ops:
     def _log1p(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("log1p", vecmath.log1p, a, d)
 
+    def _sin(self, a: list[Any], d: DType, raw: Any) -> Any:
+        return self._vector("sin", vecmath.sin, a, d)
+
+    def _cos(self, a: list[Any], d: DType, raw: Any) -> Any:
+        return self._vector("cos", vecmath.cos, a, d)
+
+    def _tan(self, a: list[Any], d: DType, raw: Any) -> Any:
+        return self._vector("tan", vecmath.tan, a, d)
+
     def _tanh(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("tanh", vecmath.tanh, a, d)
 
@@ -367,6 +376,6 @@ _TABLE: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _TABLE |= {
     name: _from_libm(name)
-    for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
+    for name in ("asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
                  "atanh", "erfc")
 }  # fmt: skip

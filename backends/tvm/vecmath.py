@@ -1,8 +1,8 @@
 """Elementary functions in f32 that LLVM vectorizes: polynomials after range reduction, at most 2 ulp off.
 
-Coefficients are minimax fits on the reduced ranges; sources: Cephes (exp, tanh, log), Giles and Bradbury style rational
-splits for erf. Everything here is branch-free: both sides of a selection are computed. ``let`` names an
-intermediate result that is used more than once.
+Coefficients are minimax fits on the reduced ranges; sources: Cephes (exp, tanh, log), Giles and Bradbury style rational splits for erf,
+FreeBSD's msun (sine and cosine, which are summed in f64). Everything here is branch-free: both sides of a selection are computed.
+``let`` names an intermediate result that is used more than once.
 """
 
 from __future__ import annotations
@@ -247,3 +247,76 @@ def log1p(let: Let, x: Any) -> Any:
     r = let(log(let, u))
     inside = tirx.And(u > const(0.0), u < const(float("inf")))
     return tirx.Select(tirx.EQ(u, const(1.0)), x, tirx.Select(inside, r + lost / u, r))
+
+
+_TWO_OVER_PI = (0.636619770899415, 1.4681663246252086e-09, 2.2760100671971816e-18, 5.8812147387730434e-27,
+                1.0346868700836215e-35, 3.783256351091319e-45, 3.720474878517739e-53)  # in parts of 29 bits  # fmt: skip
+
+
+def _quarter_turns(let: Let, x: Any) -> tuple[Any, Any]:
+    """(n, a) in f64 with x = (4 k + n) pi / 2 + a, |a| <= pi / 4, for f32 of any size.
+
+    A part of 2 / pi times x has no more bits than f64 holds, nor has what is left of it without whole turns; so the sum loses nothing but
+    what lies far behind the first digits of the result. Reference: Payne and Hanek, "Radian reduction for trigonometric functions",
+    SIGNUM Newsletter 18, 1983.
+    """
+    wide, turns = let(x.astype("float64")), []
+    for part in _TWO_OVER_PI:
+        t = let(wide * const(part, "float64"))
+        turns.append(let(t - const(4.0, "float64") * _nearest(t * const(0.25, "float64"))))
+    total = turns[0]
+    for t in turns[1:]:
+        total = total + t
+    n = let(_nearest(total))
+    rest = turns[0] - n
+    for t in turns[1:]:
+        rest = rest + t
+    return n, let(rest * const(1.57079632679489662, "float64"))
+
+
+def _nearest(x: Any) -> Any:
+    return intrinsic("llvm.nearbyint", "float64", x)
+
+
+def _polynomial(x: Any, *coefficients: float) -> Any:
+    """In f64, highest power first."""
+    total = const(coefficients[0], "float64")
+    for c in coefficients[1:]:
+        total = intrinsic("llvm.fma", "float64", total, x, const(c, "float64"))
+    return total
+
+
+def _sine_and_cosine(let: Let, a: Any) -> tuple[Any, Any]:
+    """Both in f64, right to f32's digits, for |a| <= pi / 4."""
+    z = let(a * a)
+    s = _polynomial(z, 2.7183114939898219064e-6, -1.98393348360966317347e-4, 8.3333293858894632e-3, -1.6666666641626524e-1)
+    c = _polynomial(z, 2.43904487962774090654e-5, -1.38867637746099294692e-3, 4.16666233237390631894e-2, -4.99999997251031003120e-1, 1.0)
+    return let(intrinsic("llvm.fma", "float64", let(s * z), a, a)), let(c)
+
+
+def _turned(let: Let, x: Any, turn: int) -> Any:
+    """The sine of x and so many quarter turns."""
+    n, a = _quarter_turns(let, x)
+    s, c = _sine_and_cosine(let, a)
+    quarter = let(tirx.bitwise_and(n.astype("int32") + _i32(turn + 8), _i32(3)))
+    value = let(tirx.Select(tirx.EQ(tirx.bitwise_and(quarter, _i32(1)), _i32(1)), c, s).astype("float32"))
+    return tirx.Select(quarter >= _i32(2), value * const(-1.0), value)
+
+
+def sin(let: Let, x: Any) -> Any:
+    """Sine, all inputs."""
+    return tirx.Select(tirx.EQ(x, const(0.0)), x, _turned(let, x, 0))
+
+
+def cos(let: Let, x: Any) -> Any:
+    """Cosine, all inputs."""
+    return _turned(let, x, 1)
+
+
+def tan(let: Let, x: Any) -> Any:
+    """Tangent, all inputs."""
+    n, a = _quarter_turns(let, x)
+    s, c = _sine_and_cosine(let, a)
+    odd = tirx.EQ(tirx.bitwise_and(n.astype("int32"), _i32(1)), _i32(1))
+    value = tirx.Select(odd, let(c * const(-1.0, "float64")), s) / tirx.Select(odd, s, c)
+    return tirx.Select(tirx.EQ(x, const(0.0)), x, value.astype("float32"))

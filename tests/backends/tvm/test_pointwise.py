@@ -273,11 +273,25 @@ def test_roundings_to_bf16(compile_all) -> None:
     check(chain, chained, [a, torch.randn(40).bfloat16()])
 
 
-def test_logarithms_are_computed_in_vectors() -> None:
+def test_functions_are_computed_in_vectors() -> None:
     """Device-free: none is called from the C library, an element at a time."""
     target = Target.from_name("cpu:graniterapids:2")
-    for name in ("log", "log2", "log10", "log1p", "softplus", "mish"):
+    for name in ("log", "log2", "log10", "log1p", "softplus", "mish", "sin", "cos", "tan"):
         w = Workload.of(parse_graph(f"graph @g(%x: f32[640]) -> f32[640] {{\n %0: f32[640] = {name}(%x)\n return %0\n}}"), "pointwise")
         template = TvmBackend().templates(w, target)[0]
         text = template.emit(w, template.space(w, target).default(), target).text
         assert "T.vectorized(T.int64(16))" in text and "extern" not in text, name
+
+
+def test_angles_of_any_size(compile_all) -> None:
+    """Those next to multiples of a quarter turn, and those that are a multiple of a turn apart, are right to the last place."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x7F800000, (20000,), generator=generator, dtype=torch.int32)
+    quarters = (torch.arange(1, 2000).double() * (torch.pi / 2)).float()
+    x = torch.cat([bits.view(torch.float32), -quarters, quarters, quarters * 2.0**60, torch.tensor([16367173 * 2.0**72, -0.0])])
+    names = ("sin", "cos", "tan")
+    graphs = [parse_graph(f"graph @g(%x: f32[{len(x)}]) -> f32[{len(x)}] {{\n %0: f32[{len(x)}] = {n}(%x)\n return %0\n}}") for n in names]
+    for name, run in zip(names, compile_all([(g, "pointwise") for g in graphs]), strict=True):
+        (got,), true = run([x], None), getattr(torch, name)(x.double())
+        assert bool(((got.double() - true).abs() <= torch.finfo(torch.float32).eps * true.abs()).all()), name
+        assert torch.equal(got.signbit(), true.signbit()), name
