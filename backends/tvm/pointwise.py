@@ -200,7 +200,7 @@ class Ops:
                 return one / x
             case -2.0:
                 return one / times(x, x)
-        return self.libm("pow", d, *a)
+        return self.libm("pow", d, *a) if d == types.f64 else vecmath.pow(self.let, *a)
 
     def _reciprocal(self, a: list[Any], d: DType, raw: Any) -> Any:
         return tirx.const(1.0, COMPUTE[d]) / a[0]

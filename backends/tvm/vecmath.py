@@ -7,6 +7,7 @@ FreeBSD's msun (sine and cosine, which are summed in f64). Everything here is br
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -320,3 +321,41 @@ def tan(let: Let, x: Any) -> Any:
     odd = tirx.EQ(tirx.bitwise_and(n.astype("int32"), _i32(1)), _i32(1))
     value = tirx.Select(odd, let(c * const(-1.0, "float64")), s) / tirx.Select(odd, s, c)
     return tirx.Select(tirx.EQ(x, const(0.0)), x, value.astype("float32"))
+
+
+_LOG2 = (0.19235933878519512, 0.22195308321368667, 0.2623081892525388, 0.3205988979753252, 0.4121985831111324,
+         0.5770780163555853, 0.9617966939259756, 2.8853900817779268)  # 2 / (ln 2 k), odd k from 15 to 1  # fmt: skip
+_EXP2 = (1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606, 0.0013333558146428441,
+         0.009618129107628477, 0.055504108664821576, 0.2402265069591007, 0.6931471805599453, 1.0)  # ln 2 ** k / k!  # fmt: skip
+
+
+def pow(let: Let, x: Any, y: Any) -> Any:
+    """x**y as in C, all inputs: 2**(y log2 |x|), in f64, as what is before the point of that takes digits from what is behind it."""
+    wide, inf = let(fabs(x).astype("float64")), const(float("inf"), "float64")
+    bits = let(tirx.reinterpret("int64", wide))
+    n = let(tirx.shift_right(bits - tirx.const(0x3FE6A09E667F3BCD, "int64"), tirx.const(52, "int64")))
+    m = let(tirx.reinterpret("float64", bits - tirx.shift_left(n, tirx.const(52, "int64"))))
+    f = let((m - const(1.0, "float64")) / (m + const(1.0, "float64")))  # log m = 2 artanh f
+    log = let(n.astype("float64") + f * _polynomial(let(f * f), *_LOG2))
+    log = tirx.Select(tirx.EQ(wide, const(0.0, "float64")), const(-math.inf, "float64"), tirx.Select(tirx.EQ(wide, inf), inf, log))
+    e = let(y.astype("float64") * let(log))
+    bounded = let(tirx.min(tirx.max(e, const(-1000.0, "float64")), const(1000.0, "float64")))
+    whole = let(_nearest(bounded))
+    power = tirx.reinterpret("float64", tirx.shift_left(whole.astype("int64") + tirx.const(1023, "int64"), tirx.const(52, "int64")))
+    fraction = _polynomial(let(bounded - whole), *_EXP2)
+    size = let((fraction * power).astype("float32"))
+    size = let(tirx.Select(isnan(e, "float64"), const(math.nan), size))
+    integer = let(tirx.EQ(_truncated(y), y))
+    half = let(y * const(0.5))
+    odd = let(tirx.And(integer, tirx.Not(tirx.EQ(_truncated(half), half))))
+    negative = let(tirx.reinterpret("int32", x) < _i32(0))
+    value = tirx.Select(tirx.And(negative, odd), size * const(-1.0), size)
+    value = tirx.Select(tirx.And(tirx.And(x < const(0.0), tirx.Not(integer)), x > const(-math.inf)), const(math.nan), value)
+    value = tirx.Select(isnan(y), y, tirx.Select(isnan(x), x, value))
+    one = tirx.Or(tirx.EQ(y, const(0.0)), tirx.EQ(x, const(1.0)))
+    one = tirx.Or(one, tirx.And(tirx.EQ(x, const(-1.0)), tirx.EQ(fabs(y), const(math.inf))))
+    return tirx.Select(one, const(1.0), value)
+
+
+def _truncated(x: Any) -> Any:
+    return intrinsic("llvm.trunc", "float32", x)

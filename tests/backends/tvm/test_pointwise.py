@@ -295,3 +295,19 @@ def test_angles_of_any_size(compile_all) -> None:
         (got,), true = run([x], None), getattr(torch, name)(x.double())
         assert bool(((got.double() - true).abs() <= torch.finfo(torch.float32).eps * true.abs()).all()), name
         assert torch.equal(got.signbit(), true.signbit()), name
+
+
+def test_powers_as_in_c(compile_all) -> None:
+    """Every pair of special values, and results of all sizes to the last place."""
+    some = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.5, 7.0, torch.inf, 1e-45, 1e-38, 3e38, 2.0**24, 2.0**24 - 1, 1 - 2.0**-24, 1 + 2.0**-23])
+    some = torch.cat([some, -some, torch.tensor([torch.nan])])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([some.repeat_interleave(len(some)), torch.randn(5000, generator=generator).mul(20).exp(), torch.full((99,), -1.7)])
+    y = torch.cat([some.repeat(len(some)), torch.randn(5000, generator=generator) * 2, torch.arange(-49.0, 50.0)])
+    shape = f"f32[{len(x)}]"
+    graph = parse_graph(f"graph @g(%x: {shape}, %y: {shape}) -> {shape} {{\n %0: {shape} = pow(%x, %y)\n return %0\n}}")
+    (run,) = compile_all([(graph, "pointwise")])
+    (got,), true = run([x, y], None), x.double() ** y.double()
+    torch.testing.assert_close(got, true.float(), rtol=2.0**-23, atol=2.0**-149, equal_nan=True)
+    known = ~true.isnan()
+    assert torch.equal(got[known].signbit(), true[known].signbit())
