@@ -41,6 +41,7 @@ ALLOWED = {
 }
 MEMBERS = {
     "graphopt.sampling": "verification",
+    "graphopt.monte_carlo": "verification",
     "graphopt.bounds": "rewrite",
     "graphopt.child_process": "target",
     "graphopt.files": "target",

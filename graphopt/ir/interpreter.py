@@ -5,8 +5,8 @@ With ``wide`` every float is f64 and every complex number c128: the oracle that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -16,6 +16,9 @@ from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import EvalContext, Ref, TorchConst
 from graphopt.ir.types import DType
+
+EvaluateNode: TypeAlias = Callable[[Node, Sequence[torch.Tensor], EvalContext], list[torch.Tensor]]
+"""Results of one node without a body, from its operands."""
 
 
 def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]], known: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -50,25 +53,27 @@ def bind_symbols(graph: Graph, shapes: Sequence[Sequence[int]], known: Mapping[s
 
 
 def evaluate(graph: Graph, inputs: Sequence[torch.Tensor], *, bindings: Mapping[str, int] | None = None, wide: bool = False,
-             device: torch.device | str = "cpu") -> list[torch.Tensor]:  # fmt: skip
+             device: torch.device | str = "cpu", each: EvaluateNode | None = None) -> list[torch.Tensor]:  # fmt: skip
     """Run a graph.
 
     Args:
         inputs: one tensor an input.
         bindings: values of symbols that no input determines.
         wide: compute in f64 / c128, inputs included.
+        each: evaluates a node without a body, in the place of :func:`evaluate_node`.
 
     Returns:
         One tensor an output.
     """
     known = bind_symbols(graph, [x.shape for x in inputs], bindings)
-    return _run(graph, inputs, EvalContext(known, wide, device))
+    return _run(graph, inputs, EvalContext(known, wide, device), each or evaluate_node)
 
 
-def _run(graph: Graph, inputs: Sequence[torch.Tensor], ctx: EvalContext) -> list[torch.Tensor]:
+def _run(graph: Graph, inputs: Sequence[torch.Tensor], ctx: EvalContext, each: EvaluateNode) -> list[torch.Tensor]:
     env: dict[Value, torch.Tensor] = {v: _widen(x, ctx) for v, x in zip(graph.inputs, inputs, strict=True)}
     for node in graph.nodes():
-        results = evaluate_node(node, [env[v] for v in node.operands], ctx)
+        operands = [env[v] for v in node.operands]
+        results = each(node, operands, ctx) if node.body is None else _run(node.body, operands, ctx, each)
         env.update(zip(node.results, results, strict=True))
     return [env[v] for v in graph.outputs]
 
@@ -76,7 +81,7 @@ def _run(graph: Graph, inputs: Sequence[torch.Tensor], ctx: EvalContext) -> list
 def evaluate_node(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) -> list[torch.Tensor]:
     """Results of one node."""
     if node.body is not None:
-        return _run(node.body, operands, ctx)
+        return _run(node.body, operands, ctx, evaluate_node)
     if node.op.name == "aten":
         return call_aten(node, operands, ctx)
     if node.op.evaluate is None:

@@ -399,7 +399,7 @@ def test_rope_declines() -> None:
 
 def resized(b: Builder, x: Value, *, wide: bool = False) -> Value:
     """Two axes resized by half as PyTorch spells it: neighbours i and i + 1 of each axis, mixed by t."""
-    t, i = weight(b, (4,), "t"), b.iota(size=4)
+    t, i = weight(b, (4,), "t", types.f32 if wide else x.dtype), b.iota(size=4)
     j = b.add(i, b.constant(1, types.i64))
     rows = [b.take(x, k, axis=1, clip=True) for k in (i, j)]
     corners = [b.take(r, k, axis=2, clip=True) for r in rows for k in (i, j)]
@@ -414,6 +414,22 @@ def test_lerp(wide: bool) -> None:
     g = built(lambda b, x: resized(b, x, wide=wide), (B, 6, 6), types.f16 if wide else types.f32)
     made = ops(check_pass(make_pass("recompose-lerp"), g))
     assert (made.count("sub"), made.count("mul"), made.count("take")) == (3, 6, 6)
+
+
+def test_lerp_beside_a_pole() -> None:
+    """An interpolated element may be near zero: of its reciprocal, eager's one run in f16 says too little."""
+    check_pass(make_pass("recompose-lerp"), built(lambda b, x: b.reciprocal(resized(b, x)), (B, 6, 6), types.f16), seeds=range(20))
+
+
+def test_lerp_of_what_is_equal() -> None:
+    """Past the edge a neighbour is the edge itself, a + 0 t = a, but a (1 - t) + a t may miss it by a bit: either is the largest."""
+
+    def largest(b: Builder, x: Value) -> Value:
+        i = b.iota(size=12)
+        u, v = (b.take(x, k, axis=1, clip=True) for k in (i, b.add(i, b.constant(1, types.i64))))
+        return b.argmax(b.add(u, b.mul(b.sub(v, u), weight(b, (12,), "t", types.f64))), axis=1)
+
+    check_pass(make_pass("recompose-lerp"), built(largest, (B, 3), types.f64), seeds=range(20))
 
 
 def test_lerp_declines() -> None:
