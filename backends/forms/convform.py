@@ -125,7 +125,7 @@ def conv_of(graph: Graph, integers: bool = False) -> ConvForm | str:
     (node,) = nodes
     if not node.attrs["channels_last"]:
         return "a convolution with its channels before the spatial axes"
-    if node.result.dtype.is_float is integers or (node.attrs["acc"] is not None) is not integers:
+    if node.result.dtype.is_float is integers or (node.attrs["acc"] == types.i32) is not integers:
         return f"a convolution of {node.operands[0].dtype}"
     if not dims.is_static(node.operands[1].shape) or not isinstance(node.operands[0].shape[-1], int):
         return "weights of unknown size"

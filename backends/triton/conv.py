@@ -24,7 +24,7 @@ from graphopt.target import Target
 
 def form_of(graph: Graph) -> ConvForm | str:
     """The convolution of a region, of floats or of 8-bit integers that are summed in 32 bits, or why there is none for this family."""
-    form = conv_of(graph, integers=any(n.name == "conv" and n.attrs["acc"] is not None for n in graph.nodes()))
+    form = conv_of(graph, integers=any(n.name == "conv" and n.attrs["acc"] == types.i32 for n in graph.nodes()))
     if isinstance(form, ConvForm) and form.node.operands[0].dtype == types.u8:
         return UNSIGNED
     return form

@@ -17,7 +17,7 @@ from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, shift, variable
 from graphopt.backends.triton.pointwise import held, number
 from graphopt.backends.triton.sums import computed, total_of
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.opset.window import WINDOWS
@@ -66,7 +66,7 @@ def form_of(graph: Graph) -> Node | str:
         return "not exactly one window"
     (node,) = nodes
     if node.name == "conv":
-        form = conv_of(graph, integers=node.attrs["acc"] is not None)
+        form = conv_of(graph, integers=node.attrs["acc"] == types.i32)
         return form if isinstance(form, str) else node if form.depthwise else "not a window over one channel"
     if node.name not in WINDOWS:
         return f"{node.name} has no template"

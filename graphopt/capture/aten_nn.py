@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphopt.capture.aten import Context, Number, lowers
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Value
 
@@ -81,11 +81,14 @@ def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Sequ
     attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
     if transposed:
         attrs["output_padding"] = tuple(output_padding)
+    wide = c.math_dtype(c.dtype)
+    c.require(bias is None or x.dtype != types.bf16, "with a bias PyTorch's kernel rounds once, and has units for bf16")
+    if bias is not None and wide != c.dtype:  # half precision is rounded once, after the sum
+        attrs["acc"] = wide
     y = c.b.create("conv_transpose" if transposed else "conv", [x, w], attrs)
     if bias is None:
         return y
-    c.require(c.math_dtype(c.dtype) == c.dtype, "half precision is rounded once, after the sum")
-    return c.b.add(y, c.b.reshape(bias, (bias.shape[0], *[1] * n)))
+    return c.to(c.b.add(y, c.b.reshape(c.to(bias, wide), (bias.shape[0], *[1] * n))), c.dtype)
 
 
 # normalizations --------------------------------------------------------------------------------------------------------

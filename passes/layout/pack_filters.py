@@ -80,7 +80,7 @@ class PackFilters(Pass):
             source = fusion.operands[origin(w).index]
             filters = int(w.shape[-1]) // groups
             form: tuple[int, ...]
-            if conv.attrs["acc"] is not None:
+            if conv.attrs["acc"] == types.i32:
                 form = filter_fours.runs_of(conv)
                 packing = partial(filter_fours.pack, lines=form[0], run=form[1])
                 unpacked = partial(filter_fours.unpack, lines=form[0], run=form[1], shape=w.shape)  # type: ignore[arg-type]
@@ -170,7 +170,7 @@ def weight_of(fusion: Node, staged: Staged, place: int = 0) -> tuple[Node, list[
     names = [n.op.name for n in chain]
     if names in (_PACKED, _PACKED_FOURS) or (_depthwise(conv) and not chain):
         return Reject("")
-    if conv.attrs["acc"] is not None:
+    if conv.attrs["acc"] == types.i32:
         return (conv, chain[::-1]) if conv.attrs["groups"] == 1 else Reject(f"integers in {conv.attrs['groups']} groups", fusion)
     if w.dtype != types.f32:
         return Reject(f"weights of dtype {w.dtype} are not packed, only f32", fusion)

@@ -67,16 +67,16 @@ def build(rw: Rewriter, node: Node, x: Value) -> Value:
     alike = len({tuple((p.taps, p.dilation, p.low, p.high) for p in phase) for phase in combined}) == 1
     if alike and attrs["groups"] == 1 and combined[0][0].taps:
         all_taps = [_taps(rw, weight, phase) for phase in combined]
-        y = _convolve(rw, x, rw.concat(*all_taps, axis=n + 1) if len(all_taps) > 1 else all_taps[0], combined[0], 1)
+        y = _convolve(rw, x, rw.concat(*all_taps, axis=n + 1) if len(all_taps) > 1 else all_taps[0], combined[0], node)
         y = rw.reshape(y, shape=(x.shape[0], *sizes, *strides, filters))
         y = rw.transpose(y, perm=(0, *(a for i in range(n) for a in (1 + i, 1 + n + i)), 1 + 2 * n))
     else:
         parts = []
         for phase in combined:
             if all(p.taps for p in phase):
-                part = _convolve(rw, x, _taps(rw, weight, phase), phase, attrs["groups"])
+                part = _convolve(rw, x, _taps(rw, weight, phase), phase, node)
             else:
-                part = rw.broadcast_to(rw.constant(0.0, x.dtype), shape=(x.shape[0], *sizes, filters))
+                part = rw.broadcast_to(rw.constant(0.0, node.results[0].dtype), shape=(x.shape[0], *sizes, filters))
             parts.append(rw.reshape(part, shape=(x.shape[0], *(d for m in sizes for d in (m, 1)), filters)))
         for i in reversed(range(n)):  # the last axis varies fastest
             s = strides[i]
@@ -107,7 +107,8 @@ def _taps(rw: Rewriter, weight: Value, phase: tuple[Phase, ...]) -> Value:
     return rw.flip(weight, axes=axes) if axes else weight
 
 
-def _convolve(rw: Rewriter, x: Value, w: Value, phase: tuple[Phase, ...], groups: int) -> Value:
+def _convolve(rw: Rewriter, x: Value, w: Value, phase: tuple[Phase, ...], node: Node) -> Value:
+    """One phase of a transposed convolution, ``node``."""
     n = len(phase)
     for axis, p in enumerate(phase, 1):
         if p.low < 0 or p.high < 0:
@@ -117,5 +118,5 @@ def _convolve(rw: Rewriter, x: Value, w: Value, phase: tuple[Phase, ...], groups
     if not even and any(p.low > 0 or p.high > 0 for p in phase):
         low, high = ((0, *(max(0, side) for side in sides), 0) for sides in ([p.low for p in phase], [p.high for p in phase]))
         x = rw.pad(x, low=low, high=high, value=0.0)
-    attrs = {"stride": (1,) * n, "padding": padding, "dilation": tuple(p.dilation for p in phase), "groups": groups}
-    return rw.create("conv", [x, w], {**attrs, "channels_last": True})  # type: ignore[no-any-return]
+    attrs = {"stride": (1,) * n, "padding": padding, "dilation": tuple(p.dilation for p in phase), "groups": node.attrs["groups"]}
+    return rw.create("conv", [x, w], {**attrs, "channels_last": True, "acc": node.attrs["acc"]})  # type: ignore[no-any-return]

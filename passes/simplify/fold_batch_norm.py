@@ -69,6 +69,8 @@ def check(norm: Node, product: Node | None, bias: Value | None, staged: Staged) 
         return Reject("its channels are not the columns of the matmul", norm)
     if product.name == "conv" and product.attrs["channels_last"]:
         return Reject("its channels are not those of the convolution", norm)
+    if product.operands[1].dtype != x.dtype:
+        return Reject(f"its weight is of {product.operands[1].dtype}, and would be rounded to it again", product)
     for what, v in (("the weight", product.operands[1]), *(("a parameter of the norm", v) for v in norm.operands[1:])):
         if v not in staged:
             return Reject(f"{what} is not frozen", norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from writing import Expression, ops, written
 
-from graphopt.ir import Builder, Value
+from graphopt.ir import Builder, Value, types
 from graphopt.ir.stage import staged_values
 from graphopt.passes.simplify import FoldBatchNorm
 from graphopt.testing import check_pass
@@ -35,6 +35,13 @@ def folded(inputs: str, expression: Expression) -> None:
 def test_conv() -> None:
     folded(INPUTS, conv)
     folded("f32[B, 4, 8, 8] f32[6, 4, 3, 3] f32[6] f32[6]", conv)
+
+
+def test_a_weight_that_would_be_rounded_again_is_left() -> None:
+    """Sums of f16 in f32: a scaled weight is no f16 any more."""
+    inputs = "f16[B, 4, 8, 8] f16[6, 4, 3, 3] f32[6] f32[6] f32[6] f32[6]"
+    g = written(inputs, lambda b, x, w, *p: norm(b, b.conv(x, w, acc=types.f32, **CONV), *p), weights=range(1, 6))
+    check_pass(FoldBatchNorm(), g, fires=False, reason="its weight is of f16, and would be rounded to it again")
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -11,14 +11,16 @@ from graphopt.ir import dims, types
 from graphopt.ir.ops import REQUIRED, Attrs, EvalContext, Trait, broadcast_shapes, define, same_dtype
 from graphopt.ir.types import DType, TensorType
 
-EXACT_IN_F32 = (types.f32, types.bf16, types.f16, types.f8e4m3, types.f8e5m2)  # factors of a matmul with acc = f32
+EXACT_IN_F32 = (types.f32, types.bf16, types.f16, types.f8e4m3, types.f8e5m2)  # factors of products with acc = f32
 
 
 def _summed(name: str, ts: Sequence[TensorType], attrs: Attrs) -> DType:
     """The dtype of the result."""
     dtype, acc = same_dtype(ts, name), attrs["acc"]
+    if acc == types.f32 and dtype in EXACT_IN_F32:
+        return types.f32
     if acc is not None and (acc != types.i32 or dtype not in (types.i8, types.u8)):
-        raise TypeInferenceError(f"{name}: {ts[0]} and {ts[1]} summed in {acc}; only products of i8 or u8 are, in i32")
+        raise TypeInferenceError(f"{name}: {ts[0]} and {ts[1]} summed in {acc}; only products of i8 or u8 are in i32, and of floats in f32")
     return acc or dtype
 
 
@@ -73,16 +75,21 @@ def _infer_conv(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     return [TensorType(dtype, (x.shape[0], *out, filters) if last else (x.shape[0], filters, *out))]
 
 
+def _factors(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> list[torch.Tensor]:
+    """Image and weight in the dtype that their products are summed in; in f64 for integers."""
+    if attrs["acc"] is None:
+        return list(xs)
+    return [x.double() if attrs["acc"] == types.i32 else x.to(ctx.dtype(types.f32)) for x in xs]
+
+
 def _evaluate_conv(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
-    (x, w), n = xs, xs[0].dim() - 2
+    (x, w), n, whole = _factors(xs, attrs, ctx), xs[0].dim() - 2, attrs["acc"] == types.i32
     if attrs["channels_last"]:
         x, w = x.movedim(-1, 1), w.permute(n + 1, n, *range(n))
-    if attrs["acc"] is not None:
-        x, w = x.double(), w.double()
     y = torch.convolution(
         x, w, None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]), False, [0] * n, attrs["groups"]
     )
-    y = y if attrs["acc"] is None else _wrapped(y)
+    y = _wrapped(y) if whole else y
     return y.movedim(1, -1) if attrs["channels_last"] else y
 
 
@@ -90,13 +97,14 @@ define(
     "conv", 2, traits=(Trait.CONTRACTION,), infer=_infer_conv, evaluate=_evaluate_conv,
     attrs={"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1, "channels_last": False, "acc": None},
     doc="cross-correlation, x [N, C, *S] with w [O, C/groups, *K] -> [N, O, *S']; 1 to 3 spatial axes; channels_last: "
-    "x [N, *S, C] with w [*K, C/groups, O] -> [N, *S', O]; i8 and u8 are summed in i32, which is the result, if acc is i32",
+    "x [N, *S, C] with w [*K, C/groups, O] -> [N, *S', O]; i8 and u8 are summed in i32, which is the result, if acc is i32; "
+    "floats of at most 32 bits in f32, which is the result, if acc is f32",
 )  # fmt: skip
 
 
 def _infer_conv_transpose(ts: Sequence[TensorType], attrs: Attrs) -> list[TensorType]:
     x, w = ts
-    dtype, n, names = same_dtype(ts, "conv_transpose"), x.rank - 2, ("stride", "padding", "output_padding", "dilation")
+    dtype, n, names = _summed("conv_transpose", ts, attrs), x.rank - 2, ("stride", "padding", "output_padding", "dilation")
     if n < 1 or w.rank != x.rank or any(len(attrs[k]) != n for k in names):
         raise TypeInferenceError(f"conv_transpose: {x}, {w} and {', '.join(names)} do not agree in rank")
     if dims.prove(w.shape[0], "==", x.shape[1]) is False:
@@ -108,13 +116,16 @@ def _infer_conv_transpose(ts: Sequence[TensorType], attrs: Attrs) -> list[Tensor
     return [TensorType(dtype, (x.shape[0], dims.mul(w.shape[1], attrs["groups"]), *out))]
 
 
+def _evaluate_conv_transpose(xs: Sequence[torch.Tensor], attrs: Attrs, ctx: EvalContext) -> torch.Tensor:
+    x, w = _factors(xs, attrs, ctx)
+    stride, padding, dilation, more = (list(attrs[k]) for k in ("stride", "padding", "dilation", "output_padding"))
+    y = torch.convolution(x, w, None, stride, padding, dilation, True, more, attrs["groups"])
+    return _wrapped(y) if attrs["acc"] == types.i32 else y
+
+
 define(
-    "conv_transpose", 2, traits=(Trait.CONTRACTION,), infer=_infer_conv_transpose,
-    evaluate=lambda xs, attrs, ctx: torch.convolution(
-        xs[0], xs[1], None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]), True, list(attrs["output_padding"]),
-        attrs["groups"],
-    ),
-    attrs={"stride": REQUIRED, "padding": REQUIRED, "output_padding": REQUIRED, "dilation": REQUIRED, "groups": 1},
+    "conv_transpose", 2, traits=(Trait.CONTRACTION,), infer=_infer_conv_transpose, evaluate=_evaluate_conv_transpose,
+    attrs={"stride": REQUIRED, "padding": REQUIRED, "output_padding": REQUIRED, "dilation": REQUIRED, "groups": 1, "acc": None},
     doc="transposed convolution, x [N, C, *S] with w [C, O/groups, *K] -> [N, O, *S']: each element puts its multiple of w into the "
-    "result, stride apart; 1 to 3 spatial axes",
+    "result, stride apart; 1 to 3 spatial axes; acc as for conv",
 )  # fmt: skip

@@ -39,9 +39,15 @@ def convolution(pool: Pool, last: bool) -> Value:
     if last:
         x = pool.add("transpose", [x], perm=(0, *range(2, n + 2), 1))
         w = pool.input(x.dtype, (*[kernel] * n, channels // groups, filters))
+        attrs |= _sums(pool, x)
         return pool.add("conv", [x, w], stride=(pool.pick([1, 2]),) * n, channels_last=True, **attrs)
     w = pool.input(x.dtype, (filters, channels // groups, *[kernel] * n))
-    return pool.add("conv", [x, w], stride=(pool.pick([1, 2]),) * n, **attrs)
+    return pool.add("conv", [x, w], stride=(pool.pick([1, 2]),) * n, **attrs, **_sums(pool, x))
+
+
+def _sums(pool: Pool, x: Value) -> dict[str, Any]:
+    """The attribute for sums of half precision that stay in f32, sometimes."""
+    return {"acc": types.f32} if x.dtype in (types.f16, types.bf16) and pool.flag() else {}
 
 
 @recipe("conv_transpose")
@@ -55,7 +61,7 @@ def _conv_transpose(pool: Pool, name: str) -> Value:
     w = pool.input(x.dtype, (channels, pool.pick([1, 3]), *[kernel] * n), keep=False)
     more, padding = (stride - 1 if pool.flag() else 0), pool.pick([0, (kernel - 1) // 2])
     attrs = {"stride": (stride,) * n, "padding": (padding,) * n, "output_padding": (more,) * n, "dilation": (pool.pick([1, 2]),) * n}
-    return pool.add(name, [x, w], groups=groups, **attrs)
+    return pool.add(name, [x, w], groups=groups, **attrs, **_sums(pool, x))
 
 
 def _image(pool: Pool) -> Value:

@@ -19,8 +19,9 @@ from graphopt.target import Target, detect
 
 def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, nr: int = 0,
          dtype: types.DType = types.f32, epilogue: bool = False, residual: bool = False, seen: Sequence[int] = (),
-         pad: tuple[int, int] = (0, 0), fill: float = 0.0) -> Graph:  # fmt: skip
-    """A region with one channels-last convolution; ``nr``: its weight is packed so; ``seen``: x is a transposed input."""
+         pad: tuple[int, int] = (0, 0), fill: float = 0.0, acc: types.DType | None = None) -> Graph:  # fmt: skip
+    """A region with one channels-last convolution; ``nr``: its weight is packed so; ``seen``: x is a transposed input; ``acc``: what
+    halves are summed in, with a bias of it, before the result is rounded."""
     g = Graph("body")
     b, n = Builder(g), len(x) - 2
     for s in x:
@@ -42,7 +43,10 @@ def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, 
         weight = unpack(b, g.add_input(packed.type.logical, "w"), groups, tuple(w))
     else:
         weight = g.add_input(TensorType(dtype, tuple(w)), "w")
-    y = b.conv(image, weight, stride=(stride,) * n, padding=(padding,) * n, dilation=(dilation,) * n, groups=groups, channels_last=True)
+    window = {"stride": (stride,) * n, "padding": (padding,) * n, "dilation": (dilation,) * n}
+    y = b.conv(image, weight, **window, groups=groups, channels_last=True, acc=acc)
+    if acc is not None:
+        y = b.cast(b.add(y, g.add_input(TensorType(acc, (w[-1],)), "b")), dtype)
     if epilogue:
         y = b.gelu(b.add(y, g.add_input(TensorType(dtype, (w[-1],)), "b")))
     if residual:
@@ -54,6 +58,9 @@ def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, 
 CASES: dict[str, Graph] = {
     "3x3": conv((2, 9, 11, 5), (3, 3, 5, 20), padding=1, epilogue=True),
     "3x3 packed": conv((1, 14, 14, 32), (3, 3, 32, 70), padding=1, nr=48, epilogue=True, residual=True),
+    "f16 summed in f32": conv((B, 6, 7, 9), (3, 3, 9, 20), padding=1, dtype=types.f16, acc=types.f32),
+    "bf16 summed in f32": conv((2, 9, 9, 6), (3, 3, 3, 10), stride=2, groups=2, dtype=types.bf16, acc=types.f32),
+    "f16 depthwise summed in f32": conv((2, 9, 9, 12), (3, 3, 1, 12), padding=1, groups=12, dtype=types.f16, acc=types.f32),
     "1x1": conv((3, 7, 7, 40), (1, 1, 40, 64), nr=64, epilogue=True, residual=True),
     "1x1 strided": conv((1, 9, 9, 40), (1, 1, 40, 33), stride=2, nr=48),
     "first layer": conv((1, 37, 41, 3), (7, 7, 3, 24), stride=2, padding=3, nr=32, epilogue=True, seen=(0, 2, 3, 1)),
