@@ -224,6 +224,11 @@ def test_what_is_not_known_to_be_the_same_is_made_anew(tmp_path: Path, f: Callab
         assert why in why_anew(report) or report.whole
 
 
+def test_a_graph_without_arguments(tmp_path: Path) -> None:
+    out, report = run(lambda: torch.arange(6).view(2, 3) * 2, folder=tmp_path, **EAGER)
+    assert torch.equal(out, torch.arange(6).view(2, 3) * 2) and "no argument" in why_anew(report)
+
+
 def test_symbolic_sizes_and_arguments_that_share_memory(tmp_path: Path) -> None:
     f = torch.compile(lambda x, y: x + y, backend="graphopt", options={"cache_dir": tmp_path, **EAGER}, dynamic=True)
     f(torch.randn(4, 3), torch.randn(4, 3))

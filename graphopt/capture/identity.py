@@ -55,6 +55,8 @@ def _settings() -> Iterator[str]:
 
 
 def _arguments(examples: Sequence[Any], frozen: Mapping[int, str], names: Mapping[int, str]) -> Iterator[str]:
+    if not examples:
+        raise Unknown("no argument says on which device it runs")
     memory: dict[int, int] = {}
     for i, x in enumerate(examples):
         if type(x) not in _TENSORS:
