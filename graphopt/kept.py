@@ -2,7 +2,8 @@
 graph comes again, in this process or in another. Kernels have a cache of their own.
 
 A file's name is the hash of all that decides what is in it: the graph and PyTorch's settings (:mod:`graphopt.capture.identity`), which
-weights are exact in a narrower float, the target, the options, and the source of graphopt. Nothing in it depends on what weights hold.
+weights are exact in a narrower float, the target, the options, the source of graphopt and the versions of what generates kernels. Nothing
+in it depends on what weights hold.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def key_of(text: str, exact: Collection[int], device: torch.device, options: Opt
     target = choose_target(device, options)
     backend, why_none = choose_backend(target, options)
     chosen = [(f.name, str(getattr(options, f.name))) for f in fields(options) if f.name not in _NOT_DECISIVE]
-    parts = (sources(), sys.version, target.fingerprint, getattr(backend, "name", why_none), chosen, label, sorted(exact), text)
+    generator = why_none if backend is None else (backend.name, backend.versions())
+    parts = (sources(), sys.version, target.fingerprint, generator, chosen, label, sorted(exact), text)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
