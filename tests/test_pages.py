@@ -77,7 +77,7 @@ def test_what_is_touched_ahead_holds_what_is_written_meanwhile(monkeypatch: pyte
     monkeypatch.setattr(ctypes, "memset", slow)
     own = Pages(ahead=32 * PAGE)
     assert own._ahead is not None and own._chunk is not None
-    thread, chunk = own._ahead.thread, ctypes.addressof(ctypes.c_char.from_buffer(own._chunk))
+    threads, chunk = own._ahead.threads, ctypes.addressof(ctypes.c_char.from_buffer(own._chunk))
     made = []
     for i in range(1, 12):
         made.append(own.empty(torch.Size([3 * PAGE]), torch.uint8).fill_(i))
@@ -85,17 +85,18 @@ def test_what_is_touched_ahead_holds_what_is_written_meanwhile(monkeypatch: pyte
     assert {int(x.min()) for x in made} == set(range(1, 11)) | {11} and all(int(x.max()) == i for i, x in enumerate(made, 1))
     within = [x for x in made if chunk <= x.data_ptr() < chunk + 32 * PAGE]
     assert len(within) == 10 and all(x.data_ptr() == chunk + i * 3 * PAGE for i, x in enumerate(within))
-    assert own._ahead is None and not thread.is_alive(), "what does not fit ends it"
+    assert own._ahead is None and not any(t.is_alive() for t in threads), "what does not fit ends it"
     assert touched and len(set(touched)) == len(touched)
 
 
 def test_what_was_touched_for_nothing_is_given_back() -> None:
     own = Pages(ahead=32 * PAGE)
     assert own._ahead is not None and own._chunk is not None
-    thread, chunk = own._ahead.thread, own._chunk
+    threads, chunk = own._ahead.threads, own._chunk
     kept = own.empty(torch.Size([PAGE]), torch.uint8).fill_(7)
     last = ctypes.c_char.from_buffer(chunk, 31 * PAGE)
-    thread.join()
+    for thread in threads:
+        thread.join()
     last.value = b"x"
     own.end()
     own.end()
@@ -107,11 +108,12 @@ def test_touching_ends_with_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ctypes, "memset", lambda *_: time.sleep(1e-3))
     own = Pages(ahead=1 << 29)
     assert own._ahead is not None
-    thread = own._ahead.thread
+    threads = own._ahead.threads
     del own
     gc.collect()
-    thread.join(5)
-    assert not thread.is_alive()
+    for thread in threads:
+        thread.join(5)
+    assert not any(t.is_alive() for t in threads)
 
 
 def test_little_memory_is_not_touched_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
