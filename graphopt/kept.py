@@ -8,11 +8,12 @@ in it depends on what weights hold.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -23,6 +24,8 @@ import torch
 
 import graphopt
 from graphopt import autotune, backends, passes
+from graphopt.backends.versions import hash_of
+from graphopt.capture.identity import Unknown
 from graphopt.devices import choose_backend, choose_target
 from graphopt.ir import flat
 from graphopt.options import Options
@@ -30,6 +33,9 @@ from graphopt.prepared import Prepared
 
 NAME = "kept-graphs"  # in remarks
 MOST = 256  # files; the ones that were not used for longest go first
+_LOADED = time.time()
+_PART = ".part"
+_PICKLING = (pickle.PickleError, TypeError, AttributeError, ImportError, LookupError, ValueError, EOFError)
 _NOT_DECISIVE = ("cache_dir", "workers", "keep_graphs")  # options
 
 
@@ -52,6 +58,9 @@ def key_of(text: str, exact: Collection[int], device: torch.device, options: Opt
         text: see :func:`graphopt.capture.identity.graph_text`.
         exact: arguments that are weights of f32 and bf16 in truth.
         label: what reports call the model.
+
+    Raises:
+        Unknown: it cannot be said.
     """
     target = choose_target(device, options)
     backend, why_none = choose_backend(target, options)
@@ -63,13 +72,15 @@ def key_of(text: str, exact: Collection[int], device: torch.device, options: Opt
 
 @cache
 def sources() -> str:
-    """Hash of all of graphopt's source."""
-    digest = hashlib.sha256()
-    for package in (graphopt, autotune, backends, passes):
-        root = Path(package.__path__[0])
-        for file in sorted(root.rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    """Hash of all of graphopt's source.
+
+    Raises:
+        Unknown: a file was changed after it may have been loaded.
+    """
+    folders = [Path(package.__path__[0]) for package in (graphopt, autotune, backends, passes)]
+    if any(file.stat().st_mtime > _LOADED for folder in folders for file in folder.rglob("*.py")):
+        raise Unknown("graphopt's source was changed since this process began")
+    return hash_of(folders)
 
 
 def take(folder: Path, key: str) -> KeptGraph | None:
@@ -78,12 +89,13 @@ def take(folder: Path, key: str) -> KeptGraph | None:
     file = folder / key
     try:
         data = file.read_bytes()
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            return None
+        kept: KeptGraph = flat.loads(data[32:])
+    except (OSError, *_PICKLING):
+        return None
+    with contextlib.suppress(OSError):  # of a folder that may only be read
         os.utime(file)
-    except OSError:
-        return None
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        return None
-    kept: KeptGraph = flat.loads(data[32:])
     report = kept.prepared.units[0].report
     report.notes.append("passes and lowering: taken from an earlier compilation of the same graph")
     report.seconds = {"taken": time.perf_counter() - start}
@@ -104,17 +116,26 @@ def keep(folder: Path, key: str, prepared: Prepared, versions: tuple[int, ...]) 
     try:
         data = flat.dumps(KeptGraph(prepared, versions))
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(hashlib.sha256(data).digest() + data)
-        os.replace(file.name, folder / key)
-        _prune(folder)
-    except (OSError, pickle.PicklingError, TypeError, AttributeError) as error:
+        _write(folder / key, hashlib.sha256(data).digest() + data)
+    except (OSError, *_PICKLING) as error:
         return f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # another process does it, too
+        _prune(folder)
     return ""
 
 
+def _write(file: Path, data: bytes) -> None:
+    """All of it or nothing, whoever else writes it."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}{_PART}")
+    try:
+        part.write_bytes(data)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _prune(folder: Path) -> None:
-    files = list(folder.iterdir())
+    files = [file for file in folder.iterdir() if file.suffix != _PART]
     if len(files) > MOST:
         for file in sorted(files, key=lambda f: f.stat().st_mtime)[:-MOST]:
             file.unlink(missing_ok=True)

@@ -38,6 +38,7 @@ from graphopt.prepared import Prepared
 from graphopt.remarks import Remark
 
 _LOOKUPS = (torch.nn.functional.embedding, torch.embedding)
+_IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv")  # of the operator module
 Compiled = Callable[[list[Any]], Any]
 
 
@@ -52,7 +53,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     pages = prestart(chosen, example_inputs, [] if trains else [example_inputs[i] for i in multiplied(gm, static)])
     label = graph_label(gm)
     names = input_names(gm)
-    exact = set() if trains else exact_weights({i: example_inputs[i] for i in static})
+    exact = set() if trains else exact_weights({i: example_inputs[i] for i in static if not is_written(gm, i)})
     with _disable_current_modes():
         said = train_attention(gm, chosen) if trains else []
 
@@ -81,7 +82,7 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
             )  # fmt: skip
         return compiled
 
-    folder = None if trains else chosen.graphs_dir
+    folder = None if trains or torch.compiler.config.force_disable_caches else chosen.graphs_dir
     with uncollected():
         compiled = Inference(gm, example_inputs, chosen, folder, static, names, exact, label, pages).compiled(trace)
     return _undisturbed(compiled, "compiled by graphopt")
@@ -132,12 +133,12 @@ class Inference:
         """AOTAutograd's compiler."""
         weights = inner_weights(gm, self.static)
         exact = {i for i, o in enumerate(inner_origins(gm)) if i in weights and o in self.exact}
-        versions = raised_versions(gm, self.count)
+        versions = plain_calls(gm, self.count) if self.key else None
         if self.key and versions is None:
             self.why_not = "arguments or results share memory, or AOTAutograd changes them"
 
         def keep_it(prepared: Prepared) -> None:
-            if self.folder is not None and self.key and versions is not None:
+            if self.folder is not None and versions is not None:
                 self.why_not = keep(self.folder, self.key, prepared, versions)
 
         compiled = compile_graph(gm, self.options, self.label, weights, inner_names(gm, self.names), exact, keep_it)
@@ -149,8 +150,9 @@ class Inference:
         return compiled
 
 
-def raised_versions(gm: torch.fx.GraphModule, count: int) -> tuple[int, ...] | None:
-    """Positions of the arguments whose version counters AOTAutograd raises at a call; None if it does anything else around the graph.
+def plain_calls(gm: torch.fx.GraphModule, count: int) -> tuple[int, ...] | None:
+    """Whether a call needs nothing of AOTAutograd's but that it raises version counters: of the arguments at these positions; None if
+    it needs more: arguments or results that are views, tensors made of tensors, effects.
 
     Args:
         gm: what it traced.
@@ -158,7 +160,10 @@ def raised_versions(gm: torch.fx.GraphModule, count: int) -> tuple[int, ...] | N
     """
     context = torch._guards.TracingContext.try_get()
     meta = context.fw_metadata if context is not None else None
-    if meta is None or inner_origins(gm) != list(range(count)):
+    results = [(type(d).__name__, getattr(d, "idx", None)) for d in gm.graph.output_node().meta.get("desc") or ()]
+    if meta is None or [_origin(n) for n in gm.graph.find_nodes(op="placeholder")] != list(range(count)):
+        return None
+    if results != [("PlainAOTOutput", i) for i in range(len(results))]:
         return None
     around = (meta.num_mutated_inp_runtime_indices, meta.num_outputs_aliased, meta.num_intermediate_bases, meta.tokens,
               meta.dynamic_outputs, meta.is_rng_op_functionalized, meta.grad_enabled_mutation is not None)  # fmt: skip
@@ -166,7 +171,7 @@ def raised_versions(gm: torch.fx.GraphModule, count: int) -> tuple[int, ...] | N
 
 
 def called_directly(compiled: CompiledGraph, versions: Sequence[int]) -> Callable[..., Any]:
-    """What Dynamo calls where AOTAutograd has nothing to add."""
+    """What Dynamo calls where calls are plain, and not under autocast, which AOTAutograd would turn off."""
 
     def run(*args: Any) -> list[Any]:
         if versions:
@@ -200,6 +205,14 @@ def multiplied(gm: torch.fx.GraphModule, inputs: Iterable[int]) -> list[int]:
     nodes = gm.graph.find_nodes(op="placeholder")
     shapes = {i: getattr(nodes[i].meta.get("example_value"), "ndim", 0) for i in inputs}
     return [i for i, rank in shapes.items() if rank >= 2 and any(user.target not in _LOOKUPS for user in nodes[i].users)]
+
+
+def is_written(gm: torch.fx.GraphModule, i: int) -> bool:
+    """Whether an operation is in place on one of Dynamo's inputs; one on a view of it is not seen."""
+    node = gm.graph.find_nodes(op="placeholder")[i]
+    users = [user for user in node.users if user.args[:1] == (node,)]
+    names = [str(user.target if user.op == "call_method" else getattr(user.target, "__name__", "")) for user in users]
+    return any(name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) for name in names)
 
 
 def input_names(gm: torch.fx.GraphModule) -> dict[int, str]:

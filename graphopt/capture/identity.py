@@ -1,7 +1,9 @@
-"""What PyTorch's tracing of a Dynamo graph depends on, as a text: equal texts, equal traces.
+"""What PyTorch's tracing of a Dynamo graph depends on, as a text: equal texts, equal traces, as long as PyTorch is what was installed.
 
 Only of graphs of which all of it is known: sizes are numbers, functions are PyTorch's, arguments are plain tensors that share no memory.
-After AOTAutograd's own cache (``torch._functorch._aot_autograd.autograd_cache``), which knows nothing of other compilers' results.
+What a process replaces within PyTorch (a kernel registered for one of its operators, a function of a module other than
+``torch.nn.functional``) is not seen. After AOTAutograd's own cache (``torch._functorch._aot_autograd.autograd_cache``), which knows
+nothing of other compilers' results.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.backends.opt_einsum
 from torch._functorch import config as functorch_config
 from torch.fx.node import _get_qualified_name
+from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -20,6 +24,7 @@ from graphopt.capture.source import location
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = (bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_OURS = ("torch", "_operator", "math", "builtins")  # modules whose functions are what they were
 _KERNEL_CHOICES = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
 
 
@@ -47,16 +52,32 @@ def _settings() -> Iterator[str]:
         raise Unknown("a mode of PyTorch's dispatcher is active")
     if torch._C._is_any_autocast_enabled():
         raise Unknown("autocast is on")
-    yield f"torch {torch.__version__}, {torch.get_default_dtype()}, {torch.get_default_device()}, grad {torch.is_grad_enabled()}"
-    yield f"inference {torch.is_inference_mode_enabled()}, deterministic {torch.are_deterministic_algorithms_enabled()}"
-    yield f"{torch.get_float32_matmul_precision()}, mkldnn {torch.backends.mkldnn.enabled}, cudnn {torch.backends.cudnn.enabled}"
-    yield ", ".join(f"{name} {getattr(torch.backends.cuda, name, bool)()}" for name in _KERNEL_CHOICES)
+    if other := [n for n, f in vars(functional).items() if isinstance(f, types.FunctionType) and not _of_torch(f)]:
+        raise Unknown(f"torch.nn.functional.{other[0]} was replaced")
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError as error:  # set by the newer of two interfaces: the older one cannot say
+        raise Unknown("the precision of products is set by backend") from error
+    yield f"torch {torch.__version__} {torch.version.git_version}, {torch.get_default_dtype()}, {torch.get_default_device()}, {precision}"
+    yield f"grad {torch.is_grad_enabled()}, inference {torch.is_inference_mode_enabled()}"
+    yield f"deterministic {torch.are_deterministic_algorithms_enabled()} {torch.is_deterministic_algorithms_warn_only_enabled()}"
+    yield f"{[(d, torch.get_autocast_dtype(d)) for d in torch._C._autocast_supported_devices()]} {torch.is_autocast_cache_enabled()}"
+    yield f"flush {float(torch.tensor(1e-40) * 1) == 0}, mkldnn {torch.backends.mkldnn.enabled}"
+    cudnn, einsum = torch.backends.cudnn, torch.backends.opt_einsum
+    yield f"{cudnn.enabled} {cudnn.deterministic} {cudnn.benchmark}, {einsum.enabled} {einsum.strategy} {einsum.is_available()}"
+    yield f"{[getattr(torch.backends.cuda, name, bool)() for name in _KERNEL_CHOICES]} {torch._C._get_sdp_priority_order()}"
     yield repr(sorted((k, repr(v)) for k, v in functorch_config.get_config_copy().items()))
+
+
+def _of_torch(f: Any) -> bool:
+    return (getattr(f, "__module__", None) or "torch").partition(".")[0] in _OURS
 
 
 def _arguments(examples: Sequence[Any], frozen: Mapping[int, str], names: Mapping[int, str]) -> Iterator[str]:
     if not examples:
         raise Unknown("no argument says on which device it runs")
+    if len({x.device for x in examples if isinstance(x, torch.Tensor)}) > 1:
+        raise Unknown("arguments on several devices")
     memory: dict[int, int] = {}
     for i, x in enumerate(examples):
         if type(x) not in _TENSORS:
@@ -95,11 +116,12 @@ def _target(node: torch.fx.Node) -> str:
         if f.namespace not in ("aten", "prims"):
             raise Unknown(f"the operator {f}")
         return str(f)
-    module = getattr(f, "__module__", None) or ""
-    native = isinstance(f, types.BuiltinFunctionType | type(torch.Tensor.add))
-    if not native and not (isinstance(f, types.FunctionType) and module.partition(".")[0] == "torch"):
+    if not isinstance(f, types.FunctionType | types.BuiltinFunctionType | type(torch.Tensor.add)) or not _of_torch(f):
         raise Unknown(f"the function {getattr(f, '__name__', f)}")
-    return _get_qualified_name(f)
+    try:
+        return _get_qualified_name(f)
+    except RuntimeError as error:
+        raise Unknown(f"the function {f}") from error
 
 
 def _value(x: Any) -> Any:

@@ -21,7 +21,7 @@ def dumps(obj: Any) -> bytes:
     """Pickle an object that may refer to graphs, and to nodes and values that are in them.
 
     Raises:
-        KeyError: it refers to a node that was erased.
+        KeyError: it refers to a node that was erased, or to a value of no graph.
         pickle.PicklingError, AttributeError, TypeError: it holds what cannot be pickled.
     """
     buffer = io.BytesIO()
@@ -71,7 +71,10 @@ class _Pickler(pickle.Pickler):
         """The graph that a value is an input of: a value does not say; it is one that was met before, or one of its users'."""
         for user in value.users:
             self.number(user.graph)
-        return next(i for i, g in enumerate(self.graphs) if value.index < len(g.inputs) and g.inputs[value.index] is value)
+        found = [i for i, g in enumerate(self.graphs) if value.index < len(g.inputs) and g.inputs[value.index] is value]
+        if not found:
+            raise KeyError(f"{value!r} is in no graph")
+        return found[0]
 
     def flatten(self, graph: Graph) -> tuple[Any, ...]:
         of = self._numbers[self.number(graph)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphopt import clear_reports, reports
+from graphopt import clear_reports, kept, reports
 from tests.opinfo.harness import copied, difference
 
 EAGER = {"backend": "eager"}
@@ -28,7 +28,7 @@ def check(fn: Callable[..., Any], *args: Any, library: tuple[str, ...] = (), **k
         library: the ATen operators that are expected to stay library calls; the graph may hold no other.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):
+        for turn in range(2):
             mine, plain = copied(args), copied(args)
             before = versions(mine), versions(plain)
             torch.manual_seed(0)
@@ -40,6 +40,7 @@ def check(fn: Callable[..., Any], *args: Any, library: tuple[str, ...] = (), **k
             assert not text, text
             raised, wanted = ([a > b for a, b in zip(versions(x), b, strict=True)] for x, b in zip((mine, plain), before, strict=True))
             assert raised == wanted, (raised, wanted)
+            assert not turn or all("taken" in r.seconds or r.whole or any(m.rule == kept.NAME for m in r.remarks) for r in reports())
             called = sorted(set(library_calls()))
             assert called == sorted(library), called
 
