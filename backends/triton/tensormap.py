@@ -28,6 +28,7 @@ def tensor_map(x: torch.Tensor, shape: Sequence[int], strides: Sequence[int], bl
 
 
 def copy_back(tiles: TensorDescriptor, x: torch.Tensor) -> None:
-    """Where what a kernel wrote is in a copy of a tensor, write it to the tensor itself."""
+    """Where what a kernel wrote is in a copy of a tensor, write it to the tensor itself. For tiles of all of it (``start`` 0)."""
+    assert tiles.base.shape == x.shape
     if tiles.base.data_ptr() != x.data_ptr():
         x.copy_(tiles.base)

@@ -12,7 +12,8 @@ from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, product, run_space, vector_loop
 from graphopt.ir.graph import Node, Value
 
-MOST = 64  # parts; each is a loop nest
+FEW = 16  # parts that are loop nests wherever they lie
+MOST = 64  # parts that are loop nests where that leaves the work divided among the cores
 ROWS = 8  # rows that are enough to spread over the cores
 Address = Callable[[Sequence[Index]], Index]
 
@@ -36,7 +37,18 @@ def write_output(args: Arguments, sources: Mapping[Value, Source], k: int, tunin
 def in_pieces(value: Value, sources: Mapping[Value, Source]) -> bool:
     """Whether a value is a join or a padding that is computed in place."""
     node = value.producer
-    return value not in sources and node is not None and (node.name == "pad" or (node.name == "concat" and len(node.operands) <= MOST))
+    return value not in sources and node is not None and (node.name == "pad" or (node.name == "concat" and _by_parts(node)))
+
+
+def _by_parts(join: Node) -> bool:
+    """Whether each part of a join is to be written by a loop of its own: parts of rows share a loop over rows, others have to be large
+    enough to be divided among the cores, or all of them too small for that."""
+    if len(join.operands) <= FEW:
+        return True
+    whole, parts = join.result.type, [x.type.numel for x in join.operands]
+    rows = join.attrs["axis"] % whole.rank == whole.rank - 1
+    divided = all(isinstance(n, int) and n >= SMALL for n in parts) or (isinstance(whole.numel, int) and whole.numel < SMALL)
+    return len(join.operands) <= MOST and (rows or divided)
 
 
 def write_pieces(args: Arguments, sources: Mapping[Value, Source], value: Value, tuning: Tuning, address: Address, buffer: Any,

@@ -62,3 +62,15 @@ def test_a_join_of_many_has_no_test_an_element(axis: int, compile_all) -> None:
     w = Workload.of(graph, "pointwise")
     template = TvmBackend().templates(w, target)[0]
     assert "Select" not in template.emit(w, template.space(w, target).default(), target).text
+
+
+def test_a_join_of_many_middling_parts_is_divided_among_the_cores(compile_all) -> None:
+    count = 40  # none of which is large enough to be divided itself
+    inputs, names = ", ".join(f"%x{i}: f32[50, 33]" for i in range(count)), ", ".join(f"%x{i}" for i in range(count))
+    graph = parse_graph(f"graph @g({inputs}) -> f32[2000, 33] {{\n %0: f32[2000, 33] = concat({names}) {{axis = 0}}\n return %0\n}}")
+    target = Target.from_name("cpu:graniterapids:2")
+    w = Workload.of(graph, "pointwise")
+    template = TvmBackend().templates(w, target)[0]
+    assert "T.parallel" in template.emit(w, template.space(w, target).default(), target).text
+    (run,) = compile_all([(graph, "pointwise")])
+    check(graph, run, values(graph))
