@@ -51,21 +51,29 @@ def _attention_spaces(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
     seen = min([dims.bounds(form.keys, form.symbols)[1] or 4096, *(w for w in [form.node.attrs["window"]] if isinstance(w, int))])
     key = (form.depth + form.width) * itemsize
     knob, full = divide(pieces_of(programs, seen * key, max(KEYS_PIECE, n * key), t), form.keys, "n")
+    one_at_a_time = t.kind == "hip" and itemsize >= 4  # keys, then values, where rows are multiplied by multiply-adds
+
+    def shared(m: int, n: int, stages: int) -> int:
+        """Bytes: keys and values of each stage, probabilities, and queries where the matrix unit reads them from there."""
+        held = m * d if t.matrix_unit in ("wgmma", "tcgen05") else 0
+        return int((held + n * (max(d, e) if one_at_a_time else d + e) * stages + m * n) * itemsize)
+
+    stages = 2 if t.kind == "cuda" and shared(m, n, 2) <= t.shared_memory else 1
     params = (
         knob,
         Param("heads", first(heads, (1, form.share)), "tile"),
         Param("m", first(m, (16, 32, 64, 128)), "tile"),
         Param("n", first(n, (16, 32, 64, 128)), "tile"),
         Param("warps", first(8 if m >= 128 and t.kind == "cuda" else 4 if m >= 32 else 2, (2, 4, 8))),
-        Param("stages", first(2 if t.kind == "cuda" else 1, (1, 2, 3))),
+        Param("stages", first(stages, (1, 2, 3))),
         READS,
     )
 
     def fits(s: Mapping[str, Any]) -> bool:
-        return bool((s["m"] * d + s["n"] * (d + e) * s["stages"] + s["m"] * s["n"]) * itemsize <= t.shared_memory)
+        return shared(s["m"], s["n"], s["stages"]) <= t.shared_memory
 
     def held(s: Mapping[str, Any]) -> bool:
-        return bool(s["m"] * (e + s["n"]) <= 128 * s["warps"] * t.warp)
+        return bool(s["m"] * (e + s["n"]) <= 144 * s["warps"] * t.warp)  # of a thread: none of the six targets spills so
 
     limits = Constraint("queries, keys and values exceed the shared memory", fits), Constraint("the sums exceed the registers", held)
     return (SearchSpace("attention", ("flash",), params, (*limits, full, *_reads(w, t, form))),)
