@@ -46,6 +46,30 @@ def test_half_convolutions_have_kernels(name: str, dtype: torch.dtype, bias: boo
     right(graphopt.compile(m, (x,), strict=True), m, x)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_sum_and_its_bias_are_rounded_once(name: str) -> None:
+    """Biases cancel a sum each: had it been rounded to f16 before, that rounding would be all that is left."""
+    m, x = model(name, torch.float16, bias=True)
+    layer = m[0]
+    exact = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        exact.bias.zero_()
+        sums = exact(x.double())
+        column = (slice(None), *(size // 2 for size in sums.shape[2:]))
+        layer.bias.copy_(0.01 - sums[0][column])  # what is left is positive, and f16 tells it apart
+        shape = (-1,) + (1,) * (sums.ndim - 2)
+        bias = layer.bias.double().view(shape)
+        exact.weight.abs_()
+        terms = layer.weight.numel() // layer.bias.numel() + 1
+        lost = terms * 2.0**-24 * (exact(x.double().abs()) + bias.abs())  # in sums in f32
+        once = torch.relu(sums + bias)
+        twice = torch.relu(sums.half().double() + bias)
+        ours = graphopt.compile(m, (x,), strict=True)(x)
+    allowed = lost + torch.finfo(torch.float16).eps / 2 * once + 2.0**-25
+    assert bool(((twice - once).abs() > allowed).any()), "this says nothing"
+    assert bool(((ours.double() - once).abs() <= allowed).all())
+
+
 @pytest.mark.parametrize("name", ["2d", "depthwise", "transposed"])
 def test_any_number_of_images(name: str) -> None:
     m, x = model(name, torch.float16, bias=True)
