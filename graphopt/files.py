@@ -1,8 +1,9 @@
-"""Files that will be written at the end of something long: whether they can be is asked at its beginning."""
+"""Files: whether one can be written, asked before something long begins, and writing one whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -16,3 +17,19 @@ def unwritable(file: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is no folder"
     return "" if os.access(folder, os.W_OK | os.X_OK) else f"nothing may be written to {folder}"
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file of a cache in one step, so that no process sees half of it; until then it has a hidden name beside it.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it then.
+    """
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as part:
+            part.write(data)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

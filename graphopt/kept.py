@@ -13,7 +13,6 @@ import hashlib
 import os
 import pickle
 import sys
-import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -27,6 +26,7 @@ from graphopt import autotune, backends, passes
 from graphopt.backends.versions import hash_of
 from graphopt.capture.identity import Unknown
 from graphopt.devices import choose_backend, choose_target
+from graphopt.files import write_whole
 from graphopt.ir import flat
 from graphopt.options import Options
 from graphopt.prepared import Prepared
@@ -34,7 +34,6 @@ from graphopt.prepared import Prepared
 NAME = "kept-graphs"  # in remarks
 MOST = 256  # files; the ones that were not used for longest go first
 _LOADED = time.time()
-_PART = ".part"
 _PICKLING = (pickle.PickleError, TypeError, AttributeError, ImportError, LookupError, ValueError, EOFError)
 _NOT_DECISIVE = ("cache_dir", "workers", "keep_graphs")  # options
 
@@ -116,7 +115,7 @@ def keep(folder: Path, key: str, prepared: Prepared, versions: tuple[int, ...]) 
     try:
         data = flat.dumps(KeptGraph(prepared, versions))
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / key, hashlib.sha256(data).digest() + data)
+        write_whole(folder / key, hashlib.sha256(data).digest() + data)
     except (OSError, *_PICKLING) as error:
         return f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # another process does it, too
@@ -124,18 +123,8 @@ def keep(folder: Path, key: str, prepared: Prepared, versions: tuple[int, ...]) 
     return ""
 
 
-def _write(file: Path, data: bytes) -> None:
-    """All of it or nothing, whoever else writes it."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}{_PART}")
-    try:
-        part.write_bytes(data)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _prune(folder: Path) -> None:
-    files = [file for file in folder.iterdir() if file.suffix != _PART]
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")]  # those are being written
     if len(files) > MOST:
         for file in sorted(files, key=lambda f: f.stat().st_mtime)[:-MOST]:
             file.unlink(missing_ok=True)

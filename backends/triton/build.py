@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 from graphopt.backends.base import KernelSource
 from graphopt.errors import BuildError
+from graphopt.files import write_whole
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 
@@ -66,10 +66,7 @@ def write_source(source: KernelSource, folder: Path) -> Path:
     """Write a source where it can be loaded from, in one step, so that no process sees half of it."""
     path = folder / f"{source.name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(source.text)
-    os.replace(temporary, path)
+    write_whole(path, source.text.encode())
     return path
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.llvm_target import llvm_features
 from graphopt.backends.versions import package_version, source_hash
+from graphopt.files import write_whole
 from graphopt.target import Target
 
 FORMAT = "1"
@@ -88,21 +87,10 @@ class KernelCache:
         data = binary.read_bytes()
         entry = {"ingredients": parts, "sha256": hashlib.sha256(data).hexdigest(), "suffix": binary.suffix}
         file = stem.with_suffix(binary.suffix)
-        _write(file, data)
-        _write(stem.with_suffix(".txt"), script.encode())
-        _write(stem.with_suffix(".json"), json.dumps(entry, indent=1).encode())  # last: it makes the entry valid
+        write_whole(file, data)
+        write_whole(stem.with_suffix(".txt"), script.encode())
+        write_whole(stem.with_suffix(".json"), json.dumps(entry, indent=1).encode())  # last: it makes the entry valid
         return file
 
     def _stem(self, w: Workload, parts: Mapping[str, str]) -> Path:
         return self.directory / f"{w.key}-{key_of(parts)}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
