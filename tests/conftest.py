@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import graphopt
 from graphopt.options import Options
 
 torch.set_num_threads(1)  # several test processes share the cores: spinning OpenMP threads would slow all of them down
@@ -30,4 +31,13 @@ def no_tuning_database_of_the_user() -> Iterator[None]:
     named = property(lambda o: None if o.tuning_db == "auto" and o.cache_dir is None else path(o))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Options, "tuning_path", named)
+        yield
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Dynamo and the reports know nothing of earlier tests, and no gradients are recorded."""
+    torch._dynamo.reset()
+    graphopt.clear_reports()
+    with torch.no_grad():
         yield

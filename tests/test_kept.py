@@ -26,12 +26,7 @@ from graphopt.report import Report
 EAGER = {"backend": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    graphopt.clear_reports()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Net(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,7 @@ SMALL: dict[str, Callable[[], models.Model]] = {
 WITHOUT_FALLBACK = ("bert", "gpt2", "llama", "decode")
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    graphopt.clear_reports()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +20,7 @@ from tests.test_symbolic_sizes import CASES, compiled, judge, randn
 GRAPH = "graph @g(%x: f32[B, S], %y: f32[2*S, 4]) -> f32[B, S]\nwhere 1 <= B, 2 <= S <= 512 {\n return %x\n}"
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    graphopt.clear_reports()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def captured(**examples: int) -> Captured:
