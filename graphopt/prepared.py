@@ -80,7 +80,7 @@ def prepare(captured: Captured, options: Options, label: str) -> Prepared:
     if backend is not None:
         kernel_provider(backend, captured.device).prestart(options.kernels_dir, options.workers, units[0].report.key)
     for unit in units:
-        _lower(unit, target, backend, why_none, options)
+        _lower(unit, target, backend, why_none, options, len(units) > 1)
     return Prepared(captured, units, domains, wide, seconds=time.perf_counter() - start)
 
 
@@ -89,7 +89,7 @@ def lowered_programs(captured: Captured, target: Target, options: Options, *, la
     backend, why_none = choose_backend(target, options)
     units, _ = _units(captured, target, backend, options, label)
     for unit in units:
-        _lower(unit, target, backend, why_none, options)
+        _lower(unit, target, backend, why_none, options, len(units) > 1)
         update_in_place(unit.lowered, mutated_inputs(captured), target, backend)
     return [(u.graph, u.lowered) for u in units]
 
@@ -112,10 +112,10 @@ def _units(captured: Captured, target: Target, backend: Backend | None, options:
     return units, domains
 
 
-def _lower(unit: Unit, target: Target, backend: Backend | None, why_none: str, options: Options) -> None:
+def _lower(unit: Unit, target: Target, backend: Backend | None, why_none: str, options: Options, variants: bool) -> None:
     """Run the passes, and make steps of what they leave."""
     unit.report.text_before = str(unit.graph)
-    optimize(unit.graph, target, options, unit.report)
+    optimize(unit.graph, target, options, unit.report, variants)
     lowering = time.perf_counter()
     unit.lowered = lower(unit.graph, target, backend, why_none, asked=options.backend == "eager")
     unit.report.text_after = str(unit.graph)
@@ -123,11 +123,11 @@ def _lower(unit: Unit, target: Target, backend: Backend | None, why_none: str, o
     unit.report.seconds["lower"] = time.perf_counter() - lowering
 
 
-def optimize(graph: Graph, target: Target, options: Options, report: Report) -> None:
-    """Run the pipeline on a graph in place, and report on it."""
+def optimize(graph: Graph, target: Target, options: Options, report: Report, variants: bool = False) -> None:
+    """Run the pipeline on a graph in place, and report on it; ``variants``: whether it is one of several programs."""
     start = time.perf_counter()
     products = bool(options.quantize or options.precision) and has_products(graph)
-    ctx = PassContext(target=target, owns_weights=options.own_weights, fuel=Fuel(options.fuel, options.skip_rewrites))
+    ctx = PassContext(target=target, owns_weights=options.own_weights, variants=variants, fuel=Fuel(options.fuel, options.skip_rewrites))
     instruments: list[Instrument] = [ValueCheck()] if options.verify == "each-pass" else []
     pipeline = edit_pipeline(default_pipeline(quantize=options.quantize, precision=options.precision), options.pipeline)
     report.pipeline = [str(p) for p in pipeline]

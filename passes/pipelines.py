@@ -18,8 +18,8 @@ _RECOMPOSE = (
 )  # fmt: skip
 _LAYOUT = ("widen-convolutions", "conv-layout", "unflatten", "views", "dce")
 _PACK = (
-    "fuse-depthwise", "pack-quantized", "halve-weights", "pack-weights", "share-packed", "winograd-filters", "pack-filters", "turn-bias",
-    "output-order",
+    "fuse-depthwise", "pack-quantized", "weights-in-place", "halve-weights", "pack-weights", "share-packed", "winograd-filters",
+    "pack-filters", "turn-bias", "output-order",
 )  # fmt: skip
 
 LEVELS: Mapping[int, tuple[str, ...]] = {

@@ -70,7 +70,7 @@ def flatten_rows(graph: Graph) -> Graph:
     mapping: dict[Value, Value] = {}
     out = Graph(graph.name)
     out.symbols.update(graph.symbols)
-    of_weight = {n.operands[0] for n in views} | {product.operands[1]}
+    of_weight = {v for n in views for v in n.operands} | {product.operands[1]}
     for v in graph.inputs:
         shape = v.shape if v in of_weight else flat(v)
         if shape is None or (v.type.strides is not None and shape != v.shape):
@@ -147,9 +147,8 @@ def _upstream(node: Node) -> dict[Value, None]:
 
 
 def _views_behind(v: Value) -> list[Node]:
-    """The views between an input and a value."""
-    views: list[Node] = []
-    while v.producer is not None and is_view(v.producer):
-        views.append(v.producer)
-        v = v.producer.operands[0]
-    return views
+    """The views, and joins of them, between inputs and a value, in order."""
+    node = v.producer
+    if node is None or not (is_view(node) or node.name == "concat"):
+        return []
+    return list(dict.fromkeys([*(n for x in node.operands for n in _views_behind(x)), node]))

@@ -46,6 +46,31 @@ def _write_tile(w: Workload, s: Schedule, t: Target) -> Any:
                       s.sketch in BLOCKED, s.sketch.endswith("rows-first"), ahead, copied).emit()  # fmt: skip
 
 
+# --- products of few rows with a factor that lies by rows ----------------------------------------------------------------
+
+
+def _dots_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.dotsform import refusal
+
+    return _tile_refuse(w, t) or refusal(expand_rows(w.graph), t)
+
+
+def _dots_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.dotsform import params
+
+    return params(expand_rows(w.graph), t)
+
+
+def _write_dots(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows, flatten_rows
+    from graphopt.backends.tvm.dots import DotsKernel
+
+    names = ("lanes", "columns", "side", "pieces", "ahead", "parallel")
+    return DotsKernel(flatten_rows(expand_rows(w.graph)), **{n: s[n] for n in names}).emit()
+
+
 # --- products of few rows with small integers ---------------------------------------------------------------------------
 
 
@@ -221,6 +246,7 @@ def _write_halves(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 BF16 = Template("bf16", _bf16_refuse, _bf16_params, _write_bf16)
+DOTS = Template("dots", _dots_refuse, _dots_params, _write_dots)
 PAIRS = Template("pairs", _pairs_refuse, _pairs_params, _write_pairs)
 INT8 = Template("int8", _int8_refuse, _int8_params, _write_int8)
 QUANTIZED_TILES = Template("quantized-tiles", _quantized_tiles_refuse, _quantized_tiles_params, _write_quantized_tiles)

@@ -16,6 +16,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("tile", "blocked"): (*_TILED, Rule.CACHE_WRITE),
     ("tile", "blocked-rows-first"): (*_TILED, Rule.CACHE_WRITE, Rule.TURN),
     ("tile", "split-depth"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_DEPTH),
+    ("dots", "default"): _FUSED,
     ("pairs", "default"): (*_TILED, Rule.TENSORIZE),
     ("int8", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.TENSORIZE),
     ("quantized", "default"): _TILED,  # what makes floats of its weight stands inline

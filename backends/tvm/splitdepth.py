@@ -81,12 +81,6 @@ class SplitDepthKernel(TileKernel):
         code, (*lead, jo, go) = self.code, at
         column, first = code.simplify(jo * self.nr), code.simplify(go * self.group)
         here = self._here(first, tiles)
-        if p.dots:
-            with code.loop(here, "serial", "io") as io:
-                found = self._dots(p, lead, code.simplify((first + io) * self.mr), column, begin, length)
-                start = code.simplify(base + io * size)
-                self._across(lambda q: code.store(sums, code.simplify(start + q), code.load(found, q)))
-            return
         with code.loop(here, "serial", "io") as io:
             start = code.simplify(base + io * size)
             self._across(lambda q: code.store(sums, code.simplify(start + q), tirx.const(0, self.held)))

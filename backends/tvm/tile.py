@@ -21,8 +21,6 @@ from tvm import tirx
 from graphopt.backends.forms.support import is_materialized
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.dots import sum_dots
-from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.panel import Factor
@@ -40,13 +38,11 @@ class Product:
     """One of the products of a region.
 
     Attributes:
-        dots: whether its elements are dot products of rows with rows.
         copied: whether its second factor's columns are copied into scratch.
     """
 
     result: Value
     factor: Factor
-    dots: bool
     copied: bool
 
 
@@ -74,7 +70,7 @@ class TileKernel:
                  copied: bool = False) -> None:  # fmt: skip
         self.graph, self.mr, self.nr, self.unroll, self.prefetch, self.parallel = graph, rows, columns, unroll, prefetch, parallel
         self.block, self.blocked, self.rows_first, self.ahead, self.copied = block, blocked, rows_first, ahead, copied
-        self.lanes, self.vector = min(lanes, columns), lanes
+        self.lanes = min(lanes, columns)
         nodes = [n for n in graph.nodes() if is_materialized(n)]
         self.code = Code(graph.symbols)
         self.args = Arguments(self.code, graph)
@@ -83,10 +79,7 @@ class TileKernel:
         self.batch = batch
         self.k = self.code.size(self.left.shape[-1])
         self.held = scalar.COMPUTE[self.result.dtype]
-        one_tile = isinstance(self.m, int) and self.m <= self.mr and isinstance(self.k, int) and self.k >= 4 * self.vector
-        left = Probe(self.args, {}, self.left)
-        left([0] * self.left.type.rank)
-        self.products = [self._product(n, one_tile, left.scalar_only) for n in nodes]
+        self.products = [self._product(n) for n in nodes]
         self.group = group
         self.width = columns  # of a tile; panels are ``nr`` wide all the same
         self.ends = TileStore(self.code, self.args, graph, tuple(p.result for p in self.products), rows, columns, self.lanes)
@@ -97,18 +90,16 @@ class TileKernel:
             for p in self.products:
                 p.factor.clamp = False
 
-    def _product(self, node: Node, one_tile: bool, scalar_only: bool) -> Product:
+    def _product(self, node: Node) -> Product:
         ragged = not (isinstance(self.n, int) and self.n % self.nr == 0)
         b = node.operands[1]
         factor = Factor(self.args, b, self.nr, clamp=ragged and not self._packed_width(b))
-        vectors = self.vector > 1 and not (scalar_only or factor.scalar_only)
-        dots = factor.unit == "depth" and one_tile and vectors
-        return Product(node.result, factor, dots, (self.copied or factor.unit != "column" or factor.scalar_only) and not dots)
+        return Product(node.result, factor, self.copied or factor.unit != "column" or factor.scalar_only)
 
     def emit(self) -> Code:
         code = self.code
         tiles = code.ceildiv(self.m, self.mr)
-        self.tail = tail_rows(self.m, self.mr) if not any(p.dots for p in self.products) else 0
+        self.tail = tail_rows(self.m, self.mr)
         if self.tail:
             self.ends = replace(self.ends, fits=True)
         sizes = [code.ceildiv(self.n, self.nr), code.ceildiv(tiles, self.group)]
@@ -147,14 +138,11 @@ class TileKernel:
             return None
         rest = self.n % self.nr
         last = copy.copy(self)
-        if all(p.dots for p in self.products):
-            last.width, last.inside = rest, False
-            return last
         last.width = -(-rest // self.lanes) * self.lanes
         if self._reaches_back():
             last.back, last.inside = last.width - rest, True
             return last
-        if self.n < self.nr or last.width == self.nr or not all(self._padded()) or any(p.dots or p.copied for p in self.products):
+        if self.n < self.nr or last.width == self.nr or not all(self._padded()) or any(p.copied for p in self.products):
             return None
         last.inside = self.n % self.lanes == 0
         return last
@@ -162,7 +150,7 @@ class TileKernel:
     def _reaches_back(self) -> bool:
         """Whether the last panel's last vector ends with the last column: of factors without columns beyond it, which could be read."""
         enough = isinstance(self.n, int) and self.lanes <= self.n and self.n % self.nr != 0
-        return enough and not any(self._padded()) and not any(p.dots for p in self.products)
+        return enough and not any(self._padded())
 
     def _padded(self) -> list[bool]:
         """Of each product, whether its second factor has columns beyond the last."""
@@ -177,25 +165,21 @@ class TileKernel:
     def _step(self, lead: Sequence[Index], column: Index, first: Index, tiles: Index) -> None:
         """Row tiles from ``first`` on with the panel of ``column``."""
         code = self.code
-        if self.blocked and not any(p.dots for p in self.products):
+        if self.blocked:
             self._by_blocks(lead, column, first, tiles)
             return
         panels = [self._copied(p, lead, column) for p in self.products]
-        totals = [None if p.dots else code.alloc(self.mr * self.width, self.held, "total") for p in self.products]
+        totals = [code.alloc(self.mr * self.width, self.held, "total") for _ in self.products]
 
         def tile(kernel: TileKernel, io: Index) -> None:
             tile_row = code.simplify(first + io)
             row = code.simplify(tile_row * self.mr)
-            sums, acc = [], list[Any]()
+            acc = list[Any]()
             for p, panel, total in zip(self.products, panels, totals, strict=True):
-                if p.dots:
-                    sums.append(self._dots(p, lead, row, column, 0, self.k))
-                    continue
                 ahead = self._fetch(p.factor, lead, column, tile_row, tiles, 0, self.k)
                 acc, span = kernel._tile_sum(p, lead, kernel._rows(row), column, panel, ahead)
                 kernel._each_block(partial(kernel._add_block, acc, span, total, 0))
-                sums.append(total)
-            kernel._end(lead, row, column, acc, sums)
+            kernel._end(lead, row, column, acc, totals)
 
         self._each_tile(first, tiles, tile)
 
@@ -293,7 +277,7 @@ class TileKernel:
     @property
     def from_registers(self) -> bool:
         """Whether a tile goes through the epilogue as it stands in the accumulators, without a way through memory."""
-        return self.inside is True and not self.products[0].dots and self.ends.is_light
+        return self.inside is True and self.ends.is_light
 
     def _end(self, lead: Sequence[Index], row: Index, column: Index, acc: Sequence[Any], totals: Sequence[Any], base: Index = 0) -> None:
         """Store a tile: its accumulators, or its totals."""
@@ -346,18 +330,6 @@ class TileKernel:
                 code.prefetch(buffer, code.simplify(first + (code.div(k - begin, self.unroll) * lines + i) * line))
 
         return later
-
-    def _dots(self, p: Product, lead: Sequence[Index], row: Index, column: Index, begin: Index, length: Index) -> Any:
-        """A tile of dot products of so many terms; returns the buffer that holds it."""
-        code, a = self.code, self.left
-
-        def left(r: Index, k: Index) -> Any:
-            return Expressions(self.args, {}).at(a, operand_index(lead, a, r, code.simplify(begin + k)))
-
-        def right(k: Index, j: Index) -> Any:
-            return p.factor.at(lead, code.simplify(begin + k), code.simplify(column + j))
-
-        return sum_dots(code, length, self._rows(row), self.width, self.vector, self.result.dtype, self.held, left, right)
 
     def _rows(self, row: Index) -> list[Index]:
         """The rows of a tile, all of them inside."""

@@ -45,6 +45,7 @@ class PassContext:
     Attributes:
         target: the device compiled for, or None when that does not matter.
         owns_weights: what is compiled will own its weights: one that nothing reads at run time is let go.
+        variants: there are other programs of the same graph, for other sizes, that read the same weights.
         fuel: shared by all passes of a run.
         remarks: what was said so far, in order.
         runs: the passes that ran, in order.
@@ -52,6 +53,7 @@ class PassContext:
 
     target: Any = None
     owns_weights: bool = False
+    variants: bool = False
     fuel: Fuel = field(default_factory=Fuel)
     remarks: list[Remark] = field(default_factory=list)
     runs: list[PassRun] = field(default_factory=list)

@@ -10,7 +10,8 @@ from graphopt.passes.layout.share_packed import SharePacked
 from graphopt.passes.layout.split_reductions import SplitReductions
 from graphopt.passes.layout.turn_bias import TurnBias
 from graphopt.passes.layout.unflatten import Unflatten
+from graphopt.passes.layout.weights_in_place import WeightsInPlace
 from graphopt.passes.layout.winograd import WinogradFilters
 
 __all__ = ["ConvLayout", "HalveWeights", "OutputOrder", "PackFilters", "PackWeights", "PadProducts", "SharePacked", "SplitReductions",
-           "TurnBias", "Unflatten", "WinogradFilters"]
+           "TurnBias", "Unflatten", "WeightsInPlace", "WinogradFilters"]

@@ -33,7 +33,7 @@ from graphopt.ir import Builder, Graph, types
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
-from graphopt.passes.layout import fours, pairs
+from graphopt.passes.layout import fours, pairs, weights_in_place
 from graphopt.passes.shared import Make, input_behind_views, matmuls, reread
 from graphopt.rewrite import PassContext, Reject, Rewriter
 
@@ -76,7 +76,7 @@ class PackWeights(Pass):
             count = len(matmuls(region))
             for place in range(count):
                 width = COLUMNS if in_thirds and _suits_thirds(region, place) else registers * lanes
-                site = _site(region, place, staged, lanes, width, in_pairs, count == 1)
+                site = _site(region, place, staged, lanes, width, in_pairs, count == 1, ctx)
                 if isinstance(site, Reject):
                     if site.reason:
                         ctx.missed(self.name, f"the weight is not packed: {site.reason}", region)
@@ -149,11 +149,14 @@ def site_of(fusion: Node, place: int, staged: Staged) -> Site | Reject:
     return Site(matmul, source.index, transposed)
 
 
-def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool, alone: bool) -> Site | Reject:
+def _site(fusion: Node, place: int, staged: Staged, lanes: int, columns: int, in_pairs: bool, alone: bool,
+          ctx: PassContext) -> Site | Reject:  # fmt: skip
     site = site_of(fusion, place, staged)
     if isinstance(site, Reject):
         return site
     matmul, weight = site.matmul, site.matmul.operands[1]
+    if weights_in_place.suits(matmul, ctx):
+        return Reject("the few rows of its left operand read it as fast where it lies", weight)
     k, n = (int(d) for d in weight.shape)
     paired = in_pairs and weight.dtype == types.bf16 and (alone or matmul.attrs["acc"] == types.f32)
     if weight.dtype == types.i8 and matmul.attrs["acc"] is not None:

@@ -28,6 +28,7 @@ FIRST = {  # passes that look for what another one makes
     "pack-weights": ("fuse",), "share-packed": ("fuse", "pack-weights"), "pack-filters": ("conv-layout", "fuse"),
     "winograd-filters": ("conv-layout", "fuse"), "output-order": ("conv-layout", "fuse"), "fuse-depthwise": ("conv-layout", "fuse"),
     "pack-quantized": ("quantize-weights", "fuse"), "halve-weights": ("fuse",), "turn-bias": ("fuse",),
+    "weights-in-place": ("sibling-matmuls{always=True}", "fuse"),
 }  # fmt: skip
 
 
@@ -35,6 +36,7 @@ ON_A_GPU = ("pad-products", "split-reductions")  # passes that do nothing elsewh
 OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
     "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
     "halve-weights": "{tiles=True}", "mask-blocks": "{least=64}", "turn-bias": "{lanes=2}", "pad-products": "{always=True}",
+    "weights-in-place": "{rows=1000,depth=1}",
 }  # fmt: skip
 ALSO = {  # what a pass looks for, where chance alone seldom makes it
     "linear-attention": (linear_attention,), "causal-linear-attention": (causal_linear_attention,), "mask-blocks": (masked_attention,),

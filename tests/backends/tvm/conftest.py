@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from graphopt.autotune.space import Workload
+from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.backends.tvm.build import KernelBuilder, load_kernel
 from graphopt.errors import BuildError
@@ -32,24 +32,32 @@ def kernels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compile_all(builder: KernelBuilder, kernels_dir: Path) -> Callable[[Sequence[tuple[Graph, str]]], list[Run]]:
-    """Build many regions at once; each becomes a function from inputs to freshly allocated outputs."""
+def compile_points(builder: KernelBuilder, kernels_dir: Path) -> Callable[[Sequence[tuple[Graph, Workload, Schedule]]], list[Run]]:
+    """Build regions by schedules, all at once; each becomes a function from inputs to freshly allocated outputs."""
+
+    def compile_points(points: Sequence[tuple[Graph, Workload, Schedule]], target: Target | None = None) -> list[Run]:
+        jobs = [(w, s) for _, w, s in points]
+        paths = builder.build_many(jobs, target or detect(), kernels_dir, errors="return")
+        broken = [p for p in paths if isinstance(p, BuildError)]
+        assert not broken, "\n\n".join(str(b)[:700] for b in broken[:12])
+        return [_runner(graph, load_kernel(path, w, s)) for (graph, w, s), path in zip(points, paths, strict=True)]
+
+    return compile_points
+
+
+@pytest.fixture(scope="session")
+def compile_all(compile_points: Any) -> Callable[[Sequence[tuple[Graph, str]]], list[Run]]:
+    """Build many regions at once by their default schedules; each becomes a function from inputs to freshly allocated outputs."""
 
     def compile_all(regions: Sequence[tuple[Graph, str]], template: int = 0, target: Target | None = None) -> list[Run]:
         backend, target = TvmBackend(), target or detect()
-        jobs: list[Any] = []
+        points = []
         for graph, kind in regions:
             w = Workload.of(graph, kind)
             templates = backend.templates(w, target)
             assert templates, f"{backend.reason(w, target)}\n{graph}"
-            jobs.append((w, templates[min(template, len(templates) - 1)].space(w, target).default()))
-        paths = builder.build_many(jobs, target, kernels_dir, errors="return")
-        broken = [p for p in paths if isinstance(p, BuildError)]
-        assert not broken, "\n\n".join(str(b)[:700] for b in broken[:12])
-        runs: list[Run] = []
-        for (graph, _), (w, s), path in zip(regions, jobs, paths, strict=True):
-            runs.append(_runner(graph, load_kernel(path, w, s)))
-        return runs
+            points.append((graph, w, templates[min(template, len(templates) - 1)].space(w, target).default()))
+        return compile_points(points, target)  # type: ignore[no-any-return]
 
     return compile_all
 

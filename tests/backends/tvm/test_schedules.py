@@ -6,14 +6,12 @@ from math import prod
 from random import Random
 
 import pytest
-import torch
 from families import families, inputs
 from tvm_check import check
 
 from graphopt.autotune.sketch import sketches_of
 from graphopt.autotune.space import LoopNest, Workload
 from graphopt.backends.tvm.backend import TvmBackend
-from graphopt.backends.tvm.build import load_kernel
 from graphopt.backends.tvm.tileform import NEAR, _busiest, variants
 from graphopt.ir.text import parse_graph
 from graphopt.target import Target, detect
@@ -31,12 +29,12 @@ LARGE = """graph @g(%x: f32[3, 40, 300], %y: f32[300, 100], %z: f32[300, 100]) -
 }"""
 
 
-def test_points_of_every_sketch_are_right(builder, kernels_dir) -> None:
+def test_points_of_every_sketch_are_right(compile_points) -> None:
     target, rng = detect(), Random(0)
     regions = {name: region for name, region in families(target).items() if name in CASES}
     assert len(regions) == len(CASES)
     regions["two products"] = (parse_graph(LARGE), "matmul")
-    jobs, graphs, sketches = [], [], dict.fromkeys(list[str]())
+    jobs, sketches = [], dict.fromkeys(list[str]())
     for graph, kind in regions.values():
         w = Workload.of(graph, kind)
         for template in TvmBackend().templates(w, target):
@@ -44,18 +42,9 @@ def test_points_of_every_sketch_are_right(builder, kernels_dir) -> None:
                 sketches[f"{template.name}/{sketch.name}"] = None
                 found = (s for s in (sketch.random(rng) for _ in range(1000)) if sketch.space.rejection(s) is None)
                 for _ in range(POINTS):
-                    jobs.append((w, next(found)))
-                    graphs.append(graph)
+                    jobs.append((graph, w, next(found)))
     assert {"tile/default", "tile/rows-first", "tile/blocked", "tile/blocked-rows-first", "depthwise/pieces"} <= set(sketches)
-    paths = builder.build_many(jobs, target, kernels_dir)
-    for graph, (w, s), path in zip(graphs, jobs, paths, strict=True):
-        kernel = load_kernel(path, w, s)
-
-        def run(values, _, graph=graph, kernel=kernel) -> list[torch.Tensor]:
-            outputs = [torch.full([int(d) for d in v.shape], float("nan"), dtype=v.dtype.torch) for v in graph.outputs]
-            kernel(*values, *outputs)
-            return outputs
-
+    for (graph, _, _), run in zip(jobs, compile_points(jobs), strict=True):
         check(graph, run, inputs(graph), {}, factor=4.0)
 
 

@@ -89,27 +89,19 @@ def test_a_reduced_axis_of_one_element(compile_all) -> None:
         check(graph, run, values(graph))
 
 
-def test_sums_in_pieces_are_right(builder, kernels_dir) -> None:
+def test_sums_in_pieces_are_right(compile_points) -> None:
     """The default of each sketch, and points that chance picks."""
     target, rng = detect(), Random(0)
-    jobs, graphs = [], []
-    for name, (graph, kind, sketch) in _regions().items():
+    jobs = []
+    for graph, kind, sketch in _regions().values():
         (split,) = (k for k in _sketches(graph, kind, target) if k.name == sketch)
         points = (s for s in (split.random(rng) for _ in range(1000)) if split.space.rejection(s) is None)
         for s in (split.default(), next(points), next(points)):
-            jobs.append((Workload.of(graph, kind), s))
-            graphs.append((name, graph))
-    paths = builder.build_many(jobs, target, kernels_dir)
-    for (_, graph), (w, s), path in zip(graphs, jobs, paths, strict=True):
-        kernel = load_kernel(path, w, s)
-
-        def run(inputs, _, graph=graph, kernel=kernel) -> list[torch.Tensor]:
-            outputs = [torch.full([int(d) for d in v.shape], 77, dtype=torch.float32).to(v.dtype.torch) for v in graph.outputs]
-            for _ in range(2):  # scratch holds the first call's sums then
-                kernel(*inputs, *outputs)
-            return outputs
-
-        check(graph, run, _inputs(graph, w.kind), {}, factor=4.0)
+            jobs.append((graph, Workload.of(graph, kind), s))
+    for (graph, w, _), run in zip(jobs, compile_points(jobs), strict=True):
+        inputs = _inputs(graph, w.kind)
+        run(inputs)  # scratch holds the first call's sums then
+        check(graph, run, inputs, {}, factor=4.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 4096), (64, 4096), (4096, 16)], ids=["few rows", "rows", "columns"])
