@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from graphopt import pages
+from graphopt.capture.dynamo import input_names, multiplied
 from graphopt.pages import CHUNK, LARGE, PAGE, Pages, Reused, uninitialized
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")
@@ -171,3 +172,28 @@ def test_a_result_may_be_written_to_where_gradients_are_wanted() -> None:
     x.add_(w)
     x.sum().backward()
     assert w.grad == PAGE // 4
+
+
+@pytest.mark.parametrize(("rows", "dynamic", "expected"), [(1, False, ["conv"]), (5, False, ["conv", "fc"]), (5, True, ["conv", "fc"])])
+def test_memory_is_got_ready_for_what_may_be_packed(rows: int, dynamic: bool, expected: list[str]) -> None:
+    """Filters, and matrices that many rows are multiplied with; not an embedding, nor what few rows read in place."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.conv, self.fc = torch.nn.Embedding(9, 8), torch.nn.Conv1d(8, 8, 1), torch.nn.Linear(8, 6)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.conv(self.table(tokens).mT).mT)
+
+    found: list[list[str]] = []
+
+    def look(gm: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        names = input_names(gm)
+        found.append(sorted({names[i].split(".")[-2] for i in multiplied(gm, names)}))
+        return gm
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Model(), backend=look, dynamic=dynamic)(torch.zeros(1, rows, dtype=torch.long))
+    assert found == [expected]

@@ -14,10 +14,12 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm.bf16rows import rows_of_bf16
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.dotsform import parts, products_of, sums_of
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions
+from graphopt.backends.tvm.imported import dot, import_dots
 from graphopt.backends.tvm.loops import SMALL, product, vector_loop
 from graphopt.backends.tvm.monoid import Monoid, combine
 from graphopt.backends.tvm.panel import Factor
@@ -37,9 +39,11 @@ class DotsKernel:
         side: columns whose sums run side by side. Where they leave registers free, a sum is several vectors, each of its own terms.
         pieces: of the depth, at most, where columns are too few for all cores; their sums are joined at the end.
         ahead: bytes of a column that are asked for before they are needed; 0 leaves it to the hardware.
+        pairs: factors of bf16, multiplied by the instruction that adds the products of a pair to a sum.
     """
 
-    def __init__(self, graph: Graph, lanes: int, columns: int, side: int, pieces: int, ahead: int, parallel: bool) -> None:
+    def __init__(self, graph: Graph, lanes: int, columns: int, side: int, pieces: int, ahead: int, parallel: bool,
+                 pairs: bool = False) -> None:  # fmt: skip
         self.graph, self.lanes, self.columns, self.side, self.ahead, self.parallel = graph, lanes, columns, side, ahead, parallel
         self.code = Code(graph.symbols)
         self.args = Arguments(self.code, graph)
@@ -52,8 +56,10 @@ class DotsKernel:
         left([0] * self.left.type.rank)
         if left.scalar_only or any(f.scalar_only for factors in self.factors for f in factors):
             self.lanes = 1
+        self.pairs = pairs
+        self.terms = 2 * lanes if pairs else self.lanes  # that a vector of a sum takes at once
         self.ends = TileStore(self.code, self.args, graph, tuple(n.result for n in nodes), self.m, columns, min(lanes, columns))
-        self.chunk = -(-self.k // (pieces * self.lanes)) * self.lanes
+        self.chunk = -(-self.k // (pieces * self.terms)) * self.terms
         self.pieces = -(-self.k // self.chunk)
 
     def _factor(self, v: Value) -> Factor:
@@ -66,6 +72,10 @@ class DotsKernel:
         count = tasks[0] if len(tasks) == 1 else sum(n for n in tasks if isinstance(n, int))
         blocks = [*self.batch, count]
         work, steps = product(code, [*self.batch, self.m, self.n, self.k]), product(code, blocks)
+        if self.pairs:
+            import_dots(code)
+            rows = code.simplify(product(code, self.batch) * self.m)
+            self.rows = rows_of_bf16(self.args, self.left, rows, self.k, self.m, self.parallel)
         if self.pieces > 1:
             return self._by_pieces(blocks, sizes, tasks)
         serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
@@ -176,8 +186,8 @@ class DotsKernel:
     def _together(self, tile: Any, places: Sequence[Index], factor: Factor, lead: Lead, columns: Sequence[Index], begin: Index,
                   length: int) -> None:  # fmt: skip
         """The sums of some columns side by side; their places in the tile are given row by row."""
-        code, lanes = self.code, self.lanes
-        whole = length // lanes
+        code, lanes, terms = self.code, self.lanes, self.terms
+        whole = length // terms
         chains = max(1, min(sums_of(self.m, len(columns)), whole))
         cells = [(i, j) for i in range(self.m) for j in columns]
         sums = [code.alloc(chains * lanes, self.held, "acc") for _ in cells]
@@ -191,11 +201,14 @@ class DotsKernel:
 
         def add(step: Index, chain: int) -> None:
             """A vector of terms of each sum."""
-            first = code.simplify(begin + step * lanes)
-            if self.ahead and chain * lanes * factor.value.dtype.itemsize % LINE == 0:
+            first = code.simplify(begin + step * terms)
+            if self.ahead and chain * terms * factor.value.dtype.itemsize % LINE == 0:
                 for j in columns:
                     self._ask(factor, lead, first, j)
             for (i, j), acc in zip(cells, sums, strict=True):
+                if self.pairs:
+                    self._add_pairs(acc, chain * lanes, lead, i, factor, j, first)
+                    continue
                 with code.loop(lanes, "vectorized", "v") as v:
                     k, place = code.simplify(first + v), code.simplify(chain * lanes + v)
                     code.store(acc, place, code.load(acc, place) + left(i, k) * factor.at(lead, k, j))
@@ -208,15 +221,29 @@ class DotsKernel:
         joining = Monoid.of("sum", self.dtype)
         for place, acc in zip(places, sums, strict=True):
             code.store(tile, place, combine(code, acc, chains * lanes, lanes, joining))
-        if length % lanes:
-            with code.loop(length % lanes, "serial", "k") as k:
-                at = code.simplify(begin + (whole * lanes + k))
+        if length % terms:
+            with code.loop(length % terms, "serial", "k") as k:
+                at = code.simplify(begin + (whole * terms + k))
                 for (i, j), place in zip(cells, places, strict=True):
                     code.store(tile, place, code.load(tile, place) + left(i, at) * factor.at(lead, at, j))
 
+    def _add_pairs(self, acc: Any, place: int, lead: Lead, i: int, factor: Factor, j: Index, k: Index) -> None:
+        """Add the products of pairs from term k on to a vector of a sum."""
+        code, rows = self.code, self.rows
+        row = code.flatten([*lead, i], [*self.batch, self.m])
+        source, at = self._place(factor, lead, k, j)
+        places = (rows.buffer, code.simplify(rows.base + row * rows.step + k)), (self.args.inputs[source], at)
+        x, w = (code.bind(buffer[tirx.Ramp(i64(place), i64(1), self.terms)], "w", hidden=False) for buffer, place in places)
+        where = [tirx.Ramp(i64(place), i64(1), self.lanes)]
+        code.emit(tirx.BufferStore(acc, dot(acc[where[0]], x, w), where))
+
     def _ask(self, factor: Factor, lead: Lead, k: Index, j: Index) -> None:
         """Ask for what lies so far behind an element of a factor."""
+        source, at = self._place(factor, lead, k, j)
+        self.code.prefetch(self.args.inputs[source], self.code.simplify(at + self.ahead // source.dtype.itemsize))
+
+    def _place(self, factor: Factor, lead: Lead, k: Index, j: Index) -> tuple[Value, Index]:
+        """The input that an element of a factor is made of, and the position of its one element."""
         probe = Expressions(self.args, {}, probe=True)
         probe.at(factor.value, operand_index(lead, factor.value, k, j))
-        v, at = probe.reads[0]
-        self.code.prefetch(self.args.inputs[v], self.code.simplify(at + self.ahead // v.dtype.itemsize))
+        return probe.reads[0]

@@ -7,7 +7,7 @@ import math
 from graphopt.autotune.space import Param
 from graphopt.backends.forms.prepare import flatten_rows
 from graphopt.backends.forms.support import is_materialized
-from graphopt.ir import dims
+from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.target import Target
@@ -37,10 +37,10 @@ def sums_of(rows: int, columns: int) -> int:
     return max(1, min(_CHAINS, SUMS // (rows * columns)))
 
 
-def lies_by_rows(v: Value) -> bool:
+def lies_by_rows(v: Value, computed: bool = True) -> bool:
     """Whether neighbours along a factor's second last axis, the summed one, are neighbours in an input's memory.
 
-    It is followed through views, and through what is computed element by element of one value, such as a cast.
+    It is followed through views; where it may be ``computed``, also through what is made element by element of one value, as a cast.
     """
     axis = v.type.rank - 2
     while v.producer is not None and v.producer.operands:
@@ -59,7 +59,7 @@ def lies_by_rows(v: Value) -> bool:
         elif node.name == "slice":
             if node.attrs["axis"] % v.type.rank == axis and node.attrs["step"] != 1:
                 return False
-        elif node.op.has(Trait.POINTWISE):
+        elif computed and node.op.has(Trait.POINTWISE):
             read = [y for y in node.operands if y.type.numel != 1]
             if len(read) != 1 or not dims.same_shape(read[0].shape, v.shape):
                 return False
@@ -116,7 +116,15 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("pieces", tuple(dict.fromkeys((pieces, *(p for p in (1, 2, 4, 8, 16) if p == 1 or depth // p >= _PIECE)))), "tasks"),
         Param("ahead", tuple(dict.fromkeys((0 if near else _AHEAD, _AHEAD, 0, 1024, 2048)))),
         Param("parallel", (True, False), "tasks"),
+        *([Param("pairs", (True, False))] if _in_pairs(flat, t) else []),
     )
+
+
+def _in_pairs(flat: Graph, t: Target) -> bool:
+    """Whether there is an instruction for the products: both factors are bf16, and the second one is read as it lies."""
+    factors = [v for n in products_of(flat) for v in n.operands]
+    seconds = [v for n in products_of(flat) for v in parts(n.operands[1])]
+    return t.has("avx512_bf16") and all(v.dtype == types.bf16 for v in factors) and all(lies_by_rows(v, computed=False) for v in seconds)
 
 
 def _pieces(flat: Graph, width: int, t: Target) -> int:

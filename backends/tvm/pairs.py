@@ -8,36 +8,22 @@ as they are; else (computed, or of a depth that fills no panel) it is brought in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import tvm
 from tvm import tirx
 
-from graphopt.backends.forms.support import VIEWS
-from graphopt.backends.tvm import scalar
+from graphopt.backends.tvm.bf16rows import Rows, rows_of_bf16
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.elementwise import Probe
-from graphopt.backends.tvm.expr import Arguments, Expressions
+from graphopt.backends.tvm.expr import Arguments
 from graphopt.backends.tvm.imported import dot, import_dots
-from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.pairform import COLUMNS, packed_pairs
 from graphopt.backends.tvm.panelform import LINE, products_of
-from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.rowstore import RowStore
 from graphopt.errors import BuildError
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph
 
 LANES = 16  # f32 of a vector
-
-
-@dataclass
-class _Left:
-    """The first factor as rows of bf16: element (row, k) lies at ``base + row * step + k``."""
-
-    buffer: Any
-    base: Index
-    step: Index
 
 
 class PairKernel:
@@ -60,14 +46,13 @@ class PairKernel:
         self.weights = [self.args.inputs[p] for p in packed]
         self.panels, half = int(packed[0].shape[0]), int(packed[0].shape[1])
         self.depth, self.k = 2 * half, int(self.node.operands[0].shape[-1])
-        self.lead = [code.size(d) for d in self.node.result.shape[:-1]]
-        self.m = code.bind_index(product(code, self.lead), "rows")
+        self.m = code.bind_index(product(code, [code.size(d) for d in self.node.result.shape[:-1]]), "rows")
         self.n = int(self.node.result.shape[-1])
         import_dots(code)
 
     def emit(self) -> Code:
         code = self.code
-        left = self._left()
+        left = rows_of_bf16(self.args, self.node.operands[0], self.m, self.depth, self.mr, self.parallel)
         tiles = code.ceildiv(self.m, self.mr)
         groups = code.ceildiv(tiles, self.group)
         work = product(code, [self.m, self.n, self.k])
@@ -89,63 +74,7 @@ class PairKernel:
                 rows.write(sums, 0, row, here, code.simplify(j * COLUMNS))
         return code
 
-    # --- the first factor ---------------------------------------------------------------------------------------------------
-
-    def _left(self) -> _Left:
-        a = self.node.operands[0]
-        return (self._in_place(a) if self.depth == self.k else None) or self._copied(a)
-
-    def _in_place(self, a: Value) -> _Left | None:
-        """The factor where it lies, if its elements are those of an input in rows."""
-        code, source = self.code, a
-        while source.producer is not None and source.producer.name in VIEWS:
-            source = source.producer.operands[0]
-        if not source.is_input:
-            return None
-        row, k = tirx.Var(code.fresh("p"), "int64"), tirx.Var(code.fresh("p"), "int64")
-        for var, size in ((row, self.m), (k, self.k)):
-            code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(size)))
-        probe = Expressions(self.args, {}, probe=True)
-        probe.at(a, self._index(a, row, k))
-        if len(probe.reads) != 1:
-            return None
-        address = probe.reads[0][1]
-        found = list(tvm.sym.detect_linear_equation(address, [row, k])) if not isinstance(address, int) else []
-        if len(found) != 3 or not code.equal(found[1], 1):
-            return None
-        step, base = code.simplify(found[0]), code.simplify(found[2])
-        return _Left(self.args.inputs[source], base, step)
-
-    def _index(self, a: Value, row: Index, k: Index) -> list[Index]:
-        *lead, i = self.code.unflatten(row, self.lead)
-        return operand_index(lead, a, i, k)
-
-    def _copied(self, a: Value) -> _Left:
-        """The factor brought into rows of the padded depth, zeros behind the last element."""
-        code, depth = self.code, self.depth
-        rows = code.simplify(code.ceildiv(self.m, self.mr) * self.mr)
-        buffer = code.alloc(code.simplify(rows * depth), "uint16", "left")
-        probe = Probe(self.args, {}, a)
-        probe([0] * a.type.rank)
-        lanes = 1 if probe.scalar_only else LANES
-        work = product(code, [self.m, depth])
-        small = isinstance(work, int) and work < SMALL
-        with code.loop(self.m, "serial" if small or not self.parallel or self.m == 1 else "parallel", "r") as r:
-            lead = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(r, self.lead), self.lead, strict=True)]
-            start = code.bind_index(code.simplify(r * depth), "start")
-
-            def element(k: Index) -> None:
-                value = Expressions(self.args, {}).at(a, operand_index(lead[:-1], a, lead[-1], k))
-                code.store(buffer, code.simplify(start + k), scalar.store(value, a.dtype))
-
-            vector_loop(code, 0, self.k, lanes, element)
-            with code.loop(depth - self.k, "serial", "k") as k:
-                code.store(buffer, code.simplify(start + self.k + k), tirx.const(0, "uint16"))
-        return _Left(buffer, 0, depth)
-
-    # --- sums ---------------------------------------------------------------------------------------------------------------
-
-    def _dots(self, left: _Left, weight: Any, acc: Any, row: Index, j: Index, io: Index) -> None:
+    def _dots(self, left: Rows, weight: Any, acc: Any, row: Index, j: Index, io: Index) -> None:
         """A pair of a row's elements is broadcast, and multiplied with a pair of each column. ``io``: which row tile of the task it is."""
         code, vectors = self.code, COLUMNS // LANES
         exact = isinstance(self.m, int) and self.m % self.mr == 0

@@ -68,7 +68,7 @@ def _write_dots(w: Workload, s: Schedule, t: Target) -> Any:
     from graphopt.backends.tvm.dots import DotsKernel
 
     names = ("lanes", "columns", "side", "pieces", "ahead", "parallel")
-    return DotsKernel(flatten_rows(expand_rows(w.graph)), **{n: s[n] for n in names}).emit()
+    return DotsKernel(flatten_rows(expand_rows(w.graph)), **{n: s[n] for n in names}, pairs=bool(dict(s.knobs).get("pairs"))).emit()
 
 
 # --- products of few rows with small integers ---------------------------------------------------------------------------

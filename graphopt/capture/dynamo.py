@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from graphopt.kept import NAME as KEPT
 from graphopt.kept import keep, key_of, take
 from graphopt.options import Options
 from graphopt.pages import Pages
+from graphopt.passes.layout.weights_in_place import ROWS
 from graphopt.prepared import Prepared
 from graphopt.remarks import Remark
 
@@ -201,10 +203,17 @@ def frozen_inputs(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> di
 
 
 def multiplied(gm: torch.fx.GraphModule, inputs: Iterable[int]) -> list[int]:
-    """Those of Dynamo's inputs that may be factors of products: matrices and filters that are not only looked up."""
+    """Those of Dynamo's inputs that may be packed: matrices and filters that are not only looked up, or read in place by few rows."""
     nodes = gm.graph.find_nodes(op="placeholder")
     shapes = {i: getattr(nodes[i].meta.get("example_value"), "ndim", 0) for i in inputs}
-    return [i for i, rank in shapes.items() if rank >= 2 and any(user.target not in _LOOKUPS for user in nodes[i].users)]
+    return [i for i, rank in shapes.items() if rank >= 2 and any(_may_pack(user) for user in nodes[i].users)]
+
+
+def _may_pack(user: torch.fx.Node) -> bool:
+    if user.target is not torch.nn.functional.linear:
+        return user.target not in _LOOKUPS
+    rows = getattr(user.meta.get("example_value"), "shape", (0,))[:-1]
+    return not all(isinstance(d, int) for d in rows) or prod(rows) > ROWS
 
 
 def is_written(gm: torch.fx.GraphModule, i: int) -> bool:

@@ -1,15 +1,15 @@
 """matmul(x[few rows, K], transpose([a b ...]))  =>  a region that reads a[N, K], b[M, K] ... where they lie
 
 Why: with one row, or two, a product takes as long as reading its weight, and rows of ``[N, K]`` are a straight stream as they are (dot
-products of rows with rows). Measured on two Zen 5 cores, K 1024 and N 3264, in place and packed (medians of one run): one row 313 and 312
-us, two 316 and 320, three 259 and 232; K and N 512, in cache: 5.5 and 7.5. A packed copy would be as much memory again, and the time to
-make it; so would be the weights of siblings (:mod:`~graphopt.passes.fusion.sibling_matmuls`), joined.
+products of rows with rows). Measured on two Zen 5 cores, K 1024 and N 3264, in place and packed (medians of one run): one row 313 and
+312 us, two 316 and 320, three 259 and 232; K and N 512, in cache: 5.5 and 7.5. A packed copy would be as much memory again, and the time
+to make it; so would be the weights of siblings (:mod:`~graphopt.passes.fusion.sibling_matmuls`), joined.
 
-When: after ``fuse``, before ``pack-weights``, which leaves such products alone (:func:`suits`): ``ROWS`` rows or fewer, all axes
-together, a frozen f32 weight that is read transposed, and a depth of ``DEPTH`` or more, so that sums across a vector's lanes are
-little beside the rest. Declined, as the weight would be kept twice, where the compiled model owns its weights
-(``own_weights=True``) and has programs for several sizes, which share packed ones. A weight that is a join of others is read part
-by part; declined is one of other parts than frozen matrices ``[N, K]``.
+When: after ``fuse``, before ``pack-weights``, which leaves such products alone (:func:`suits`): ``ROWS`` rows or fewer, all axes together,
+a frozen f32 weight that is read transposed (or bf16, where instructions multiply it), and a depth of ``DEPTH`` or more, so that sums
+across a vector's lanes are little beside the rest. Declined, as the weight would be kept twice, where the compiled model owns its
+weights (``own_weights=True``) and has programs for several sizes, which share packed ones. A weight that is a join of others is read
+part by part; declined is one of other parts than frozen matrices ``[N, K]``.
 
 Numerics: bitwise in the IR.   Reference: Blackford et al., "An updated set of basic linear algebra subprograms (BLAS)", ACM TOMS
 28(2), 2002 (GEMV, of a transposed matrix).
@@ -74,7 +74,9 @@ def suits(matmul: Node, ctx: PassContext, most: int = ROWS, least: int = DEPTH) 
     left, right = matmul.operands
     rows, depth, view = dims.numel(left.shape[:-1]), left.shape[-1], right.defined_by("transpose")
     few = isinstance(rows, int) and 1 <= rows <= most and isinstance(depth, int) and depth >= least
-    return few and view is not None and right.type.rank == 2 and right.dtype == types.f32 and view.operands[0].type.is_contiguous
+    pairs = ctx.target is not None and ctx.target.has("avx512_bf16") and left.dtype == right.dtype == types.bf16
+    kind = right.dtype == types.f32 or pairs
+    return few and kind and view is not None and right.type.rank == 2 and view.operands[0].type.is_contiguous
 
 
 def _joined(b: Builder, parts: Sequence[Value]) -> Value:

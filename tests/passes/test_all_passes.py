@@ -7,7 +7,7 @@ import pytest
 import graphopt.passes  # noqa: F401  (registers the passes)
 from graphopt.errors import EquivalenceError, GraphoptError
 from graphopt.ir import Graph, structural_hash, verify
-from graphopt.pass_manager import PASSES, PassContext, make_pass, parse_pipeline, run_passes
+from graphopt.pass_manager import PASSES, PassContext, parse_pipeline, run_passes
 from graphopt.passes.pipelines import default_pipeline
 from graphopt.target import Target, detect
 from graphopt.testing import check_settled, random_graph
@@ -18,6 +18,7 @@ from graphopt.testing.recipes.idioms import (
     linear_attention,
     masked_attention,
     odd_product,
+    sibling_products,
     wide_product,
 )
 from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
@@ -28,7 +29,7 @@ FIRST = {  # passes that look for what another one makes
     "pack-weights": ("fuse",), "share-packed": ("fuse", "pack-weights"), "pack-filters": ("conv-layout", "fuse"),
     "winograd-filters": ("conv-layout", "fuse"), "output-order": ("conv-layout", "fuse"), "fuse-depthwise": ("conv-layout", "fuse"),
     "pack-quantized": ("quantize-weights", "fuse"), "halve-weights": ("fuse",), "turn-bias": ("fuse",),
-    "weights-in-place": ("sibling-matmuls{always=True}", "fuse"),
+    "weights-in-place": ("sibling-matmuls", "fuse"),
 }  # fmt: skip
 
 
@@ -36,12 +37,12 @@ ON_A_GPU = ("pad-products", "split-reductions")  # passes that do nothing elsewh
 OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
     "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
     "halve-weights": "{tiles=True}", "mask-blocks": "{least=64}", "turn-bias": "{lanes=2}", "pad-products": "{always=True}",
-    "weights-in-place": "{rows=1000,depth=1}",
+    "weights-in-place": "{rows=1000,depth=1}", "sibling-matmuls": "{always=True}",
 }  # fmt: skip
 ALSO = {  # what a pass looks for, where chance alone seldom makes it
     "linear-attention": (linear_attention,), "causal-linear-attention": (causal_linear_attention,), "mask-blocks": (masked_attention,),
     "turn-bias": (biased_attention,), "halve-weights": (wide_product,), "narrow-weights": (exact_product,),
-    "pad-products": (odd_product,),
+    "pad-products": (odd_product,), "weights-in-place": (sibling_products,), "sibling-matmuls": (sibling_products,),
 }  # fmt: skip
 
 
@@ -49,7 +50,8 @@ def check_on(name: str, seed: int) -> bool:
     """Check a pass on one random graph; whether it fired. Graphs that the pass does not take are left out."""
     g = random_graph(seed, max_nodes=10, symbolic=seed % 3 != 0, fusion=seed % 4 == 3, also=ALSO.get(name, ()))
     for earlier in FIRST.get(name, ()):
-        make_pass(earlier).run(g, PassContext(target=detect()))
+        (p,) = parse_pipeline(earlier + OPTIONS.get(earlier, ""))
+        p.run(g, PassContext(target=detect()))
     target = Target.from_name("cuda:sm_90") if name in ON_A_GPU else detect()
     (p,), new, ctx = parse_pipeline(name + OPTIONS.get(name, "")), g.clone(), PassContext(target=target, owns_weights=True, pass_name=name)
     try:

@@ -78,10 +78,11 @@ def _product(depth: int = 512, rows: int = 1, dtype: str = "f32") -> Graph:
     (_product(depth=128), {}, True),  # sums across lanes would be a large part
     (_product(rows=3), {}, True),
     (_product(rows=2), {}, False),
+    (_product(dtype="bf16"), {}, False),
     (_product(), {"owns_weights": True}, False),
     (_product(), {"variants": True}, False),
     (_product(), {"owns_weights": True, "variants": True}, True),  # other programs read it packed: it would be kept twice
-], ids=["one row", "short", "rows", "two rows", "owned", "variants", "owned variants"])  # fmt: skip
+], ids=["one row", "short", "rows", "two rows", "bf16", "owned", "variants", "owned variants"])  # fmt: skip
 def test_which_weights_are_not_packed(graph, context, packed) -> None:
     g = graph.clone()
     ctx = PassContext(target=Target.from_name("cpu:znver4:2"), **context)

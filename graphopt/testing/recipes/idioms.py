@@ -152,6 +152,16 @@ def odd_product(pool: Pool) -> None:
         x = pool.add("relu", [pool.add("matmul", [x, w])])
 
 
+def sibling_products(pool: Pool) -> None:
+    """Products of one left operand, of few rows, with weights that are read transposed; each goes on through a view."""
+    depth = pool.pick([4, 7, 16])
+    x = pool.input(types.f32, (pool.pick([1, 2, 5]), depth), keep=False)
+    for _ in range(pool.pick([2, 3])):
+        w = pool.graph.add_input(TensorType(types.f32, (pool.pick([3, 8, 17]), depth)), "w", True)
+        y = pool.add("matmul", [x, pool.builder.transpose(w, perm=(1, 0))])
+        pool.add("relu", [pool.builder.reshape(y, shape=(1, *y.shape))])
+
+
 def _resized(pool: Pool) -> None:
     """An axis resized as PyTorch spells it: neighbours, read by clipped indices, mixed by weights."""
     x = pool.operand(FLOATS, least=1, most=3)

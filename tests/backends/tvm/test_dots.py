@@ -38,6 +38,15 @@ REGIONS = {
     " %0: f32[1, 37, 2, 64] = reshape(%y) {shape = [1, 37, 2, 64]}\n %1: f32[1, 2, 64, 37] = transpose(%0) {perm = [0, 2, 3, 1]}\n"
     " %2: f32[1, 2, 1, 37] = matmul(%x, %1)\n return %2\n}",
     "f64": ONE.format(m=2, k=1301, n=19).replace("f32", "f64"),
+    "bf16": ONE.format(m=1, k=304, n=77).replace("f32", "bf16"),
+    "bf16, nothing divides": ONE.format(m=2, k=303, n=77).replace("f32", "bf16"),
+    "bf16, few columns": ONE.format(m=1, k=5003, n=3).replace("f32", "bf16"),
+    "bf16, computed rows": "(%x: bf16[2, 1, 200], %p: bf16[70, 200], %q: bf16[64, 200]) -> bf16[2, 1, 134] {\n"
+    " %0: bf16[2, 1, 200] = relu(%x)\n %1: bf16[200, 70] = transpose(%p) {perm = [1, 0]}\n"
+    " %2: bf16[200, 64] = transpose(%q) {perm = [1, 0]}\n %3: bf16[200, 134] = concat(%1, %2) {axis = 1}\n"
+    " %4: bf16[2, 1, 134] = matmul(%0, %3)\n return %4\n}",
+    "bf16 batches": "(%x: bf16[3, 2, 96], %y: bf16[3, N, 96]) -> bf16[3, 2, N] where 1 <= N {\n"
+    " %0: bf16[3, 96, N] = transpose(%y) {perm = [0, 2, 1]}\n %1: bf16[3, 2, N] = matmul(%x, %0)\n return %1\n}",
     "f16": ONE.format(m=1, k=303, n=77).replace("f32", "f16"),
     "functions without vectors": "(%x: f32[1, 130], %y: f32[40, 130]) -> f32[1, 40] {\n %0: f32[1, 130] = sinh(%x)\n"
     " %1: f32[130, 40] = transpose(%y) {perm = [1, 0]}\n %2: f32[1, 40] = matmul(%0, %1)\n %3: f32[1, 40] = atan(%2)\n"
