@@ -25,8 +25,8 @@ from graphopt.passes.pipelines import default_pipeline, edit_pipeline
 from graphopt.program import Program
 from graphopt.report import Report
 from graphopt.target import Target
+from graphopt.value_check import ValueCheck
 from graphopt.variants import Domain, plan_domains
-from graphopt.verification import ValueCheck
 
 
 class Unit:

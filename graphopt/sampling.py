@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,10 @@ _UNIT = ("asin", "acos", "atanh")
 _DIVISIONS = ("div", "floor_div", "trunc_div", "remainder", "fmod")
 _MOVES = ("reshape", "transpose", "broadcast_to", "slice", "flip", "cast", "concat", "pad")
 _MONOTONE = ("cumsum", "cumprod", "cummax", "cummin", "add", "mul", "maximum", "minimum", "div", "sum", "mean", "max", "min", "prod")
+
+
+_SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e30, -1e30, 1e-40)
+Draw = Literal["normal", "wide", "special"]
 
 
 @dataclass
@@ -206,25 +211,42 @@ def _sensible(node: Node, bindings: Mapping[str, int]) -> bool:
 # --- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def random_inputs(graph: Graph, bindings: Mapping[str, int] | None = None, seed: int = 0) -> list[torch.Tensor]:
+def random_inputs(graph: Graph, bindings: Mapping[str, int] | None = None, seed: int = 0, draw: Draw = "normal") -> list[torch.Tensor]:
     """One tensor an input, of its dtype, shape and strides, fit for the graph.
 
     Floats are standard normal; positive where a root, a logarithm or a variance wants it. Integers that index stay within
     the smallest axis indexed; others lie in -8 .. 8. Weights of rank 2 and more are divided by the root of their fan-in,
     so that deep models neither explode nor fade.
+
+    Args:
+        draw: ``wide``: floats of which nothing is wanted, but of weights, have magnitudes from 1e-3 to 1e2, evenly in their logarithm;
+            ``special``: and one of eight is a zero of either sign, an infinity, nan, 1e30, or 1e-40.
     """
     generator = torch.Generator().manual_seed(seed)
     known = dict(bindings or {})
-    return [_tensor(v, d, known, generator) for v, d in zip(graph.inputs, input_demands(graph), strict=True)]
+    return [_tensor(v, d, known, generator, draw) for v, d in zip(graph.inputs, input_demands(graph), strict=True)]
 
 
-def _tensor(v: Value, demand: Demand, bindings: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+def _tensor(v: Value, demand: Demand, bindings: Mapping[str, int], generator: torch.Generator, draw: Draw) -> torch.Tensor:
     shape = [dims.evaluate(d, bindings) for d in v.shape]
     if v.type.strides is None:
-        return _numbers(v, shape, shape, demand, bindings, generator)
+        return _drawn(_numbers(v, shape, shape, demand, bindings, generator), v, demand, generator, draw)
     strides = [dims.evaluate(s, bindings) for s in v.type.strides]
     length = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    return _numbers(v, [length], shape, demand, bindings, generator).as_strided(shape, strides)
+    numbers = _numbers(v, [length], shape, demand, bindings, generator)
+    return _drawn(numbers, v, demand, generator, draw).as_strided(shape, strides)
+
+
+def _drawn(x: torch.Tensor, v: Value, demand: Demand, generator: torch.Generator, draw: Draw) -> torch.Tensor:
+    """Numbers in other magnitudes, with others among them, where nothing speaks against it."""
+    wanted = [f for f in demand.facts if f not in ("nonzero", "table")]
+    if draw == "normal" or not v.dtype.is_float or v.weight or v.exact is not None or wanted:
+        return x
+    x = (x.double() * 10.0 ** (torch.rand(x.shape, generator=generator, dtype=torch.float64) * 5 - 3)).to(x.dtype)
+    if draw == "special" and not demand.facts:
+        special = torch.tensor(_SPECIAL, dtype=torch.float64)[torch.randint(len(_SPECIAL), x.shape, generator=generator)]
+        x = torch.where(torch.rand(x.shape, generator=generator) < 1 / 8, special.to(x.dtype), x)
+    return x
 
 
 def _numbers(v: Value, size: list[int], shape: list[int], demand: Demand, bindings: Mapping[str, int],

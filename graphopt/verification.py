@@ -6,6 +6,12 @@ Two questions are asked of every output:
 2. *Native*: in its own precision, the new graph is no further from the f64 result of the old one than the old one is itself,
    times the factor of the numerics class, plus a few units of rounding. This finds lost precision.
 
+A rewrite that claims the same bits is asked a third one where it can be: *bits*. Where every op of both graphs is rounded once, or not at
+all (no sums, no functions), the results in native precision are the same numbers.
+
+Inputs are drawn from a normal distribution; once for a graph again with magnitudes from 1e-3 to 1e2, and, where the same bits are claimed,
+with zeros of both signs, infinities, nan, and numbers near the ends of the range among them.
+
 Eager's error is that of one run, which may have been lucky. Where the answer is no and roundings may differ, the old graph is run with
 other roundings (:mod:`graphopt.monte_carlo`), and what they change in an element is allowed, too; the message counts these elements.
 """
@@ -18,14 +24,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from graphopt.errors import EquivalenceError, GraphoptError
-from graphopt.ir import Graph, Node, evaluate, print_graph, structural_hash, verify
+from graphopt.errors import EquivalenceError
+from graphopt.ir import Graph, Node, Trait, dims, evaluate, print_graph
 from graphopt.ir.printer import print_lines, print_node
 from graphopt.monte_carlo import DRAWS, MOST_DRAWN, draw_results, pardon
-from graphopt.pass_manager import Fuel, Instrument, Pass, PassContext, RewritePass
-from graphopt.remarks import Remark
 from graphopt.rewrite import Numerics
-from graphopt.sampling import random_inputs, sample_bindings
+from graphopt.sampling import Draw, random_inputs, sample_bindings
 
 WIDE_TOLERANCE = {Numerics.BITWISE: 1e-12, Numerics.REASSOCIATES: 1e-9, Numerics.APPROXIMATE: 1e-6, Numerics.LOSSY: math.inf}
 """Error allowed in f64, relative to the largest element; 1e-6 lets constants be rounded to f32."""
@@ -39,6 +43,8 @@ ILL_CONDITIONED = 1e-8
 NOISE = 1e-12
 """Difference in f64 that is always allowed, relative to the largest input: what cancels leaves rounding errors of that size."""
 
+_ENOUGH, _MOST_DRAWS = 256, 8  # numbers of an input at magnitudes of all kinds, and draws of them at most
+
 STRAY = 0.02
 """Share of the elements that may fall to the other side of a step."""
 
@@ -46,9 +52,18 @@ _STEPS = ("floor", "ceil", "trunc", "round", "sign", "floor_div", "trunc_div", "
           "argmax", "argmin", "argcummax", "argcummin", "argmax_pool", "adaptive_argmax_pool", "isnan", "isinf", "quantize")  # fmt: skip
 
 
+_ROUNDED_ONCE = ("constant", "iota", "neg", "abs", "floor", "ceil", "trunc", "round", "sqrt", "reciprocal", "div", "add", "sub", "mul",
+                 "where", "cast", "concat", "pad", "take", "gather", "sign")  # fmt: skip
+_EITHER_ZERO = ("maximum", "minimum", "relu", "max", "min", "max_pool")  # of zeros of both signs PyTorch's vectors may take another
+
+
+_PRECISIONS = {"wide": "computed in f64", "native": "in its own precision", "bits": "bit by bit"}
+
+
 @dataclass(frozen=True)
 class OutputCheck:
-    """One output at one precision (``wide`` or ``native``): the largest error and what was allowed, relative to the largest element.
+    """One output at one precision (``wide``, ``native``, or its ``bits``): the largest error and what was allowed, relative to the largest
+    element.
 
     ``pardoned`` elements have errors that other roundings of the old graph explain, in whole or in part: those do not count.
     """
@@ -68,7 +83,7 @@ class OutputCheck:
         verdict = "agrees" if self.ok else "differs"
         rest = f", beside what other roundings of the old graph explain in {self.pardoned} elements" if self.pardoned else ""
         what = self.message or f"relative error {self.error:.2e}, allowed {self.budget:.2e}"
-        return f"output {self.output} {verdict} ({self.precision}): {what}{rest}"
+        return f"output {self.output} {verdict} ({_PRECISIONS[self.precision]}): {what}{rest}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class Comparison:
     """What comparing two graphs at one seed and binding gave.
 
     Attributes:
+        draw: which inputs.
         not_compared: why values could not be compared (random numbers, effects, inputs that the graph refuses); empty if they were.
         checks: one entry an output and precision.
     """
@@ -84,6 +100,7 @@ class Comparison:
     bindings: Mapping[str, int]
     checks: tuple[OutputCheck, ...] = ()
     not_compared: str = ""
+    draw: Draw = "normal"
 
     @property
     def ok(self) -> bool:
@@ -107,7 +124,7 @@ def incomparable(graph: Graph) -> str:
 
 
 def compare(before: Graph, after: Graph, *, bindings: Mapping[str, int] | None = None, seed: int = 0,
-            numerics: Numerics = Numerics.REASSOCIATES) -> Comparison:  # fmt: skip
+            numerics: Numerics = Numerics.REASSOCIATES, draw: Draw = "normal") -> Comparison:  # fmt: skip
     """Evaluate two graphs on the same random inputs, in f64 and in native precision.
 
     Args:
@@ -115,6 +132,7 @@ def compare(before: Graph, after: Graph, *, bindings: Mapping[str, int] | None =
         after: the graph to judge; must have the same input types.
         bindings: values of the symbols.
         numerics: what the rewrite was allowed to do, which sets the budget.
+        draw: which inputs, see :func:`~graphopt.sampling.random_inputs`.
 
     Raises:
         EquivalenceError: the two graphs do not have the same interface.
@@ -123,18 +141,20 @@ def compare(before: Graph, after: Graph, *, bindings: Mapping[str, int] | None =
     check_interface(before, after)
     why = incomparable(before) or incomparable(after)
     if why:
-        return Comparison(seed, known, not_compared=why)
-    inputs = random_inputs(before, known, seed)
+        return Comparison(seed, known, not_compared=why, draw=draw)
+    inputs = random_inputs(before, known, seed, draw)
     try:
         reference = _run(before, inputs, known, wide=True)
         native = _run(before, inputs, known, wide=False)
     except (RuntimeError, IndexError, ValueError) as error:
-        return Comparison(seed, known, not_compared=f"the graph refuses the random inputs: {error}")
+        return Comparison(seed, known, not_compared=f"the graph refuses the random inputs: {error}", draw=draw)
     try:
         wide_after, native_after = _run(after, inputs, known, wide=True), _run(after, inputs, known, wide=False)
     except (RuntimeError, IndexError, ValueError) as error:
-        return Comparison(seed, known, (OutputCheck(0, "wide", math.inf, 0.0, f"the new graph cannot be evaluated: {error}"),))
+        return Comparison(seed, known, (OutputCheck(0, "wide", math.inf, 0.0, f"the new graph cannot be evaluated: {error}"),), draw=draw)
     steps, calls = has_steps(before) or has_steps(after), _has(before, ("aten",))
+    bits = numerics is Numerics.BITWISE and _rounded_once(before) and _rounded_once(after)
+    signs = not (_has(before, _EITHER_ZERO) or _has(after, _EITHER_ZERO))
     tolerance = max(WIDE_TOLERANCE[numerics], 1e-6 if calls else 0.0)  # a library call may refuse f64
     scale = max([1.0, *(float(x.abs().max()) for x in inputs if x.is_floating_point() and x.numel() and bool(x.isfinite().all()))])
 
@@ -146,7 +166,9 @@ def compare(before: Graph, after: Graph, *, bindings: Mapping[str, int] | None =
             checks.append(judge_wide(i, wide, ref, tolerance + slack, NOISE * scale))
             if own.dtype not in (torch.float64, torch.complex128):  # those are their own wide form
                 checks.append(judge_native(i, new, own, ref, numerics, steps))
-        return Comparison(seed, known, tuple(checks))
+            if bits and checks[-1].ok:
+                checks.append(judge_bits(i, new, own, signs))
+        return Comparison(seed, known, tuple(checks), draw=draw)
 
     found = judge(wide_after, native_after)
     for count in DRAWS if numerics not in (Numerics.BITWISE, Numerics.LOSSY) else ():
@@ -256,6 +278,29 @@ def judge_native(i: int, new: torch.Tensor, own: torch.Tensor, ref: torch.Tensor
     return OutputCheck(i, "native", error, budget)
 
 
+def judge_bits(i: int, new: torch.Tensor, own: torch.Tensor, signs: bool) -> OutputCheck:
+    """Output i against the old graph's, both in their own precision: the same numbers; ``signs``: with the same signs of zeros."""
+    a, b = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in (own, new))
+    same = (a == b) | ((a != a) & (b != b))
+    if signs and a.is_floating_point():
+        same &= (a != 0) | (a.signbit() == b.signbit())
+    wrong = 1.0 - float(same.double().mean()) if same.numel() else 0.0
+    return OutputCheck(i, "bits", wrong, 0.0, f"{wrong:.2%} of the elements are not the same bits, which is claimed" if wrong else "")
+
+
+def _rounded_once(graph: Graph) -> bool:
+    """Whether each op of a graph gives the number that is nearest to its result, wherever an element stands in memory."""
+    return all(
+        _rounded_once(n.body) if n.body is not None
+        else n.op.name in (*_ROUNDED_ONCE, *_EITHER_ZERO) or n.op.has(Trait.VIEW) or n.op.has(Trait.BOOLEAN) or not _has_floats(n)
+        for n in graph.nodes()
+    )  # fmt: skip
+
+
+def _has_floats(node: Node) -> bool:
+    return any(v.dtype.is_float or v.dtype.is_complex for v in (*node.operands, *node.results))
+
+
 def _kind(x: torch.Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
@@ -279,10 +324,14 @@ def check_equivalent(before: Graph, after: Graph, *, bindings: Sequence[Mapping[
         EquivalenceError: names the first bad output, and shows the node, and a reproducer.
     """
     out = []
-    for values in bindings if bindings is not None else sample_bindings(before, max_elements=max_elements):
-        for seed in seeds:
+    extreme: Draw = "special" if numerics is Numerics.BITWISE else "wide"
+    for k, values in enumerate(bindings if bindings is not None else sample_bindings(before, max_elements=max_elements)):
+        cases: list[tuple[int, Draw]] = [(seed, "normal") for seed in seeds]
+        if k == 0:
+            cases += [(seed + n, extreme) for seed in seeds[:1] for n in range(_extreme_draws(before, values))]
+        for seed, draw in cases:
             try:
-                found = compare(before, after, bindings=values, seed=seed, numerics=numerics)
+                found = compare(before, after, bindings=values, seed=seed, numerics=numerics, draw=draw)
             except EquivalenceError as error:
                 raise EquivalenceError(f"{what} changed the graph's interface: {error}\n{excerpt(after, 0)}") from error
             if found.first_bad is not None:
@@ -291,12 +340,24 @@ def check_equivalent(before: Graph, after: Graph, *, bindings: Sequence[Mapping[
     return out
 
 
+def _extreme_draws(graph: Graph, bindings: Mapping[str, int]) -> int:
+    """How many, so that of each input there are enough numbers for a few of each kind."""
+    sizes = [math.prod(dims.evaluate(d, bindings) for d in v.shape) for v in graph.inputs if v.dtype.is_float and not v.weight]
+    return max(1, min(_MOST_DRAWS, -(-_ENOUGH // max(1, min(sizes, default=_ENOUGH)))))
+
+
+_INPUTS: Mapping[Draw, str] = {
+    "normal": "", "wide": ", at magnitudes from 1e-3 to 1e2",
+    "special": ", at magnitudes from 1e-3 to 1e2, zeros of both signs, infinities, nan, and numbers near the ends of the range",
+}  # fmt: skip
+
+
 def explain(before: Graph, after: Graph, found: Comparison, what: str) -> str:
     """The message of a failed comparison: the first bad output, the IR around its node, and a reproducer."""
     bad = found.first_bad
     assert bad is not None
     return (
-        f"{what} changed what @{before.name} computes: {bad}\n{excerpt(after, bad.output)}\n"
+        f"{what} changed what @{before.name} computes: {bad}{_INPUTS[found.draw]}\n{excerpt(after, bad.output)}\n"
         f"to reproduce, with the seed {found.seed} and bindings {dict(found.bindings)}:\n{reproducer(before, found)}"
     )
 
@@ -320,96 +381,3 @@ def reproducer(before: Graph, found: Comparison) -> str:
     text = print_graph(before)
     seeds, values = f"seeds=[{found.seed}]", f"bindings=[{dict(found.bindings)!r}]"
     return f'from graphopt.testing import check_pass\n\ncheck_pass(the_pass, r"""\n{text}""", {values}, {seeds})\n'
-
-
-# --- every pass, as it runs --------------------------------------------------------------------------------------------
-
-
-def numerics_of(p: Pass) -> Numerics:
-    """The numerics class of a pass: its own ``numerics``, or the loosest of its rules', or REASSOCIATES."""
-    own = getattr(p, "numerics", None)
-    if isinstance(own, Numerics):
-        return own
-    if isinstance(p, RewritePass):
-        return max((r.numerics for r in p.rules()), key=lambda n: n.value, default=Numerics.BITWISE)
-    return Numerics.REASSOCIATES
-
-
-def check_changed(p: Pass, before_hash: str, after: Graph, changed: bool) -> None:
-    """Raise EquivalenceError if a pass lies about having changed the graph."""
-    truly = structural_hash(after) != before_hash
-    if truly and not changed:
-        raise EquivalenceError(f"pass {p} changed @{after.name} but says that it did not")
-    if changed and not truly:
-        raise EquivalenceError(f"pass {p} says that it changed @{after.name}, which is as it was before")
-
-
-class ValueCheck(Instrument):
-    """Runs the graph before and after every pass; stops at the first pass that breaks it, and names rule and node.
-
-    After each pass the structure is verified, ``changed`` is compared with the structural hash, and values are compared at
-    random inputs. When they differ, the pass is run again on the graph it was given with less and less fuel, until the
-    first rewrite that does it is found. Graphs with random ops or effects are not compared; an analysis remark says so.
-
-    Args:
-        max_elements: sizes for the symbols are chosen so that the graph's values hold no more elements than this in total.
-        seeds: of the random inputs.
-    """
-
-    def __init__(self, max_elements: int = 1 << 22, seeds: Sequence[int] = (0,)) -> None:
-        self.max_elements, self.seeds = max_elements, tuple(seeds)
-        self._snapshot: Graph | None = None
-        self._hash, self._fuel = "", 0
-
-    def before(self, p: Pass, g: Graph, ctx: PassContext) -> None:
-        self._hash, self._fuel = structural_hash(g), ctx.fuel.used
-        self._snapshot = g.clone()
-
-    def after(self, p: Pass, g: Graph, ctx: PassContext, changed: bool) -> None:
-        assert self._snapshot is not None, "before() was not called"
-        verify(g)
-        check_changed(p, self._hash, g, changed)
-        if changed:
-            self._compare(p, self._snapshot, g, ctx)
-        self._snapshot = None
-
-    def _compare(self, p: Pass, before: Graph, g: Graph, ctx: PassContext) -> None:
-        numerics = numerics_of(p)
-        try:
-            done = check_equivalent(before, g, seeds=self.seeds, numerics=numerics, what=f"pass {p}", max_elements=self.max_elements)
-        except EquivalenceError as error:
-            culprit = self._culprit(p, before, ctx, numerics)
-            raise EquivalenceError(f"{culprit}\n{error}" if culprit else str(error)) from error
-        for why in dict.fromkeys(c.not_compared for c in done if c.not_compared):
-            ctx.analysis("verify", f"values were not compared: {why}")
-
-    def _culprit(self, p: Pass, before: Graph, ctx: PassContext, numerics: Numerics) -> str:
-        """The first rewrite with which the values differ, found by bisecting the fuel; empty if rewrites are not numbered."""
-
-        def run(limit: int | None) -> tuple[bool, list[Remark]]:
-            skip = [n - self._fuel for n in ctx.fuel.skip if n > self._fuel]
-            trial = PassContext(target=ctx.target, fuel=Fuel(limit, skip), pass_name=p.name)
-            graph = before.clone()
-            try:
-                p.run(graph, trial)
-                check_equivalent(before, graph, seeds=self.seeds, numerics=numerics, max_elements=self.max_elements)
-            except GraphoptError:
-                return False, trial.remarks
-            return True, trial.remarks
-
-        numbers = [r.number for r in run(None)[1] if r.kind == "passed" and r.number is not None]
-        if not numbers or run(0)[0] is False:
-            return ""
-        good, bad = 0, numbers[-1]  # good: equivalent with that much fuel
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if run(middle)[0] else (good, middle)
-        remark = next((r for r in run(bad)[1] if r.number == bad), None)
-        if remark is None:
-            return ""
-        where = f" ({remark.loc})" if remark.loc else ""
-        number = bad + self._fuel
-        return (
-            f"rule {remark.rule} of pass {p} is the first to go wrong: rewrite number {number}, {remark.message}, at\n"
-            f"  {remark.node.strip()}{where}\n(`--skip-rewrite {number}` leaves it out)"
-        )

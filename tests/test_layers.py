@@ -41,6 +41,7 @@ ALLOWED = {
 }
 MEMBERS = {
     "graphopt.sampling": "verification",
+    "graphopt.value_check": "verification",
     "graphopt.monte_carlo": "verification",
     "graphopt.bounds": "rewrite",
     "graphopt.child_process": "target",

@@ -19,7 +19,7 @@ from graphopt.pass_manager import PASSES, Fuel, Instrument, Pass, PassContext, l
 from graphopt.passes.pipelines import default_pipeline
 from graphopt.remarks import Remark
 from graphopt.target import Target
-from graphopt.verification import ValueCheck
+from graphopt.value_check import ValueCheck
 
 EXAMPLE = """graph @mlp(%x: f32[B, 64], weight %w: f32[64, 32], %b: f32[32]) -> f32[B, 32]
 where 1 <= B <= 64 {

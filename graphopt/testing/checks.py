@@ -11,7 +11,8 @@ from graphopt.ir.graph import copy_nodes
 from graphopt.ir.hashing import canonical_text
 from graphopt.pass_manager import Pass, PassContext, RewritePass
 from graphopt.rewrite import Numerics, Rule, apply_rules
-from graphopt.verification import Comparison, check_changed, check_equivalent, numerics_of
+from graphopt.value_check import check_changed, numerics_of
+from graphopt.verification import Comparison, check_equivalent
 
 Seeds = Sequence[int]
 Bindings = Sequence[Mapping[str, int]]

@@ -21,7 +21,8 @@ from graphopt.testing.recipes.idioms import (
     sibling_products,
     wide_product,
 )
-from graphopt.verification import ValueCheck, check_changed, check_equivalent, numerics_of
+from graphopt.value_check import ValueCheck, check_changed, numerics_of
+from graphopt.verification import check_equivalent
 
 NAMES = sorted(n for n in PASSES if not n.startswith("test-"))
 
