@@ -159,3 +159,12 @@ def test_bf16_stays_where_pairs_do_not_pay(target: str, k: int, n: int, reason: 
     run_passes(g, [Fuse(), PackWeights()], ctx := PassContext(target=Target.from_name(f"cpu:{target}")))
     assert any(reason in r.message for r in ctx.remarks if r.kind == "missed")
     assert all(node.op.name != "reshape" for node in g.nodes())
+
+
+@pytest.mark.parametrize(("columns", "owned", "width"), [(512, False, 48), (512, True, 32), (768, True, 48), (50257, True, 48)])
+def test_panels_are_narrower_where_memory_counts_and_that_pads_less(columns: int, owned: bool, width: int) -> None:
+    g = parse_graph(matmul(f"%x: f32[B, 64], weight %w: f32[64, {columns}]", "%w", f"f32[B, {columns}]"))
+    ctx = PassContext(target=Target.from_name("cpu:znver4:2"), owns_weights=owned)
+    run_passes(g, [Fuse(), PackWeights()], ctx)
+    (region,) = (n for n in g.nodes() if n.op.name == "fusion")
+    assert width in [v.shape[-1] for v in region.operands]
