@@ -1,7 +1,7 @@
 """Pointwise ops on expressions, with PyTorch's semantics: each op of the IR is a method of :class:`Ops`.
 
-Narrow floats are rounded after every op, as eager rounds every result. f32 functions come from :mod:`vecmath`, which
-vectorizes; what it lacks, and f64, is called from libm one lane at a time.
+Narrow floats are rounded after every op, as eager rounds every result. f32 functions come from :mod:`vecmath` and
+:mod:`vecwide`, which vectorize; what they lack, and f64, is called from libm one lane at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.tvm import vecmath
+from graphopt.backends.tvm import vecmath, vecwide
 from graphopt.backends.tvm.scalar import COMPUTE, bounded, cast, constant, extreme, rounded, unsigned
 from graphopt.errors import BuildError
 from graphopt.ir import types
@@ -200,7 +200,7 @@ class Ops:
                 return one / x
             case -2.0:
                 return one / times(x, x)
-        return self.libm("pow", d, *a) if d == types.f64 else vecmath.pow(self.let, *a)
+        return self.libm("pow", d, *a) if d == types.f64 else vecwide.pow(self.let, *a)
 
     def _reciprocal(self, a: list[Any], d: DType, raw: Any) -> Any:
         return tirx.const(1.0, COMPUTE[d]) / a[0]
@@ -240,13 +240,13 @@ class Ops:
         return self._vector("log1p", vecmath.log1p, a, d)
 
     def _sin(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("sin", vecmath.sin, a, d)
+        return self._vector("sin", vecwide.sin, a, d)
 
     def _cos(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("cos", vecmath.cos, a, d)
+        return self._vector("cos", vecwide.cos, a, d)
 
     def _tan(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("tan", vecmath.tan, a, d)
+        return self._vector("tan", vecwide.tan, a, d)
 
     def _tanh(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("tanh", vecmath.tanh, a, d)
