@@ -1,7 +1,7 @@
 """Pointwise ops on expressions, with PyTorch's semantics: each op of the IR is a method of :class:`Ops`.
 
 Narrow floats are rounded after every op, as eager rounds every result. f32 functions come from :mod:`vecmath` and
-:mod:`vecwide`, which vectorize; what they lack, and f64, is called from libm one lane at a time.
+:mod:`vecwide`, which vectorize; those of f64 are called from libm one lane at a time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def _int_division(name: str, a: Any, b: Any, dtype: DType) -> Any:
     d = _divisor(b, dtype)
     if d == -1:  # the least integer has no negative: x86 would trap
         return (
-            unsigned(lambda x, zero: zero - x, a, constant(0, dtype), dtype)
-            if name in ("floor_div", "trunc_div")
-            else constant(0, dtype)
+            unsigned(lambda x, zero: zero - x, a, constant(0, dtype), dtype) if name in ("floor_div", "trunc_div") else constant(0, dtype)
         )
     fn = {"floor_div": tirx.floordiv, "remainder": tirx.floormod, "trunc_div": tirx.truncdiv, "fmod": tirx.truncmod}[name]
     return fn(a, b)
@@ -74,11 +72,10 @@ class Ops:
         value = fn(self, args, dtype, raw, **attrs)
         return rounded(self.let(value), result) if result in (types.f16, types.bf16) and name not in _EXACT else value
 
-    def libm(self, name: str, dtype: DType, *args: Any) -> Any:
-        """A call of the C library's function: right to an ulp, but one lane at a time."""
+    def libm(self, name: str, *args: Any) -> Any:
+        """A call of the C library's function of f64: right to an ulp, but one lane at a time."""
         self.scalar_only = True
-        wide = dtype == types.f64
-        return tirx.call_pure_extern("float64" if wide else "float32", name if wide else name + "f", *args)
+        return tirx.call_pure_extern("float64", name, *args)
 
     # arithmetic
     def _add(self, a: list[Any], d: DType, raw: Any) -> Any:
@@ -176,7 +173,9 @@ class Ops:
         return tirx.Select(opposite, rest + a[1], rest)
 
     def _fmod(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self.libm("fmod", d, *a) if d.is_float else _int_division("fmod", a[0], a[1], d)
+        if not d.is_float:
+            return _int_division("fmod", a[0], a[1], d)
+        return self.libm("fmod", *a) if d == types.f64 else vecwide.fmod(self.let, a[0], a[1], raw[1])
 
     def _pow(self, a: list[Any], d: DType, raw: Any) -> Any:
         exponent = raw[1]
@@ -200,7 +199,7 @@ class Ops:
                 return one / x
             case -2.0:
                 return one / times(x, x)
-        return self.libm("pow", d, *a) if d == types.f64 else vecwide.pow(self.let, *a)
+        return self.libm("pow", *a) if d == types.f64 else vecwide.pow(self.let, *a)
 
     def _reciprocal(self, a: list[Any], d: DType, raw: Any) -> Any:
         return tirx.const(1.0, COMPUTE[d]) / a[0]
@@ -213,7 +212,7 @@ class Ops:
 
     # transcendental
     def _vector(self, name: str, fn: Callable[[vecmath.Let, Any], Any], a: list[Any], d: DType) -> Any:
-        return self.libm(name, d, a[0]) if d == types.f64 else fn(self.let, a[0])
+        return self.libm(name, a[0]) if d == types.f64 else fn(self.let, a[0])
 
     def _exp(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("exp", vecmath.exp, a, d)
@@ -239,15 +238,6 @@ class Ops:
     def _log1p(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("log1p", vecmath.log1p, a, d)
 
-    def _sin(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("sin", vecwide.sin, a, d)
-
-    def _cos(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("cos", vecwide.cos, a, d)
-
-    def _tan(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self._vector("tan", vecwide.tan, a, d)
-
     def _tanh(self, a: list[Any], d: DType, raw: Any) -> Any:
         return self._vector("tanh", vecmath.tanh, a, d)
 
@@ -257,11 +247,11 @@ class Ops:
     def _sigmoid(self, a: list[Any], d: DType, raw: Any) -> Any:
         if d == types.f64:
             one = tirx.const(1.0, "float64")
-            return one / (one + self.libm("exp", d, a[0] * tirx.const(-1.0, "float64")))
+            return one / (one + self.libm("exp", a[0] * tirx.const(-1.0, "float64")))
         return vecmath.sigmoid(self.let, a[0])
 
     def _atan2(self, a: list[Any], d: DType, raw: Any) -> Any:
-        return self.libm("atan2", d, *a)
+        return self.libm("atan2", *a) if d == types.f64 else vecwide.atan2(self.let, a[0], a[1])
 
     # activations
     def _gelu(self, a: list[Any], d: DType, raw: Any, approximate: str) -> Any:
@@ -355,9 +345,9 @@ def _bits(boolean: Callable[[Any, Any], Any], integer: Callable[[Any, Any], Any]
     return bitwise
 
 
-def _from_libm(name: str) -> Callable[..., Any]:
+def _in_vectors(name: str, fn: Callable[[vecmath.Let, Any], Any]) -> Callable[..., Any]:
     def call(self: Ops, a: list[Any], d: DType, raw: Any) -> Any:
-        return self.libm(name, d, a[0])
+        return self._vector(name, fn, a, d)
 
     return call
 
@@ -375,7 +365,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "bitwise_xor": _bits(_differ, tirx.bitwise_xor),
 }  # fmt: skip
 _TABLE |= {
-    name: _from_libm(name)
-    for name in ("asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh",
-                 "atanh", "erfc")
+    fn.__name__: _in_vectors(fn.__name__, fn)
+    for fn in (vecwide.sin, vecwide.cos, vecwide.tan, vecwide.asin, vecwide.acos, vecwide.atan, vecwide.sinh, vecwide.cosh,
+               vecwide.asinh, vecwide.acosh, vecwide.atanh, vecwide.erfc)
 }  # fmt: skip

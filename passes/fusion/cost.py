@@ -11,7 +11,7 @@ Model. A kernel takes as long as the slower of its arithmetic and its traffic (t
     time(kernel) = max(sum of evaluations * instructions / (lanes * pipes * cores), sum of bytes / rate)
 
 - *evaluations*: how often an element's formula is run, all index maps together; at least once an element.
-- *instructions*: vector instructions of an op's formula (``INSTRUCTIONS``); what only libm has runs an element at a time.
+- *instructions*: vector instructions of an op's formula (``INSTRUCTIONS``); functions of f64 run an element at a time.
 - *bytes*: what crosses the kernel's border, each value once. *rate* is that of the nearest cache that keeps the value
   between two kernels (half of the second level, and of the third), or of memory: see :attr:`Target.memory_rate`.
 - *launch*: a call, and waking and waiting for the other cores.
@@ -46,17 +46,22 @@ LAUNCH = 8_000  # cycles: 0.7 us for the call, the rest for waking and joining a
 CLOCK = 3.5e9  # cycles a second, about, in remarks
 LARGE = 4096  # a symbolic size without a bound
 
-# Vector instructions an element; pointwise ops that are not named take one.
+# Vector instructions an element; pointwise ops that are not named take one. Those computed in f64 take two vectors an operand.
 INSTRUCTIONS: Mapping[str, int] = {
     "div": 8, "reciprocal": 8, "sqrt": 8, "rsqrt": 16, "exp": 16, "exp2": 16, "expm1": 18, "elu": 20, "log": 20,
-    "sigmoid": 26, "silu": 26, "tanh": 30, "erf": 30, "gelu": 36, "hardsigmoid": 10, "hardswish": 10,
-    "floor_div": 8, "trunc_div": 8, "isnan": 1, "take": 8, "gather": 8, "concat": 2, "pad": 2, "quantize": 8, "dequantize": 3,
+    "log2": 22, "log10": 24, "log1p": 34, "sigmoid": 26, "silu": 26, "tanh": 30, "erf": 30, "gelu": 36, "softplus": 60, "mish": 100,
+    "sin": 120, "cos": 120, "tan": 140, "asin": 50, "acos": 55, "atan": 65, "atan2": 80, "sinh": 50, "cosh": 50,
+    "asinh": 85, "acosh": 75, "atanh": 90, "erfc": 95, "pow": 140, "hardsigmoid": 10, "hardswish": 10,
+    "fmod": 70, "remainder": 75, "floor_div": 85, "trunc_div": 8, "isnan": 1,
+    "take": 8, "gather": 8, "concat": 2, "pad": 2, "quantize": 8, "dequantize": 3,
 }  # fmt: skip
-# Functions that are called for one element after the other: instructions of a call.
-CALLS: Mapping[str, int] = dict.fromkeys((
-    "pow", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2", "erfc", "log1p",
-    "log2", "log10", "fmod", "remainder", "softplus", "mish",
-), 40)  # fmt: skip
+# Functions that f64 has from the C library alone: they are called for one element after the other.
+CALLED_IN_F64 = frozenset((
+    "exp", "exp2", "expm1", "elu", "log", "log2", "log10", "log1p", "sigmoid", "silu", "tanh", "erf", "gelu", "softplus", "mish",
+    "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "pow",
+    "fmod", "remainder", "floor_div",
+))  # fmt: skip
+CALL = 40  # instructions of such a call
 
 ANY = Target("cpu", "any", cores=2)  # where a pass runs without a target
 
@@ -138,7 +143,8 @@ class CostModel:
         size = max((r.dtype.itemsize for r in node.results), default=4)
         wide = lanes or self.target.lanes(max(4, size))
         count = self.amount(_own(node) if evaluations is None else evaluations)
-        steps = CALLS.get(node.op.name, instructions(node) / wide)
+        called = node.op.name in CALLED_IN_F64 and node.results[0].dtype == types.f64
+        steps = CALL if called else instructions(node) / wide
         products = _scaled(self.amount(flops(node)), 1 / (self.target.flops_per_cycle * self.target.cores))
         return Load(_sum(_scaled(count, steps / (self.target.pipes * self.target.cores)), products))
 
@@ -236,7 +242,14 @@ def instructions(node: Node) -> int:
     """Vector instructions for an element of a node's result."""
     if node.op.has(Trait.VIEW, Trait.CREATION):
         return 0
-    return CALLS.get(node.op.name) or INSTRUCTIONS.get(node.op.name, 1)
+    if node.op.name in ("fmod", "remainder", "floor_div") and not node.results[0].dtype.is_float:
+        return INSTRUCTIONS["div"]
+    return INSTRUCTIONS.get(node.op.name, 1)
+
+
+def is_long(node: Node) -> bool:
+    """Whether a function takes so long that its results are worth a table, as the cosines of positions are."""
+    return instructions(node) >= CALL
 
 
 def describe(node: Node, evaluations: Dim, price: Price) -> str:

@@ -16,7 +16,7 @@ from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import Trait
 from graphopt.ir.opset.attention import groups, parts
 from graphopt.passes.fusion.attention import FEW, FLOATS
-from graphopt.passes.fusion.cost import CALLS, LAUNCH, CostModel, Price
+from graphopt.passes.fusion.cost import LAUNCH, CostModel, Price, is_long
 
 _TASK = 256  # query rows, about, for which a task reads keys and values once
 _COPY = 4.0  # instructions to write a row that was computed to scratch, and to read it again
@@ -47,7 +47,7 @@ def row_reject(node: Node, attention: Node, operand: int, users: Sequence[Node],
         return "an attention's kernel reads joined keys or values part by part only where queries are few and heads fill vectors"
     if any(u.results[0] is rows and _joins_rows(u) for u in users):
         return "keys and values that are joined are read as they are"
-    if name in CALLS or x.dtype not in FLOATS:
+    if is_long(node) or x.dtype not in FLOATS:
         return f"an attention's kernel computes no {name} of {x.dtype} on the way"
     if any(u.op.name in ("broadcast_to", "dequantize", "take") for u in users):
         return "an attention's kernel computes no row that others are copies of"
@@ -94,7 +94,7 @@ def _behind(v: Value) -> list[Node]:
         node = stack.pop().producer
         for x in node.operands if node is not None else ():
             p = x.producer
-            if p is None or p in found or p.op.name in CALLS:  # the angles' cosines are a table
+            if p is None or p in found or is_long(p):  # the angles' cosines are a table
                 continue
             if p.op.has(Trait.POINTWISE, Trait.VIEW) or _joins_columns(p) or p.op.name == "rms_norm":
                 found[p] = None

@@ -51,12 +51,16 @@ def test_what_does_not_stay_in_a_cache_moves_slower() -> None:
     assert a_kilobyte[1] > 4 * a_kilobyte[0]
 
 
-def test_arithmetic_takes_less_on_wide_vectors_and_what_libm_has_on_none() -> None:
-    g = parse_graph("graph @g(%x: f32[1024]) -> f32[1024] {\n %0: f32[1024] = exp(%x)\n %1: f32[1024] = sin(%0)\n return %1 }")
-    exp, sin = g.nodes()
+def test_arithmetic_takes_less_on_wide_vectors_and_functions_of_f64_on_none() -> None:
+    g = parse_graph("graph @g(%x: f32[1024], %y: f64[1024]) -> (f32[1024], f64[1024], i64[1024]) {\n"
+                    " %0: f32[1024] = sin(%x)\n %1: f64[1024] = sin(%y)\n %2: i64[1024] = iota() {size = 1024}\n"
+                    " %3: i64[] = constant() {value = 7, dtype = i64}\n %4: i64[1024] = remainder(%2, %3)\n"
+                    " return %0, %1, %4 }")  # fmt: skip
+    sin, called, *_, remainder = g.nodes()
     wide, narrow = CostModel(WIDE, {}), CostModel(NARROW, {})
-    assert narrow.work(exp).work[0] == 4 * wide.work(exp).work[0]
-    assert narrow.work(sin).work == wide.work(sin).work
+    assert narrow.work(sin).work[0] == 4 * wide.work(sin).work[0]
+    assert narrow.work(called).work == wide.work(called).work
+    assert wide.work(remainder).work < wide.work(sin).work < wide.work(called).work
 
 
 @pytest.mark.parametrize(
