@@ -91,12 +91,24 @@ def parts_along(args: Arguments, sources: Mapping[Value, Source], value: Value, 
     probe.at(value, index_of(place))
     ends = {0, size}
     for i, end in probe.ends:
-        shift = 0 if isinstance(i, int) else code.simplify(i - place)
+        shift = 0 if isinstance(i, int) else code.simplify(_unclamped(i) - place)
         if not isinstance(i, int) and isinstance(shift, int) and isinstance(end, int) and 0 < end - shift < size:
             ends.add(end - shift)
     found = sorted(ends)
     found = found if len(found) <= MOST_PARTS + 1 else [0, size]
     return [(a, b - a) for a, b in pairwise(found)]
+
+
+def _unclamped(i: Any) -> Any:
+    """An index without its bounds, which hold it in one part of a join where another one is read."""
+    match i:
+        case tirx.Max(a=a, b=tirx.IntImm()) | tirx.Min(a=a, b=tirx.IntImm()):
+            return _unclamped(a)
+        case tirx.Add(a=a, b=b):
+            return _unclamped(a) + _unclamped(b)
+        case tirx.Sub(a=a, b=b):
+            return _unclamped(a) - _unclamped(b)
+    return i
 
 
 def write_value(args: Arguments, sources: Mapping[Value, Source], value: Value, tuning: Tuning, address: Callable[[Sequence[Index]], Index],

@@ -7,7 +7,7 @@ from typing import Any
 
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
-from graphopt.backends.tvm.elementwise import Probe, write_value
+from graphopt.backends.tvm.elementwise import Probe, parts_along, write_value
 from graphopt.backends.tvm.expr import Arguments, Expressions, Source
 from graphopt.backends.tvm.loops import SMALL, Axis, Tuning, product, run_space, vector_loop
 from graphopt.ir.graph import Node, Value
@@ -108,10 +108,14 @@ def _write_rows(args: Arguments, sources: Mapping[Value, Source], node: Node, sp
             if isinstance(length, int) and length == 0:
                 continue
 
-            def element(i: Index, start: Index = start, value: Value | None = value) -> None:
+            def index_of(i: Index) -> list[Index]:
                 index: list[Index] = [0] * len(order)
                 for axis, place in zip(order, [*at, i], strict=True):
                     index[axis] = place
+                return index
+
+            def element(i: Index, start: Index = start, value: Value | None = value) -> None:
+                index = index_of(i)
                 if value is None:
                     result = scalar.constant(node.attrs["value"], dtype)
                 else:
@@ -119,12 +123,14 @@ def _write_rows(args: Arguments, sources: Mapping[Value, Source], node: Node, sp
                 there = [code.simplify(i + start) if k == order[-1] else place for k, place in enumerate(index)]
                 code.store(buffer, address(there), scalar.store(result, dtype))
 
-            lanes = tuning.lanes
+            lanes, stretches = tuning.lanes, [(0, length)]
             if value is not None:
                 probe = Probe(args, sources, value)
                 probe([0] * len(order))
                 lanes = 1 if probe.scalar_only else lanes
-            vector_loop(code, 0, length, lanes, element)
+                stretches = parts_along(args, sources, value, index_of, length) or stretches
+            for first, count in stretches:
+                vector_loop(code, first, count, lanes, element)
 
 
 def _shifted(code: Code, address: Address, low: Sequence[Index]) -> Address:

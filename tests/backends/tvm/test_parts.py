@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from tvm_check import check, values
 
@@ -43,9 +45,25 @@ def joined(parts: int) -> Graph:
     }}""")
 
 
+def wrapped() -> Graph:
+    """Columns from the other end in front, and then again a row above and one below: joins within slices within joins."""
+    return parse_graph("""graph @g(%x: f32[40, 50]) -> f32[42, 57] {
+      %0: f32[40, 3] = slice(%x) {axis = 1, start = 47, stop = 50}
+      %1: f32[40, 53] = concat(%0, %x) {axis = 1}
+      %2: f32[1, 53] = slice(%1) {axis = 0, start = 39, stop = 40}
+      %3: f32[41, 53] = concat(%2, %1) {axis = 0}
+      %4: f32[41, 4] = slice(%3) {axis = 1, start = 3, stop = 7}
+      %5: f32[41, 57] = concat(%3, %4) {axis = 1}
+      %6: f32[1, 57] = slice(%5) {axis = 0, start = 1, stop = 2}
+      %7: f32[42, 57] = concat(%5, %6) {axis = 0}
+      return %7
+    }""")
+
+
 GRAPHS = {
     "rope": rope(64), "odd halves": rope(18), "halves of one vector": rope(32), "rope, bf16": rope(64, "bf16"),
     "rows by symbol": rope(64, rows="H", where=" where 1 <= H"), "three parts and a margin": joined(3), "many parts": joined(9),
+    "joins in joins": wrapped(),
 }  # fmt: skip
 
 
@@ -65,6 +83,11 @@ def text_of(graph: Graph) -> str:
 def test_nothing_is_compared_an_element(name: str) -> None:
     lines = [line for line in text_of(GRAPHS[name]).splitlines() if "holds" not in line]  # whether there is work for all cores
     assert not any(word in line for line in lines for word in ("Select", "T.min", "T.max"))
+
+
+def test_joins_in_joins_are_cut_where_each_ends() -> None:
+    """Rows are chosen once for all that is in them."""
+    assert set(re.findall(r"(?:Select|T\.min|T\.max)\((\w+)", text_of(GRAPHS["joins in joins"]))) == {"row"}
 
 
 def test_many_parts_are_one_loop() -> None:
