@@ -7,6 +7,8 @@ from graphopt.passes.simplify.cse import CommonSubexpressions
 from graphopt.passes.simplify.dce import DeadCode
 from graphopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.simplify.fold_constants import FoldConstants
+from graphopt.passes.simplify.known_indices import KnownIndices
 from graphopt.passes.simplify.views import Views
 
-__all__ = ["Algebra", "Canonicalize", "Casts", "CommonSubexpressions", "DeadCode", "FoldBatchNorm", "FoldConstants", "Views"]
+__all__ = ["Algebra", "Canonicalize", "Casts", "CommonSubexpressions", "DeadCode", "FoldBatchNorm", "FoldConstants", "KnownIndices",
+           "Views"]
