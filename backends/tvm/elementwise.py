@@ -37,8 +37,18 @@ HEAVY = {
     "sin": 16,
     "cos": 16,
     "tan": 16,
-    "fmod": 16,
-    "remainder": 16,
+    "asin": 8,
+    "acos": 8,
+    "atan": 8,
+    "atan2": 10,
+    "sinh": 8,
+    "cosh": 8,
+    "asinh": 12,
+    "acosh": 12,
+    "atanh": 12,
+    "erfc": 12,
+    "fmod": 10,
+    "remainder": 10,
 }
 
 
