@@ -324,7 +324,7 @@ class ProgramWriter:
         graph = self.lowered.graph
         seen: dict[Value, None] = {}
         returned = []
-        inputs = dict.fromkeys(self.storage.find(v) for v in graph.inputs)
+        inputs = {self.storage.find(v): self.names[v] for v in graph.inputs}
         boundary = dict.fromkeys(self.storage.find(v) for v in self._boundary)
         for k, (v, strides) in enumerate(zip(graph.outputs, graph.output_strides, strict=True)):
             root = self.storage.find(v)
@@ -333,12 +333,13 @@ class ProgramWriter:
                 returned.append(text)
                 continue
             wanted = shape_expression(strides if strides is not None else dims.contiguous_strides(v.shape))
-            shared = root in seen or root in inputs or root in boundary
-            seen[root] = None
-            if shared:
+            if root in seen or root in boundary:
                 text = f"restride({text}, {wanted}, copy=True)"
+            elif root in inputs:  # a reshape of what is not in its order has copied it
+                text = f"restride({text}, {wanted}, apart={inputs[root]})"
             elif strides is not None or not self._known_contiguous(v):
                 text = f"restride({text}, {wanted})"
+            seen[root] = None
             returned.append(text)
         return f"return [{', '.join(returned)}]"
 

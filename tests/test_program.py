@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from graphopt.backends.eager import LibraryCall
 from graphopt.guards import InputError, InputGuard, alike
@@ -130,6 +131,21 @@ def test_outputs_have_memory_of_their_own() -> None:
     for t in first:
         t.fill_(7.0)
     torch.testing.assert_close(program([x, w])[1], w.exp())
+
+
+@pytest.mark.parametrize("perm", [[0, 1], [1, 0]])
+def test_a_reshape_of_an_input_is_copied_once_whether_it_is_a_view_or_not(perm: list[int]) -> None:
+    shape = [(4, 6)[p] for p in perm]
+    graph = parse_graph(f"""graph @g(%x: f32[4, 6]) -> f32[24] {{
+      %0: f32{shape} = transpose(%x) {{perm = {perm}}}
+      %1: f32[24] = reshape(%0) {{shape = [24]}}
+      return %1
+    }}""")
+    program, x = library_program(graph), torch.randn(4, 6)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        (got,) = program([x])
+    assert torch.equal(got, evaluate(graph, [x])[0]) and got.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    assert sum(e.count for e in seen.key_averages() if e.key == "aten::copy_") == 1
 
 
 def test_threads_get_the_same_bits() -> None:

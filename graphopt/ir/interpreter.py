@@ -156,9 +156,13 @@ def made_at(node: Node, target: Any, device: torch.device | str) -> dict[str, An
     return {"device": device} if asks and not node.operands and "device" not in dict(node.attrs["kwargs"]) else {}
 
 
-def restride(x: torch.Tensor, strides: Sequence[int], copy: bool = False) -> torch.Tensor:
-    """The same elements in a tensor of the given strides; no copy if it has them, unless asked for."""
-    if not copy:
+def restride(x: torch.Tensor, strides: Sequence[int], copy: bool = False, apart: torch.Tensor | None = None) -> torch.Tensor:
+    """The same elements in a tensor of the given strides; no copy if it has them, unless asked for.
+
+    Args:
+        apart: a tensor whose memory the result must not be in.
+    """
+    if not copy and (apart is None or x.untyped_storage().data_ptr() != apart.untyped_storage().data_ptr()):
         if x.stride() == tuple(strides):
             return x
         if all(size <= 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True)):
