@@ -16,7 +16,7 @@ _RECOMPOSE = (
     "recompose-softmax", "recompose-layer-norm", "recompose-rms-norm", "recompose-gelu", "recompose-silu", "recompose-rope",
     "recompose-lerp",
 )  # fmt: skip
-_LAYOUT = ("widen-convolutions", "conv-layout", "known-indices", "unflatten", "views", "dce")
+_LAYOUT = ("widen-convolutions", "conv-layout", "known-indices", "split-pools", "unflatten", "views", "dce")
 _PACK = (
     "fuse-depthwise", "pack-quantized", "weights-in-place", "halve-weights", "pack-weights", "share-packed", "winograd-filters",
     "pack-filters", "turn-bias", "output-order",

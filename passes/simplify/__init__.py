@@ -8,7 +8,8 @@ from graphopt.passes.simplify.dce import DeadCode
 from graphopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from graphopt.passes.simplify.fold_constants import FoldConstants
 from graphopt.passes.simplify.known_indices import KnownIndices
+from graphopt.passes.simplify.split_pools import SplitPools
 from graphopt.passes.simplify.views import Views
 
 __all__ = ["Algebra", "Canonicalize", "Casts", "CommonSubexpressions", "DeadCode", "FoldBatchNorm", "FoldConstants", "KnownIndices",
-           "Views"]
+           "SplitPools", "Views"]
