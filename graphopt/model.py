@@ -70,7 +70,12 @@ class CompiledModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self._exported.flatten(args, kwargs)
-        return self._exported.unflatten(self._compiled(flat))
+        try:
+            results = self._compiled(flat)
+        except (AttributeError, TypeError):  # of a None in the place of a weight
+            self._exported.require_weights()
+            raise
+        return self._exported.unflatten(results)
 
     def eval(self) -> CompiledModel:
         """The model itself: it is for inference. It has no parameters of its own; those are the original model's."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import short_path
 from graphopt.errors import CaptureError, UsageError, counted, first_line
-from graphopt.guards import Known
+from graphopt.guards import InputError, Known
 
 
 class _Exporting:
@@ -53,7 +53,7 @@ class Slot:
 
     table: dict[str, Any]
     key: str
-    module: torch.nn.Module | None = None  # whose table it is; None for a tensor that belongs to no module
+    name: str  # its path in the model
 
     def get(self) -> torch.Tensor:
         return self.table[self.key]  # type: ignore[no-any-return]
@@ -102,7 +102,7 @@ class ExportedGraph:
 
         Raises:
             TypeError: the arguments are not structured as the example was.
-            ValueError: a tensor has another dtype, rank or fixed size than the example had.
+            ValueError: a tensor has another dtype, rank or fixed size than the example had, or a weight is gone.
         """
         leaves = args
         plain = self._simple and not kwargs and len(args) == len(self._users)
@@ -121,13 +121,25 @@ class ExportedGraph:
         for i, given in zip(self._places, leaves, strict=True):
             out[i] = given
         epoch = _EXPORTING.epoch
-        for i, table, key in self._live:
-            out[i] = table[key]
-        if epoch & 1 or _EXPORTING.epoch != epoch:  # a thread exports, perhaps this very model: what was read may be fake
+        try:
+            for i, table, key in self._live:
+                out[i] = table[key]
+            disturbed = epoch & 1 or _EXPORTING.epoch != epoch
+        except KeyError:
+            disturbed = 1
+        if disturbed:  # a thread exports, perhaps this very model: what was read may be fake; or a weight is gone
             with _EXPORTING.lock:
+                self.require_weights()
                 for i, table, key in self._live:
                     out[i] = table[key]
         return out
+
+    def require_weights(self) -> None:
+        """Raises InputError if the model has a weight no more that it was compiled with; calls look only when something failed."""
+        for slot in self.slots.values():
+            if not isinstance(slot.table.get(slot.key), torch.Tensor):
+                why = "it was set to None, removed, pruned, or is computed at each call now"
+                raise InputError(f"{slot.name} is gone from the model ({why}); compile again")
 
     def _as_in_the_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call whose arguments stand by position and by name where they stood in the example."""
@@ -307,8 +319,8 @@ def _slot(owner: torch.nn.Module | None, program: torch.export.ExportedProgram, 
             module = None
         for table in (module._parameters, module._buffers) if module is not None else ():
             if isinstance(table.get(attribute), torch.Tensor):
-                return Slot(table, attribute, module)
-    return Slot({name: program.state_dict[name] if name in program.state_dict else program.constants[name]}, name)
+                return Slot(table, attribute, name)
+    return Slot({name: program.state_dict[name] if name in program.state_dict else program.constants[name]}, name, name)
 
 
 def _check(name: str, traced: Any, sizes: Sequence[int | None], given: Any) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations, prune
 
 import graphopt
 from graphopt.capture.captured import evaluate
 from graphopt.capture.export import exported_graph
 from graphopt.capture.fx import capture_fx
 from graphopt.errors import CaptureError, UsageError
+from graphopt.guards import InputError
 from tests.opinfo.harness import difference
 
 B = torch.export.Dim("B", min=2, max=64)
@@ -59,6 +62,39 @@ def test_weights_that_change_or_are_replaced() -> None:
         torch.testing.assert_close(compiled(x), m(x))
         m[1].running_mean.add_(1)
         torch.testing.assert_close(compiled(x), m(x))
+
+
+def _as_buffer(layer: torch.nn.Linear) -> None:
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("change, gone", [
+    (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "1.weight"),
+    (parametrizations.weight_norm, "1.weight"),
+    (_as_buffer, "1.weight"),
+    (lambda layer: setattr(layer, "bias", None), "1.bias"),
+])  # fmt: skip
+def test_a_weight_that_is_gone_is_named(change: Callable[[torch.nn.Module], object], gone: str, backend: str) -> None:
+    m, x = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(4, 4)).eval(), torch.randn(3, 4)
+    compiled = graphopt.compile(m, (x,), backend=backend)
+    compiled(x)
+    change(m[1])
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"^{gone} is gone .* compile again"):
+            compiled(x)
+
+
+def test_a_weight_that_came_back() -> None:
+    m, x = torch.nn.Linear(4, 4).eval(), torch.randn(3, 4)
+    compiled = graphopt.compile(m, (x,), backend="eager")
+    m.bias, bias = None, m.bias
+    with pytest.raises(InputError, match="bias is gone"):
+        compiled(x)
+    m.bias = bias
+    torch.testing.assert_close(compiled(x), m(x).detach())
 
 
 def test_dynamic_sizes() -> None:
