@@ -147,8 +147,9 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
         options: see :class:`graphopt.Options`.
 
     Returns:
-        A callable that takes what the model takes. It shares the model's parameters and buffers, and follows their changes;
-        under ``own_weights=True`` it holds the weights itself: those that it packed leave the model.
+        A callable that takes what the model takes. It shares the parameters and buffers of the model's modules, and follows their
+        changes, but not that a module is replaced by another; under ``own_weights=True`` it holds the weights itself: those that it
+        packed leave the model.
 
     Raises:
         CaptureError: the model cannot be exported; the message names the user's source line.
