@@ -20,6 +20,7 @@ from graphopt.quantized_conv import padding_of
 from graphopt.smoothing import Smoothed
 
 FLOAT = "float"  # in the place of a scheme
+SMALL = 1 << 20  # bytes of the largest tensor that is copied, not shared
 USES = 64  # pixels, at least, that an element of a convolution's weight is taken to be multiplied with
 
 
@@ -140,7 +141,20 @@ def left_in_float(model: nn.Module, schemes: Mapping[str, Scheme], keep: Sequenc
 
 def replaced(model: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the model's modules with some in the place of others; tensors are shared."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo |= {id(t): t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)}  # of weight_norm, pruning
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())} | _computed(model)
     memo |= {id(m): made[name] for name, m in model.named_modules() if name in made}
     return copy.deepcopy(model, memo)
+
+
+def separate(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters and buffers are its own: those of up to ``SMALL`` bytes lie elsewhere, larger ones of PyTorch's
+    own classes are others over the same memory."""
+    large = [t for t in (*model.parameters(), *model.buffers()) if t.nbytes > SMALL]
+    memo: dict[int, Any] = {id(t): nn.Parameter(t.detach(), t.requires_grad) for t in large if type(t) is nn.Parameter}
+    memo |= {id(t): t.detach() for t in large if type(t) is torch.Tensor} | _computed(model)
+    return copy.deepcopy(model, memo)
+
+
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """Tensors that modules compute at each call (weight_norm, pruning), for ``copy.deepcopy``, which does not take them: as they are."""
+    return {id(t): t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)}

@@ -23,7 +23,18 @@ from graphopt.folding import without_norms
 from graphopt.gptq import Hessian, round_weight
 from graphopt.ledger import Entry, Ledger
 from graphopt.ledger_times import RUNS, measure_times
-from graphopt.linears import FLOAT, is_convolution, layers_of, left_in_float, linears_of, replaced, schemes_of, smooth_of, weight_of
+from graphopt.linears import (
+    FLOAT,
+    is_convolution,
+    layers_of,
+    left_in_float,
+    linears_of,
+    replaced,
+    schemes_of,
+    separate,
+    smooth_of,
+    weight_of,
+)
 from graphopt.model import compile
 from graphopt.moves import EXACT, move
 from graphopt.passes.quantization.scheme import Scheme
@@ -50,8 +61,8 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
     """Quantize the linear layers of a model, and, by schemes of both factors, its convolutions.
 
     Args:
-        model: stays as it is; what is not quantized is shared with the result. Of one that :func:`graphopt.fake_quantize` made, the
-            layers that were trained are quantized.
+        model: stays as it is; what is not quantized and is larger than 1 MiB lies in the same memory in the result. Of one that
+            :func:`graphopt.fake_quantize` made, the layers that were trained are quantized.
         args, kwargs: example inputs (one tensor alone will do): errors of outputs and times are measured on them.
         scheme: ``int8-weight``, ``int4-weight``, ``int4-weight-g128-zp``, ``int8-dynamic``, ``int8-static`` ..., see
             docs/quantization.md; or such by layer, ``{"lm_head": "int8-weight", "*.down": "float", "*": "int4-weight"}``: the first
@@ -131,6 +142,7 @@ def quantize(model: nn.Module, args: Sequence[Any] | torch.Tensor = (), kwargs: 
                 told("measuring again", 0, 1)
                 ledger.output_error = move(given, result, args, kwargs)
                 ledger.seconds = compile(result, args, kwargs, **options).profile(*args, runs=RUNS, **kwargs).seconds
+    result = separate(result)
     result.ledger = ledger  # type: ignore[assignment]
     return result
 

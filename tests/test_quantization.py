@@ -193,12 +193,29 @@ def test_what_is_left(block: Block) -> None:
     ]  # fmt: skip
 
 
-def test_tensors_are_shared_and_the_model_stays(block: Block) -> None:
+def test_the_model_stays_whatever_becomes_of_the_new_one(block: Block) -> None:
     before = {k: v.clone() for k, v in block.state_dict().items()}
     made = graphopt.quantize(block, scheme="int4-weight")
-    assert made.norm.weight is block.norm.weight and made.gate.bias is block.gate.bias and type(block.gate) is nn.Linear
-    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
-    assert replaced(block, {}).gate is not block.gate
+    with torch.no_grad():
+        for t in (*made.parameters(), *made.buffers()):
+            t.zero_()
+    made.double()
+    assert type(block.gate) is nn.Linear and replaced(block, {}).gate is not block.gate
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in block.state_dict().items())
+
+
+def test_large_tensors_that_stay_in_float_lie_in_the_same_memory() -> None:
+    """Tied ones, too; and nothing that is done to the module converts the first model's."""
+    embedding, head = nn.Embedding(3000, 128), nn.Linear(128, 3000, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, nn.Linear(128, 128, bias=False), head)
+    model.register_buffer("table", torch.ones(600, 600))
+    made = graphopt.quantize(model, scheme="int8-weight", least=1)
+    assert isinstance(made[1], QuantizedLinear) and made[0].weight is made[2].weight is not embedding.weight
+    for large, first in ((made[0].weight, embedding.weight), (made.table, model.table)):
+        assert large.data_ptr() == first.data_ptr() and large.requires_grad == first.requires_grad
+    made.double()
+    assert embedding.weight.dtype == torch.float32 == model.table.dtype
 
 
 def test_conv1d_of_transformers() -> None:
