@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from graphopt.asked import in_training, say
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.identity import Unknown, graph_text
-from graphopt.capture.source import clean_name
+from graphopt.capture.source import class_name, clean_name
 from graphopt.capture.training import train_attention
 from graphopt.compiled import CompiledGraph, LibraryGraph
 from graphopt.compiler import compile_fx, compile_prepared
@@ -268,7 +268,7 @@ def graph_label(gm: torch.fx.GraphModule) -> str:
     """A name for reports: the outermost module's class, else the function that the graph comes from."""
     for node in gm.graph.nodes:
         for _, kind in (node.meta.get("nn_module_stack") or {}).values():
-            return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+            return class_name(kind)
         found = re.search(r'File "[^"]+", line \d+, in (\S+)', node.meta.get("stack_trace") or "")
         if found and node.op == "call_function":
             return found.group(1)

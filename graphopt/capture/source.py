@@ -1,4 +1,7 @@
-"""The source line of an FX node: the deepest frame that is not PyTorch's own, be it the user's file or a model library's."""
+"""The source line of an FX node: the deepest frame that is not PyTorch's own, be it the user's file or a model library's.
+
+Within PyTorch's own modules (``nn.Sequential``) there is no such line: the module's path and class stand in its place.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ _SITE = str(Path(torch.__file__).parent.parent)
 
 
 def location(meta: dict[str, Any]) -> Loc | None:
-    """Source line of a node from its ``meta``; None where the tracer left no trace."""
+    """Source line of a node from its ``meta``, or its module; None where the tracer left no trace."""
     frames = [f for f in _FRAME.findall(meta.get("stack_trace") or "") if not f[0].startswith((_TORCH, "<"))]
     if not frames:
-        return None
+        return _module(meta)
     file, line, function = frames[-1]
     return Loc(short_path(file), int(line), module_path(meta) or function)
 
@@ -34,11 +37,24 @@ def short_path(file: str) -> str:
 
 def module_path(meta: dict[str, Any]) -> str:
     """The dotted path of the innermost module, e.g. ``encoder.layer.0.attention``; empty when there is none."""
-    stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    return clean_name(path)
+    stack = _stack(meta)
+    return clean_name(stack[-1][0]) if stack else ""
+
+
+def _module(meta: dict[str, Any]) -> Loc | None:
+    """The innermost module, e.g. ``1 (BatchNorm1d)``."""
+    stack = _stack(meta)
+    return Loc("", 0, f"{module_path(meta)} ({class_name(stack[-1][1])})".strip()) if stack else None
+
+
+def _stack(meta: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Path and class of the modules around a node, the innermost last."""
+    return list((meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}).values())
+
+
+def class_name(kind: Any) -> str:
+    """The bare name of a module's class, which tracers give as a class or by its full name."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
 
 
 def clean_name(name: str) -> str:

@@ -21,14 +21,14 @@ from graphopt.ir.types import DType, TensorType
 
 @dataclass(frozen=True)
 class Loc:
-    """The user's source line. ``function`` is the module path or function, for reports."""
+    """The user's source line, ``function`` being the module path or function; without a file, the module that ``function`` names."""
 
     file: str
     line: int
     function: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.file else self.function
 
 
 class Value:

@@ -37,7 +37,7 @@ _VALUE = re.compile(r"%[A-Za-z0-9_.]+")
 _INT = re.compile(r"-?\d+")
 _NUMBER = re.compile(r"-?(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf\b|nan\b)")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_LOC = re.compile(r"[ \t]*// (?P<file>\S+):(?P<line>\d+)[ \t]*(?=\n|$)")
+_LOC = re.compile(r"[ \t]*// (?:(?P<file>\S+):(?P<line>\d+)|(?P<module>[\w.]* ?\(\w+\)))[ \t]*(?=\n|$)")
 _LITERALS = {"none": None, "true": True, "false": False}
 
 
@@ -307,9 +307,11 @@ class _Parser:
             self.bind(values, name, result, at)
 
     def loc(self, start: int, end: int) -> Loc | None:
-        """The source line in the comment that ends the node's first line."""
+        """The source line or module in the comment that ends the node's first line."""
         line_end = self.text.find("\n", start)
         line = self.text[start : line_end if line_end >= 0 else len(self.text)]
         at = line.rfind("  // ")
         match = _LOC.match(line, at) if at >= 0 else None
-        return Loc(match["file"], int(match["line"])) if match else None
+        if match is None:
+            return None
+        return Loc("", 0, match["module"]) if match["module"] else Loc(match["file"], int(match["line"]))

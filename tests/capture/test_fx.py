@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
+import graphopt
 from graphopt.capture.captured import AliasResult, ArgumentResult, Captured, Mutation, SizeArgument, Uncapturable, ValueResult
+from graphopt.capture.export import exported_graph
 from graphopt.capture.fx import capture_fx
 from graphopt.capture.source import clean_name
+from graphopt.errors import FallbackError
 from graphopt.ir import parse_graph, print_graph, verify
 
 
@@ -50,6 +53,17 @@ def test_a_small_graph_as_text() -> None:
         "}",
     ]
     assert "// tests/capture/test_fx.py:" in str(c.graph) or "// test_fx.py:" in str(c.graph)
+
+
+def test_within_pytorchs_own_modules_the_module_stands_for_the_line() -> None:
+    inner = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Tanh())
+    model, x = torch.nn.Sequential(torch.nn.ReLU(), inner), torch.randn(3, 4)
+    with pytest.raises(FallbackError, match=r"\[1\.0 \(BatchNorm1d\)\]"):
+        graphopt.compile(model, (x,), strict=True)  # in training mode
+    exported = exported_graph(model.eval(), (x,))
+    assert [str(n.loc) for n in capture_fx(exported.gm).graph] == ["0 (ReLU)", "1.0 (BatchNorm1d)", "1.1 (Tanh)"]
+    assert [str(n.loc) for n in captured(model, x).graph] == ["0 (ReLU)", "1.0 (BatchNorm1d)", "1.1 (Tanh)"]
+    assert str(next(iter(captured(torch.nn.ReLU(), x).graph)).loc) == "(ReLU)"
 
 
 def test_symbols_and_ranges() -> None:

@@ -12,7 +12,7 @@ from graphopt.testing import graphs, random_graph
 MLP = """graph @mlp(%x: f16[B, 1024], weight %w: f16[1024, 4096; 1, 1024], %b: f16[4096]) -> f16[B, 4096; 1, B]
 where 1 <= B <= 64 {
   %0: f16[B, 4096] = matmul(%x, %w)  // mlp.py:12
-  %1: f16[B, 4096] = add(%0, %b)
+  %1: f16[B, 4096] = add(%0, %b)  // layers.1 (Linear)
   %hidden: f16[B, 4096] = gelu(%1) {approximate = "tanh"}  // mlp.py:13
   return %hidden
 }
@@ -23,7 +23,7 @@ def test_a_text_is_printed_as_it_was_read() -> None:
     g = parse_graph(MLP)
     assert print_graph(g) == MLP
     assert g.inputs[1].weight and not g.inputs[0].weight
-    assert str(next(iter(g)).loc) == "mlp.py:12"
+    assert [str(node.loc) for node in g] == ["mlp.py:12", "layers.1 (Linear)", "mlp.py:13"]
 
 
 def test_round_trip_of_1000_random_graphs() -> None:
