@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from typing import Annotated, Any
 
@@ -53,16 +54,21 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except GraphoptError as error:
-            if ctx.params.get("debug"):
-                raise
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-            typer.echo(f"graphopt: error: {error}{notes}", err=True)
+            typer.echo(f"{_traceback(ctx, error)}graphopt: error: {error}{notes}", err=True)
             raise typer.Exit(error.exit_status) from error
         except Exception as error:
-            if ctx.params.get("debug") or type(error).__module__.partition(".")[0] in ("click", "typer"):
+            if type(error).__module__.partition(".")[0] in ("click", "typer"):
                 raise
-            typer.echo(f"graphopt: internal error: {type(error).__name__}: {error}\nrun with --debug for the traceback", err=True)
+            trace = _traceback(ctx, error)
+            hint = "" if trace else "\nrun with --debug for the traceback"
+            typer.echo(f"{trace}graphopt: internal error: {type(error).__name__}: {error}{hint}", err=True)
             raise typer.Exit(INTERNAL_ERROR) from error
+
+
+def _traceback(ctx: Any, error: BaseException) -> str:
+    """What ``--debug`` shows before the message; empty without it."""
+    return "".join(traceback.format_exception(error)) if ctx.params.get("debug") else ""
 
 
 app = typer.Typer(

@@ -108,9 +108,10 @@ def test_wrong_requests(args: list[str], text: str | None, status: int, message:
     assert message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_debug_shows_the_error_itself() -> None:
+def test_debug_shows_the_traceback_and_exits_as_without() -> None:
     done = CliRunner().invoke(app, ["opt", "-p", "nothing-like-it", "--debug"], input=NEGS)
-    assert type(done.exception).__name__ == "UsageError"
+    assert done.exit_code == 2 and "Traceback" in done.stderr and "in make_pass" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("graphopt: error: there is no pass 'nothing-like-it'")
 
 
 def test_faults_of_our_own_are_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
