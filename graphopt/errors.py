@@ -62,6 +62,12 @@ class EquivalenceError(GraphoptError):
     exit_status = 5
 
 
+class PassError(GraphoptError):
+    """A fault of a pass or a rule itself: its code raised, or returned something else than it has to."""
+
+    exit_status = 70
+
+
 class CaptureError(GraphoptError):
     """A model could not be captured; names the user's source line where there is one."""
 

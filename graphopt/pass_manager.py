@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import dataclass_transform
 
-from graphopt.errors import EquivalenceError, GraphoptError, UsageError, nearest
+from graphopt.errors import EquivalenceError, GraphoptError, PassError, UsageError, nearest
 from graphopt.ir.graph import Graph
 from graphopt.ir.verify import verify
 from graphopt.rewrite import Rule, apply_rules
@@ -145,7 +145,7 @@ def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments:
         start, first = time.perf_counter(), len(ctx.remarks)
         try:
             p.requires(g)
-            changed = p.run(g, ctx)
+            changed = run_pass(p, g, ctx)
             p.ensures(g)
             if structure and changed:
                 verify(g)
@@ -161,6 +161,19 @@ def _run_passes(g: Graph, passes: Sequence[Pass], ctx: PassContext, instruments:
             i.after(p, g, ctx, changed)
         any_changed |= changed
     return any_changed
+
+
+def run_pass(p: Pass, g: Graph, ctx: PassContext) -> bool:
+    """``p.run(g, ctx)``. Raises PassError, which names the pass, where it fails by a fault of its own or does not return a bool."""
+    try:
+        changed = p.run(g, ctx)
+    except GraphoptError:
+        raise
+    except Exception as error:  # a fault of the pass's author: say whose it is
+        raise PassError(f"pass {p} failed on @{g.name}: {type(error).__name__}: {error}") from error
+    if not isinstance(changed, bool):
+        raise PassError(f"pass {p}: run returned {changed!r}; return True if it changed the graph, else False")
+    return changed
 
 
 def _links(g: Graph) -> list[tuple[Any, ...]]:
@@ -197,7 +210,7 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
 
 __all__ = [
     "PASSES", "Fuel", "Instrument", "Pass", "PassContext", "RewritePass", "load_entry_points", "make_pass",
-    "parse_pipeline", "run_passes",
+    "parse_pipeline", "run_pass", "run_passes",
 ]  # fmt: skip
 
 _ITEM = re.compile(r"\s*(?P<name>[\w-]+)\s*(?:\{(?P<options>[^}]*)\})?\s*(?:,|$)")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from graphopt.errors import EquivalenceError, GraphoptError, UsageError, VerifyError
+from graphopt.errors import EquivalenceError, GraphoptError, PassError, UsageError, VerifyError
 from graphopt.ir import Builder, Graph, TensorType, parse_graph, types
 from graphopt.pass_manager import PASSES, Instrument, Pass, PassContext, make_pass, parse_pipeline, run_passes
 
@@ -79,6 +79,26 @@ def test_structure_is_verified_and_the_pass_named() -> None:
         run_passes(parse_graph(TEXT), [Append(), Damage()])
     assert "in pass test-damage" in caught.value.__notes__
     run_passes(parse_graph(TEXT), [Damage()], structure=False)
+
+
+@pytest.mark.parametrize("returned", [None, 1, "yes"])
+def test_a_pass_that_does_not_say_whether_it_changed_something(returned: object) -> None:
+    class Silent(Pass):
+        def run(self, g: Graph, ctx: PassContext) -> bool:
+            return returned  # type: ignore[return-value]
+
+        def __str__(self) -> str:
+            return "silent"
+
+    for structure in (True, False):
+        with pytest.raises(PassError, match=f"^pass silent: run returned {returned!r}; return True if it changed the graph, else False"):
+            run_passes(parse_graph(TEXT), [Silent()], structure=structure)
+
+
+def test_a_pass_that_raises_is_named() -> None:
+    with pytest.raises(PassError, match=r"^pass test-append\{op=3\} failed on @g: TypeError: ") as caught:
+        run_passes(parse_graph(TEXT), [Append(op=3)])  # type: ignore[arg-type]
+    assert isinstance(caught.value.__cause__, TypeError)
 
 
 def test_requires_and_ensures() -> None:

@@ -37,7 +37,7 @@ Exit status: 0 fine, 1 a check failed, 2 wrong request (unknown pass, option or 
 4 a graph is not well-formed, 5 a pass changed what a graph computes, 6 a model could not be captured,
 7 a library fallback under --strict, 8 a kernel could not be built, 9 the tuning database is damaged or out of reach,
 10 a device that is not known or not here, 11 the disk is full, 12 a process of the tuner does not start, 13 another machine
-is out of reach, 130 interrupted, 70 a fault in graphopt itself.
+is out of reach, 130 interrupted, 70 a fault in graphopt itself or in a pass.
 """
 
 

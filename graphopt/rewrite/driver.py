@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, PassError
 from graphopt.ir import dims
 from graphopt.ir.graph import Graph, Listener, Node, Value
 from graphopt.rewrite.context import PassContext
 from graphopt.rewrite.pattern import Match, Matcher
 from graphopt.rewrite.rewriter import Rewriter
-from graphopt.rewrite.rule import Rule
+from graphopt.rewrite.rule import Reject, Rule
 
 MAX_MATCHES = 16  # ways to match one rule at one node (operand orders) that are offered to its check
 
@@ -103,12 +103,24 @@ class _Run:
 
     def _try(self, rule: Rule, node: Node) -> bool:
         """Apply a rule at a node if it matches in any way that its check accepts."""
+        try:
+            return self._apply(rule, node)
+        except GraphoptError as error:
+            error.add_note(f"in rule {rule.name} at {node!r}" + (f" ({node.loc})" if node.loc else ""))
+            raise
+        except Exception as error:  # a fault of the rule's author: say whose it is
+            raise PassError(f"rule {rule.name} of pass {self.ctx.pass_name} failed at {node!r}: {type(error).__name__}: {error}") from error
+
+    def _apply(self, rule: Rule, node: Node) -> bool:
         key = (rule.name, node)
         if key in self.denied:
             return False
         matcher = Matcher()
         for match in islice(matcher.matches(rule.pattern, node), MAX_MATCHES):
             reject = rule.check(match)
+            if reject is not None and not isinstance(reject, Reject):
+                returned = f"rule {rule.name} of pass {self.ctx.pass_name}: check returned {reject!r}"
+                raise PassError(f"{returned}; return None to go on, or Reject(reason, value) to decline")
             if reject is None:
                 number = self.ctx.fuel.take()
                 if number is None:
@@ -128,14 +140,8 @@ class _Run:
 def _rewrite(graph: Graph, rule: Rule, match: Match, ctx: PassContext, number: int) -> None:
     root = match.root
     ctx.passed(rule.name, rule.equation, root, number)
-    try:
-        new = rule.rewrite(match, Rewriter(graph, root))
-        _check_result(rule, root, new)
-    except GraphoptError as error:
-        error.add_note(f"in rule {rule.name} at {root!r}" + (f" ({root.loc})" if root.loc else ""))
-        raise
-    except Exception as error:  # a fault of the rule's author: say whose it is
-        raise GraphoptError(f"rule {rule.name} of pass {ctx.pass_name} failed at {root!r}: {type(error).__name__}: {error}") from error
+    new = rule.rewrite(match, Rewriter(graph, root))
+    _check_result(rule, root, new)
     graph.replace(root.results[0], new)
     erase_dead(graph, root)
 
@@ -143,10 +149,10 @@ def _rewrite(graph: Graph, rule: Rule, match: Match, ctx: PassContext, number: i
 def _check_result(rule: Rule, root: Node, new: object) -> None:
     """A rule must give a value of the root's own type."""
     if not isinstance(new, Value):
-        raise GraphoptError(f"rule {rule.name}: rewrite returned {new!r}, not a Value; is a `return` missing?")
+        raise PassError(f"rule {rule.name}: rewrite returned {new!r}, not a Value; is a `return` missing?")
     old = root.results[0]
     if new.dtype != old.dtype or not dims.same_shape(new.shape, old.shape, root.graph.symbols):
-        raise GraphoptError(f"rule {rule.name}: rewrite gives {new.type.logical} in the place of {old.type.logical}")
+        raise PassError(f"rule {rule.name}: rewrite gives {new.type.logical} in the place of {old.type.logical}")
 
 
 def erase_dead(graph: Graph, node: Node) -> None:

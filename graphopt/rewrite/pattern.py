@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from graphopt.ir.graph import Node, Value
-from graphopt.ir.ops import Trait
+from graphopt.ir.ops import Trait, op
 from graphopt.ir.types import DType
 
 
@@ -111,14 +111,19 @@ def any_of(*choices: Any) -> AnyOf:
 
 
 def op_in(ops: tuple[str, ...], *operands: Any, **attrs: Any) -> OpPattern:
-    """A node of any of these ops; without operands given, whatever its operands are."""
+    """A node of any of these ops; without operands given, whatever its operands are. Raises UsageError for an op that there is not."""
+    for name in ops:
+        op(name)
     return OpPattern(ops, tuple(map(_pattern, operands)) or None, attrs)
 
 
 class _Ops:
-    """``pat.add(x, y)``: an OpPattern by attribute access."""
+    """``pat.add(x, y)``: an OpPattern by attribute access. Raises UsageError for an op that there is not."""
 
     def __getattr__(self, name: str) -> Callable[..., OpPattern]:
+        if name.startswith("__"):  # Python's own, of whoever looks at the object
+            raise AttributeError(name)
+        op(name)
         return lambda *operands, **attrs: OpPattern((name,), tuple(map(_pattern, operands)), attrs)
 
 

@@ -120,7 +120,10 @@ def test_faults_of_our_own_are_called_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(PASSES["test-wrong"], "run", fault)
     done = run("-p", "test-wrong", text=NEGS)
-    assert done.exit_code == 70 and "internal error: KeyError: 'lost'" in done.stderr and "--debug" in done.stderr
+    assert done.exit_code == 70 and "pass test-wrong failed on @g: KeyError: 'lost'" in done.stderr
+    monkeypatch.setattr("graphopt.cli.opt.parse_graph", fault)
+    done = run("-p", "test-wrong", text=NEGS)
+    assert done.exit_code == 70 and "internal error: " in done.stderr and "--debug" in done.stderr
 
 
 def test_every_op_is_listed_with_its_attributes() -> None:

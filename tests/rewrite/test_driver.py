@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, PassError
 from graphopt.ir import Graph, Value, parse_graph, verify
 from graphopt.rewrite import Fuel, Match, Numerics, PassContext, Reject, Rewriter, Rule, apply_rules, const, erase_dead, pat, value
 
@@ -109,6 +109,28 @@ def test_dead_operands_go_shared_ones_and_effects_stay() -> None:
     erase_dead(g, list(g)[1])
     assert len(g) == 2
     verify(g)
+
+
+@pytest.mark.parametrize("returned", [True, False, "no"])
+def test_a_check_that_returns_something_else(returned: object) -> None:
+    class Wrong(DoubleNeg):
+        def check(self, m: Match) -> Reject | None:
+            return returned  # type: ignore[return-value]
+
+    with pytest.raises(PassError) as caught:
+        apply_rules(negs(2), [Wrong()], PassContext(pass_name="demo"))
+    wanted = f"rule Wrong of pass demo: check returned {returned!r}; return None to go on, or Reject(reason, value) to decline"
+    assert str(caught.value) == wanted and "(m.py:1)" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("method", ["check", "rewrite"])
+def test_a_rule_that_raises_is_named(method: str) -> None:
+    def raising(self: Rule, *_: object) -> None:
+        raise KeyError("lost")
+
+    wrong = type("Wrong", (DoubleNeg,), {method: raising})
+    with pytest.raises(PassError, match=r"^rule Wrong of pass demo failed at .*neg.*: KeyError: 'lost'$"):
+        apply_rules(negs(2), [wrong()], PassContext(pass_name="demo"))
 
 
 def test_rules_that_undo_each_other_are_found_out() -> None:

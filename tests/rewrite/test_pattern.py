@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from graphopt.errors import UsageError
 from graphopt.ir import Graph, parse_graph
 from graphopt.rewrite import any_of, attr, const, op_in, pat, through, value
 from graphopt.rewrite.pattern import Match, Matcher, OpPattern
@@ -58,6 +59,13 @@ def test_backtracking_over_operand_orders() -> None:
     assert match(pat.add(pat.mul(X, Y), pat.mul(X, Y)), g)[0] is not None
     three = graph("%a: f32[4, 4] = mul(%x, %y)", "%b: f32[4, 4] = exp(%x)", "%r: f32[4, 4] = add(%a, %b)")
     assert bound(pat.add(pat.mul(Y, X), pat.exp(Y)), three)["y"] is three.inputs[0]
+
+
+def test_an_op_that_there_is_not() -> None:
+    for wrong in (lambda: pat.rellu(value("x")), lambda: op_in(("exp", "rellu"))):
+        with pytest.raises(UsageError, match=r"there is no op 'rellu' \(did you mean 'relu'\?\)"):
+            wrong()
+    assert not hasattr(pat, "__wrapped__")
 
 
 def test_one_use() -> None:
