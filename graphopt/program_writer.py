@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from graphopt.bounds import INDEXED, IndexCheck, IndexOutOfRange
-from graphopt.guards import InputError
+from graphopt.bounds import IndexCheck, IndexOutOfRange
 from graphopt.index_flags import Checked
 from graphopt.ir import dims
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.graph import Node, Value
 from graphopt.ir.interpreter import restride
 from graphopt.ir.types import TensorType, f32
 from graphopt.lower import KernelStep, LibraryStep, Lowered, Step, ViewStep, kernel_operand_types, may_alias
 from graphopt.memory import Lifetime, Plan, plan
 from graphopt.pages import LARGE_RESULT, Reused
+from graphopt.sizes import accepted, refuse
 from graphopt.tape import Joined, KernelFunction, Launch
 
 try:
@@ -77,7 +78,7 @@ class ProgramWriter:
         self.lowered, self.kernels, self.library, self._numbered = lowered, kernels, library, numbered
         self.namespace: dict[str, Any] = {
             "empty": torch.empty, "fresh": _fresh(device), "large": _large(device), "restride": restride, "check_index": check_index,
-            "torch": torch, "device": device, "contiguous": _contiguous, "refuse_sizes": self._refuse_sizes,
+            "torch": torch, "device": device, "contiguous": _contiguous, "refuse_sizes": partial(refuse, lowered.graph),
             "IndexOutOfRange": IndexOutOfRange,
         }  # fmt: skip
         self.names: dict[Value, str] = {}
@@ -190,22 +191,10 @@ class ProgramWriter:
         joined = Joined(self._head, self.lines, self._launches, self._early, weights, len(self.staged))
         return joined if joined.runs else None
 
-    def _refuse_sizes(self, inputs: Sequence[torch.Tensor]) -> None:
-        graph = self.lowered.graph
-        shown = [i for i, v in enumerate(graph.inputs) if not all(isinstance(d, int) for d in v.shape)]
-        given = ", ".join(f"{graph.inputs[i].hint or i}: {list(inputs[i].shape)}" for i in shown)
-        wanted = ", ".join(f"{graph.inputs[i].hint or i}: {graph.inputs[i].type}" for i in shown)
-        spans = ", ".join(f"{r.lo} <= {s}" + (f" <= {r.hi}" if r.hi is not None else "") for s, r in graph.symbols.items())
-        raise InputError(f"the sizes ({given}) do not fit the program, which was compiled for ({wanted}) where {spans}")
-
     def _size_checks(self) -> list[str]:
-        """Conditions on symbolic sizes: kernels read by one input's size what another one holds.
-
-        torch.export takes a size to be 2 or more, and lets a call pass 0 or 1 all the same: so does this, but for sizes of
-        axes that are cut or indexed, where elements that do not exist would be read.
-        """
+        """Conditions on symbolic sizes: kernels read by one input's size what another one holds."""
         graph = self.lowered.graph
-        cut = _cut_sizes(graph)
+        ranges = accepted(graph)
         bound: dict[str, None] = {}
         checks = []
         for i, v in enumerate(graph.inputs):
@@ -217,8 +206,8 @@ class ProgramWriter:
                 else:
                     checks.append(f"x{i}.shape[{axis}] == {expression(d)}")
         for s in bound:
-            span = graph.symbols[s]
-            if span.lo > 2 or (span.lo > 0 and s in cut):
+            span = ranges[s]
+            if span.lo > 0:
                 checks.append(f"s_{s} >= {span.lo}")
             if span.hi is not None:
                 checks.append(f"s_{s} <= {span.hi}")
@@ -406,19 +395,6 @@ def _view_place(place: Place, node: Node) -> Place | None:
     if y._base is None and y is not x:
         return None  # a reshape that has to copy
     return Place(place.buffer, tuple(y.shape), y.stride(), place.offset + y.storage_offset())
-
-
-def _cut_sizes(graph: Graph) -> list[str]:
-    """The symbols in sizes of axes that are sliced, indexed or padded."""
-    found: list[dims.Dim] = []
-    for node in graph.nodes():
-        if node.body is not None:
-            found += [dims.symbol(s) for s in _cut_sizes(node.body)]
-        elif node.op.name in ("slice", *INDEXED):
-            found.append(node.operands[0].shape[node.attrs["axis"]])
-        elif node.op.name == "pad":
-            found += node.operands[0].shape
-    return dims.free_symbols(found)
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:

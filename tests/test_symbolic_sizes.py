@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 import graphopt
+from graphopt.guards import InputError
 
 pytest.importorskip("tvm_ffi")
 pytestmark = pytest.mark.tvm
@@ -110,3 +111,18 @@ def test_some_sizes(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_size(name: str) -> None:
     sweep(name, EVERY)
+
+
+@pytest.mark.parametrize(("fn", "axes", "least", "said"), [
+    (torch.relu, {0: Dim("B", min=1, max=64)}, 1, r"s\d+ <= 64$"),
+    (torch.relu, {0: Dim("B", min=5, max=64)}, 5, r"5 <= s\d+ <= 64$"),
+    (lambda x: x[:, 1:] * 2, {0: Dim("B", max=64), 1: Dim("S", min=3)}, 1, r"\]\) where s\d+ <= 64, 3 <= s\d+$"),
+])  # fmt: skip
+def test_sizes_that_are_refused_are_told_what_is_taken(fn: Callable[..., Any], axes: dict[int, Any], least: int, said: str) -> None:
+    """Not the range that torch.export traced with, which begins at 2: a call may have one row."""
+    model = graphopt.compile(Function(fn), (torch.randn(9, 7),), dynamic_shapes=((axes,),), hot_sizes="none")
+    for n in (least, 64):
+        x = torch.randn(n, 7)
+        torch.testing.assert_close(model(x), fn(x))
+    with pytest.raises(InputError, match=said):
+        model(torch.randn(65, 7))
