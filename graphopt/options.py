@@ -33,8 +33,8 @@ class Options:
             database does not know well yet.
         tune_budget: seconds for which kernels are tuned before they are built, for each graph that is compiled; None for 60 under
             ``mode="max-autotune"``, else 0.
-        verify: ``off``; ``structure`` (check the IR after every pass); ``each-pass`` (also run the graph before and
-            after every pass against the f64 interpreter, and name the pass, rule and node that breaks the budget).
+        verify: ``off``, or False; ``structure`` (check the IR after every pass); ``each-pass`` (also run the graph before and
+            after every pass against the f64 interpreter, and name the pass, rule and node that breaks the budget), or True.
         strict: a library fallback that was not asked for is an error.
         pipeline: passes to run: a text such as ``"canonicalize,fuse"``, a list of passes, or edits of the default one:
             ``{"before": {"fuse": [MyPass()]}, "after": {...}, "replace": {...}}``.
@@ -87,6 +87,14 @@ class Options:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.verify, bool):
+            self._set("verify", "each-pass" if self.verify else "off")
+        if isinstance(self.skip_rewrites, list):
+            self._set("skip_rewrites", tuple(self.skip_rewrites))
+        if self.cache_dir is not None:
+            if not isinstance(self.cache_dir, str | os.PathLike):
+                raise UsageError(f"option cache_dir={self.cache_dir!r} must be a path, or None for {default_cache_dir()}")
+            self._set("cache_dir", Path(self.cache_dir).expanduser())
         for name, kind in (("strict", bool), ("freeze", bool), ("own_weights", bool), ("keep_graphs", bool), ("target", str), ("name", str),
                            ("quantize", str)):  # fmt: skip
             if type(getattr(self, name)) is not kind:
@@ -113,7 +121,11 @@ class Options:
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY), ("backend", self.backend, BACKENDS),
                                      ("precision", self.precision, ("", *PRECISIONS))):  # fmt: skip
             if value not in allowed:
-                raise UsageError(f"option {name}={value!r} is none of {', '.join(allowed)}{nearest(str(value), allowed)}")
+                raise UsageError(f"option {name}={value!r} is none of {', '.join(filter(None, allowed))}{nearest(str(value), allowed)}")
+
+    def _set(self, name: str, value: object) -> None:
+        """Give an option, while it is made, the form that the rest of the code knows."""
+        object.__setattr__(self, name, value)
 
     @staticmethod
     def make(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
@@ -125,12 +137,6 @@ class Options:
         for key in given:
             if key not in known:
                 raise UsageError(f"there is no option {key!r}{nearest(key, known)}; options are {', '.join(known)}")
-        if given.get("verify") in (True, False):
-            given["verify"] = "each-pass" if given["verify"] else "off"
-        if given.get("cache_dir") is not None:
-            given["cache_dir"] = Path(given["cache_dir"]).expanduser()
-        if isinstance(given.get("skip_rewrites"), list):
-            given["skip_rewrites"] = tuple(given["skip_rewrites"])
         return Options(**given)
 
     @property

@@ -14,6 +14,7 @@ from torch import nn
 import graphopt
 from graphopt.errors import BuildError, FallbackError, UsageError
 from graphopt.ir import Graph
+from graphopt.options import Options
 from graphopt.pass_manager import PASSES, Pass, PassContext, make_pass
 
 pytest.importorskip("tvm_ffi")
@@ -157,6 +158,19 @@ def test_an_unwritable_cache_warns_and_kernels_run_all_the_same(tmp_path: Path) 
 def test_option_values_of_a_wrong_kind_are_usage_errors(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         graphopt.compile(nn.Tanh(), (X,), **options)
+
+
+def test_values_of_options_that_are_told() -> None:
+    with pytest.raises(UsageError, match=r"option precision='fp16' is none of bf16, f16 \(did you mean 'f16'\?\)"):
+        Options(precision="fp16")
+    with pytest.raises(UsageError, match="option cache_dir=5 must be a path"):
+        Options.make(options={"cache_dir": 5})
+
+
+def test_options_are_the_same_however_they_are_given(tmp_path: Path) -> None:
+    given = {"verify": True, "skip_rewrites": [1, 2], "cache_dir": str(tmp_path)}
+    assert Options(**given) == Options.make(options=given) == Options(verify="each-pass", skip_rewrites=(1, 2), cache_dir=tmp_path)
+    assert Options(verify=False).verify == "off" and Options(cache_dir="~/x").cache_dir == Path.home() / "x"  # type: ignore[arg-type]
 
 
 def test_a_file_that_is_no_program(tmp_path: Path) -> None:
