@@ -58,8 +58,10 @@ def plan_domains(captured: Captured, hot_sizes: Any) -> tuple[list[Domain], list
         UsageError: a size cannot have a value that is given for it, or there would be too many variants.
     """
     symbols = captured.graph.symbols
-    if not symbols or hot_sizes == "none":
+    if hot_sizes == "none" or (hot_sizes == "auto" and not symbols):
         return [], []
+    if not symbols:
+        return [], [f"hot_sizes: this graph has no symbolic sizes, so none is {' or '.join(map(repr, hot_sizes))}"] if hot_sizes else []
     if hot_sizes == "auto":
         known = captured.examples
         if not all(s in known and known[s] in r for s, r in symbols.items()):

@@ -63,6 +63,13 @@ def test_names_that_are_no_size_of_this_graph_are_noted() -> None:
     assert "y[1] is always 4" in notes[1] and "y[0] is 2*S: give sizes of S instead" in notes[2]
 
 
+def test_sizes_of_a_graph_that_has_none() -> None:
+    static = Captured(parse_graph("graph @g(%x: f32[2]) -> f32[2] {\n return %x\n}"), [], [], [], {})
+    domains, notes = plan_domains(static, {"x[9]": [1]})
+    assert not domains and notes == ["hot_sizes: this graph has no symbolic sizes, so none is 'x[9]'"]
+    assert plan_domains(static, "auto") == plan_domains(static, "none") == plan_domains(static, {}) == ([], [])
+
+
 def test_too_many_variants_are_refused() -> None:
     with pytest.raises(UsageError, match="20 variants of one graph; at most 16"):
         planned({"B": [1, 2, 3, 4], "S": [2, 3, 4, 5, 6]})
