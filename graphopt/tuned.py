@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from graphopt.asked import say
 from graphopt.autotune.database import Database
 from graphopt.autotune.library_kernel import TEMPLATE, library_space
 from graphopt.autotune.records import TuningRecord
@@ -53,15 +54,17 @@ def use_records(units: Sequence[tuple[Lowered, Report]], target: Target, backend
 
     Args:
         units: the programs of one compilation, lowered; their steps are changed.
-        path: the tuning database; there may be none.
+        path: the tuning database; there may be none, which is said where the user named it.
         threads: how many the kernels will use.
         machine: where they will run; see :func:`device_key`.
-        strict: a file that is no tuning database is an error, not a note.
+        strict: the user named the file: one that is no tuning database is an error, not a note.
 
     Returns:
         What was chosen that is not the default.
     """
     if not path.exists():
+        if strict:
+            say(units[0][1], [f"tuning_db: there is no file {path}; default schedules are used"])
         return []
     defaults = {s.workload: s.schedule for lowered, _ in units for s in lowered.steps if isinstance(s, KernelStep)}
     versions = backend.versions()

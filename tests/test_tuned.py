@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,14 @@ def test_a_newer_database_is_a_note_unless_it_was_named(tmp_path: Path, tuning: 
     assert any("newer graphopt" in n for n in compiled(tmp_path, tuning_db="auto").notes)
     with pytest.raises(UsageError, match="newer graphopt"):
         compiled(tmp_path, tuning_db=path)
+
+
+def test_a_database_that_the_user_named_and_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"tuning_db: there is no file .*missing\.db; default schedules are used"):
+        assert any("missing.db" in n for n in compiled(tmp_path, tuning_db=tmp_path / "missing.db").notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not any("tuning_db" in n for n in compiled(tmp_path, tuning_db="auto").notes)
 
 
 @pytest.mark.parametrize("value", [3, "", True])
