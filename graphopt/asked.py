@@ -14,6 +14,9 @@ from graphopt.passes.quantization.scheme import Scheme
 from graphopt.remarks import Remark
 from graphopt.report import Report
 
+NOT_FROZEN = "gradients are recorded, so no weight is frozen and nothing is folded or packed ahead: for inference, use torch.no_grad()"
+IN_TRAINING_MODE = "the model is in training mode: dropout and batch norm do what they do in training; call model.eval() for inference"
+
 
 def came_to_nothing(options: Options, products: bool, remarks: Iterable[Remark]) -> list[str]:
     """A line for each of ``quantize`` and ``precision`` that was asked for and changed nothing, with the reason.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from graphopt.asked import IN_TRAINING_MODE
 from graphopt.built import Progress
 from graphopt.capture.captured import Uncapturable
 from graphopt.capture.export import ExportedGraph, exported_graph, multiplied
@@ -165,6 +166,8 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
         exact = exact_weights(_weights(exported, chosen))
         graph = compile_fx(exported.take_graph(), exported.weights, chosen, exact=exact, label=label, progress=progress)
         compiled = CompiledModel(exported, graph)
+    if isinstance(model, torch.nn.Module) and model.training:
+        compiled.report.notes.append(IN_TRAINING_MODE)
     if chosen.own_weights:
         compiled._own_weights(model if isinstance(model, torch.nn.Module) else None)
     else:

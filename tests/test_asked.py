@@ -62,3 +62,15 @@ def test_nothing_is_said_where_it_was_done_or_there_was_nothing_to_do() -> None:
         with torch.no_grad():
             torch.compile(lambda x: x.sin() + 1, backend="graphopt", options={"quantize": "int8-weight"})(torch.randn(300))
         assert not graphopt.reports()[-1].notes
+
+
+def test_a_forgotten_no_grad_is_noted() -> None:
+    assert "no weight is frozen" in compiled(torch.float32, True)
+    assert not compiled(torch.float32, True, freeze=False) and "frozen" not in compiled(torch.float32, False)
+
+
+def test_training_mode_is_noted() -> None:
+    module, x = model()
+    assert not graphopt.compile(module, (x,)).report.notes
+    (note,) = graphopt.compile(module.train(), (x,)).report.notes
+    assert "training mode" in note and "model.eval()" in note

@@ -19,7 +19,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import _disable_current_modes
 
-from graphopt.asked import in_training, say
+from graphopt.asked import NOT_FROZEN, in_training, say
 from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.identity import Unknown, graph_text
 from graphopt.capture.source import class_name, clean_name
@@ -70,6 +70,8 @@ def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: st
     def forward(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         compiled = trained(gm, "forward", inner_names(gm, names))
         compiled.report.remarks[:0] = said
+        if static:
+            compiled.report.notes.append(NOT_FROZEN)
         say(compiled.report, in_training(chosen))
         return compiled
 

@@ -16,6 +16,7 @@ import torch
 from torch._export.utils import _collect_all_valid_cia_ops, _get_decomp_for_cia
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,8 @@ from graphopt.capture.decompositions import DECOMPOSITIONS
 from graphopt.capture.source import short_path
 from graphopt.errors import CaptureError, UsageError, counted, first_line
 from graphopt.guards import InputError, Known
+
+_BRANCHES = '; torch.export cannot branch on values of tensors, torch.compile(model, backend="graphopt") can'
 
 
 class _Exporting:
@@ -241,7 +244,8 @@ def _program(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     except Exception as error:  # export raises whatever the model's code and torch's tracer raise
-        raise CaptureError(f"{type(model).__name__} could not be exported: {_explain(error)}") from error
+        hint = _BRANCHES if isinstance(error, GuardOnDataDependentSymNode) else ""
+        raise CaptureError(f"{type(model).__name__} could not be exported: {_explain(error)}{hint}") from error
 
 
 def _saved(file: str | Path) -> torch.export.ExportedProgram:

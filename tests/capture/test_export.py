@@ -139,7 +139,7 @@ def test_a_model_that_cannot_be_exported_is_named_by_its_line() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else x + 1
 
-    with pytest.raises(CaptureError, match=r"test_export\.py:\d+"):
+    with pytest.raises(CaptureError, match=r"test_export\.py:\d+.*cannot branch on values.* torch\.compile\("):
         graphopt.compile(Bad(), (torch.randn(3),))
 
 
