@@ -125,7 +125,7 @@ class RemoteError(GraphoptError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint `` (did you mean 'x'?)`` for a misspelt word, or an empty string."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -155,7 +155,10 @@ def compile(model: torch.nn.Module | str | Path, args: Sequence[Any] | torch.Ten
     Raises:
         CaptureError: the model cannot be exported; the message names the user's source line.
         FallbackError: ``strict`` is on and an operation has no kernel.
+        UsageError: there is no such option, or it cannot have that value.
     """
+    if isinstance(given := options.get("options"), Mapping):
+        raise UsageError(f"give options as keywords: graphopt.compile(model, args, {', '.join(f'{k}={v!r}' for k, v in given.items())})")
     chosen = Options.make(None, options)
     pages = prestart(chosen, tree_leaves((args, kwargs)), multiplied(model) if isinstance(model, torch.nn.Module) else ())
     if chosen.own_weights:

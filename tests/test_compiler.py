@@ -167,6 +167,18 @@ def test_values_of_options_that_are_told() -> None:
         Options.make(options={"cache_dir": 5})
 
 
+def test_options_in_a_dict_are_pointed_to_keywords() -> None:
+    with pytest.raises(UsageError, match=r"as keywords: graphopt\.compile\(model, args, strict=True, verify='off'\)"):
+        graphopt.compile(nn.Tanh(), (X,), options={"strict": True, "verify": "off"})
+
+
+@pytest.mark.parametrize("options", [{"backend": "inductor"}, {"pipeline": "lower"}])
+def test_names_that_are_far_off_are_not_guessed(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        graphopt.compile(nn.Tanh(), (X,), **options)
+    assert "did you mean" not in str(caught.value)
+
+
 def test_options_are_the_same_however_they_are_given(tmp_path: Path) -> None:
     given = {"verify": True, "skip_rewrites": [1, 2], "cache_dir": str(tmp_path)}
     assert Options(**given) == Options.make(options=given) == Options(verify="each-pass", skip_rewrites=(1, 2), cache_dir=tmp_path)

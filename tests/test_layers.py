@@ -50,6 +50,7 @@ MEMBERS = {
     "graphopt.processors": "target",
     "graphopt.run_delay": "target",
     "graphopt.accelerators": "target",
+    "graphopt.__main__": "cli",
     "graphopt": "root",
 }  # modules whose layer is not their first name; whatever else stands in graphopt/ belongs to the compiler
 

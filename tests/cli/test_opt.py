@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +126,11 @@ def test_faults_of_our_own_are_called_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("graphopt.cli.opt.parse_graph", fault)
     done = run("-p", "test-wrong", text=NEGS)
     assert done.exit_code == 70 and "internal error: " in done.stderr and "--debug" in done.stderr
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "graphopt", "opt", "-p", "dce"], input=NEGS, text=True, capture_output=True, check=False)
+    assert done.returncode == 0 and "graph @g(" in done.stdout, done.stderr
 
 
 def test_every_op_is_listed_with_its_attributes() -> None:
