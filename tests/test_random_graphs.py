@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import find, given, settings
 
+from graphopt.errors import UsageError
 from graphopt.ir import OPS, Graph, dims, parse_graph, structurally_equal, verify
 from graphopt.testing import graphs, random_graph
 from graphopt.testing.random_graphs import WHEN_ASKED
@@ -42,3 +44,8 @@ def test_failing_examples_shrink_and_can_be_pasted() -> None:
     small = find(graphs(ops=["softmax", "add", "exp"], max_nodes=4), lambda g: any(n.op.name == "softmax" for n in g), settings=quick)
     assert len(small) <= 4
     assert structurally_equal(eval(repr(small), {"parse_graph": parse_graph}), small)
+
+
+def test_an_op_that_there_is_not_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"no recipe for an op 'rellu' \(did you mean 'relu'\?\)"):
+        random_graph(0, ops=["rellu"])

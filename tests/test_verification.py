@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from graphopt.errors import EquivalenceError, VerifyError
+from graphopt.errors import EquivalenceError, PassError, VerifyError
 from graphopt.ir import Builder, Graph, Node, TensorType, Value, parse_graph, types
 from graphopt.pass_manager import PASSES, Pass, PassContext, RewritePass, run_passes
 from graphopt.rewrite import Fuel, Match, Numerics, Rewriter, Rule, pat, value
@@ -335,3 +335,14 @@ def test_idle_rules_are_named() -> None:
     check_rules_fire(Mixed(), [NEGS])
     with pytest.raises(AssertionError, match="fired on none of the graphs: GoodRule"):
         check_rules_fire([GoodRule(), BadRule()], [MODEL])
+
+
+def test_a_pass_that_does_not_say_whether_it_changed_the_graph_is_no_pass() -> None:
+    class Silent(Pass):
+        """Says nothing."""
+
+        def run(self, g: Graph, ctx: PassContext) -> bool:
+            return None  # type: ignore[return-value]
+
+    with pytest.raises(PassError, match="run returned None"):
+        check_pass(Silent(), MODEL, fires=None)

@@ -9,7 +9,7 @@ from graphopt.errors import EquivalenceError
 from graphopt.ir import Graph, Node, Value, parse_graph, print_graph, structural_hash, structurally_equal, verify
 from graphopt.ir.graph import copy_nodes
 from graphopt.ir.hashing import canonical_text
-from graphopt.pass_manager import Pass, PassContext, RewritePass
+from graphopt.pass_manager import Pass, PassContext, RewritePass, run_pass
 from graphopt.rewrite import Numerics, Rule, apply_rules
 from graphopt.value_check import check_changed, numerics_of
 from graphopt.verification import Comparison, check_equivalent
@@ -93,7 +93,7 @@ def check_pass(p: Pass | Rule | Sequence[Rule], before: Graph | str, after: Grap
     verify(old)
     new, ctx = old.clone(), PassContext(pass_name=the_pass.name or str(the_pass))
     the_pass.requires(new)
-    changed = the_pass.run(new, ctx)
+    changed = run_pass(the_pass, new, ctx)
     the_pass.ensures(new)
     verify(new)
     check_changed(the_pass, structural_hash(old), new, changed)

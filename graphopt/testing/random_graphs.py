@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from graphopt.errors import UsageError, nearest
 from graphopt.ir import Graph, Node
 from graphopt.testing.pool import Chooser, Drawn, Pool, Seeded
 from graphopt.testing.recipes import IDIOMS, RECIPES, fuse_chain
@@ -23,6 +24,9 @@ def make_graph(chooser: Chooser, ops: Sequence[str] | None, max_nodes: int, symb
                also: Sequence[Callable[[Pool], None]] = ()) -> Graph:  # fmt: skip
     """A random graph by a chooser's decisions; see :func:`random_graph`."""
     pool = Pool(chooser, symbolic)
+    unknown = next((n for n in ops or () if n not in RECIPES), None)
+    if unknown is not None:
+        raise UsageError(f"there is no recipe for an op {unknown!r}{nearest(unknown, RECIPES)}")
     names = [n for n in RECIPES if (n not in WHEN_ASKED if ops is None else n in ops)]
     for _ in range(chooser.integer(1, max_nodes)):
         _step(pool, names, ops is None)
