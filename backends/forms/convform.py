@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import cast
 
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.forms.support import materialized
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
@@ -119,7 +119,7 @@ def conv_of(graph: Graph, integers: bool = False) -> ConvForm | str:
     Args:
         integers: whether one of integers that are summed in 32 bits is wanted, instead of one of floats.
     """
-    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    nodes = materialized(graph)
     if len(nodes) != 1 or nodes[0].name != "conv":
         return "not exactly one conv"
     (node,) = nodes

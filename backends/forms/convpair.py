@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from graphopt.backends.forms.convform import ConvForm, packed_weight
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.forms.support import materialized
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Node
 from graphopt.target import Target
@@ -44,7 +44,7 @@ class ConvPair:
 
 def pair_of(graph: Graph) -> ConvPair | str:
     """The two convolutions of a region, or why the region is none that the kernel takes."""
-    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    nodes = materialized(graph)
     if len(nodes) != 2 or any(n.name != "conv" or not n.attrs["channels_last"] for n in nodes):
         return "not two convolutions with their channels last"
     if (reason := unfit(*nodes)) is not None:

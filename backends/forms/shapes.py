@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.backends.forms.support import REDUCTIONS, is_materialized
+from graphopt.backends.forms.support import REDUCTIONS, materialized
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Graph, Node, Value
@@ -46,7 +46,7 @@ def product_of(graph: Graph, integers: bool = False) -> str | None:
     Args:
         integers: products of 8-bit integers that are summed in 32 bits count, too.
     """
-    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    nodes = materialized(graph)
     if not nodes or any(n.name != "matmul" for n in nodes):
         return "not matmuls alone"
     node = nodes[0]

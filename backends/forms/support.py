@@ -99,6 +99,11 @@ def is_materialized(node: Node) -> bool:
     return node.name in REDUCTIONS or node.name in PRODUCTS or node.name in SCANS or node.name in SCATTERS
 
 
+def materialized(graph: Graph) -> list[Node]:
+    """The nodes of a region that are more than a formula of their elements, in order: its products, reductions, convolutions ..."""
+    return [n for n in graph.nodes() if is_materialized(n)]
+
+
 def is_softmax_exp(node: Node) -> bool:
     """Whether a node is the exponential of a softmax, ``exp(x - max x)``, read alone by its sum and by its quotient with that sum.
 

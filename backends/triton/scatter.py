@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from graphopt.backends.forms.support import SCATTERS, is_materialized
+from graphopt.backends.forms.support import SCATTERS, materialized
 from graphopt.backends.triton.code import Code, Launch, Scratch, ceildiv, conditions
 from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, variable
@@ -82,7 +82,7 @@ class Update:
 
 def refusal(graph: Graph) -> str | None:
     """Why a region is no update by index with pointwise work before it, or None."""
-    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    nodes = materialized(graph)
     if len(nodes) != 1 or nodes[0].name not in SCATTERS:
         return "not exactly one update by index"
     if list(graph.outputs) != [nodes[0].result]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from graphopt.backends.forms.convform import conv_of
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.forms.support import materialized
 from graphopt.backends.triton.code import Code, Launch, Text, ceildiv, conditions
 from graphopt.backends.triton.expr import Expressions, Tile
 from graphopt.backends.triton.index import Sum, Var, add, scale, shift, variable
@@ -61,7 +61,7 @@ class Slide:
 
 def form_of(graph: Graph) -> Node | str:
     """The depthwise convolution or pooling of a region, or why it is none."""
-    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    nodes = materialized(graph)
     if len(nodes) != 1:
         return "not exactly one window"
     (node,) = nodes

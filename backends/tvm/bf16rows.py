@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,28 +30,30 @@ class Rows:
     step: Index
 
 
-def rows_of_bf16(args: Arguments, a: Value, m: Index, depth: int, tile: int, parallel: bool) -> Rows:
+def rows_of_bf16(args: Arguments, a: Value, depth: int, tile: int, parallel: bool) -> Rows:
     """The factor ``[..., M, K]`` where it lies, if its elements are those of an input in rows, else copied into scratch.
 
+    All of its axes but the last are rows, counted in its own row-major order.
+
     Args:
-        m: its rows, all axes together.
         depth: terms of a row that are read: K, or more of them, which are zeros.
         tile: rows that are read at a time; scratch has whole tiles.
         parallel: whether the rows that are copied are shared among the cores.
     """
-    return (_in_place(args, a, m) if depth == a.shape[-1] else None) or _copied(args, a, m, depth, tile, parallel)
+    sizes = [args.code.size(d) for d in a.shape[:-1]]
+    return (_in_place(args, a, sizes) if depth == a.shape[-1] else None) or _copied(args, a, sizes, depth, tile, parallel)
 
 
-def _in_place(args: Arguments, a: Value, m: Index) -> Rows | None:
+def _in_place(args: Arguments, a: Value, sizes: Sequence[Index]) -> Rows | None:
     code, source = args.code, a
     while source.producer is not None and source.producer.name in VIEWS:
         source = source.producer.operands[0]
     if not source.is_input:
         return None
     row, k = tirx.Var(code.fresh("p"), "int64"), tirx.Var(code.fresh("p"), "int64")
-    for var, size in ((row, m), (k, a.shape[-1])):
+    for var, size in ((row, product(code, sizes)), (k, a.shape[-1])):
         code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(size)))
-    *lead, i = code.unflatten(row, [code.size(d) for d in a.shape[:-1]])
+    *lead, i = code.unflatten(row, sizes)
     probe = Expressions(args, {}, probe=True)
     probe.at(a, operand_index(lead, a, i, k))
     if len(probe.reads) != 1:
@@ -62,9 +65,9 @@ def _in_place(args: Arguments, a: Value, m: Index) -> Rows | None:
     return Rows(args.inputs[source], code.simplify(found[2]), code.simplify(found[0]))
 
 
-def _copied(args: Arguments, a: Value, m: Index, depth: int, tile: int, parallel: bool) -> Rows:
+def _copied(args: Arguments, a: Value, sizes: Sequence[Index], depth: int, tile: int, parallel: bool) -> Rows:
     """Zeros stand behind the last element of a row."""
-    code, lead_sizes, width = args.code, [args.code.size(d) for d in a.shape[:-1]], int(a.shape[-1])
+    code, width, m = args.code, int(a.shape[-1]), product(args.code, sizes)
     buffer = code.alloc(code.simplify(code.ceildiv(m, tile) * tile * depth), "uint16", "left")
     probe = Probe(args, {}, a)
     probe([0] * a.type.rank)
@@ -72,7 +75,7 @@ def _copied(args: Arguments, a: Value, m: Index, depth: int, tile: int, parallel
     work = product(code, [m, depth])
     small = isinstance(work, int) and work < SMALL
     with code.loop(m, "serial" if small or not parallel or m == 1 else "parallel", "r") as r:
-        lead = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(r, lead_sizes), lead_sizes, strict=True)]
+        lead = [code.bind_index(i, "i", n) for i, n in zip(code.unflatten(r, sizes), sizes, strict=True)]
         start = code.bind_index(code.simplify(r * depth), "start")
 
         def element(k: Index) -> None:

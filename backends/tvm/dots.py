@@ -13,10 +13,11 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.support import materialized
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.bf16rows import rows_of_bf16
 from graphopt.backends.tvm.code import Code, Index, i64
-from graphopt.backends.tvm.dotsform import parts, products_of, sums_of
+from graphopt.backends.tvm.dotsform import parts, sums_of
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.imported import dot, import_dots
@@ -47,14 +48,14 @@ class DotsKernel:
         self.graph, self.lanes, self.columns, self.side, self.ahead, self.parallel = graph, lanes, columns, side, ahead, parallel
         self.code = Code(graph.symbols)
         self.args = Arguments(self.code, graph)
-        nodes = products_of(graph)
+        nodes = materialized(graph)
         self.left, self.dtype, self.held = nodes[0].operands[0], nodes[0].result.dtype, scalar.COMPUTE[nodes[0].result.dtype]
         *self.batch, _, self.n = [self.code.size(d) for d in nodes[0].result.shape]
         self.m, self.k = int(nodes[0].result.shape[-2]), int(self.left.shape[-1])
         self.factors = [[self._factor(v) for v in parts(n.operands[1])] for n in nodes]
         left = Probe(self.args, {}, self.left)
         left([0] * self.left.type.rank)
-        if left.scalar_only or any(f.scalar_only for factors in self.factors for f in factors):
+        if not pairs and (left.scalar_only or any(f.scalar_only for factors in self.factors for f in factors)):
             self.lanes = 1
         self.pairs = pairs
         self.terms = 2 * lanes if pairs else self.lanes  # that a vector of a sum takes at once
@@ -74,8 +75,7 @@ class DotsKernel:
         work, steps = product(code, [*self.batch, self.m, self.n, self.k]), product(code, blocks)
         if self.pairs:
             import_dots(code)
-            rows = code.simplify(product(code, self.batch) * self.m)
-            self.rows = rows_of_bf16(self.args, self.left, rows, self.k, self.m, self.parallel)
+            self.rows = rows_of_bf16(self.args, self.left, self.k, self.m, self.parallel)
         if self.pieces > 1:
             return self._by_pieces(blocks, sizes, tasks)
         serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
@@ -197,6 +197,8 @@ class DotsKernel:
                     code.store(acc, code.simplify(q * lanes + v), tirx.const(0, self.held))
 
         def left(i: int, k: Index) -> Any:
+            if self.pairs:
+                return scalar.load(self.rows.buffer[i64(self._left_place(lead, i, k))], self.left.dtype)
             return Expressions(self.args, {}).at(self.left, operand_index(lead, self.left, i, k))
 
         def add(step: Index, chain: int) -> None:
@@ -229,10 +231,9 @@ class DotsKernel:
 
     def _add_pairs(self, acc: Any, place: int, lead: Lead, i: int, factor: Factor, j: Index, k: Index) -> None:
         """Add the products of pairs from term k on to a vector of a sum."""
-        code, rows = self.code, self.rows
-        row = code.flatten([*lead, i], [*self.batch, self.m])
+        code = self.code
         source, at = self._place(factor, lead, k, j)
-        places = (rows.buffer, code.simplify(rows.base + row * rows.step + k)), (self.args.inputs[source], at)
+        places = (self.rows.buffer, self._left_place(lead, i, k)), (self.args.inputs[source], at)
         x, w = (code.bind(buffer[tirx.Ramp(i64(place), i64(1), self.terms)], "w", hidden=False) for buffer, place in places)
         where = [tirx.Ramp(i64(place), i64(1), self.lanes)]
         code.emit(tirx.BufferStore(acc, dot(acc[where[0]], x, w), where))
@@ -242,8 +243,15 @@ class DotsKernel:
         source, at = self._place(factor, lead, k, j)
         self.code.prefetch(self.args.inputs[source], self.code.simplify(at + self.ahead // source.dtype.itemsize))
 
+    def _left_place(self, lead: Lead, i: int, k: Index) -> Index:
+        """Where element (i, k) of the left factor lies among its rows; it may have fewer leading axes than the product, or of size 1."""
+        code, rows = self.code, self.rows
+        *index, at = operand_index(lead, self.left, i, k)
+        row = code.flatten(index, [code.size(d) for d in self.left.shape[:-1]])
+        return code.simplify(rows.base + row * rows.step + at)
+
     def _place(self, factor: Factor, lead: Lead, k: Index, j: Index) -> tuple[Value, Index]:
-        """The input that an element of a factor is made of, and the position of its one element."""
+        """The matrix that an element of a factor is made of, and the element's position there."""
         probe = Expressions(self.args, {}, probe=True)
-        probe.at(factor.value, operand_index(lead, factor.value, k, j))
-        return probe.reads[0]
+        probe.at(factor.value, operand_index(lead, factor.value, k, self.code.least(j, factor.columns - 1) if factor.clamp else j))
+        return next(read for read in probe.reads if read[0].type.numel != 1)

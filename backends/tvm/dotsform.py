@@ -6,9 +6,9 @@ import math
 
 from graphopt.autotune.space import Param
 from graphopt.backends.forms.prepare import flatten_rows
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.forms.support import materialized
 from graphopt.ir import dims, types
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Value
 from graphopt.ir.ops import Trait
 from graphopt.target import Target
 
@@ -19,11 +19,6 @@ _COLUMNS = 64  # of a task
 _PIECE = 512  # terms of a piece at least
 _WORTH = 1 << 15  # elements of the second factor, which are read, that are worth a task
 _AHEAD = 3072  # bytes, as of packed panels: :data:`graphopt.backends.tvm.tileform._AHEAD`
-
-
-def products_of(graph: Graph) -> list[Node]:
-    """The products of a region, in order."""
-    return [n for n in graph.nodes() if is_materialized(n)]
 
 
 def parts(factor: Value) -> list[Value]:
@@ -83,7 +78,7 @@ def _axis_below(x: Value, v: Value, axis: int) -> int | None:
 def refusal(graph: Graph, t: Target) -> str | None:
     """Why the products of a region of products are not for dot products of rows, or None."""
     flat = flatten_rows(graph)
-    nodes = products_of(flat)
+    nodes = materialized(flat)
     shape, depth = nodes[0].result.shape, nodes[0].operands[0].shape[-1]
     if not isinstance(shape[-2], int) or shape[-2] > t.tile[0]:
         return f"more rows than a tile of {t.tile[0]}, or an unknown number of them"
@@ -100,11 +95,11 @@ def refusal(graph: Graph, t: Target) -> str | None:
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     """The knobs of :class:`~graphopt.backends.tvm.dots.DotsKernel`."""
     flat = flatten_rows(graph)
-    result = products_of(flat)[0].result
+    result = materialized(flat)[0].result
     rows, columns, lanes = int(result.shape[-2]), result.shape[-1], _lanes(flat, t)
-    depth = int(products_of(flat)[0].operands[0].shape[-1])
+    depth = int(materialized(flat)[0].operands[0].shape[-1])
     few = isinstance(columns, int) and columns < 4 * t.cores * _COLUMNS
-    factor = products_of(flat)[0].operands[1].type.nbytes()
+    factor = materialized(flat)[0].operands[1].type.nbytes()
     near = isinstance(factor, int) and factor <= t.cache[1] * t.cores // 2
     side = max(1, 8 // rows) if near else 1 if rows in (2, 3) else 2  # from memory, few columns are few streams to follow
     width = lanes if few else _COLUMNS
@@ -122,14 +117,14 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
 
 def _in_pairs(flat: Graph, t: Target) -> bool:
     """Whether there is an instruction for the products: both factors are bf16, and the second one is read as it lies."""
-    factors = [v for n in products_of(flat) for v in n.operands]
-    seconds = [v for n in products_of(flat) for v in parts(n.operands[1])]
+    factors = [v for n in materialized(flat) for v in n.operands]
+    seconds = [v for n in materialized(flat) for v in parts(n.operands[1])]
     return t.has("avx512_bf16") and all(v.dtype == types.bf16 for v in factors) and all(lies_by_rows(v, computed=False) for v in seconds)
 
 
 def _pieces(flat: Graph, width: int, t: Target) -> int:
     """Pieces of the depth, so that there are two tasks a core, where each is worth its launch."""
-    shape, depth = products_of(flat)[0].result.shape, int(products_of(flat)[0].operands[0].shape[-1])
+    shape, depth = materialized(flat)[0].result.shape, int(materialized(flat)[0].operands[0].shape[-1])
     if not all(isinstance(d, int) for d in shape):
         return 1
     *batch, _, columns = (int(d) for d in shape)  # type: ignore[arg-type]
@@ -138,4 +133,4 @@ def _pieces(flat: Graph, width: int, t: Target) -> int:
 
 
 def _lanes(flat: Graph, t: Target) -> int:
-    return max(1, t.lanes(8 if products_of(flat)[0].result.dtype.bits == 64 else 4))
+    return max(1, t.lanes(8 if materialized(flat)[0].result.dtype.bits == 64 else 4))

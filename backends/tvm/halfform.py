@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from graphopt.autotune.space import Constraint, Param, SearchSpace
-from graphopt.backends.tvm.thirdform import COLUMNS, TILE, divisors, grouped, products_of, rows_of
+from graphopt.backends.forms.support import materialized
+from graphopt.backends.tvm.thirdform import COLUMNS, TILE, divisors, grouped, rows_of
 from graphopt.ir import types
 from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
@@ -42,12 +43,12 @@ def refusal(graph: Graph, t: Target) -> str | None:
     """Why a region of products of one first factor is not for halves, or None."""
     if not t.f32_halves:
         return "the target has no AMX-FP16"
-    for node in products_of(graph):
+    for node in materialized(graph):
         if any(v.dtype != types.f32 for v in (*node.operands, node.result)):
             return "not a product of f32"
         if packed_halves(node.operands[1]) is None:
             return "the second factor is not split into halves"
-    shares = [packed_halves(node.operands[1]) for node in products_of(graph)]
+    shares = [packed_halves(node.operands[1]) for node in materialized(graph)]
     return None if len({p[2] for p in shares if p is not None}) == 1 else "products of different shares"
 
 
@@ -58,7 +59,7 @@ def space(graph: Graph, t: Target) -> SearchSpace:
     at once. ``group``: so many of them are a task's. ``chunk``: blocks of the summed axis, so that the first factor's halves stay in
     the second-level cache. ``panels``: of a task. ``ahead``: whether the next block of the weight is asked for.
     """
-    node = products_of(graph)[0]
+    node = materialized(graph)[0]
     rows, depth = rows_of(graph), int(node.operands[0].shape[-1])
     panels = -(-int(node.result.shape[-1]) // COLUMNS)
     tiles = 1 if isinstance(rows, int) and rows <= TILE else 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from graphopt.backends.forms.support import SCANS, SCATTERS, is_materialized
+from graphopt.backends.forms.support import SCANS, SCATTERS, is_materialized, materialized
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.argreduce import ArgReduction
 from graphopt.backends.tvm.code import Code, Index
@@ -48,7 +48,7 @@ def emit_nest(graph: Graph, tuning: Tuning, in_place: bool = False) -> Code:
 
 def _finished_by_scan(graph: Graph, v: Value) -> bool:
     """Whether a region is one scan with only pointwise work of its shape after it: each element is finished where it is made."""
-    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    nodes = materialized(graph)
     if len(nodes) != 1 or nodes[0].name not in SCANS or len(graph.outputs) != 1:
         return False
     below = {nodes[0].result: None}

@@ -52,7 +52,7 @@ class PairKernel:
 
     def emit(self) -> Code:
         code = self.code
-        left = rows_of_bf16(self.args, self.node.operands[0], self.m, self.depth, self.mr, self.parallel)
+        left = rows_of_bf16(self.args, self.node.operands[0], self.depth, self.mr, self.parallel)
         tiles = code.ceildiv(self.m, self.mr)
         groups = code.ceildiv(tiles, self.group)
         work = product(code, [self.m, self.n, self.k])

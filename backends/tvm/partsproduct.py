@@ -15,13 +15,14 @@ from typing import Any
 
 from tvm import tirx
 
+from graphopt.backends.forms.support import materialized
 from graphopt.backends.tvm import amx
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.backends.tvm.product import operand_index
 from graphopt.backends.tvm.rowstore import RowStore
-from graphopt.backends.tvm.thirdform import COLUMNS, STEP, TILE, products_of
+from graphopt.backends.tvm.thirdform import COLUMNS, STEP, TILE
 from graphopt.ir.graph import Graph
 
 LANES = 16  # f32 of a vector; columns of a tile
@@ -57,7 +58,7 @@ class PartsProduct(ABC):
     def __init__(self, graph: Graph, block: int, rows: int, tiles: int, group: int, chunk: int, panels: int, ahead: bool,
                  parallel: bool) -> None:  # fmt: skip
         self.graph, self.block, self.mr, self.tiles, self.ahead, self.parallel = graph, block, rows, tiles, ahead, parallel
-        self.nodes = products_of(graph)
+        self.nodes = materialized(graph)
         self.left = self.nodes[0].operands[0]
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from graphopt.autotune.space import Param
 from graphopt.backends.forms.prepare import expand_rows, flatten_rows
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.forms.support import is_materialized, materialized
 from graphopt.backends.tvm.pairform import packed_pairs
 from graphopt.ir import dims, types
 from graphopt.ir.graph import Graph, Value
@@ -192,7 +192,7 @@ def tiles_refusal(graph: Graph, t: Target) -> str | None:
     """Why a region of products is not for tiles of integers, or None."""
     if t.int8_products != "amx":
         return "the target has no AMX tiles of integers"
-    nodes = [n for n in graph.nodes() if is_materialized(n)]
+    nodes = materialized(graph)
     for node in nodes:
         form = quantized(node.operands[1])
         if form is None or form.bits != 8 or form.floats is not None or form.groups != 1 or form.zeros is not None or not form.signed:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from graphopt.autotune.space import Constraint, Param, SearchSpace
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.forms.support import materialized
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Value
 from graphopt.target import Target
 
 COLUMNS = 32  # of a panel: two tiles
@@ -15,11 +15,6 @@ TILE = 16  # rows of a tile
 FEW = 24  # rows below which splitting the weight costs more than the multiplications that it saves
 _BLOCKS = (64, 96, 128, 160, 192, 256, 32)
 _GROUP = 8  # places (of one or two row tiles) that are worth one splitting of the weight
-
-
-def products_of(graph: Graph) -> list[Node]:
-    """The products of a region, in order."""
-    return [n for n in graph.nodes() if is_materialized(n)]
 
 
 def packed_panels(v: Value) -> Value | None:
@@ -38,7 +33,7 @@ def refusal(graph: Graph, t: Target) -> str | None:
     """Why a region of products of one first factor is not for thirds, or None."""
     if not t.f32_thirds:
         return "the target has no AMX tiles"
-    for node in products_of(graph):
+    for node in materialized(graph):
         if any(v.dtype != types.f32 for v in (*node.operands, node.result)):
             return "not a product of f32"
         if packed_panels(node.operands[1]) is None:
@@ -51,7 +46,7 @@ def refusal(graph: Graph, t: Target) -> str | None:
 
 def rows_of(graph: Graph) -> Dim:
     """Rows of the product, all of its leading axes together."""
-    return dims.numel(products_of(graph)[0].result.shape[:-1])
+    return dims.numel(materialized(graph)[0].result.shape[:-1])
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
@@ -60,7 +55,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     ``block``: of the summed axis, whose sums are then added to the totals. ``rows``: of a tile. ``group``: pairs of row tiles of a
     task. ``chunk``: of the summed axis, so that the first factor's thirds stay in the second-level cache. ``panels``: of a task.
     """
-    node = products_of(graph)[0]
+    node = materialized(graph)[0]
     rows, depth = rows_of(graph), int(node.operands[0].shape[-1])
     panels = -(-int(node.result.shape[-1]) // COLUMNS)
     blocks = [b for b in _BLOCKS if depth % b == 0 and b <= depth]
@@ -81,7 +76,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
 
 def space(graph: Graph, t: Target) -> SearchSpace:
     """All schedules."""
-    depth = int(products_of(graph)[0].operands[0].shape[-1])
+    depth = int(materialized(graph)[0].operands[0].shape[-1])
     whole = Constraint("chunks that do not divide the depth", lambda k: depth % (int(str(k["block"])) * int(str(k["chunk"]))) == 0)
     return SearchSpace("thirds", params=params(graph, t), constraints=(whole,))
 

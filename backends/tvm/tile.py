@@ -18,7 +18,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.forms.support import is_materialized
+from graphopt.backends.forms.support import materialized
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions
@@ -71,7 +71,7 @@ class TileKernel:
         self.graph, self.mr, self.nr, self.unroll, self.prefetch, self.parallel = graph, rows, columns, unroll, prefetch, parallel
         self.block, self.blocked, self.rows_first, self.ahead, self.copied = block, blocked, rows_first, ahead, copied
         self.lanes = min(lanes, columns)
-        nodes = [n for n in graph.nodes() if is_materialized(n)]
+        nodes = materialized(graph)
         self.code = Code(graph.symbols)
         self.args = Arguments(self.code, graph)
         self.result, self.left = nodes[0].result, nodes[0].operands[0]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from random import Random
 
 import pytest
+import torch
 from tvm_check import check, values
 
 from graphopt.autotune.sketch import sketches_of
@@ -16,6 +20,8 @@ from graphopt.target import Target, detect
 
 ONE = "(%x: f32[{m}, {k}], %y: f32[{n}, {k}], %b: f32[{n}]) -> f32[{m}, {n}] {{\n %t: f32[{k}, {n}] = transpose(%y) {{perm = [1, 0]}}\n" \
       " %0: f32[{m}, {n}] = matmul(%x, %t)\n %1: f32[{m}, {n}] = add(%0, %b)\n return %1\n}}"
+BROADCAST = "(%x: f32[{left}], %y: f32[4, 3, 21, 97]) -> f32[4, 3, 2, 21] {{\n" \
+            " %0: f32[4, 3, 97, 21] = transpose(%y) {{perm = [0, 1, 3, 2]}}\n %1: f32[4, 3, 2, 21] = matmul(%x, %0)\n return %1\n}}"
 REGIONS = {
     "a vector": ONE.format(m=1, k=256, n=128),
     "nothing divides": ONE.format(m=1, k=403, n=131),
@@ -45,6 +51,13 @@ REGIONS = {
     " %0: bf16[2, 1, 200] = relu(%x)\n %1: bf16[200, 70] = transpose(%p) {perm = [1, 0]}\n"
     " %2: bf16[200, 64] = transpose(%q) {perm = [1, 0]}\n %3: bf16[200, 134] = concat(%1, %2) {axis = 1}\n"
     " %4: bf16[2, 1, 134] = matmul(%0, %3)\n return %4\n}",
+    "bf16, a function without vectors": "(%x: f64[1, 203], %y: bf16[40, 203]) -> bf16[1, 40] {\n %0: f64[1, 203] = sinh(%x)\n"
+    " %1: bf16[1, 203] = cast(%0) {dtype = bf16}\n %2: bf16[203, 40] = transpose(%y) {perm = [1, 0]}\n"
+    " %3: bf16[1, 40] = matmul(%1, %2)\n return %3\n}",
+    "bf16, one column": "(%x: bf16[3, 50, 96], %w: bf16[1, 96]) -> bf16[3, 50, 1] {\n %0: bf16[96, 1] = transpose(%w) {perm = [1, 0]}\n"
+    " %1: bf16[3, 50, 1] = matmul(%x, %0)\n return %1\n}",
+    **{f"{dtype}, left {','.join(map(str, left))}": BROADCAST.format(left=", ".join(map(str, left))).replace("f32", dtype)
+       for dtype in ("f32", "bf16") for left in ((2, 97), (1, 2, 97), (1, 1, 2, 97), (4, 1, 2, 97), (1, 3, 2, 97))},
     "bf16 batches": "(%x: bf16[3, 2, 96], %y: bf16[3, N, 96]) -> bf16[3, 2, N] where 1 <= N {\n"
     " %0: bf16[3, 96, N] = transpose(%y) {perm = [0, 2, 1]}\n %1: bf16[3, 2, N] = matmul(%x, %0)\n return %1\n}",
     "f16": ONE.format(m=1, k=303, n=77).replace("f32", "f16"),
@@ -72,6 +85,22 @@ def test_the_default_is_right(name: str, compile_all) -> None:
     assert first == "dots"
     sizes = {s: SIZES[s] for s in g.symbols}
     check(g, compile_all([(g, "matmul")])[0], values(g, **sizes), sizes, factor=4.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is protected by mprotect")
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_nothing_behind_a_factor_is_read(dtype: str, compile_all) -> None:
+    """Of an unknown number of columns, the last panel ends with the last one: the page behind the factor must not be touched."""
+    g = graph("(%x: f32[1, 256], %y: f32[N, 256]) -> f32[1, N] where 1 <= N {\n %0: f32[256, N] = transpose(%y) {perm = [1, 0]}\n"
+              " %1: f32[1, N] = matmul(%x, %0)\n return %1\n}".replace("f32", dtype))  # fmt: skip
+    (run,) = compile_all([(g, "matmul")])
+    memory = mmap.mmap(-1, 16 * mmap.PAGESIZE)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(at + 15 * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0  # PROT_NONE
+    x, y = values(g, N=21)
+    last = torch.frombuffer(memory, dtype=y.dtype, count=y.numel(), offset=15 * mmap.PAGESIZE - y.nbytes).view(y.shape).copy_(y)
+    check(g, run, [x, last], {"N": 21}, factor=4.0)
 
 
 def test_points_of_the_space_are_right(compile_points) -> None:

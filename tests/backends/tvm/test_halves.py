@@ -8,6 +8,7 @@ from split_products import default, runner, schedules
 from tvm_check import check
 
 from graphopt.autotune.space import Workload
+from graphopt.backends.forms.support import materialized
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.hidden import hidden
 from graphopt.ir import Builder, Graph, TensorType, dims, types
@@ -185,7 +186,7 @@ def test_one_packing_for_pass_and_kernel() -> None:
 
     assert (thirdform.COLUMNS, thirdform.STEP, thirdform.TILE) == (halves.COLUMNS, halves.DEPTH, halves.TILE)
     graph = region((32,), 64, 40)
-    (node,) = halfform.products_of(graph)
+    (node,) = materialized(graph)
     _, share, *halves_and_units = graph.inputs
     assert halfform.packed_halves(node.operands[1]) == (*halves_and_units, share)
     assert halfform.packed_halves(node.operands[0]) is None

@@ -8,6 +8,7 @@ from split_products import default, runner, schedules
 from tvm_check import check
 
 from graphopt.autotune.space import Workload
+from graphopt.backends.forms.support import materialized
 from graphopt.backends.tvm.backend import TvmBackend
 from graphopt.ir import Builder, Graph, TensorType, dims, types
 from graphopt.passes.layout import pack_weights
@@ -158,6 +159,6 @@ def test_one_packing_for_pass_and_kernel() -> None:
 
     assert (thirdform.COLUMNS, thirdform.STEP) == (pack_weights.COLUMNS, pack_weights.DEPTH)
     graph = region((32,), 64, 40)
-    (node,) = thirdform.products_of(graph)
+    (node,) = materialized(graph)
     assert thirdform.packed_panels(node.operands[1]) is graph.inputs[1]
     assert thirdform.packed_panels(node.operands[0]) is None
