@@ -28,8 +28,9 @@ _MOVES = ("reshape", "transpose", "broadcast_to", "slice", "flip", "cast", "conc
 _MONOTONE = ("cumsum", "cumprod", "cummax", "cummin", "add", "mul", "maximum", "minimum", "div", "sum", "mean", "max", "min", "prod")
 
 
+_FEW = 64  # elements, of which more have to be special, or there are none of a kind
 _SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e30, -1e30, 1e-40)
-Draw = Literal["normal", "wide", "special"]
+Draw = Literal["normal", "wide", "special", "ends"]
 
 
 @dataclass
@@ -220,7 +221,8 @@ def random_inputs(graph: Graph, bindings: Mapping[str, int] | None = None, seed:
 
     Args:
         draw: ``wide``: floats of which nothing is wanted, but of weights, have magnitudes from 1e-3 to 1e2, evenly in their logarithm;
-            ``special``: and one of eight is a zero of either sign, an infinity, nan, 1e30, or 1e-40.
+            ``special``: and one of eight (of few, one of two) is a zero of either sign, an infinity, nan, 1e30, or 1e-40; ``ends``:
+            or lies at an end of the dtype's range: the largest, the smallest normal, the smallest number.
     """
     generator = torch.Generator().manual_seed(seed)
     known = dict(bindings or {})
@@ -243,9 +245,13 @@ def _drawn(x: torch.Tensor, v: Value, demand: Demand, generator: torch.Generator
     if draw == "normal" or not v.dtype.is_float or v.weight or v.exact is not None or wanted:
         return x
     x = (x.double() * 10.0 ** (torch.rand(x.shape, generator=generator, dtype=torch.float64) * 5 - 3)).to(x.dtype)
-    if draw == "special" and not demand.facts:
-        special = torch.tensor(_SPECIAL, dtype=torch.float64)[torch.randint(len(_SPECIAL), x.shape, generator=generator)]
-        x = torch.where(torch.rand(x.shape, generator=generator) < 1 / 8, special.to(x.dtype), x)
+    if draw in ("special", "ends") and not demand.facts:
+        limits = torch.finfo(x.dtype)
+        ends = (0.75 * limits.max, -0.75 * limits.max, limits.tiny, -limits.tiny * limits.eps) if draw == "ends" else ()
+        choices = torch.tensor((*_SPECIAL, *ends), dtype=torch.float64)
+        special = choices[torch.randint(len(choices), x.shape, generator=generator)]
+        share = 1 / 8 if x.numel() > _FEW else 1 / 2
+        x = torch.where(torch.rand(x.shape, generator=generator) < share, special.to(x.dtype), x)
     return x
 
 

@@ -137,8 +137,11 @@ def _nearly_tanh(rw: Rewriter, x: Value) -> Value:
     ("relu", lambda rw, x: rw.where(rw.gt(x, 0.0), x, rw.mul(x, 0.0)), Numerics.BITWISE, "infinities"),
     ("relu", lambda rw, x: rw.add(rw.maximum(x, 0.0), 1e-30), Numerics.BITWISE, "bit by bit"),
     ("neg", lambda rw, x: rw.sub(0.0, x), Numerics.BITWISE, "bit by bit"),
+    ("neg", lambda rw, x: rw.mul(rw.mul(x, -4.0), 0.25), Numerics.BITWISE, "the ends of the range"),
+    ("neg", lambda rw, x: rw.mul(rw.mul(x, -0.25), 4.0), Numerics.BITWISE, "the ends of the range"),
     ("neg", lambda rw, x: rw.mul(rw.mul(x, -49.0), 1.0 / 49.0), Numerics.BITWISE, "bit by bit"),
-], ids=["clamped", "overflowing", "of infinities", "of zeros", "of the sign of zero", "in the last bit"])  # fmt: skip
+], ids=["clamped", "overflowing", "of infinities", "of zeros", "of the sign of zero", "of the largest", "of the smallest",
+        "in the last bit"])  # fmt: skip
 def test_what_is_wrong_at_some_numbers_is_caught(rows: int, name: str, make: Any, claim: Numerics, message: str) -> None:
     text = f"graph @g(%x: f32[B, {rows}]) -> f32[B, {rows}] where 1 <= B {{\n %0: f32[B, {rows}] = {name}(%x)\n return %0\n}}"
     with pytest.raises(EquivalenceError, match=f"(?s){message}"):
@@ -150,6 +153,16 @@ def test_other_bits_are_allowed_where_they_are_not_claimed() -> None:
     check_pass(replaced("neg", lambda rw, x: rw.mul(rw.mul(x, -49.0), 1.0 / 49.0), Numerics.REASSOCIATES), text)
     check_pass(replaced("neg", lambda rw, x: rw.mul(x, -1.0), Numerics.BITWISE), text)
     check_pass(replaced("relu", lambda rw, x: rw.maximum(x, 0.0), Numerics.BITWISE), text.replace("neg", "relu"))
+
+
+def test_bits_of_small_floats_are_compared_and_products_of_complex_numbers_are_not() -> None:
+    f8 = parse_graph("graph @g(%x: f32[9]) -> f8e4m3[9] {\n %0: f8e4m3[9] = cast(%x) {dtype = f8e4m3}\n return %0\n}")
+    (check,) = (c for c in compare(f8, f8, numerics=Numerics.BITWISE, draw="ends").checks if c.precision == "bits")
+    assert check.ok
+    twice = "graph @g(%x: c64[9]) -> c64[9] {\n %0: c64[9] = OP(%x, %x)\n return %0\n}"
+    for op, compared in (("mul", False), ("add", True)):
+        g = parse_graph(twice.replace("OP", op))
+        assert any(c.precision == "bits" for c in compare(g, g, numerics=Numerics.BITWISE).checks) is compared
 
 
 @pytest.mark.parametrize("damage", [scale_outputs, other_axis, drop_relu, through_f16])
