@@ -93,7 +93,7 @@ def reread(g: Graph, region: Node, old: Value, operands: Sequence[Value], make: 
     inputs: list[tuple[Value, Value | None]] = [(x, v) for v, x in zip(body.inputs, region.operands, strict=True) if v in live]
     kept = [x for x, _ in inputs]
     place = next((i for i, v in enumerate(body.inputs) if v not in live), len(inputs))
-    inputs[place:place] = [(x, None) for x in operands if x not in kept]
+    inputs[place:place] = [(x, None) for x in dict.fromkeys(operands) if x not in kept]
     hint = body.inputs[place].hint if place < len(body.inputs) else ""
     new, mapping, given = Graph("body", body.symbols), dict[Value, Value](), dict[Value, Value]()
     for x, v in inputs:

@@ -214,8 +214,10 @@ def multiplied(gm: torch.fx.GraphModule, inputs: Iterable[int]) -> list[int]:
 def _may_pack(user: torch.fx.Node) -> bool:
     if user.target is not torch.nn.functional.linear:
         return user.target not in _LOOKUPS
-    rows = getattr(user.meta.get("example_value"), "shape", (0,))[:-1]
-    return not all(isinstance(d, int) for d in rows) or prod(rows) > ROWS
+    made = user.meta.get("example_value")
+    if not isinstance(made, torch.Tensor) or not all(isinstance(d, int) for d in made.shape):
+        return True
+    return prod(made.shape[:-1]) > ROWS
 
 
 def is_written(gm: torch.fx.GraphModule, i: int) -> bool:

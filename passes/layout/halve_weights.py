@@ -6,8 +6,9 @@ computed once, at the first call, and again when the weight changes.
 
 When: after ``fuse``, before ``pack-weights``, where the target has AMX-FP16 (``Target.f32_halves``), for regions of kind ``matmul``, if
 each product's second operand is a staged (weight-only) f32 matrix, plain or transposed, K is a multiple of 32 and N at least 32.
-A product that has one row at every call is left to ``pack-weights``: it waits for memory, and f32 is as short. So is a weight that the
-compiled model owns and something else reads by rows (a tied embedding): ``share-packed`` reads it in that form.
+A product that has one row at every call is left to ``pack-weights``, and one of few rows that reads its weight in place to
+``weights-in-place``: they wait for memory, and f32 is as short. So is a weight that the compiled model owns and something else
+reads by rows (a tied embedding): ``share-packed`` reads it in that form.
 
 Numerics: ``(h + l) * share * unit`` is within 2**-22 of ``w``, and within 2**-39 of the largest of its row in units of the columns.
 
@@ -23,7 +24,7 @@ from graphopt.ir import Graph, dims, types
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.stage import Staged, staged_values
 from graphopt.pass_manager import Pass
-from graphopt.passes.layout import halves
+from graphopt.passes.layout import halves, weights_in_place
 from graphopt.passes.layout.pack_weights import Site, site_of
 from graphopt.passes.shared import matmuls, reread
 from graphopt.rewrite import Numerics, PassContext, Reject, Rewriter
@@ -45,7 +46,7 @@ class HalveWeights(Pass):
             return False
         staged, made, changed = staged_values(g), dict[tuple[tuple[Value, bool], ...], list[list[Value]]](), False
         for region in [n for n in g.nodes() if n.op.name == "fusion" and n.attrs["kind"] == "matmul"]:
-            found = [_site(region, place, staged, ctx.owns_weights) for place in range(len(matmuls(region)))]
+            found = [_site(region, place, staged, ctx) for place in range(len(matmuls(region)))]
             sites = [site for site in found if isinstance(site, Site)]
             if len(sites) < len(found):
                 reason = next((r.reason for r in found if isinstance(r, Reject) and r.reason), "")
@@ -69,12 +70,14 @@ class HalveWeights(Pass):
         return changed
 
 
-def _site(region: Node, place: int, staged: Staged, owned: bool) -> Site | Reject:
+def _site(region: Node, place: int, staged: Staged, ctx: PassContext) -> Site | Reject:
     """A product of a region, if its second factor can be split into halves."""
+    if weights_in_place.suits(matmuls(region)[place], ctx):
+        return Reject("")
     if reject := _reject(matmuls(region)[place]):
         return reject
     site = site_of(region, place, staged)
-    if isinstance(site, Site) and owned:
+    if isinstance(site, Site) and ctx.owns_weights:
         w = region.operands[site.input]
         if any(user not in staged and user.op.name == "fusion" and user.attrs["kind"] != "matmul" for user in w.users):
             return Reject("something else reads it, and it would stay in memory twice", w)

@@ -56,6 +56,9 @@ class WeightsInPlace(Pass):
             if join.attrs["axis"] % 2 != 0 or not all(v.is_input and v.weight and v.type.is_contiguous for v in join.operands):
                 ctx.missed(self.name, "the joined weight is a copy: its parts are no frozen matrices that lie by rows", region)
                 continue
+            if len(join.results[0].uses) > 1:
+                ctx.missed(self.name, "the joined weight is a copy that something else reads, too", region)
+                continue
             if (number := ctx.fuel.take()) is None:
                 continue
             size = dims.format_dim(join.result.type.nbytes())
@@ -76,7 +79,8 @@ def suits(matmul: Node, ctx: PassContext, most: int = ROWS, least: int = DEPTH) 
     few = isinstance(rows, int) and 1 <= rows <= most and isinstance(depth, int) and depth >= least
     pairs = ctx.target is not None and ctx.target.has("avx512_bf16") and left.dtype == right.dtype == types.bf16
     kind = right.dtype == types.f32 or pairs
-    return few and kind and view is not None and right.type.rank == 2 and view.operands[0].type.is_contiguous
+    turned = view is not None and view.attrs["perm"] == (1, 0) and view.operands[0].type.is_contiguous
+    return few and kind and turned
 
 
 def _joined(b: Builder, parts: Sequence[Value]) -> Value:

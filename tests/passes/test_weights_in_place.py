@@ -63,6 +63,22 @@ def test_must_not_fire(change, said) -> None:
     assert [r.message for r in ctx.remarks if r.kind == "missed"] == [] if said is None else said in ctx.remarks[0].message
 
 
+def test_a_weight_that_stands_twice_in_a_join_is_read_by_one_input() -> None:
+    g = parse_graph(BEFORE.replace("concat(%a, %b)", "concat(%a, %a)").replace("f32[1, 8]", "f32[1, 12]").replace("f32[8, 4]", "f32[12, 4]")
+                    .replace("f32[4, 8]", "f32[4, 12]"))  # fmt: skip
+    run(g, [WeightsInPlace(depth=4)])
+    (region,) = (n for n in g.nodes() if n.op.name == "fusion")
+    assert [v.hint for v in region.operands] == ["x", "a"]
+
+
+def test_a_join_that_is_returned_too_stays() -> None:
+    text = BEFORE.replace("-> f32[1, 8] {\n      %0: f32[8, 4]", "-> (f32[1, 8], f32[8, 4]) {\n      %0: f32[8, 4]")
+    g = parse_graph(text.replace("return %1\n    }", "return %1, %0\n    }"))
+    before = str(g)
+    ctx = run(g, [WeightsInPlace(depth=4)])
+    assert str(g) == before and "something else reads" in ctx.remarks[0].message
+
+
 def _product(depth: int = 512, rows: int = 1, dtype: str = "f32") -> Graph:
     g = parse_graph(f"""graph @g(%x: {dtype}[{rows}, {depth}], weight %w: {dtype}[64, {depth}]) -> {dtype}[{rows}, 64] {{
       %0: {dtype}[{depth}, 64] = transpose(%w) {{perm = [1, 0]}}
