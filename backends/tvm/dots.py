@@ -45,7 +45,7 @@ class DotsKernel:
 
     def __init__(self, graph: Graph, lanes: int, columns: int, side: int, pieces: int, ahead: int, parallel: bool,
                  pairs: bool = False) -> None:  # fmt: skip
-        self.graph, self.lanes, self.columns, self.side, self.ahead, self.parallel = graph, lanes, columns, side, ahead, parallel
+        self.lanes, self.columns, self.side, self.ahead, self.parallel = lanes, columns, side, ahead, parallel
         self.code = Code(graph.symbols)
         self.args = Arguments(self.code, graph)
         nodes = materialized(graph)
@@ -72,12 +72,12 @@ class DotsKernel:
         tasks = [code.ceildiv(n, self.columns) for n in sizes]
         count = tasks[0] if len(tasks) == 1 else sum(n for n in tasks if isinstance(n, int))
         blocks = [*self.batch, count]
-        work, steps = product(code, [*self.batch, self.m, self.n, self.k]), product(code, blocks)
         if self.pairs:
             import_dots(code)
             self.rows = rows_of_bf16(self.args, self.left, self.k, self.m, self.parallel)
         if self.pieces > 1:
             return self._by_pieces(blocks, sizes, tasks)
+        work, steps = product(code, [*self.batch, self.m, self.n, self.k]), product(code, blocks)
         serial = not self.parallel or (isinstance(work, int) and work < 4 * SMALL) or (isinstance(steps, int) and steps == 1)
         with code.loop(steps, "serial" if serial else "parallel", "task") as task:
             *lead, panel = [code.bind_index(i, "t", n) for i, n in zip(code.unflatten(task, blocks), blocks, strict=True)]

@@ -7,7 +7,9 @@ import math
 from graphopt.autotune.space import Param
 from graphopt.backends.forms.prepare import flatten_rows
 from graphopt.backends.forms.support import materialized
+from graphopt.backends.tvm.tileform import AHEAD
 from graphopt.ir import dims, types
+from graphopt.ir.dims import Shape
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.ops import Trait
 from graphopt.target import Target
@@ -18,7 +20,6 @@ _TERMS = 4  # vectors of terms at least, or what is summed across a vector's lan
 _COLUMNS = 64  # of a task
 _PIECE = 512  # terms of a piece at least
 _WORTH = 1 << 15  # elements of the second factor, which are read, that are worth a task
-_AHEAD = 3072  # bytes, as of packed panels: :data:`graphopt.backends.tvm.tileform._AHEAD`
 
 
 def parts(factor: Value) -> list[Value]:
@@ -95,21 +96,21 @@ def refusal(graph: Graph, t: Target) -> str | None:
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
     """The knobs of :class:`~graphopt.backends.tvm.dots.DotsKernel`."""
     flat = flatten_rows(graph)
-    result = materialized(flat)[0].result
-    rows, columns, lanes = int(result.shape[-2]), result.shape[-1], _lanes(flat, t)
-    depth = int(materialized(flat)[0].operands[0].shape[-1])
+    node = materialized(flat)[0]
+    rows, columns, lanes = int(node.result.shape[-2]), node.result.shape[-1], _lanes(flat, t)
+    depth = int(node.operands[0].shape[-1])
     few = isinstance(columns, int) and columns < 4 * t.cores * _COLUMNS
-    factor = materialized(flat)[0].operands[1].type.nbytes()
+    factor = node.operands[1].type.nbytes()
     near = isinstance(factor, int) and factor <= t.cache[1] * t.cores // 2
     side = max(1, 8 // rows) if near else 1 if rows in (2, 3) else 2  # from memory, few columns are few streams to follow
     width = lanes if few else _COLUMNS
-    pieces = _pieces(flat, width, t)
+    pieces = _pieces(node.result.shape, depth, width, t)
     return (
         Param("lanes", (lanes,)),
         Param("columns", tuple(dict.fromkeys((width, 8, 16, 32, 64, 128, 256))), "tasks"),
         Param("side", tuple(dict.fromkeys((side, *(s for s in (1, 2, 4, 8) if s * rows <= SUMS)))), "tile"),
         Param("pieces", tuple(dict.fromkeys((pieces, *(p for p in (1, 2, 4, 8, 16) if p == 1 or depth // p >= _PIECE)))), "tasks"),
-        Param("ahead", tuple(dict.fromkeys((0 if near else _AHEAD, _AHEAD, 0, 1024, 2048)))),
+        Param("ahead", tuple(dict.fromkeys((0 if near else AHEAD, AHEAD, 0, 1024, 2048)))),
         Param("parallel", (True, False), "tasks"),
         *([Param("pairs", (True, False))] if _in_pairs(flat, t) else []),
     )
@@ -122,9 +123,8 @@ def _in_pairs(flat: Graph, t: Target) -> bool:
     return t.has("avx512_bf16") and all(v.dtype == types.bf16 for v in factors) and all(lies_by_rows(v, computed=False) for v in seconds)
 
 
-def _pieces(flat: Graph, width: int, t: Target) -> int:
-    """Pieces of the depth, so that there are two tasks a core, where each is worth its launch."""
-    shape, depth = materialized(flat)[0].result.shape, int(materialized(flat)[0].operands[0].shape[-1])
+def _pieces(shape: Shape, depth: int, width: int, t: Target) -> int:
+    """Pieces of the depth of a product of such a shape, so that there are two tasks a core, where each is worth its launch."""
     if not all(isinstance(d, int) for d in shape):
         return 1
     *batch, _, columns = (int(d) for d in shape)  # type: ignore[arg-type]

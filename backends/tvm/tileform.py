@@ -35,7 +35,7 @@ _UNEVEN = 1.02  # times its share that a core may be given
 _FINE = 256  # steps a core that are even enough, whatever they are
 _SECOND = 100  # a share of the rows, its inverse, that pays for a lower last tile
 _LINE = 64  # bytes of a cache line
-_AHEAD = 3072  # bytes: 1 and 3 KiB are equally good, 4 KiB are not: lines that far apart compete for a place in the first-level cache
+AHEAD = 3072  # bytes: 1 and 3 KiB are equally good, 4 KiB are not: lines that far apart compete for a place in the first-level cache
 
 
 def params(graph: Graph, t: Target) -> tuple[Param, ...]:
@@ -87,7 +87,7 @@ def params(graph: Graph, t: Target) -> tuple[Param, ...]:
         Param("group", tuple(dict.fromkeys((_division(graph, mr, nr, t)[0], 1, 2, 4, 8, 16, 32, 64))), "tasks"),
         Param("prefetch", (False,) if packed and not several else (several, not several)),
         Param("parallel", (True, False), "tasks"),
-        *([Param("ahead", (_AHEAD, 0, 1024, 2048))] if packed and not several else []),
+        *([Param("ahead", (AHEAD, 0, 1024, 2048))] if packed and not several else []),
         *(_copy(graph, mr, nr, t) if several else []),
     )
 
