@@ -61,8 +61,8 @@ REGIONS = {
     "bf16 batches": "(%x: bf16[3, 2, 96], %y: bf16[3, N, 96]) -> bf16[3, 2, N] where 1 <= N {\n"
     " %0: bf16[3, 96, N] = transpose(%y) {perm = [0, 2, 1]}\n %1: bf16[3, 2, N] = matmul(%x, %0)\n return %1\n}",
     "f16": ONE.format(m=1, k=303, n=77).replace("f32", "f16"),
-    "functions without vectors": "(%x: f32[1, 130], %y: f32[40, 130]) -> f32[1, 40] {\n %0: f32[1, 130] = sinh(%x)\n"
-    " %1: f32[130, 40] = transpose(%y) {perm = [1, 0]}\n %2: f32[1, 40] = matmul(%0, %1)\n %3: f32[1, 40] = atan(%2)\n"
+    "functions without vectors": "(%x: f64[1, 130], %y: f64[40, 130]) -> f64[1, 40] {\n %0: f64[1, 130] = sinh(%x)\n"
+    " %1: f64[130, 40] = transpose(%y) {perm = [1, 0]}\n %2: f64[1, 40] = matmul(%0, %1)\n %3: f64[1, 40] = atan(%2)\n"
     " return %3\n}",
 }  # fmt: skip
 SIZES = {"N": 61}

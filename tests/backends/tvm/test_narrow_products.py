@@ -15,7 +15,7 @@ SHAPES = [(7, 40, 17), (49, 32, 49), (33, 70, 100), (5, 200, 31), (2, 90, 130), 
 
 def product(m: int, k: int, n: int, form: str) -> str:
     """A region with a product of matrices that lie so."""
-    dtype = form if form in ("f64", "bf16") else "f32"
+    dtype = {"f64": "f64", "bf16": "bf16", "end without vectors": "f64"}.get(form, "f32")
     factors = {"first transposed": f"{dtype}[{k}, {m}]", "batches": f"{dtype}[3, {m}, {k}]"}
     seconds = {"second transposed": f"{dtype}[{n}, {k}]", "batches": f"{dtype}[3, {k}, {n}]"}
     x, y = factors.get(form, f"{dtype}[{m}, {k}]"), seconds.get(form, f"{dtype}[{k}, {n}]")
