@@ -78,7 +78,8 @@ class InputGuard:
         self._specs = [(i, _Spec(v)) for i, v in values.items()]
         self._values = dict(values)
         self._static = bool(values) and all(v.type.is_static for v in values.values())
-        self._pick = itemgetter(*values) if len(values) > 1 else lambda inputs: (inputs[next(iter(values))],)
+        few = tuple(values)  # one, or none: a program of weights and sizes only
+        self._pick = itemgetter(*values) if len(few) > 1 else lambda inputs: tuple(inputs[i] for i in few)
         self._known = Known()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

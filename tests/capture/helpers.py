@@ -14,10 +14,10 @@ from tests.opinfo.harness import copied, difference
 EAGER = {"backend": "eager"}
 
 
-def compiled(fn: Any, cache_dir: str | None = None, **kwargs: Any) -> Any:
+def compiled(fn: Any, cache_dir: str | None = None, kernels: str = "eager", **kwargs: Any) -> Any:
     torch._dynamo.reset()
     clear_reports()
-    return torch.compile(fn, backend="graphopt", options={**EAGER, "cache_dir": cache_dir}, **kwargs)
+    return torch.compile(fn, backend="graphopt", options={**EAGER, "backend": kernels, "cache_dir": cache_dir}, **kwargs)
 
 
 def check(fn: Callable[..., Any], *args: Any, library: tuple[str, ...] = (), **kwargs: Any) -> None:
