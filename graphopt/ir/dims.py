@@ -51,11 +51,12 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
             return sympy.Integer(1)
         if isinstance(a, FloorDiv) and all(d.is_Integer and d > 0 for d in (b, a.args[1])):
             return FloorDiv(a.args[0], a.args[1] * b)
-        if b.is_Integer and b != 0:
-            terms = sympy.Add.make_args(a)
-            whole = [t for t in terms if (t / b).is_integer]
-            if whole and len(whole) == len(terms):
-                return sympy.Add(*[t / b for t in whole])
+        if b.is_Integer and b != 0:  # multiples of b come out, so that (n - 4) // 2 + 1 and n // 2 - 1 are one size
+            number, rest = a.as_coeff_Add()
+            whole = [t for t in sympy.Add.make_args(rest) if (t / b).is_integer]
+            if number // b or (whole and rest != 0):
+                left = sympy.Add(*(t for t in sympy.Add.make_args(rest) if t not in whole), number % b)
+                return sympy.Add(number // b, *(t / b for t in whole), FloorDiv(left, b))
         return None
 
 

@@ -49,6 +49,37 @@ def test_numbers_as_arguments() -> None:
     assert len(reports()) == 1
 
 
+class Frames(torch.nn.Module):
+    """How much is missing to a whole number of windows, as audio codecs compute it: buffers and a size, but no tensor as argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.tensor(2))
+        self.register_buffer("size", torch.tensor(5))
+
+    def forward(self, n: int) -> torch.Tensor:
+        return torch.ceil((n - self.size) / self.step + 1).to(torch.int64) * self.step + self.size - n
+
+
+def test_a_program_of_weights_and_numbers_only() -> None:
+    model = Frames()
+    for run in (compiled(model, dynamic=True), compiled(model, dynamic=True, kernels="auto")):
+        with torch.no_grad():
+            for n in (80, 71, 9):
+                assert not difference(model(n), run(n))
+
+
+def test_strided_windows_of_unknown_number() -> None:
+    model = torch.nn.Conv1d(3, 5, 4, stride=2)
+    run = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for n in (20, 33):
+            x = torch.randn(2, 3, n)
+            torch.testing.assert_close(run(x), model(x))
+    assert len(reports()) == 1
+    assert "aten(" not in reports()[0].text_before
+
+
 def test_a_negative_number_as_argument() -> None:
     run = compiled(lambda x, n: x * n + max(n, -7), dynamic=True)
     for n in (5, -5, -9):

@@ -102,3 +102,20 @@ def test_an_unbound_symbol_is_named() -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no size expression"):
         dims.parse_dim(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(expressions(), st.integers(-9, 9), st.integers(1, 5), st.booleans())
+def test_multiples_come_out_of_a_division(e: Dim, c: int, b: int, times: bool) -> None:
+    more = dims.mul(c, A) if times else c
+    inside, outside = dims.floordiv(dims.add(e, dims.mul(more, b)), b), dims.add(dims.floordiv(e, b), more)
+    for point in POINTS:
+        value = (dims.evaluate(e, point) + dims.evaluate(more, point) * b) // b
+        assert dims.evaluate(inside, point) == dims.evaluate(outside, point) == value
+
+
+def test_sizes_of_strided_windows_are_one_size() -> None:
+    assert dims.add(dims.floordiv(dims.sub(A, 4), 2), 1) == dims.sub(dims.floordiv(A, 2), 1)
+    third = dims.floordiv(dims.add(B, 1), 3)
+    assert dims.floordiv(dims.add(dims.mul(A, 6), dims.add(B, 7)), 3) == dims.add(dims.mul(A, 2), dims.add(third, 2))
+    assert dims.floordiv(dims.add(dims.mul(A, 2), 1), 2) == A
