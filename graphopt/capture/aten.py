@@ -180,3 +180,8 @@ def axes_of(dim: Any, rank: int) -> tuple[int, ...]:
         return tuple(range(rank))
     several = dim if isinstance(dim, list | tuple) else (dim,)
     return tuple(sorted({int(a) % rank for a in several})) if rank else ()
+
+
+def each(values: Sequence[int], n: int) -> tuple[int, ...]:
+    """One number an axis, where one may stand for all."""
+    return tuple(values) * n if len(values) == 1 else tuple(values)

@@ -82,7 +82,7 @@ def _is_separable(given: Sequence[tuple[int, Value]]) -> bool:
 def _take_each(c: Context, x: Value, given: Sequence[tuple[int, Value]], clip: bool) -> Value:
     for axis, v in given:
         x = c.b.take(x, v if len(given) == 1 else c.b.reshape(v, (v.type.numel,)), axis=axis, clip=clip)
-    return x
+    return c.b.reshape(x, c.shape)  # indices of one element each may make fewer axes than they take
 
 
 def is_mask(index: Value) -> bool:

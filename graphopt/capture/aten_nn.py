@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from graphopt.capture.aten import Context, Number, lowers
+from graphopt.capture.aten import Context, Number, each, lowers
 from graphopt.ir import dims, types
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Value
@@ -77,7 +77,8 @@ def convolution(c: Context, x: Value, w: Value, bias: Value | None, stride: Sequ
     n = x.type.rank - 2
     c.require(x.dtype.is_float and x.dtype == w.dtype and 1 <= n <= 3)
     c.require(all(isinstance(v, int) for v in (*stride, *padding, *dilation, *output_padding, groups)))
-    c.require(all(len(v) == n for v in (stride, padding, dilation)) and (transposed or not any(output_padding)))
+    c.require(transposed or not any(output_padding))
+    stride, padding, dilation, output_padding = (each(v, n) for v in (stride, padding, dilation, output_padding))  # "valid" is one 0
     attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
     if transposed:
         attrs["output_padding"] = tuple(output_padding)

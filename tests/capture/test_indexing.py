@@ -75,6 +75,31 @@ def test_diagonals_and_blocks() -> None:
     check(lambda x: (F.pixel_shuffle(x, 2), F.pixel_unshuffle(x, 2), F.channel_shuffle(x, 4)), torch.randn(2, 8, 4, 6))
 
 
+WINDOWS = [
+    {"kernel_size": 2, "stride": 2}, {"kernel_size": (2, 3), "stride": (2, 3)}, {"kernel_size": 3}, {"kernel_size": 1, "stride": 3},
+    {"kernel_size": 3, "padding": 1, "stride": 2}, {"kernel_size": (2, 3), "dilation": (2, 1), "padding": (0, 2), "stride": (3, 2)},
+    {"kernel_size": 2, "stride": 4, "padding": 1}, {"kernel_size": (3, 1), "dilation": (3, 1), "stride": (2, 1), "padding": (2, 0)},
+    {"kernel_size": 2, "stride": 2, "dilation": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_windows_side_by_side(window: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 8, 12)
+    columns = F.unfold(x, **window)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(lambda x: (F.unfold(x, **window), F.unfold(x[0], **window) + 1), x.to(dtype))
+        check(lambda y: F.fold(y, (8, 12), **window), columns.to(dtype))
+    check(lambda y: F.fold(y, (8, 12), **window), columns[0])
+
+
+def test_windows_of_many_places_are_left_to_pytorch() -> None:
+    x = torch.randn(1, 2, 12, 12)
+    check(lambda x: F.unfold(x, 9), x, library=("aten.im2col.default",))
+    check(lambda x: F.fold(x, (12, 12), 9), F.unfold(x, 9), library=("aten.col2im.default",))
+    check(lambda x: F.unfold(x, 12, stride=12), x)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_channel_shuffle_keeps_the_layout(groups: int) -> None:
     for x in (torch.randn(2, 8, 6), torch.randn(2, 8, 4, 6), torch.randn(2, 8, 2, 3, 4)):
@@ -93,6 +118,11 @@ def test_resizing_beside_infinite_elements(mode: str, size: int, align_corners: 
     x = torch.randn(1, 2, *[4] * rank)
     x.view(-1)[[1, x.numel() // 2, -1]] = torch.tensor([float("inf"), float("-inf"), float("inf")])
     check(lambda x: F.interpolate(x, size=[size] * rank, mode=mode, align_corners=align_corners), x)
+
+
+def test_indices_of_one_element_each() -> None:
+    i, j = torch.tensor([0]), torch.tensor([2])
+    check(lambda x, i, j: (x[i, j], x[:, i, j], x[i[:, None], j], x[i, j[:, None, None]]), X[:1], i, j)
 
 
 @pytest.mark.parametrize("bad", [4, -5])

@@ -49,6 +49,7 @@ def test_convolutions() -> None:
     x, w, b = torch.randn(2, 4, 9, 8), torch.randn(6, 2, 3, 3), torch.randn(6)
     check(lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=(1, 0), dilation=(1, 2), groups=2), x, w, b)
     check(lambda x, w: F.conv1d(x[0, :, :, 0], w[:, :, 0, :2].repeat(1, 2, 1), padding="same"), x, w)
+    check(lambda x, w: F.conv2d(x, w, stride=2, padding="valid", groups=2), x, w)
     check(F.conv_transpose2d, x, torch.randn(4, 2, 3, 3))
 
 
