@@ -2,10 +2,14 @@
 
     python benchmarks/memory.py [--models bert,resnet50,gpt2,llama] [--threads 2]
 
-Figures are MiB of resident memory (Linux only). "running" is the highest value during three calls after a warm-up, with freed
-memory handed back to the system first; "before" is what the process held before the model was made: the interpreter, PyTorch and,
-for graphopt, all that compiling a single layer leaves behind (torch.export, the passes, TVM's runtime). "model" is the difference.
-"compiling" is the highest value from there to the first result.
+Figures are MiB of resident memory (Linux only). The model is made, run and dropped once, then made and run again: what the first
+time leaves behind for good is the process's (the interpreter, PyTorch and pages of its libraries, MKL's buffers; for graphopt also
+torch.export, the passes, TVM's runtime), and everything after it is the model's.
+
+"before": what the process held before the model was made again. "running": the highest value during three calls after a warm-up, with
+freed memory handed back to the system first. "model": the difference. "first": the same difference the first time, when the
+process had compiled a single layer (or nothing, for eager). "compiling": the highest value from making the model again to its first
+result.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SYSTEMS = ("eager", "graphopt", "graphopt, own_weights")
-COLUMNS = ("weights", "before", "running", "model", "compiling")
+COLUMNS = ("weights", "before", "running", "model", "first", "compiling")
 
 
 def resident(key: str = "VmRSS") -> float:
@@ -40,14 +44,20 @@ def start_peak() -> None:
 
 def child(system: str, model: str, threads: int) -> dict[str, float]:
     """MiB of one system in this process."""
-    from benchmarks.models import MODELS
-    from graphopt.ownership import give_back_memory
-
     torch.set_num_threads(threads)
     if system != "eager":
         import graphopt
 
         graphopt.compile(torch.nn.Linear(64, 64), (torch.randn(4, 64),))(torch.randn(4, 64))
+    first = once(system, model)["model"]
+    return {**once(system, model), "first": first}
+
+
+def once(system: str, model: str) -> dict[str, float]:
+    """Make the model, run it, and drop it."""
+    from benchmarks.models import MODELS
+    from graphopt.ownership import give_back_memory
+
     module, inputs = MODELS[model]()
     weights = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) / 2**20
     give_back_memory()
@@ -56,6 +66,8 @@ def child(system: str, model: str, threads: int) -> dict[str, float]:
     call: Any = module
     with torch.no_grad():
         if system != "eager":
+            import graphopt
+
             call = graphopt.compile(module, inputs, own_weights=system != "graphopt")
         call(*inputs)
         compiling = resident("VmHWM")
