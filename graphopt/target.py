@@ -146,6 +146,16 @@ class Target:
         many = pixels * min(taps, 4) >= 128 or (filters >= 1024 and pixels >= 32)
         return self.f32_thirds and suits and taps * filters >= 64 and many
 
+    def conv_along_channels(self, taps: int, channels: int, filters: int) -> bool:
+        """Whether vectors of a convolution of one group are best laid along the channels of its image rather than along its filters.
+
+        Along few filters they are mostly empty. So many that a tile has one pixel read a vector for each product; and where sums are
+        short, adding up their lanes takes as long as they do. The bounds are measured.
+        """
+        fills = self.kind == "cpu" and channels >= self.lanes(4) > 1
+        fits = 3 * filters < self.vector_registers  # the sums of two pixels, and the weight
+        return fills and fits and (filters <= 4 or taps * channels >= 8 * filters)
+
     def has(self, feature: str) -> bool:
         return feature in self.features
 

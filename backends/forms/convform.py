@@ -24,12 +24,14 @@ class ConvForm:
 
     Attributes:
         packed: the input that holds the weight in panels ``[groups * ceil(O / groups / nr), K * C / groups, nr]``, if it is.
+        by_filter: the input that holds the weight filter by filter, ``[O, *K, C / groups]``, if it is.
         transformed: the input that holds the weight by Winograd's transform, ``[O / nr, 16, C, nr]``, if it is.
     """
 
     node: Node
     packed: Value | None
     transformed: Value | None = None
+    by_filter: Value | None = None
 
     @property
     def x(self) -> Value:
@@ -134,7 +136,8 @@ def conv_of(graph: Graph, integers: bool = False) -> ConvForm | str:
     for v in graph.outputs:
         if not dims.same_shape(v.shape, node.result.shape):
             return f"the output {v.type} has not the convolution's shape"
-    return ConvForm(node, packed_weight(node.operands[1]), _transformed(node))
+    w = node.operands[1]
+    return ConvForm(node, packed_weight(w), _transformed(node), _weight_by_filter(w))
 
 
 def packed_weight(w: Value) -> Value | None:
@@ -146,6 +149,15 @@ def packed_weight(w: Value) -> Value | None:
             return None
         v = node.operands[0]
     return v if v.is_input and v.type.strides is None and v.type.rank == 3 and v.dtype in (types.f32, types.f64) else None
+
+
+def _weight_by_filter(w: Value) -> Value | None:
+    """The input whose axes are those of the weight with the filters in front."""
+    turned, rank = w.defined_by("transpose"), w.type.rank
+    if turned is None or turned.attrs["perm"] != (*range(1, rank), 0):
+        return None
+    v = turned.operands[0]
+    return v if v.is_input and v.type.strides is None and v.dtype in (types.f32, types.f64) else None
 
 
 def _transformed(conv: Node) -> Value | None:

@@ -169,6 +169,26 @@ def _write_thirds(w: Workload, s: Schedule, t: Target) -> Any:
     return ConvThirdsKernel(w.graph, _conv_form(w), **{n: s[n] for n in names}).emit()
 
 
+def _channels_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.convform import conv_of
+    from graphopt.backends.tvm.convchannelform import refusal
+
+    form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
+    return form if isinstance(form, str) else refusal(form, t)
+
+
+def _channels_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.tvm.convchannelform import params
+
+    return params(_conv_form(w), t)
+
+
+def _write_channels(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.tvm.convchannels import ConvChannelsKernel
+
+    return ConvChannelsKernel(w.graph, _conv_form(w), s["lanes"], s["rows"], s["unroll"], s["pixels"], s["parallel"]).emit()
+
+
 def _pair_refuse(w: Workload, t: Target) -> str | None:
     from graphopt.backends.forms.convpair import KIND, pair_of
 
@@ -231,5 +251,6 @@ DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_d
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=loops_of("conv_loops"))
 CONV_THIRDS = Template("conv-thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)
+CONV_CHANNELS = Template("conv-channels", _channels_refuse, _channels_params, _write_channels)
 CONV_INT8 = Template("conv-int8", _int8_refuse, _int8_params, _write_int8)
 CONV_PAIR = Template("conv-pair", _pair_refuse, _pair_params, _write_pair)

@@ -24,6 +24,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("halves", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("thirds", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("conv", "default"): (*_TILED, Rule.CACHE_WRITE),
+    ("conv-channels", "default"): _TILED,
     ("conv-thirds", "default"): (*_TILED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("winograd", "default"): (Rule.WINOGRAD, *_TILED),
     ("depthwise", "default"): _FUSED,

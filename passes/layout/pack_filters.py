@@ -7,7 +7,9 @@ changes.
 When: after ``fuse``, for a region of kind ``conv`` or ``conv-depthwise`` whose weight is a staged (weight-only) f32 value behind views. The
 groups of a grouped convolution are packed one after the other. A depthwise convolution reads its weight as it is, with the
 channels last: only the views in front of it move out of the region. ``nr`` is 32, two AMX tiles, where the target sums this
-convolution from thirds (``Target.conv_in_thirds``). Weights of integers are packed in fours
+convolution from thirds (``Target.conv_in_thirds``). Few filters are not put into panels, of which they would fill a small part: where
+the kernel reads them with vectors along the channels (``Target.conv_along_channels``), they are laid out one after the other, ``wp[o, k] =
+w[k, o]``, by a transpose. Weights of integers are packed in fours
 (:mod:`~graphopt.passes.layout.filter_fours`). An operand that is no weight is left in silence; declined with a remark are
 other dtypes.
 
@@ -73,19 +75,24 @@ class PackFilters(Pass):
                 if found.reason:
                     ctx.missed(self.name, f"the weight is not packed: {found.reason}", fusion)
                 continue
+            conv, chain = found
+            few = self.width is None and along_channels(fusion, conv, ctx.target)
+            if few and [(n.op.name, n.attrs.get("perm")) for n in chain] == [("transpose", (*range(1, len(conv.operands[1].shape)), 0))]:
+                continue  # it lies filter by filter
             if (number := ctx.fuel.take()) is None:
                 continue
-            conv, chain = found
             groups, w = int(conv.attrs["groups"]), conv.operands[1]
             source = fusion.operands[origin(w).index]
             filters = int(w.shape[-1]) // groups
-            form: tuple[int, ...]
+            form: tuple[int | str, ...]
             if conv.attrs["acc"] == types.i32:
                 form = filter_fours.runs_of(conv)
                 packing = partial(filter_fours.pack, lines=form[0], run=form[1])
                 unpacked = partial(filter_fours.unpack, lines=form[0], run=form[1], shape=w.shape)  # type: ignore[arg-type]
             elif _depthwise(conv):
                 form, packing, unpacked = (), (lambda b, w: w), (lambda b, w: w)  # type: ignore[assignment]
+            elif few:
+                form, packing, unpacked = ("by filter",), by_filter, by_channel  # type: ignore[assignment]
             else:
                 form = (groups, self.width or _width(fusion, conv, filters, ctx.target))
                 packing = partial(pack, groups=groups, nr=form[1])
@@ -116,6 +123,14 @@ def in_thirds(conv: Node, t: Target) -> bool:
     return t.conv_in_thirds(prod(kernel), channels, filters, prod(int(d) for d in conv.results[0].shape[:-1]))
 
 
+def along_channels(fusion: Node, conv: Node, t: Target) -> bool:
+    """Whether a convolution with its channels last has few filters, and its kernel reads the weight filter by filter."""
+    if fusion.attrs["kind"] != "conv" or conv.attrs["groups"] != 1 or conv.operands[1].dtype != types.f32 or in_thirds(conv, t):
+        return False
+    *kernel, channels, filters = (int(d) for d in conv.operands[1].shape)
+    return t.conv_along_channels(prod(kernel), channels, filters)
+
+
 def _depthwise(conv: Node) -> bool:
     w, groups = conv.operands[1], conv.attrs["groups"]
     return bool(groups > 1 and w.shape[-2] == 1 and w.shape[-1] == groups)
@@ -141,6 +156,17 @@ def unpack(b: Builder, wp: Value, groups: int, shape: tuple[int, ...]) -> Value:
     v = b.create("reshape", [v], {"shape": (depth, groups, panels * nr)})
     v = b.create("slice", [v], {"axis": 2, "stop": shape[-1] // groups})
     return b.create("reshape", [v], {"shape": shape})  # type: ignore[no-any-return]
+
+
+def by_filter(b: Builder, w: Value) -> Value:
+    """``[*K, C, O]`` to ``[O, *K, C]``."""
+    rank = w.type.rank
+    return b.transpose(w, perm=(rank - 1, *range(rank - 1)))
+
+
+def by_channel(b: Builder, w: Value) -> Value:
+    """The inverse of :func:`by_filter`; always one node."""
+    return b.create("transpose", [w], {"perm": (*range(1, w.type.rank), 0)})  # type: ignore[no-any-return]
 
 
 def _from_one(unpacked: Callable[[Builder, Value], Value], b: Builder, given: Sequence[Value]) -> Value:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from graphopt.errors import GraphoptError
 from graphopt.ir import Builder, Graph, TensorType, dims, parse_graph, types
+from graphopt.ir.interpreter import evaluate
 from graphopt.pass_manager import run_passes
 from graphopt.passes.fusion import Fuse
 from graphopt.passes.layout import ConvLayout, PackFilters
@@ -161,6 +163,26 @@ def test_the_packed_form(weight: tuple[int, ...], groups: int, packed: tuple[int
     (fusion,) = [n for n in after.nodes() if n.op.name == "fusion"]
     assert packed in [v.shape for v in fusion.operands], after
     assert not any(v.weight for v in fusion.operands)
+
+
+def test_few_filters_lie_one_after_the_other() -> None:
+    """With vectors along the channels; and once they do, they stay."""
+    g, _ = fused((3, 4, 3, 3))
+    ctx, before = PassContext(target=Target("cpu", "x86_64")), g.clone()
+    assert PackFilters().run(g, ctx) and not PackFilters().run(g, ctx)
+    (fusion,) = [n for n in g.nodes() if n.op.name == "fusion"]
+    assert (3, 3, 3, 4) in [v.shape for v in fusion.operands] and not any(v.weight for v in fusion.operands), g
+    x, w, r = (torch.randn([2 if d == B else int(d) for d in v.shape]) for v in before.inputs)
+    (want,), (got,) = (evaluate(graph, [x, w, r], bindings={"B": 2}) for graph in (before, g))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("weight, groups", [((20, 4, 3, 3), 1), ((4, 2, 3, 3), 2)])
+def test_other_filters_are_packed_in_panels(weight: tuple[int, ...], groups: int) -> None:
+    g, _ = fused(weight, groups)
+    assert PackFilters().run(g, PassContext(target=Target("cpu", "x86_64")))
+    (fusion,) = [n for n in g.nodes() if n.op.name == "fusion"]
+    assert [v.type.rank for v in fusion.operands].count(3) == 1, g
 
 
 def test_what_is_no_weight_is_not_packed() -> None:
