@@ -10,12 +10,13 @@ from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
 from graphopt.backends.forms.convform import ConvForm
+from graphopt.backends.forms.support import VIEWS
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
 from graphopt.backends.tvm.expr import Arguments, Expressions
 from graphopt.backends.tvm.lanes import Lanes
-from graphopt.backends.tvm.loops import SMALL, product, vector_loop
+from graphopt.backends.tvm.loops import SMALL, product, vector_loop, vector_steps
 from graphopt.ir.graph import Graph
 
 
@@ -72,6 +73,7 @@ class ConvImage(Lanes):
         probe = Probe(self.args, {}, form.x)
         probe([0] * form.x.type.rank)
         lanes, whole = 1 if probe.scalar_only else min(self.lanes, channels), self._whole_lines(channels)
+        turned = self._turned(channels)
         count, zero = product(code, lines), tirx.const(0, self.held)
         size = product(code, [count, self.padded[-1], channels])
         small = isinstance(size, int) and size < SMALL
@@ -92,6 +94,10 @@ class ConvImage(Lanes):
             def copy(n: Index = n, source: Sequence[Index] = source, start: Index = start) -> None:
                 pad = form.low[-1] * channels
                 fill(0, pad)
+                if turned:
+                    self._turn_line(buffer, code.simplify(start + pad), [n, *source])
+                    fill(code.simplify(pad + self.space[-1] * channels), form.high[-1] * channels)
+                    return
                 if whole:
                     self._copy_line(buffer, code.simplify(start + pad), [n, *source], code.simplify(self.space[-1] * channels))
                     fill(code.simplify(pad + self.space[-1] * channels), form.high[-1] * channels)
@@ -116,6 +122,22 @@ class ConvImage(Lanes):
 
     def _whole_lines(self, channels: int) -> bool:
         """Whether a line of the image lies in memory as it is wanted: pixel after pixel, and nothing is converted."""
+        steps = self._steps(channels)
+        return steps is not None and self.code.equal(steps[0], channels) and self.code.equal(steps[1], 1)
+
+    def _turned(self, channels: int) -> bool:
+        """Whether a line of the image lies in memory channel by channel, pixels side by side, and its channels fill a vector."""
+        source = self.form.x
+        while source.producer is not None and source.producer.name in VIEWS:
+            source = source.producer.operands[0]
+        fits = 1 < self.lanes <= channels and self.lanes & (self.lanes - 1) == 0
+        if not source.is_input or scalar.STORAGE[source.dtype] != self.held or not fits:
+            return False
+        steps = self._steps(channels)
+        return steps is not None and self.code.equal(steps[0], 1)
+
+    def _steps(self, channels: int) -> tuple[Index, Index] | None:
+        """How far apart in memory neighbouring pixels of a line are, and neighbouring channels; None if that is not the same everywhere."""
         code, x = self.code, self.form.x
         w, c = (tirx.Var(name, "int64") for name in ("w", "c"))
         for var, size in ((w, self.space[-1]), (c, channels)):
@@ -123,9 +145,9 @@ class ConvImage(Lanes):
         probe = Expressions(self.args, {}, probe=True)
         element = probe.at(x, [*[0] * (x.type.rank - 2), w, c])
         if not isinstance(element, TensorLoad) or len(probe.addresses) != 1 or isinstance(probe.addresses[0], int):
-            return False
+            return None
         along = tvm.sym.detect_linear_equation(probe.addresses[0], [w, c])
-        return bool(len(along)) and code.equal(along[0], channels) and code.equal(along[1], 1)
+        return (along[0], along[1]) if len(along) else None
 
     def _copy_line(self, buffer: Any, start: Index, line: Sequence[Index], length: Index) -> None:
         """Copy ``length`` elements of a line of the image that lie side by side."""
@@ -139,3 +161,43 @@ class ConvImage(Lanes):
             code.store(buffer, code.simplify(start + i), code.load(source, code.simplify(first + i)))
 
         vector_loop(code, 0, length, self.lanes, element)
+
+    def _turn_line(self, buffer: Any, start: Index, line: Sequence[Index]) -> None:
+        """Copy a line of an image whose channels are apart: squares of ``lanes`` pixels by as many channels, turned in registers."""
+        code, x, lanes = self.code, self.form.x, self.lanes
+        channels = self.form.groups * self.form.inner
+
+        def pixels(w: Index, width: int) -> None:
+            if width == 1:
+                to = code.simplify(start + w * channels)
+
+                def element(c: Index) -> None:
+                    code.store(buffer, code.simplify(to + c), Expressions(self.args, {}).at(x, [*line, w, c]))
+
+                vector_loop(code, 0, channels, lanes, element)
+                return
+            with code.loop(channels // lanes, "serial", "c") as c:
+                self._turn(buffer, start, line, w, code.simplify(c * lanes))
+            if channels % lanes:  # the last square overlaps the one before
+                self._turn(buffer, start, line, w, channels - lanes)
+
+        vector_steps(code, 0, self.space[-1], lanes, pixels)
+
+    def _turn(self, buffer: Any, start: Index, line: Sequence[Index], w: Index, c: Index) -> None:
+        """Copy a square from pixel ``w`` and channel ``c`` on. Each step interleaves the vectors of one half with those of the other."""
+        code, lanes = self.code, self.lanes
+        channels = self.form.groups * self.form.inner
+        steps = self._steps(channels)
+        assert steps is not None
+        probe = Expressions(self.args, {}, probe=True)
+        probe.at(self.form.x, [*line, w, c])
+        value, first = probe.reads[0]
+        source, first = self.args.inputs[value], code.bind_index(first, "from")
+        parts = [code.bind(self._vector(source, code.simplify(first + i * steps[1])), "a") for i in range(lanes)]
+        half = lanes // 2
+        orders = [[k // 2 + k % 2 * lanes + side for k in range(lanes)] for side in (0, half)]
+        for _ in range(half.bit_length()):
+            parts = [code.bind(tirx.Shuffle([parts[i], parts[i + half]], order), "mix") for i in range(half) for order in orders]
+        to = code.bind_index(code.simplify(start + w * channels + c), "to")
+        for i, part in enumerate(parts):
+            self._put(buffer, code.simplify(to + i * channels), part)

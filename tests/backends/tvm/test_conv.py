@@ -65,6 +65,7 @@ CASES: dict[str, Graph] = {
     "1x1 strided": conv((1, 9, 9, 40), (1, 1, 40, 33), stride=2, nr=48),
     "first layer": conv((1, 37, 41, 3), (7, 7, 3, 24), stride=2, padding=3, nr=32, epilogue=True, seen=(0, 2, 3, 1)),
     "patches": conv((2, 32, 32, 3), (8, 8, 3, 40), stride=8, nr=48, seen=(0, 2, 3, 1)),
+    "many channels first": conv((2, 9, 37, 20), (3, 3, 20, 20), padding=1, nr=32, seen=(0, 2, 3, 1)),
     "dilated": conv((1, 13, 15, 6), (3, 3, 6, 10), padding=2, dilation=2),
     "strided, dilated": conv((2, 16, 15, 7), (3, 2, 7, 17), stride=3, padding=1, dilation=3),
     "long": conv((1, 5, 6, 700), (3, 3, 700, 18), padding=1, nr=32),

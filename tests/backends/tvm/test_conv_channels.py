@@ -54,6 +54,9 @@ CASES: dict[str, Graph] = {
     "padded twice": conv((1, 9, 8, 32), (3, 3, 32, 3), padding=1, pad=(1, 2), epilogue=True),
     "padded by ones": conv((1, 9, 8, 32), (3, 3, 32, 3), pad=(1, 1), fill=1.0),
     "channels first": conv((2, 9, 11, 32), (3, 3, 32, 3), padding=1, epilogue=True, seen=(0, 2, 3, 1)),
+    "channels first, squares of pixels and channels": conv((2, 9, 37, 40), (3, 3, 40, 3), padding=1, seen=(0, 2, 3, 1)),
+    "channels first, f64": conv((1, 5, 21, 19), (3, 3, 19, 3), padding=1, dtype=types.f64, seen=(0, 2, 3, 1)),
+    "channels first, a volume": conv((1, 3, 4, 17, 33), (1, 3, 3, 33, 2), padding=1, seen=(0, 2, 3, 4, 1)),
     "half a vector left": conv((1, 9, 9, 24), (3, 3, 24, 3), padding=1),
     "channels left": conv((1, 9, 10, 21), (3, 3, 21, 3), padding=1, residual=True),
     "channels left, dilated": by_filter((1, 9, 12, 37), 2, (3, 3), padding=2, dilation=2),
@@ -70,6 +73,7 @@ CASES: dict[str, Graph] = {
     "image of any size, strided": conv((B, H, H, 16), (3, 3, 16, 3), stride=2, padding=1, residual=True),
     "image of any size, wide window": by_filter((1, H, H, 16), 2, (7, 7), padding=3),
     "image of any size, channels first": conv((B, H, H, 16), (3, 3, 16, 3), padding=1, seen=(0, 2, 3, 1)),
+    "one image of any size, channels first": conv((1, H, H, 35), (3, 3, 35, 3), stride=2, padding=1, seen=(0, 2, 3, 1)),
     "image of any size, channels left": by_filter((B, H, H, 19), 2, (3, 3), padding=2, dilation=2),
     "any size in place": conv((B, H, H, 16), (1, 1, 16, 1), epilogue=True),
 }  # fmt: skip
