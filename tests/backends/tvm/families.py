@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from test_conv import CASES
+from test_conv_channels import CASES as CHANNELS
 from test_conv_pair import CASES as PAIRS
 from test_families import REDUCTIONS, ROWS
 from test_pool import CASES as POOLS
@@ -40,8 +41,7 @@ _PRODUCTS = {
 }
 _CONVOLUTIONS = ("3x3", "3x3 packed", "1x1 strided", "first layer", "grouped", "line", "volume", "long", "image of any size",
                  "depthwise", "depthwise strided", "depthwise of any size", "padded")  # fmt: skip
-
-
+_FEW_FILTERS = ("3x3 by filter", "channels left", "channels first", "image of any size")
 _POOLS = ("max", "max of any size, first", "argmax", "avg", "avg of any size", "avg of a large window", "adaptive avg")
 
 
@@ -70,6 +70,7 @@ def families(t: Target) -> dict[str, tuple[Graph, str]]:
     add("matmul", {f"packed, {m} rows": packed_product(m, 300, 100, nr) for m in (1, 7, 35, "M")})
     add("matmul", {"packed, a narrow last panel": packed_product(35, 300, nr + 16, nr)})
     found.update({f"conv: {name}": (CASES[name], "conv") for name in _CONVOLUTIONS})
+    found.update({f"conv of few filters: {name}": (CHANNELS[name], "conv") for name in _FEW_FILTERS})
     found["conv-depthwise: strided"] = (PAIRS["strided"], "conv-depthwise")
     found.update({f"pool: {name}": (POOLS[name], kind_of(POOLS[name])) for name in _POOLS})
     return found
