@@ -51,12 +51,19 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
             return sympy.Integer(1)
         if isinstance(a, FloorDiv) and all(d.is_Integer and d > 0 for d in (b, a.args[1])):
             return FloorDiv(a.args[0], a.args[1] * b)
-        if b.is_Integer and b != 0:  # multiples of b come out, so that (n - 4) // 2 + 1 and n // 2 - 1 are one size
+        if b.is_Integer and b > 0:
+            # Multiples of b come out, so that (n - 4) // 2 + 1 and n // 2 - 1 are one size. Kernels divide toward zero: what is left
+            # has to be nonnegative, or its negative turned: -n // b is -((n + b - 1) // b).
             number, rest = a.as_coeff_Add()
             whole = [t for t in sympy.Add.make_args(rest) if (t / b).is_integer]
-            if number // b or (whole and rest != 0):
-                left = sympy.Add(*(t for t in sympy.Add.make_args(rest) if t not in whole), number % b)
-                return sympy.Add(number // b, *(t / b for t in whole), FloorDiv(left, b))
+            left = sympy.Add(*(t for t in sympy.Add.make_args(rest) if t not in whole), number % b)
+            out = sympy.Add(number // b, *(t / b for t in whole))
+            if left.is_Integer:
+                return out
+            if left.is_nonnegative:
+                return out + FloorDiv(left, b) if out != 0 else None
+            if (b - 1 - left).is_nonnegative:
+                return out - FloorDiv(b - 1 - left, b)
         return None
 
 

@@ -80,6 +80,28 @@ def test_strided_windows_of_unknown_number() -> None:
     assert "aten(" not in reports()[0].text_before
 
 
+class Rest(torch.nn.Module):
+    """Strided windows in what is left of a buffer: their number decreases as the argument grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv1d(3, 2, 3, stride=2, padding=1)
+        self.register_buffer("signal", torch.randn(1, 3, 20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = self.signal[..., x.shape[0] :]
+        return self.conv(rest.sin()).relu().amax(-1) + F.avg_pool1d(rest, 2).exp().sum() + x.sum()
+
+
+def test_sizes_that_decrease() -> None:
+    model = Rest()
+    run = compiled(model, dynamic=True, kernels="auto")
+    with torch.no_grad():
+        for n in (7, 5, 4, 11, 16):
+            x = torch.randn(n)
+            torch.testing.assert_close(run(x), model(x))
+
+
 def test_a_negative_number_as_argument() -> None:
     run = compiled(lambda x, n: x * n + max(n, -7), dynamic=True)
     for n in (5, -5, -9):

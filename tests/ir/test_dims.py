@@ -119,3 +119,13 @@ def test_sizes_of_strided_windows_are_one_size() -> None:
     third = dims.floordiv(dims.add(B, 1), 3)
     assert dims.floordiv(dims.add(dims.mul(A, 6), dims.add(B, 7)), 3) == dims.add(dims.mul(A, 2), dims.add(third, 2))
     assert dims.floordiv(dims.add(dims.mul(A, 2), 1), 2) == A
+
+
+@pytest.mark.parametrize("e", [dims.sub(21, A), dims.sub(0, A), dims.sub(dims.mul(A, 2), 5), dims.sub(4, dims.mul(3, dims.add(A, B)))])
+@pytest.mark.parametrize("b", [2, 3, 5])
+def test_what_is_left_of_a_division_is_nonnegative(e: Dim, b: int) -> None:
+    """Kernels divide toward zero."""
+    found = dims.floordiv(e, b)
+    assert all(d.args[0].is_nonnegative for d in sympy.sympify(found).atoms(dims.FloorDiv))
+    for point in POINTS:
+        assert dims.evaluate(found, point) == dims.evaluate(e, point) // b
