@@ -139,15 +139,20 @@ class ConvImage(Lanes):
     def _steps(self, channels: int) -> tuple[Index, Index] | None:
         """How far apart in memory neighbouring pixels of a line are, and neighbouring channels; None if that is not the same everywhere."""
         code, x = self.code, self.form.x
-        w, c = (tirx.Var(name, "int64") for name in ("w", "c"))
-        for var, size in ((w, self.space[-1]), (c, channels)):
+        sizes = [*(code.size(d) for d in x.shape[:-1]), channels]
+        index = [tirx.Var(code.fresh("i"), "int64") for _ in sizes]
+        for var, size in zip(index, sizes, strict=True):
             code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(size)))
         probe = Expressions(self.args, {}, probe=True)
-        element = probe.at(x, [*[0] * (x.type.rank - 2), w, c])
+        element = probe.at(x, index)  # anywhere: a line may go on elsewhere in its midst, or lie outside
         if not isinstance(element, TensorLoad) or len(probe.addresses) != 1 or isinstance(probe.addresses[0], int):
             return None
-        along = tvm.sym.detect_linear_equation(probe.addresses[0], [w, c])
-        return (along[0], along[1]) if len(along) else None
+        along = tvm.sym.detect_linear_equation(probe.addresses[0], index[-2:])
+        steps = list(along)[:2]
+        lead = {v.name for v in index[:-2]}
+        if len(steps) < 2 or any(v.name in lead for s in steps for v in tirx.analysis.undefined_vars(s)):
+            return None
+        return steps[0], steps[1]
 
     def _copy_line(self, buffer: Any, start: Index, line: Sequence[Index], length: Index) -> None:
         """Copy ``length`` elements of a line of the image that lie side by side."""
