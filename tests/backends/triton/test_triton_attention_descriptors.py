@@ -60,7 +60,7 @@ def judge(graph: Graph, s: Schedule) -> None:
     run = runner(graph, "attention", s)
     for m, n in SIZES if graph.symbols else SIZES[:1]:
         sizes = {name: n if name == "N" else m for name in graph.symbols}
-        check(graph, run, inputs(graph, **sizes), sizes or None, factor=4.0, slack=4.0)
+        check(graph, run, inputs(graph, **sizes), sizes or None, factor=4.0, slack=8.0)  # values of 4 bits are up to 8 scales large
 
 
 @pytest.mark.parametrize("graph", [*CASES.values(), *FEW.values()], ids=[*CASES, *(f"few, {name}" for name in FEW)])

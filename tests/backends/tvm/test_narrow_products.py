@@ -28,7 +28,7 @@ def product(m: int, k: int, n: int, form: str) -> str:
     if form == "second transposed":
         text.append(f" %u: {dtype}[{k}, {n}] = transpose(%y) {{perm = [1, 0]}}")
         b = "%u"
-    end = "gelu" if form == "heavy end" else "sinh" if form == "end without vectors" else "relu"
+    end = "gelu" if form == "heavy end" else "tanh" if form == "end without vectors" else "relu"
     text += [f" %0: {out} = matmul({a}, {b})", f" %1: {out} = add(%0, %b)", f" %2: {out} = {end}(%1)", " return %2", "}"]
     return "\n".join(text)
 
