@@ -14,6 +14,8 @@ Reference: Vasilache et al., "Composable and Modular Code Generation in MLIR", a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from graphopt.errors import UsageError, nearest
 from graphopt.ir import OPS, Listener, Trait
 from graphopt.ir.graph import Graph, Node, Value
@@ -86,6 +88,12 @@ def _through_f32(rw: Rewriter, node: Node) -> Value:
     return out
 
 
+def expansion(rw: Rewriter, node: Node) -> Sequence[Value]:
+    """What computes a composite's results by other ops; the node stays."""
+    through_f32 = node.op.name in _STATISTICS and node.results[0].dtype in (f16, bf16)
+    return (_through_f32(rw, node),) if through_f32 else rw.expand_all(node)
+
+
 class _Created(Listener):
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -99,9 +107,7 @@ def _expand(g: Graph, node: Node) -> list[Node]:
     created = _Created()
     g.listeners.append(created)
     try:
-        rw = Rewriter(g, node)
-        through_f32 = node.op.name in _STATISTICS and node.results[0].dtype in (f16, bf16)
-        new = (_through_f32(rw, node),) if through_f32 else rw.expand_all(node)
+        new = expansion(Rewriter(g, node), node)
     finally:
         g.listeners.remove(created)
     for old, value in zip(node.results, new, strict=True):

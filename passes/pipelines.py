@@ -29,8 +29,9 @@ LEVELS: Mapping[int, tuple[str, ...]] = {
     # and what expansion leaves is cleaned up again before fusion looks at who uses what; views move reshapes down, unflatten
     # moves the ones that are left in fusion's way up again; sibling matmuls meet once their views stand as fusion will see them
     2: (
-        *_CLEAN_UP, *_RECOMPOSE, "recognise-attention", "linear-attention", "causal-linear-attention", "fold-batch-norm", "dce", "expand",
-        *_CLEAN_UP, *_LAYOUT, "split-reductions", "sibling-matmuls", "mask-blocks", "narrow-weights", "pad-products", "fuse", *_PACK,
+        *_CLEAN_UP, *_RECOMPOSE, "recognise-attention", "linear-attention", "causal-linear-attention", "fold-batch-norm",
+        "channel-norms", "dce", "expand", *_CLEAN_UP, *_LAYOUT, "split-reductions", "sibling-matmuls", "mask-blocks", "narrow-weights",
+        "pad-products", "fuse", *_PACK,
     ),
 }  # fmt: skip
 

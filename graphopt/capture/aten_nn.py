@@ -131,10 +131,12 @@ def group_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, n
 @lowers("_native_batch_norm_legit.no_stats")
 def instance_norm(c: Context, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float,
                   eps: float) -> list[Value | None]:  # fmt: skip
-    """With the statistics of a batch of one, all channels of all images side by side: a layer norm over space."""
+    """With the statistics of a batch of one, all channels of all images side by side: each channel is a group of its own."""
     c.only_first()
     c.require(training and x.type.rank > 2 and x.shape[0] == 1)
     v, *affine = _widened(c, [x, *_affine(c, x, weight, bias)])
+    if isinstance(x.shape[1], int):
+        return [c.to(c.b.group_norm(v, *affine, groups=x.shape[1], eps=eps), c.dtype), None, None]
     flat = c.b.reshape(v, (x.shape[1], dims.numel(x.shape[2:])))
     y = c.b.layer_norm(flat, axes=1, eps=eps)
     for op, w in zip(("mul", "add"), affine):

@@ -1,5 +1,6 @@
 """Layouts: how tensors lie in memory so that kernels read them straight."""
 
+from graphopt.passes.layout.channel_norms import ChannelNorms
 from graphopt.passes.layout.conv_layout import ConvLayout
 from graphopt.passes.layout.halve_weights import HalveWeights
 from graphopt.passes.layout.output_order import OutputOrder
@@ -13,5 +14,5 @@ from graphopt.passes.layout.unflatten import Unflatten
 from graphopt.passes.layout.weights_in_place import WeightsInPlace
 from graphopt.passes.layout.winograd import WinogradFilters
 
-__all__ = ["ConvLayout", "HalveWeights", "OutputOrder", "PackFilters", "PackWeights", "PadProducts", "SharePacked", "SplitReductions",
-           "TurnBias", "Unflatten", "WeightsInPlace", "WinogradFilters"]
+__all__ = ["ChannelNorms", "ConvLayout", "HalveWeights", "OutputOrder", "PackFilters", "PackWeights", "PadProducts", "SharePacked",
+           "SplitReductions", "TurnBias", "Unflatten", "WeightsInPlace", "WinogradFilters"]

@@ -27,7 +27,9 @@ from graphopt.ir import Trait, dims
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.opset.window import WINDOWS
 from graphopt.pass_manager import Pass
+from graphopt.passes.expand import expansion
 from graphopt.passes.fusion.cost import CostModel
+from graphopt.passes.fusion.roles import rows_of
 from graphopt.passes.layout import phases
 from graphopt.rewrite import PassContext, Rewriter, erase_dead
 
@@ -193,7 +195,12 @@ class _Walk:
         x = node.operands[0]
         place = last_perm(x.type.rank)
         axes = tuple(sorted(place.index(a % x.type.rank) for a in node.attrs["axes"]))
-        return rw.create(node.op.name, [self.last(rw, x)], {**node.attrs, "axes": axes})  # type: ignore[no-any-return]
+        out = rw.create(node.op.name, [self.last(rw, x)], {**node.attrs, "axes": axes})
+        if node.op.name != "var" or rows_of(out.producer) is not None:
+            return out  # type: ignore[no-any-return]
+        (parts,) = expansion(rw, out.producer)  # only a variance of rows has a kernel; ``expand`` has seen it as one
+        rw.graph.erase(out.producer)
+        return parts
 
     def _concat(self, rw: Rewriter, node: Node) -> Value:
         rank = node.results[0].type.rank

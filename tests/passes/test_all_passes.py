@@ -17,6 +17,7 @@ from graphopt.testing.recipes.idioms import (
     exact_product,
     linear_attention,
     masked_attention,
+    normed_convolution,
     odd_product,
     sibling_products,
     wide_product,
@@ -44,6 +45,7 @@ ALSO = {  # what a pass looks for, where chance alone seldom makes it
     "linear-attention": (linear_attention,), "causal-linear-attention": (causal_linear_attention,), "mask-blocks": (masked_attention,),
     "turn-bias": (biased_attention,), "halve-weights": (wide_product,), "narrow-weights": (exact_product,),
     "pad-products": (odd_product,), "weights-in-place": (sibling_products,), "sibling-matmuls": (sibling_products,),
+    "channel-norms": (normed_convolution,), "conv-layout": (normed_convolution,),
 }  # fmt: skip
 
 

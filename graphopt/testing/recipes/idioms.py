@@ -34,6 +34,15 @@ def _conv_and_norm(pool: Pool) -> None:
     pool.add("batch_norm", [x, mean, var])
 
 
+def normed_convolution(pool: Pool) -> None:
+    """A convolution, and a norm over groups of its channels behind it."""
+    x = convolution(pool, False)
+    channels = x.shape[1]
+    groups = [n for n in range(1, channels + 1) if channels % n == 0] if isinstance(channels, int) else [1]
+    affine = [pool.input(x.dtype, (channels,), keep=False) for _ in range(pool.pick([0, 1, 2]))]
+    pool.add("group_norm", [pool.add("relu", [x]) if pool.flag() else x, *affine], groups=pool.pick(groups))
+
+
 def _wide_conv(pool: Pool) -> None:
     """A 3x3 convolution of channels enough for Winograd's transform."""
     x, w = pool.input(types.f32, (1, 32, 11, 12), keep=False), pool.input(types.f32, (32, 32, 3, 3), keep=False)
