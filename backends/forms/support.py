@@ -83,6 +83,13 @@ def _pointwise(node: Node) -> str | None:
     return None
 
 
+def behind_views(v: Value) -> Value:
+    """What a value is a view of, through any number of views; itself if it is none."""
+    while v.producer is not None and v.producer.name in VIEWS:
+        v = v.producer.operands[0]
+    return v
+
+
 def constant_of(v: Value) -> float | int | bool | None:
     """The number that a value is everywhere, if it is a scalar constant behind views; else None."""
     node = v.producer

@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
 from graphopt.backends.forms.flashform import Form, norms_of
-from graphopt.backends.forms.support import VIEWS
+from graphopt.backends.forms.support import behind_views
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.expr import Arguments, Expressions, broadcast_index, reshape_groups
 from graphopt.backends.tvm.loops import vector_loop, vector_steps
@@ -200,9 +200,7 @@ class Extra:
         code, mask, lanes = self.code, self.form.parts.mask, self.lanes
         assert mask is not None
         same, wide = mask.type.rank < 2 or mask.shape[-2] == 1, 4 * lanes
-        plain = mask
-        while plain.producer is not None and plain.producer.name in VIEWS:
-            plain = plain.producer.operands[0]
+        plain = behind_views(mask)
 
         def bit(row: Index, at: Index) -> Any:
             """An element, as a byte."""

@@ -9,7 +9,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from graphopt.backends.forms.support import VIEWS
+from graphopt.backends.forms.support import behind_views
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Index, i64
 from graphopt.backends.tvm.elementwise import Probe
@@ -45,9 +45,7 @@ def rows_of_bf16(args: Arguments, a: Value, depth: int, tile: int, parallel: boo
 
 
 def _in_place(args: Arguments, a: Value, sizes: Sequence[Index]) -> Rows | None:
-    code, source = args.code, a
-    while source.producer is not None and source.producer.name in VIEWS:
-        source = source.producer.operands[0]
+    code, source = args.code, behind_views(a)
     if not source.is_input:
         return None
     row, k = tirx.Var(code.fresh("p"), "int64"), tirx.Var(code.fresh("p"), "int64")

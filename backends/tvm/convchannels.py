@@ -24,7 +24,7 @@ from typing import Any
 from tvm import tirx
 
 from graphopt.backends.forms.convform import ConvForm
-from graphopt.backends.forms.support import VIEWS
+from graphopt.backends.forms.support import behind_views
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.convimage import ConvImage
@@ -84,11 +84,9 @@ class ConvChannelsKernel(ConvImage):
 
     def _in_place(self) -> bool:
         """Whether the image is read where it lies: an input whose channels, and pixels of a line, follow each other."""
-        source = self.form.x
-        while source.producer is not None and source.producer.name in VIEWS:
-            source = source.producer.operands[0]
+        source = behind_views(self.form.x)
         plain = source.is_input and source.dtype.is_float and source.dtype.bits >= 32 and scalar.COMPUTE[source.dtype] == self.held
-        return plain and self._whole_lines(self.form.inner)
+        return plain and self._whole_lines()
 
     def _weight(self) -> Any:
         """A buffer with the weight filter by filter, [O, *K, C]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import tvm
@@ -10,7 +11,7 @@ from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
 from graphopt.backends.forms.convform import ConvForm
-from graphopt.backends.forms.support import VIEWS
+from graphopt.backends.forms.support import behind_views
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index, i64
 from graphopt.backends.tvm.elementwise import Probe
@@ -32,6 +33,7 @@ class ConvImage(Lanes):
         self.graph, self.form, self.lanes, self.parallel = graph, form, lanes, parallel
         self.code = code = Code(graph.symbols)
         self.args = Arguments(code, graph)
+        self.channels = form.groups * form.inner
         self.held = scalar.COMPUTE[form.node.result.dtype]
         self.out = [code.bind_index(code.size(d), "size") for d in form.node.result.shape[:-1]]  # N, *S'
         self.pixels = code.bind_index(product(code, self.out), "pixels")
@@ -67,13 +69,13 @@ class ConvImage(Lanes):
         form, code = self.form, self.code
         if form.plain:
             return self.args.inputs[form.x]
-        channels = form.groups * form.inner
+        channels = self.channels
         lines = [self.out[0], *self.padded[:-1]]
         buffer = code.alloc(product(code, [*lines, self.padded[-1], channels]), self.held, "image")
         probe = Probe(self.args, {}, form.x)
         probe([0] * form.x.type.rank)
-        lanes, whole = 1 if probe.scalar_only else min(self.lanes, channels), self._whole_lines(channels)
-        turned = self._turned(channels)
+        lanes, whole = 1 if probe.scalar_only else min(self.lanes, channels), self._whole_lines()
+        turned = self._turned()
         count, zero = product(code, lines), tirx.const(0, self.held)
         size = product(code, [count, self.padded[-1], channels])
         small = isinstance(size, int) and size < SMALL
@@ -96,19 +98,16 @@ class ConvImage(Lanes):
                 fill(0, pad)
                 if turned:
                     self._turn_line(buffer, code.simplify(start + pad), [n, *source])
-                    fill(code.simplify(pad + self.space[-1] * channels), form.high[-1] * channels)
-                    return
-                if whole:
+                elif whole:
                     self._copy_line(buffer, code.simplify(start + pad), [n, *source], code.simplify(self.space[-1] * channels))
-                    fill(code.simplify(pad + self.space[-1] * channels), form.high[-1] * channels)
-                    return
-                with code.loop(self.space[-1], "serial", "w") as w:
-                    base = code.simplify(start + pad + w * channels)
+                else:
+                    with code.loop(self.space[-1], "serial", "w") as w:
+                        base = code.simplify(start + pad + w * channels)
 
-                    def element(c: Index) -> None:
-                        code.store(buffer, base + c, Expressions(self.args, {}).at(form.x, [n, *source, w, c]))
+                        def element(c: Index) -> None:
+                            code.store(buffer, base + c, Expressions(self.args, {}).at(form.x, [n, *source, w, c]))
 
-                    vector_loop(code, 0, channels, lanes, element)
+                        vector_loop(code, 0, channels, lanes, element)
                 fill(code.simplify(pad + self.space[-1] * channels), form.high[-1] * channels)
 
             if inside is None:
@@ -120,26 +119,24 @@ class ConvImage(Lanes):
                     fill(0, code.simplify(self.padded[-1] * channels))
         return buffer
 
-    def _whole_lines(self, channels: int) -> bool:
+    def _whole_lines(self) -> bool:
         """Whether a line of the image lies in memory as it is wanted: pixel after pixel, and nothing is converted."""
-        steps = self._steps(channels)
-        return steps is not None and self.code.equal(steps[0], channels) and self.code.equal(steps[1], 1)
+        steps = self._steps
+        return steps is not None and self.code.equal(steps[0], self.channels) and self.code.equal(steps[1], 1)
 
-    def _turned(self, channels: int) -> bool:
+    def _turned(self) -> bool:
         """Whether a line of the image lies in memory channel by channel, pixels side by side, and its channels fill a vector."""
-        source = self.form.x
-        while source.producer is not None and source.producer.name in VIEWS:
-            source = source.producer.operands[0]
-        fits = 1 < self.lanes <= channels and self.lanes & (self.lanes - 1) == 0
+        source = behind_views(self.form.x)
+        fits = 1 < self.lanes <= self.channels and self.lanes & (self.lanes - 1) == 0
         if not source.is_input or scalar.STORAGE[source.dtype] != self.held or not fits:
             return False
-        steps = self._steps(channels)
-        return steps is not None and self.code.equal(steps[0], 1)
+        return self._steps is not None and self.code.equal(self._steps[0], 1)
 
-    def _steps(self, channels: int) -> tuple[Index, Index] | None:
+    @cached_property
+    def _steps(self) -> tuple[Index, Index] | None:
         """How far apart in memory neighbouring pixels of a line are, and neighbouring channels; None if that is not the same everywhere."""
         code, x = self.code, self.form.x
-        sizes = [*(code.size(d) for d in x.shape[:-1]), channels]
+        sizes = [*(code.size(d) for d in x.shape[:-1]), self.channels]
         index = [tirx.Var(code.fresh("i"), "int64") for _ in sizes]
         for var, size in zip(index, sizes, strict=True):
             code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(size)))
@@ -169,8 +166,7 @@ class ConvImage(Lanes):
 
     def _turn_line(self, buffer: Any, start: Index, line: Sequence[Index]) -> None:
         """Copy a line of an image whose channels are apart: squares of ``lanes`` pixels by as many channels, turned in registers."""
-        code, x, lanes = self.code, self.form.x, self.lanes
-        channels = self.form.groups * self.form.inner
+        code, x, lanes, channels = self.code, self.form.x, self.lanes, self.channels
 
         def pixels(w: Index, width: int) -> None:
             if width == 1:
@@ -191,18 +187,16 @@ class ConvImage(Lanes):
     def _turn(self, buffer: Any, start: Index, line: Sequence[Index], w: Index, c: Index) -> None:
         """Copy a square from pixel ``w`` and channel ``c`` on. Each step interleaves the vectors of one half with those of the other."""
         code, lanes = self.code, self.lanes
-        channels = self.form.groups * self.form.inner
-        steps = self._steps(channels)
-        assert steps is not None
+        assert self._steps is not None
         probe = Expressions(self.args, {}, probe=True)
         probe.at(self.form.x, [*line, w, c])
         value, first = probe.reads[0]
         source, first = self.args.inputs[value], code.bind_index(first, "from")
-        parts = [code.bind(self._vector(source, code.simplify(first + i * steps[1])), "a") for i in range(lanes)]
+        parts = [code.bind(self._vector(source, code.simplify(first + i * self._steps[1])), "a") for i in range(lanes)]
         half = lanes // 2
         orders = [[k // 2 + k % 2 * lanes + side for k in range(lanes)] for side in (0, half)]
         for _ in range(half.bit_length()):
             parts = [code.bind(tirx.Shuffle([parts[i], parts[i + half]], order), "mix") for i in range(half) for order in orders]
-        to = code.bind_index(code.simplify(start + w * channels + c), "to")
+        to = code.bind_index(code.simplify(start + w * self.channels + c), "to")
         for i, part in enumerate(parts):
-            self._put(buffer, code.simplify(to + i * channels), part)
+            self._put(buffer, code.simplify(to + i * self.channels), part)
