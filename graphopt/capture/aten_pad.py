@@ -145,16 +145,3 @@ def rot90(c: Context, x: Value, k: int = 1, axes: Sequence[int] = (0, 1)) -> Val
         case 3:
             return c.b.transpose(c.b.flip(x, axes=(a,)), tuple(perm))
     return x
-
-
-@lowers("unfold", "unfold_copy")
-def unfold(c: Context, x: Value, dimension: int, size: int, step: int) -> Value:
-    """Windows of an axis: taken by the sum of where a window starts and a place in it."""
-    x = x if x.type.rank else c.b.reshape(x, (1,))
-    axis = dimension % x.type.rank
-    count = dims.add(dims.floordiv(dims.sub(x.shape[axis], size), step), 1)
-    c.require(isinstance(count, int) and count > 0 and size > 0)
-    start = c.b.reshape(c.b.iota(size=count, step=step), (count, 1))
-    taken = c.b.take(x, c.b.add(start, c.b.iota(size=size)), axis=axis)
-    order = [k for k in range(x.type.rank + 1) if k != axis + 1]
-    return c.b.reshape(c.b.transpose(taken, (*order, axis + 1)), c.shape)

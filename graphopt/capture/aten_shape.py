@@ -121,17 +121,6 @@ def flip(c: Context, x: Value, axes: Sequence[int]) -> Value:
     return c.b.flip(x, axes=tuple(a % x.type.rank for a in axes)) if axes and x.type.rank else x
 
 
-@lowers("as_strided")
-def as_strided(c: Context, x: Value, size: Sequence[Dim], stride: Sequence[Dim], storage_offset: Dim | None = None) -> Value:
-    """Only where it is a reshape: the same elements of more than one step, in the same order."""
-    strides, offset = c.layout(x)
-    c.require(storage_offset is None or storage_offset == offset)
-    old = [(n, s) for n, s in zip(x.shape, strides, strict=True) if n != 1]
-    new = [(n, s) for n, s in zip(size, stride, strict=True) if n != 1]
-    c.require(old == new)
-    return c.b.reshape(x, c.shape)
-
-
 # splits ----------------------------------------------------------------------------------------------------------------
 
 

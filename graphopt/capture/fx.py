@@ -23,10 +23,12 @@ from graphopt.capture import (
     aten_scan,
     aten_scatter,
     aten_shape,
+    aten_strided,
     aten_window,
     opaque,
 )
 from graphopt.capture.aten import TABLE, Context, Decline
+from graphopt.capture.aten_strided import OF_STORAGE, of_memory, relative, root_of
 from graphopt.capture.captured import (
     Argument,
     Captured,
@@ -50,8 +52,8 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.types import DType, TensorType
 
 PAGES = (  # importing fills the table
-    aten_pointwise, aten_activation, aten_shape, aten_pad, aten_create, aten_index, aten_scatter, aten_quantize, aten_reduce, aten_scan,
-    aten_nn, aten_window, aten_attention,
+    aten_pointwise, aten_activation, aten_shape, aten_strided, aten_pad, aten_create, aten_index, aten_scatter, aten_quantize, aten_reduce,
+    aten_scan, aten_nn, aten_window, aten_attention,
 )  # fmt: skip
 
 _IGNORED = (  # checks of what tracing has established already
@@ -246,8 +248,13 @@ class _Capture:
                 return self.lower(node, b, build, args, kwargs, [v if isinstance(v, torch.Tensor) else None for v in vals])
             except (Decline, TypeInferenceError):
                 self.erase_after(last)
-        if target is torch.ops.aten.as_strided.default:
-            args = self.restrided(node, args)
+        if str(target) in OF_STORAGE:
+            args = self.of_storage(node, args)
+            if target is torch.ops.aten.as_strided.default:
+                try:
+                    return self.lower(node, b, of_memory, args, {}, vals)
+                except (Decline, TypeInferenceError):
+                    self.erase_after(last)
         return self.library_call(b, target, args, kwargs, vals)
 
     def library_call(self, b: Builder, target: Any, args: Sequence[Any], kwargs: dict[str, Any], vals: list[Any],
@@ -324,30 +331,20 @@ class _Capture:
         if fake is None or not fake.dim():
             return None
         strides = self.dims(fake.stride())
-        return None if any(s == 0 for s in strides) else strides
+        return None if any(s == 0 and n != 1 for n, s in zip(fake.shape, strides, strict=True)) else strides
 
-    def restrided(self, node: torch.fx.Node, args: list[Any]) -> list[Any]:
-        """``as_strided`` reads storage: let it read the first tensor that was made in that storage."""
-        source = node.args[0]
+    def of_storage(self, node: torch.fx.Node, args: list[Any]) -> list[Any]:
+        """Operators that read or write storage: of the first tensor that was made in it, counted from that tensor's first element."""
+        source, at = node.args[0], OF_STORAGE[str(node.target)]
         assert isinstance(source, torch.fx.Node)
-        fake = source.meta["val"]
-        storage = fake.untyped_storage()._cdata
-        for n in self.gm.graph.nodes:
-            root = n.meta.get("val")
-            if isinstance(root, torch.Tensor) and n in self.env and root.untyped_storage()._cdata == storage:
-                break
-        offset = fake.storage_offset() if len(args) < 4 or args[3] is None else args[3]
-        size, stride = args[1], args[2]
-        static = [*size, *stride, offset, *root.shape, *root.stride(), root.storage_offset()]
-        if not all(isinstance(v, int) for v in static) or root.dtype != fake.dtype:
-            raise Uncapturable("as_strided of symbolic sizes")
-        offset -= root.storage_offset()
-        reach = offset + sum((n - 1) * s for n, s in zip(size, stride))
-        extent = sum((n - 1) * s for n, s in zip(root.shape, root.stride()))
-        if offset < 0 or (reach > extent and 0 not in size):
-            raise Uncapturable("as_strided reads outside of its operand")
-        self.fakes[self.env[n]] = root
-        return [self.env[n], size, stride, offset]
+        root = root_of(source, self.env) if at == 1 else source
+        size, stride, offset, *_ = [*args[at:], None]
+        if offset is not None and root in self.placeholders and self.placeholders[root] not in self.weights:
+            # where an argument lies in its storage is not guarded: the next one may begin elsewhere
+            raise Uncapturable("as_strided with an offset into an argument's storage, which need not be the same at the next call")
+        offset = relative(root.meta["val"], source.meta["val"], size, stride, offset)
+        self.fakes[self.env[root]] = root.meta["val"]
+        return [self.env[root], *args[1:at], size, stride, offset]
 
     # --- results ------------------------------------------------------------------------------------------------------
 

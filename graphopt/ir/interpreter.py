@@ -144,6 +144,8 @@ def call_aten(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) ->
 def _call(node: Node, operands: Sequence[torch.Tensor], ctx: EvalContext) -> list[torch.Tensor]:
     layouts = node.attrs["layouts"] or (None,) * len(operands)
     placed = [x.contiguous() if s is None else restride(x, ctx.shape(s)) for x, s in zip(operands, layouts, strict=True)]
+    if node.attrs["target"].startswith("aten.as_strided"):  # its offset counts from where the storage begins
+        placed = [restride(x, x.stride(), copy=True) if x.storage_offset() else x for x in placed]
     args = fill_template(node.attrs["args"], placed, ctx)
     kwargs = {k: fill_template(v, placed, ctx) for k, v in node.attrs["kwargs"]}
     target = resolve_aten(node.attrs["target"])

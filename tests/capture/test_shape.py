@@ -72,11 +72,3 @@ def test_dropped_copies_do_not_change_what_library_calls_see() -> None:
 def test_bits_are_read_in_the_traced_layout() -> None:
     calls = ("aten.view_copy.dtype",)
     check(lambda x: (x.view(torch.int32) + 1, (x + 1).t().contiguous().view(torch.int16)), torch.randn(3, 4), library=calls)
-
-
-def test_as_strided_reads_storage() -> None:
-    calls = ("aten.as_strided_copy.default",)
-    check(lambda x: (x + 1).as_strided((2, 3), (1, 2), 1).neg(), torch.arange(12.0).reshape(3, 4), library=calls)
-    check(lambda x: (x * 2)[1:].as_strided((2, 2), (1, 1), 0).neg(), torch.arange(12.0).reshape(3, 4), library=calls)
-    check(lambda x: (x.t() + 1).as_strided((2, 3), (1, 2), 1).neg(), torch.arange(12.0).reshape(3, 4), library=calls)
-    check(lambda x: x.as_strided((2, 2), (4, 1), 0).neg(), torch.arange(12.0)[2:], library=("whole graph",))

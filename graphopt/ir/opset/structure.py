@@ -15,5 +15,6 @@ ATEN = define(
     "aten", (0, None), traits=(Trait.OPAQUE,),
     attrs={"target": REQUIRED, "args": REQUIRED, "kwargs": (), "effect": "none", "layouts": ()},
     doc="a call of a PyTorch operator: args is a template in which $i stands for operand i; effect is none, random or "
-    "mutates; operands are given row-major, or with the strides in layouts where the operator's meaning depends on them",
+    "mutates; operands are given row-major, or with the strides in layouts where the operator's meaning depends on them; an offset "
+    "of storage counts from the operand's first element",
 )  # fmt: skip
