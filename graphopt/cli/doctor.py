@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -195,8 +196,15 @@ def _cache(folder: Path) -> Finding:
         writable = parent is not None and os.access(parent, os.W_OK)
         hint = "" if writable else "cannot be made: set cache_dir"
         return Finding("kernel cache", "ok" if writable else "warn", f"{folder} (empty)", hint)
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    size = sum(p.stat().st_size for p in files)
+    sizes = list(_sizes(folder))
     writable = os.access(folder, os.W_OK)
-    text = f"{folder}: {counted(len(files), 'file')}, {size / (1 << 20):.1f} MiB"
+    text = f"{folder}: {counted(len(sizes), 'file')}, {sum(sizes) / (1 << 20):.1f} MiB"
     return Finding("kernel cache", "ok" if writable else "warn", text, "" if writable else "cannot be written: set cache_dir")
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Bytes of each file below a folder. Other programs may remove some meanwhile: those do not count."""
+    for top, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                yield os.path.getsize(os.path.join(top, name))

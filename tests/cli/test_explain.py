@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from graphopt.cli.doctor import _sizes
 from graphopt.cli.main import app
 
 MODELS = '''
@@ -175,6 +176,12 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1
     assert "libcuda.so: no such file; pip install --force-reinstall 'apache-tvm==" in done.stdout
+
+
+def test_doctor_looks_at_a_cache_that_others_change(tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(b"12345")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")  # listed, but no longer there
+    assert list(_sizes(tmp_path)) == [5] and list(_sizes(tmp_path / "nothing")) == []
 
 
 @pytest.mark.parametrize("command", [[], ["opt"], ["explain"], ["doctor"]])
