@@ -156,6 +156,15 @@ class Target:
         fits = 3 * filters < self.vector_registers  # the sums of two pixels, and the weight
         return fills and fits and (filters <= 4 or taps * channels >= 8 * filters)
 
+    def conv_by_groups(self, groups: int, channels: int, filters: int, itemsize: int = 4) -> bool:
+        """Whether a vector of a convolution holds the filters of several groups, or of one that just fills it.
+
+        A vector of the image's channels is spread over the lanes: as many as divide it.
+        """
+        lanes = self.lanes(itemsize) if self.kind == "cpu" else 1
+        even = 1 < filters <= lanes and filters & (filters - 1) == 0 and channels & (channels - 1) == 0 and channels <= filters
+        return even and groups > 1 and groups * filters >= lanes
+
     def has(self, feature: str) -> bool:
         return feature in self.features
 

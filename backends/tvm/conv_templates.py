@@ -24,13 +24,22 @@ def _depthwise_refuse(w: Workload, t: Target) -> str | None:
     return form if isinstance(form, str) else None if form.depthwise else "not one channel a group"
 
 
-def _depthwise_params(w: Workload, t: Target) -> tuple[Param, ...]:
-    from graphopt.backends.forms.convform import ConvForm, conv_of
+def _groups_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.convform import conv_of
 
-    form = conv_of(w.graph)
-    assert isinstance(form, ConvForm)
+    form = conv_of(w.graph) if w.kind == "conv" else "not a convolution region"
+    if isinstance(form, str):
+        return form
+    if form.packed is not None:
+        return "its weight is packed for vectors of one group's channels"
+    fits = t.conv_by_groups(form.groups, form.inner, form.filters, max(4, form.node.result.dtype.itemsize))
+    return None if fits else "its groups do not lie side by side in a vector"
+
+
+def _depthwise_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    form = _conv_form(w)
     lanes = max(1, t.lanes(max(4, form.node.result.dtype.itemsize)))
-    while lanes > form.groups:
+    while lanes > form.groups * form.filters:
         lanes //= 2
     pixels = (8, 4, 6, 12, 2, 3, 5, 7, 10, 14) if t.vector_registers == 32 else (4, 6, 2, 3, 5)
     return (Param("lanes", (lanes,)), Param("pixels", pixels, "tile"), Param("parallel", (True, False)))
@@ -47,9 +56,12 @@ def _depthwise_variants(w: Workload, t: Target) -> tuple[SearchSpace, ...]:
         Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2), 2 * lanes))), "tile"), *own[1:],
         Param("lines", (8, 1, 2, 4, 14, 28, 56), "tasks"), Param("tasks", (32, 1, 4, 8, 16, 64, 128), "tasks"),
     )  # fmt: skip
-    groups = _conv_form(w).groups
-    whole = Constraint("vectors wider than there are channels", lambda k: k["lanes"] == lanes or int(str(k["lanes"])) <= groups)
-    return SearchSpace("depthwise", params=own, nest=loops), SearchSpace("depthwise", ("pieces",), pieces, (whole,), loops)
+    form = _conv_form(w)
+    channels, filters = form.groups * form.filters, form.filters
+    whole = Constraint("vectors wider than there are channels", lambda k: k["lanes"] == lanes or int(str(k["lanes"])) <= channels)
+    even = Constraint("vectors of a part of a group", lambda k: int(str(k["lanes"])) % filters == 0)
+    name = "depthwise" if form.depthwise else "conv-groups"
+    return SearchSpace(name, params=own, nest=loops), SearchSpace(name, ("pieces",), pieces, (whole, even), loops)
 
 
 def _conv_form(w: Workload) -> Any:
@@ -59,13 +71,13 @@ def _conv_form(w: Workload) -> Any:
 
 
 def _write_depthwise(w: Workload, s: Schedule, t: Target) -> Any:
-    from graphopt.backends.forms.convform import ConvForm, conv_of
+    from graphopt.backends.tvm.convgroups import ConvGroupsKernel
     from graphopt.backends.tvm.depthwise import LINES, TASKS, DepthwiseKernel
 
-    form = conv_of(w.graph)
-    assert isinstance(form, ConvForm)
+    form = _conv_form(w)
     lines, tasks = (s["lines"], s["tasks"]) if s.sketch == "pieces" else (LINES, TASKS)
-    return DepthwiseKernel(w.graph, form, s["lanes"], s["pixels"], s["parallel"], lines, tasks).emit()
+    kernel = DepthwiseKernel if form.depthwise else ConvGroupsKernel
+    return kernel(w.graph, form, s["lanes"], s["pixels"], s["parallel"], lines, tasks).emit()
 
 
 def _winograd_refuse(w: Workload, t: Target) -> str | None:
@@ -248,6 +260,7 @@ def _write_int8(w: Workload, s: Schedule, t: Target) -> Any:
 
 
 DEPTHWISE = Template("depthwise", _depthwise_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
+CONV_GROUPS = Template("conv-groups", _groups_refuse, _depthwise_params, _write_depthwise, _depthwise_variants)
 WINOGRAD = Template("winograd", _winograd_refuse, _winograd_params, _write_winograd)
 CONV = Template("conv", _conv_refuse, _conv_params, _write_conv, nest=loops_of("conv_loops"))
 CONV_THIRDS = Template("conv-thirds", _thirds_refuse, _thirds_params, _write_thirds, _thirds_space)

@@ -44,7 +44,7 @@ class DepthwiseKernel:
         self.held = scalar.COMPUTE[form.node.result.dtype]
         self.out = [code.bind_index(code.size(d), "size") for d in form.node.result.shape[:-1]]  # N, *S'
         self.space = [code.size(d) for d in form.x.shape[1:-1]]
-        self.channels = form.groups
+        self.channels = form.groups * form.filters
         self.first: Index = 0  # of the vectors of channels of a task
         self.blocks: Index = 1
 
@@ -161,13 +161,7 @@ class DepthwiseKernel:
             if inside and width <= 16:
                 self._unrolled(acc, [lead[0], *at], start, pixels, taps, channel)
                 return
-            with code.loop(count, "serial", "k") as q, code.loop(lanes, "vectorized", "v") as v:
-                e, c, k = Expressions(self.args, {}), code.simplify(channel + v), code.simplify(first + q)
-                w = e.at(form.w, [*taps, k, 0, c])
-                for i in range(pixels):
-                    x = e.at(form.x, [lead[0], *at, code.simplify(start + i * stride[-1] + k * dilation[-1]), c])
-                    p = code.simplify(i * lanes + v)
-                    code.store(acc, p, code.load(acc, p) + x * w)
+            self._cut(acc, [lead[0], *at], start, pixels, taps, channel, first, count)
 
         def level(axis: int, taps: list[Index]) -> None:
             if axis == len(ranges):
@@ -181,6 +175,18 @@ class DepthwiseKernel:
         with code.loop(pixels, "serial", "i") as i, code.loop(lanes, "vectorized", "v") as v:
             value = scalar.rounded(code.bind(code.load(acc, code.simplify(i * lanes + v))), form.node.result.dtype)
             self._store([*lead, code.simplify(o + i), code.simplify(channel + v)], value)
+
+    def _cut(self, acc: Any, at: list[Index], start: Index, pixels: int, taps: list[Index], channel: Index, first: Index,
+             count: Index) -> None:  # fmt: skip
+        """``count`` taps of a row, from the ``first`` on, for all pixels of a tile."""
+        code, form, lanes = self.code, self.form, self.lanes
+        with code.loop(count, "serial", "k") as q, code.loop(lanes, "vectorized", "v") as v:
+            e, c, k = Expressions(self.args, {}), code.simplify(channel + v), code.simplify(first + q)
+            w = e.at(form.w, [*taps, k, 0, c])
+            for i in range(pixels):
+                x = e.at(form.x, [*at, code.simplify(start + i * form.stride[-1] + k * form.dilation[-1]), c])
+                p = code.simplify(i * lanes + v)
+                code.store(acc, p, code.load(acc, p) + x * w)
 
     def _unrolled(self, acc: Any, at: list[Index], start: Index, pixels: int, taps: list[Index], channel: Index) -> None:
         """One row of taps for all pixels of a tile: every element of the image is loaded once."""

@@ -80,12 +80,13 @@ def conv_loops(graph: Graph, t: Target) -> Loops:
 
 
 def depthwise_loops(graph: Graph, t: Target) -> Loops:
-    """A depthwise convolution: image, weight, outputs."""
+    """A depthwise convolution, or one of narrow groups: image, weight, outputs."""
     form = conv_of(graph)
     assert isinstance(form, ConvForm)
     lead, width = [typical(d, graph) for d in form.node.result.shape[:-2]], typical(form.node.result.shape[-2], graph)
     size, ends = form.x.dtype.itemsize, _ends(graph, form.node.result)
     taps, step = math.prod(form.kernel), math.prod(form.stride)
+    filters, inner = form.groups * form.filters, form.inner
     lines = lead[-1] if len(lead) > 1 else 1
     outer = math.prod(lead) // lines
 
@@ -93,7 +94,7 @@ def depthwise_loops(graph: Graph, t: Target) -> Loops:
         lanes, pixels = s["lanes"], min(s["pixels"], width)
         most, wanted = (s["lines"], s["tasks"]) if s.sketch == "pieces" else (8, 32)
         each = -(-lines // -(-lines // most))
-        pieces, blocks = -(-lines // each), -(-form.groups // lanes)
+        pieces, blocks = -(-lines // each), -(-filters // lanes)
         chunks = min(blocks, -(-wanted // pieces))
         chunk = -(-blocks // chunks)
         tasks = outer * pieces * -(-blocks // chunk)
@@ -102,7 +103,7 @@ def depthwise_loops(graph: Graph, t: Target) -> Loops:
         def touched(rows: float, columns: float, channels: float) -> tuple[float, ...]:
             tall = rows * form.stride[0] + form.kernel[0] - 1 if len(form.kernel) > 1 else 1.0
             wide = columns * form.stride[-1] + form.kernel[-1] - 1
-            return (tall * wide * channels * size, taps * channels * size, rows * columns * channels * ends)
+            return (tall * wide * channels * inner / form.filters * size, taps * inner * channels * size, rows * columns * channels * ends)
 
         levels = (
             Level(cores, tuple(x * tasks / cores for x in touched(each, width, chunk * lanes)), "parallel"),
@@ -110,9 +111,9 @@ def depthwise_loops(graph: Graph, t: Target) -> Loops:
             Level(each, touched(1, width, chunk * lanes)),
             Level(-(-width // pixels), touched(1, pixels, chunk * lanes)),
             Level(chunk, touched(1, pixels, lanes), "unrolled"),
-            Level(pixels * taps, (float(lanes * size), float(lanes * size), 0.0), "vector"),
+            Level(pixels * taps * inner, (float(lanes * size), float(lanes * size), 0.0), "vector"),
         )
-        waste = -(-width // pixels) * pixels / width * blocks * lanes / form.groups
+        waste = -(-width // pixels) * pixels / width * blocks * lanes / filters
         return LoopNest(("image", "weight", "ends"), levels, 2.0 * lanes, waste, pixels + form.kernel[-1] + pixels * step, 0.0)
 
     return loops

@@ -29,6 +29,8 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("winograd", "default"): (Rule.WINOGRAD, *_TILED),
     ("depthwise", "default"): _FUSED,
     ("depthwise", "pieces"): (*_FUSED, Rule.PIECES),
+    ("conv-groups", "default"): _FUSED,
+    ("conv-groups", "pieces"): (*_FUSED, Rule.PIECES),
     ("conv-pair", "default"): (*_TILED, Rule.CACHE_WRITE),
     ("decode-tiles", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE, Rule.SPLIT_NUMBERS, Rule.TENSORIZE),
     ("flash", "default"): (Rule.ROWS, *_FUSED, Rule.CACHE_WRITE),

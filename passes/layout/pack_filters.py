@@ -5,8 +5,9 @@ straight stream. ``pack`` depends on the weight alone: it is computed once, at t
 changes.
 
 When: after ``fuse``, for a region of kind ``conv`` or ``conv-depthwise`` whose weight is a staged (weight-only) f32 value behind views. The
-groups of a grouped convolution are packed one after the other. A depthwise convolution reads its weight as it is, with the
-channels last: only the views in front of it move out of the region. ``nr`` is 32, two AMX tiles, where the target sums this
+groups of a grouped convolution are packed one after the other. A depthwise convolution, and one whose vectors hold the filters of
+several groups (``Target.conv_by_groups``), reads its weight as it is, with the channels last: only the views in front of it move out of the
+region. ``nr`` is 32, two AMX tiles, where the target sums this
 convolution from thirds (``Target.conv_in_thirds``). Few filters are not put into panels, of which they would fill a small part: where
 the kernel reads them with vectors along the channels (``Target.conv_along_channels``), they are laid out one after the other, ``wp[o, k] =
 w[k, o]``, by a transpose. Weights of integers are packed in fours
@@ -77,6 +78,9 @@ class PackFilters(Pass):
                 continue
             conv, chain = found
             few = self.width is None and along_channels(fusion, conv, ctx.target)
+            as_it_is = _depthwise(conv) or (self.width is None and by_groups(fusion, conv, ctx.target))
+            if as_it_is and not chain:
+                continue
             if few and [(n.op.name, n.attrs.get("perm")) for n in chain] == [("transpose", (*range(1, len(conv.operands[1].shape)), 0))]:
                 continue  # it lies filter by filter
             if (number := ctx.fuel.take()) is None:
@@ -89,7 +93,7 @@ class PackFilters(Pass):
                 form = filter_fours.runs_of(conv)
                 packing = partial(filter_fours.pack, lines=form[0], run=form[1])
                 unpacked = partial(filter_fours.unpack, lines=form[0], run=form[1], shape=w.shape)  # type: ignore[arg-type]
-            elif _depthwise(conv):
+            elif as_it_is:
                 form, packing, unpacked = (), (lambda b, w: w), (lambda b, w: w)  # type: ignore[assignment]
             elif few:
                 form, packing, unpacked = ("by filter",), by_filter, by_channel  # type: ignore[assignment]
@@ -129,6 +133,14 @@ def along_channels(fusion: Node, conv: Node, t: Target) -> bool:
         return False
     *kernel, channels, filters = (int(d) for d in conv.operands[1].shape)
     return t.conv_along_channels(prod(kernel), channels, filters)
+
+
+def by_groups(fusion: Node, conv: Node, t: Target) -> bool:
+    """Whether vectors of a convolution hold the filters of several groups, so that its kernel reads the weight as it is."""
+    if fusion.attrs["kind"] != "conv" or conv.operands[1].dtype != types.f32:
+        return False
+    channels, filters = (int(d) for d in conv.operands[1].shape[-2:])
+    return t.conv_by_groups(conv.attrs["groups"], channels, filters // conv.attrs["groups"])
 
 
 def _depthwise(conv: Node) -> bool:
@@ -194,7 +206,7 @@ def weight_of(fusion: Node, staged: Staged, place: int = 0) -> tuple[Node, list[
         chain.append(v.producer)
         v = v.producer.operands[0]
     names = [n.op.name for n in chain]
-    if names in (_PACKED, _PACKED_FOURS) or (_depthwise(conv) and not chain):
+    if names in (_PACKED, _PACKED_FOURS):
         return Reject("")
     if conv.attrs["acc"] == types.i32:
         return (conv, chain[::-1]) if conv.attrs["groups"] == 1 else Reject(f"integers in {conv.attrs['groups']} groups", fusion)
