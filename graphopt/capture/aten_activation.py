@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from graphopt.capture.aten import Context, entry, lowers
+from graphopt.capture.aten_shape import cut
 from graphopt.ir import types
 from graphopt.ir.graph import Value
 
@@ -48,6 +49,17 @@ def celu(c: Context, x: Value, alpha: float = 1) -> Value:
 @lowers("selu")
 def selu(c: Context, x: Value) -> Value:
     return elu(c, x, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+
+
+@lowers("glu")
+def glu(c: Context, x: Value, dim: int = -1) -> Value:
+    """The first half of x along ``dim``, times the sigmoid of the second; half precision is rounded once."""
+    c.require(x.dtype.is_float and x.type.rank > 0)
+    axis = dim % x.type.rank
+    half, size = c.shape[axis], x.shape[axis]
+    wide = c.math_dtype(x.dtype)
+    value, gate = (c.to(cut(c, x, axis, start, stop), wide) for start, stop in ((0, half), (half, size)))
+    return c.to(c.b.mul(value, c.b.sigmoid(gate)), x.dtype)
 
 
 @lowers("leaky_relu")

@@ -33,6 +33,15 @@ def mean(c: Context, x: Value, dim: Any = None, keepdim: bool = False, dtype: An
     return reduce(c, "mean", x, dim, keepdim, c.dtype)
 
 
+@lowers("mse_loss")
+def mse_loss(c: Context, x: Value, target: Value, reduction: int = 1) -> Value:
+    """(x - target)^2: each (0), their mean (1) or their sum (2)."""
+    c.require(x.dtype == target.dtype == c.dtype and c.dtype in (types.f32, types.f64))
+    difference = c.b.sub(x, target)
+    square = c.b.mul(difference, difference)
+    return square if reduction == 0 else reduce(c, "mean" if reduction == 1 else "sum", square, None, False)
+
+
 @lowers("amax")
 def amax(c: Context, x: Value, dim: Sequence[int] = (), keepdim: bool = False) -> Value:
     return reduce(c, "max", x, dim, keepdim)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from graphopt.capture import (
     aten_activation,
     aten_attention,
+    aten_complex,
     aten_create,
     aten_index,
     aten_nn,
@@ -53,7 +54,7 @@ from graphopt.ir.types import DType, TensorType
 
 PAGES = (  # importing fills the table
     aten_pointwise, aten_activation, aten_shape, aten_strided, aten_pad, aten_create, aten_index, aten_scatter, aten_quantize, aten_reduce,
-    aten_scan, aten_nn, aten_window, aten_attention,
+    aten_scan, aten_nn, aten_window, aten_attention, aten_complex,
 )  # fmt: skip
 
 _IGNORED = (  # checks of what tracing has established already
