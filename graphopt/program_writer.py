@@ -18,6 +18,7 @@ from graphopt.index_flags import Checked
 from graphopt.ir import dims
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.interpreter import restride
+from graphopt.ir.strides import strides_of
 from graphopt.ir.types import TensorType, f32
 from graphopt.lower import KernelStep, LibraryStep, Lowered, Step, ViewStep, kernel_operand_types, may_alias
 from graphopt.memory import Lifetime, Plan, plan
@@ -326,7 +327,7 @@ class ProgramWriter:
                 text = f"restride({text}, {wanted}, copy=True)"
             elif root in inputs:  # a reshape of what is not in its order has copied it
                 text = f"restride({text}, {wanted}, apart={inputs[root]})"
-            elif strides is not None or not self._known_contiguous(v):
+            elif (strides is not None and strides_of(v) != strides) or not (strides is not None or self._known_contiguous(v)):
                 text = f"restride({text}, {wanted})"
             seen[root] = None
             returned.append(text)
