@@ -3,7 +3,8 @@
 Why: rope, group_norm and the like have no kernel of their own; their parts have, and fuse with what is around them.
 
 When: the op has an expansion and is not in ``keep``. A kept op over rows (softmax, layer_norm, mean, var ...) is expanded all
-the same if its rows are not the trailing axes: only there a kernel has a row at hand. Composites within an expansion are
+the same if its rows are not the trailing axes: only there a kernel has a row at hand. (A softmax over another axis stays whole on a CPU,
+where columns lie side by side.) Composites within an expansion are
 treated alike. An attention stays whole where its tiled kernel is estimated to be the faster one
 (:mod:`~graphopt.passes.fusion.attention`). Complex and 8-bit float composites are left to the library. In f16 and bf16, what
 sums is expanded in f32 and rounded once at the end, as PyTorch does it.
@@ -68,7 +69,9 @@ class Expand(Pass):
             return None
         if node.op.name not in self.keep:
             return "no kernel takes it whole"
-        if node.op.name in _BY_ROWS and rows_of(node) is None:
+        rows = rows_of(node) if node.op.name in _BY_ROWS else None
+        on_gpu = ctx.target is not None and ctx.target.is_gpu
+        if node.op.name in _BY_ROWS and (rows is None or (rows.behind and on_gpu)):
             return "its rows are not the trailing axes"
         if node.op.name in TRAINING:
             return untrainable(node, ctx.target)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from graphopt.backends.forms.support import REDUCTIONS, materialized
+from graphopt.backends.forms.support import REDUCTIONS, is_materialized, materialized
 from graphopt.ir import dims
-from graphopt.ir.dims import Dim
+from graphopt.ir.dims import Dim, Shape
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import Trait
 
@@ -37,6 +37,40 @@ def row_shape(graph: Graph) -> tuple[Dim, Dim] | str:
     for v in graph.outputs:
         if v.is_input or not (dims.same(v.type.numel, dims.mul(*found)) or dims.same(v.type.numel, found[0])):
             return f"an output of shape {v.type} beside rows of {dims.format_dim(found[1])}"
+    return found
+
+
+def column_axes(graph: Graph) -> tuple[Shape, tuple[int, ...]] | str:
+    """(shape, reduced axes) of a region whose reductions all go over the same axes, which are not the last ones; or why it is none."""
+    found: tuple[Shape, tuple[int, ...]] | None = None
+    below: dict[Value, None] = {}  # what depends on a reduction
+    for node in graph.nodes():
+        dependent = any(v in below for v in node.operands)
+        if node.name in REDUCTIONS:
+            x = node.operands[0]
+            if node.name.startswith("arg") or not node.attrs["keepdims"] or not x.type.rank:
+                return f"{node.name} does not go column by column"
+            axes = tuple(sorted(a % x.type.rank for a in node.attrs["axes"]))
+            if not axes or axes != tuple(range(axes[0], axes[-1] + 1)) or axes[-1] == x.type.rank - 1:
+                return f"{node.name} over axes {axes} of {x.type}: not whole columns"
+            if found is not None and not (dims.same_shape(found[0], x.shape) and found[1] == axes):
+                return "reductions of different shapes"
+            found = (x.shape, axes)
+        elif dependent and not (node.op.has(Trait.POINTWISE) or node.name == "broadcast_to"):
+            return f"{node.name} after a reduction"
+        elif is_materialized(node):
+            return f"{node.name} beside columns"
+        if dependent or node.name in REDUCTIONS:
+            below.update(dict.fromkeys(node.results))
+    if found is None:
+        return "no reduction"
+    shape, axes = found
+    if any(d == 0 for d in shape):
+        return "empty columns"
+    one = tuple(1 if k in axes else d for k, d in enumerate(shape))
+    for v in (*graph.outputs, *below):
+        if v.is_input or not (dims.same_shape(v.shape, shape) or dims.same_shape(v.shape, one)):
+            return f"{v.type} beside columns of {dims.format_dim(dims.numel([shape[a] for a in axes]))}"
     return found
 
 

@@ -112,8 +112,52 @@ def _write_rows(w: Workload, s: Schedule, t: Target) -> Any:
         return emit_nest(graph, tuning)
 
 
+# --- columns -----------------------------------------------------------------------------------------------------------
+
+_STRIP = 1 << 12  # elements of a strip, about: it stays in the first-level cache, twice
+_WIDTHS = (16, 8, 4, 32, 64)  # vectors of a strip
+
+
+def _columns_refuse(w: Workload, t: Target) -> str | None:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.forms.shapes import column_axes
+
+    found = column_axes(expand_rows(w.graph)) if w.kind == "rowwise" else "not a region over columns"
+    return found if isinstance(found, str) else None
+
+
+def _columns_params(w: Workload, t: Target) -> tuple[Param, ...]:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.forms.shapes import column_axes
+    from graphopt.ir import dims
+
+    found, lanes = column_axes(expand_rows(w.graph)), lanes_of(w.graph, t)
+    assert not isinstance(found, str)
+    length = dims.numel([found[0][a] for a in found[1]])
+    vectors = min(_WIDTHS, key=lambda n: abs(n * lanes * length - _STRIP)) if isinstance(length, int) else 8
+    return (
+        Param("lanes", tuple(dict.fromkeys((lanes, max(1, lanes // 2))))),
+        Param("vectors", tuple(dict.fromkeys((vectors, *_WIDTHS))), "tile"),
+        Param("parallel", (True, False), "tasks"),
+    )
+
+
+def _write_columns(w: Workload, s: Schedule, t: Target) -> Any:
+    from graphopt.backends.forms.prepare import expand_rows
+    from graphopt.backends.tvm.columns import ColumnKernel
+    from graphopt.backends.tvm.loops import Tuning
+    from graphopt.backends.tvm.nest import emit_nest
+
+    graph, tuning = expand_rows(w.graph), Tuning(s["lanes"], parallel=s["parallel"], cores=t.cores)
+    try:
+        return ColumnKernel(graph, tuning, s["lanes"] * s["vectors"]).emit()
+    except BuildError:  # addresses that do not let columns lie side by side
+        return emit_nest(graph, tuning)
+
+
 _OWN = ("conv", "conv-depthwise", *ATTENTIONS)  # kinds of which only their own templates know
 
 ROWS = Template("rows", _rows_refuse, _rows_params, _write_rows, nest=loops_of("row_loops"))
+COLUMNS = Template("columns", _columns_refuse, _columns_params, _write_columns)
 NEST = Template("nest", lambda w, t: f"a region of kind {w.kind}" if w.kind in _OWN else None, _nest_params, _write_nest,
                 _nest_spaces)  # fmt: skip

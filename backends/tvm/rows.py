@@ -160,7 +160,7 @@ class RowKernel:
     def _reduce(self, node: Node, keep: Any) -> None:
         """One pass: reduce an operand over the row, and keep its elements if a later pass wants them."""
         code, x = self.code, node.operands[0]
-        m = Monoid.of(node.name, x.dtype, nan_matters=not _nan_shows_anyway(node))
+        m = Monoid.of(node.name, x.dtype, nan_matters=not nan_shows_anyway(node))
         runs = self._runs(x)
         lanes = self._lanes(x, runs.length)
         unroll = self.tuning.unroll
@@ -217,7 +217,7 @@ class RowKernel:
             run(o)
         flush()
         value = code.load(total, 0)
-        self.sources[node.result] = self._row_source(node.result, code.bind(_finish(code, node, value, self.columns), "row_value"))
+        self.sources[node.result] = self._row_source(node.result, code.bind(finish(code, node, value, self.columns), "row_value"))
         if keep is not None:
             self.sources[x] = self._kept_source(x, keep)
 
@@ -277,7 +277,7 @@ class RowKernel:
         return self.code.equal(product(self.code, [self.code.size(d) for d in v.shape]), product(self.code, [self.row_count, self.columns]))
 
 
-def _nan_shows_anyway(node: Node) -> bool:
+def nan_shows_anyway(node: Node) -> bool:
     """Whether the result is the maximum of a softmax: a nan in the row reaches every output through the sum."""
     if node.name != "max":
         return False
@@ -300,7 +300,7 @@ def _constant(value: Any, dtype: str) -> Any:
     return tirx.const(int(value) if "int" in dtype else float(value), dtype)
 
 
-def _finish(code: Code, node: Node, total: Any, count: Index) -> Any:
+def finish(code: Code, node: Node, total: Any, count: Index) -> Any:
     """A reduction's result from its total: the mean's division, and rounding to the result's dtype."""
     dtype = node.result.dtype
     if node.name == "mean":

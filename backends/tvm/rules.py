@@ -11,6 +11,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("nest", "default"): (Rule.FLAT, Rule.INLINE),
     ("nest", "factored"): (Rule.FLAT, Rule.INLINE, Rule.RFACTOR),
     ("rows", "default"): (Rule.ROWS, Rule.INLINE, Rule.FUSE),
+    ("columns", "default"): (Rule.ROWS, Rule.INLINE, Rule.FUSE, Rule.CACHE_WRITE),
     ("tile", "default"): _TILED,
     ("tile", "rows-first"): (*_TILED, Rule.TURN),
     ("tile", "blocked"): (*_TILED, Rule.CACHE_WRITE),

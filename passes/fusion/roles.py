@@ -83,20 +83,26 @@ def is_scalar(shape: Shape) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """The iteration space of a rowwise region: ``shape`` is rows and columns, the last ``columns`` axes are one row."""
+    """The iteration space of a rowwise region: ``shape`` is rows and columns, the last ``columns`` axes are one row.
+
+    With ``behind``, so many axes stand behind those: a softmax over the channels of an image.
+    """
 
     shape: Shape
     columns: int
+    behind: int = 0
 
     @property
     def reduced(self) -> Shape:
         """One element a row."""
-        return self.shape[: len(self.shape) - self.columns]
+        end = len(self.shape) - self.behind
+        return (*self.shape[: end - self.columns], *self.shape[end:])
 
     @property
     def kept(self) -> Shape:
         """One element a row, with axes of size 1 in place of the columns."""
-        return (*self.reduced, *[1] * self.columns)
+        end = len(self.shape) - self.behind
+        return (*self.shape[: end - self.columns], *[1] * self.columns, *self.shape[end:])
 
     def form(self, shape: Shape) -> str | None:
         """``full``, ``kept``, ``reduced``, or ``scalar`` (one element in all); None for a shape that is none of them."""
@@ -106,16 +112,26 @@ class Rows:
         return "scalar" if is_scalar(shape) else None
 
     def same(self, other: Rows) -> bool:
-        return self.columns == other.columns and dims.same_shape(self.shape, other.shape)
+        return (self.columns, self.behind) == (other.columns, other.behind) and dims.same_shape(self.shape, other.shape)
+
+
+_SIDE_BY_SIDE = 16  # neighbouring columns that fill a vector
+
+
+def _softmax_rows(shape: Shape, axis: int) -> Rows | None:
+    """Rows along any axis: those that are not trailing must lie side by side."""
+    behind = len(shape) - 1 - axis % len(shape)
+    beside = dims.numel(shape[len(shape) - behind :])
+    return None if behind and isinstance(beside, int) and beside < _SIDE_BY_SIDE else Rows(shape, 1, behind)
 
 
 def rows_of(node: Node) -> Rows | None:
-    """The rows that a node works on: row ops and reductions over trailing axes; None for anything else."""
+    """The rows that a node works on: row ops and reductions over trailing axes, softmax over any; None for anything else."""
     if not node.operands:
         return None
     shape, name = node.operands[0].shape, node.op.name
     if name in ("softmax", "log_softmax"):
-        return Rows(shape, 1) if shape and node.attrs["axis"] % len(shape) == len(shape) - 1 else None
+        return _softmax_rows(shape, node.attrs["axis"]) if shape else None
     if name in ("layer_norm", "rms_norm"):
         return Rows(shape, node.attrs["axes"])
     if name in ROW_REDUCTIONS and shape:
