@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import graphopt
 from graphopt.ir import parse_graph
 from graphopt.passes.simplify import KnownIndices
 from graphopt.passes.simplify.known_indices import cut
@@ -60,6 +62,7 @@ def test_reflections_and_borders() -> None:
         ("it depends on an input", CLIPPED.replace("B]) ->", "B], %n: i64[7]) ->").replace("take(%x, %i)", "take(%x, %n)")),
         ("the axis is of unknown size", CLIPPED.replace("%x: f32[3, B]", "%x: f32[B, B]")),
         ("it is a number that only a run knows", CLIPPED.replace("start = -2", "start = B")),
+        ("it moves whole rows", CLIPPED.replace(", B]", ", 64]").replace("where 1 <= B ", "").replace("\n    where 1 <= B", "")),
         ("it goes more ways than there should be loops", CLIPPED.replace("-2}", "-2, step = 3}").replace("f32[3,", "f32[30,")),
     ],
 )  # fmt: skip
@@ -76,3 +79,16 @@ def test_stretches() -> None:
     assert cut([2, 1, 0, 1, 2, 1]) == [[2, 1, 0], [1, 2], [1]]
     assert cut([0, 0, 0, 1, 2, 2]) == [[0, 0, 0], [1, 2], [2]]
     assert cut([5]) == [[5]] and cut([0, 2, 4]) == [[0], [2], [4]]
+
+
+@pytest.mark.tvm
+@pytest.mark.parametrize("mode", ["replicate", "reflect"])
+def test_three_axes_are_padded_by_one_kernel(mode: str) -> None:
+    """Rows of 64 elements and more are taken as they are; shorter ones, and the last axis, in parts."""
+    for shape in ((1, 3, 4, 5, 64), (2, 3, 7, 9, 11)):
+        x = torch.randn(shape)
+        torch._dynamo.reset()
+        got = torch.compile(lambda x: torch.nn.functional.pad(x, (2, 1, 1, 3, 2, 1), mode=mode), backend="graphopt")(x)
+        assert torch.equal(got, torch.nn.functional.pad(x, (2, 1, 1, 3, 2, 1), mode=mode))
+        if shape[-1] == 64:
+            assert len(graphopt.reports()[-1].kernels) == 1
