@@ -35,7 +35,9 @@ FIRST = {  # passes that look for what another one makes
 }  # fmt: skip
 
 
-ON_A_GPU = ("pad-products", "split-reductions")  # passes that do nothing elsewhere
+TARGETS = {  # of passes that do nothing on just any processor
+    "pad-products": "cuda:sm_90", "split-reductions": "cuda:sm_90", "autocast": "cpu:znver4:2",
+}  # fmt: skip
 OPTIONS = {  # random graphs are small, and AMX tiles do without the transform
     "split-reductions": "{least=2}", "fuse-depthwise": "{always=True}", "winograd-filters": "{width=32}",
     "halve-weights": "{tiles=True}", "mask-blocks": "{least=64}", "turn-bias": "{lanes=2}", "pad-products": "{always=True}",
@@ -55,7 +57,7 @@ def check_on(name: str, seed: int) -> bool:
     for earlier in FIRST.get(name, ()):
         (p,) = parse_pipeline(earlier + OPTIONS.get(earlier, ""))
         p.run(g, PassContext(target=detect()))
-    target = Target.from_name("cuda:sm_90") if name in ON_A_GPU else detect()
+    target = Target.from_name(TARGETS[name]) if name in TARGETS else detect()
     (p,), new, ctx = parse_pipeline(name + OPTIONS.get(name, "")), g.clone(), PassContext(target=target, owns_weights=True, pass_name=name)
     try:
         p.requires(new)
