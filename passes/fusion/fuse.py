@@ -132,7 +132,7 @@ class Plan:
             return
         readers = self._readers(node.results[0].users)
         outside = any(u in self._alone for u in node.results[0].users)
-        if part is Role.VIEW and view_of_attention(node):
+        if part is Role.VIEW and view_of_attention(node) and not staged.node(node):
             self._open(node, epoch)
             return
         if part in (Role.VIEW, Role.CREATION):

@@ -399,6 +399,22 @@ def test_a_transposed_factor_is_read_in_place() -> None:
     assert regions(g) == [("matmul", ["transpose", "matmul", "relu"])]
 
 
+def test_attention_of_weights_alone_stays_staged() -> None:
+    """Learned queries that attend to one another, as in a decoder's first layer: a region would be computed at each call, and so would all
+    that depends on it."""
+    g = parse_graph("""
+        graph @g(weight %q: f32[1, 4, 20, 16], weight %w: f32[64, 32], %x: f32[1, 20, 32]) -> f32[1, 20, 32] {
+          %0: f32[1, 4, 20, 16] = attention(%q, %q, %q) {scale = 0.25}
+          %1: f32[1, 20, 4, 16] = transpose(%0) {perm = [0, 2, 1, 3]}
+          %2: f32[1, 20, 64] = reshape(%1) {shape = [1, 20, 64]}
+          %3: f32[1, 20, 32] = matmul(%2, %w)
+          %4: f32[1, 20, 32] = add(%3, %x)
+          return %4
+        }""")
+    run(g, [Fuse()])
+    assert regions(g) == [("pointwise", ["add"])] and unfused(g) == ["attention", "transpose", "reshape", "matmul"]
+
+
 def test_a_large_staged_transpose_stays_a_view() -> None:
     g = parse_graph("""graph @g(%x: f32[2048, 1024], weight %w: f32[1024, 2048]) -> f32[2048, 1024] {
       %0: f32[2048, 1024] = transpose(%w) {perm = [1, 0]}
