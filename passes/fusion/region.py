@@ -114,7 +114,7 @@ class Region:
         if reason := _index_rejects(node, uses):
             return reason
         frames = self._evaluations(node, uses)
-        if len(frames) > _MAX_FRAMES:
+        if len(frames) > _MAX_FRAMES and node.op.name != "constant":  # a number is the same through all of them
             return f"it would be computed through {len(frames)} different index maps"
         if self.kind == "attention":
             return self._before_attention(node, part, uses, frames)

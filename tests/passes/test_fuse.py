@@ -415,6 +415,22 @@ def test_attention_of_weights_alone_stays_staged() -> None:
     assert regions(g) == [("pointwise", ["add"])] and unfused(g) == ["attention", "transpose", "reshape", "matmul"]
 
 
+def test_a_number_joins_whoever_reads_it() -> None:
+    """A hash of several buckets: the divisor is read through as many index maps as parts are joined, and kernels want to see it."""
+    lines, parts = ["%m: i64[] = constant() {value = 7, dtype = i64}"], []
+    for i in range(12):
+        lines.append(f"%c{i}: i64[] = constant() {{value = {i + 2}, dtype = i64}}")
+        lines.append(f"%a{i}: i64[4] = mul(%x, %c{i})")
+        lines.append(f"%b{i}: i64[4] = remainder(%a{i}, %m)")
+        parts.append(f"%b{i}")
+    body = "\n".join([*lines, f"%z: i64[48] = concat({', '.join(parts)}) {{axis = 0}}", "return %z"])
+    g = parse_graph(f"graph @g(%x: i64[4]) -> i64[48] {{\n{body}\n}}")
+    run(g, [Fuse()])
+    assert unfused(g) == []
+    ((_, ops),) = regions(g)
+    assert ops.count("remainder") == 12 and not any(v.type.rank == 0 for n in g.nodes() for v in n.operands)
+
+
 def test_a_large_staged_transpose_stays_a_view() -> None:
     g = parse_graph("""graph @g(%x: f32[2048, 1024], weight %w: f32[1024, 2048]) -> f32[2048, 1024] {
       %0: f32[2048, 1024] = transpose(%w) {perm = [1, 0]}
