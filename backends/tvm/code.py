@@ -24,7 +24,7 @@ _KINDS = {
     "serial": tirx.ForKind.SERIAL, "parallel": tirx.ForKind.PARALLEL,
     "vectorized": tirx.ForKind.VECTORIZED, "unrolled": tirx.ForKind.UNROLLED,
 }  # fmt: skip
-_DEEP = 1000  # nodes of a float, with definitions in the place of names, from which on it is kept in memory
+_DEEP = 1000  # nodes of a value, with definitions in the place of names, from which on it is kept in memory
 ARRAY_DATA = 1  # field number of the data pointer in tvm_struct_get
 
 
@@ -204,26 +204,27 @@ class Code:
         # What is bound is hidden from TVM's analyzer, which otherwise puts definitions in the place of names: its interval
         # sets of chained selections grow without bound. It does not look into calls, so those are bound as they are; a float
         # goes through a call that does nothing, an integer through memory, or in a vector through its bits.
-        held = str(value.ty.dtype)
-        if held.startswith("float"):
-            if isinstance(value, tirx.Select | tirx.Max | tirx.Min):
-                value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
-            count = self._count(value)
-            if count > _DEEP and (kept := self._kept(value, name)) is not None:
-                value, count = kept, 1
-            var = self._named(value, name)
-            self._nodes[var] = count
-            return var
-        if hidden and not self._vectors and not isinstance(value, tvm.ir.Call):
+        # Chains whose steps read a value several times grow in front of it with each of them: those go through memory.
+        held, floats = str(value.ty.dtype), str(value.ty.dtype).startswith("float")
+        if floats and isinstance(value, tirx.Select | tirx.Max | tirx.Min):
+            value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
+        if not floats and not hidden:
+            return self._named(value, name)
+        if not floats and not self._vectors and not isinstance(value, tvm.ir.Call):
             # among symbolic sizes even hidden integers are reasoned about; what is read from memory is not, and LLVM
             # turns the memory into a register again (that of the scope "local" would be asked for and given back each time)
             cell = self.alloc(1, held, f"{name}_cell")
             self.store(cell, 0, value)
             return self.load(cell, 0)
-        if hidden and not isinstance(value, tvm.ir.Call):
-            other = held[1:] if held.startswith("u") else f"u{held}"
-            return tirx.reinterpret(held, self.bind(tirx.reinterpret(other, value), name))
-        return self._named(value, name)
+        count = self._count(value)
+        if count > _DEEP and (kept := self._kept(value, name)) is not None:
+            value, count = kept, 1
+            if not floats:
+                return value
+        bits = not floats and not isinstance(value, tvm.ir.Call)
+        var = self._named(tirx.reinterpret(held[1:] if held.startswith("u") else f"u{held}", value) if bits else value, name)
+        self._nodes[var] = count
+        return tirx.reinterpret(held, var) if bits else var
 
     def _named(self, value: Any, name: str) -> Any:
         var = tirx.Var(self.fresh(name), value.ty)
@@ -231,7 +232,7 @@ class Code:
         return var
 
     def _count(self, value: Any) -> int:
-        """Nodes of a float with definitions in the place of names, as the analyzer sees it; it stops beyond ``_DEEP``."""
+        """Nodes of a value with definitions in the place of names, as the analyzer sees it; it stops beyond ``_DEEP``."""
         count, pending = 0, [value]
         while pending and count <= _DEEP:
             e = pending.pop()
@@ -248,7 +249,7 @@ class Code:
         return count
 
     def _kept(self, value: Any, name: str) -> Any:
-        """A float, read from memory that it is written to, which LLVM makes a register again: the analyzer does not look behind it.
+        """A value, read from memory that it is written to, which LLVM makes a register again: the analyzer does not look behind it.
 
         Chains whose steps read a value several times, as each rounding to bf16 does, would take it minutes. None where no memory of
         their own can be had for the lanes.

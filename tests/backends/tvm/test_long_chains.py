@@ -64,3 +64,24 @@ def test_a_cast_to_bf16_keeps_what_is_no_number(bits: int) -> None:
     with torch.no_grad():
         found = graphopt.compile(Rounded(), (x,), strict=True)(x)
     torch.testing.assert_close(found, x.to(torch.bfloat16), equal_nan=True, rtol=0, atol=0)
+
+
+class Buckets(nn.Module):
+    """Relative positions of boxes, in buckets that widen with the distance, as LayoutLMv3 and T5 have them: integers, chosen and chosen
+    again."""
+
+    def forward(self, boxes: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        place = boxes[:, :, 0]
+        apart = place.unsqueeze(-2) - place.unsqueeze(-1)
+        far = apart.abs()
+        large = 8 + (torch.log(far.float() / 8) / 2.0 * 8).to(torch.long)
+        bucket = (apart > 0).long() * 16 + torch.where(far < 8, far, torch.minimum(large, torch.full_like(large, 15)))
+        return bias[bucket * 2 - bucket].permute(0, 3, 1, 2).contiguous()
+
+
+def test_a_chain_of_integers_is_built() -> None:
+    boxes, bias = torch.randint(0, 100, (1, 37, 4), generator=torch.Generator().manual_seed(0)), torch.arange(128.0).reshape(32, 4)
+    for dtype in (torch.int64, torch.int32):
+        given = boxes.to(dtype)
+        with torch.no_grad():
+            assert torch.equal(graphopt.compile(Buckets(), (given, bias), strict=True)(given, bias), Buckets()(given, bias))
