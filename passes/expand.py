@@ -3,8 +3,8 @@
 Why: rope, group_norm and the like have no kernel of their own; their parts have, and fuse with what is around them.
 
 When: the op has an expansion and is not in ``keep``. A kept op over rows (softmax, layer_norm, mean, var ...) is expanded all
-the same if its rows are not the trailing axes: only there a kernel has a row at hand. (A softmax over another axis stays whole on a CPU,
-where columns lie side by side.) Composites within an expansion are
+the same if its rows are not the trailing axes, where no kernel has a row at hand; but for a softmax on a CPU whose rows lie side by side:
+strips of them are one kernel, unless they are few and long. Composites within an expansion are
 treated alike. An attention stays whole where its tiled kernel is estimated to be the faster one
 (:mod:`~graphopt.passes.fusion.attention`). Complex and 8-bit float composites are left to the library. In f16 and bf16, what
 sums is expanded in f32 and rounded once at the end, as PyTorch does it.

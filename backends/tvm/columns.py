@@ -138,7 +138,7 @@ class ColumnKernel:
         self.made[v] = held
 
     def _needed_again(self) -> list[Value]:
-        """Operands of reductions that later passes read again: computed from memory, and kept where that is not near."""
+        """Operands of reductions that later passes read again: they are computed once, and kept."""
         reads = [n.operands[0] for n in self.graph.nodes() if n.name in REDUCTIONS]
         return [v for v in dict.fromkeys(reads) if len(v.users) > 1 or v.uses[0][0] is self.graph.ret]
 

@@ -77,7 +77,36 @@ def merge_axes(code: Code, shape: Sequence[Index], probe: Callable[[Sequence[Ind
             axes[-1].size = code.simplify(axes[-1].size * shape[k])
         else:
             axes.append(Axis([k], shape[k]))
-    return axes
+    if len(axes) == len(live) or _goes_on(code, axes, probe, addresses, steps, live, len(shape)):
+        return axes
+    return [Axis([k], shape[k]) for k in live]
+
+
+def _goes_on(code: Code, axes: Sequence[Axis], probe: Callable[[Sequence[Index]], Sequence[Any]], addresses: Sequence[Any],
+             steps: Sequence[list[Any] | None], live: Sequence[int], rank: int) -> bool:  # fmt: skip
+    """Whether each address is still the same linear one when a merged loop's variable goes into its innermost axis.
+
+    An address may be linear within an axis alone: ``j // 2`` is 0 for both of its places, and 1 beyond its end.
+    """
+    variables = [tirx.Var(code.fresh("p"), "int64") for _ in axes]
+    for var, axis in zip(variables, axes, strict=True):
+        code.analyzer.bind(var, tvm.ir.Range.from_min_extent(i64(0), i64(axis.size)))
+    again, known = probe(linear_index(axes, variables, rank)), iter(steps)
+    if len(again) != len(addresses):
+        return False
+    for before, e in zip(addresses, again, strict=True):
+        step = next(known) if not isinstance(before, int) else [i64(0)] * len(live)
+        if isinstance(e, int):
+            found = [i64(0)] * len(axes)
+        else:
+            found = list(tvm.sym.detect_linear_equation(e, variables))[:-1]
+            used = {v.name for v in tirx.analysis.undefined_vars(e)}
+            found = found or [None if v.name in used else i64(0) for v in variables]
+        wanted = [step[live.index(axis.members[-1])] for axis in axes] if step is not None else [None] * len(axes)
+        for axis, old, new in zip(axes, wanted, found, strict=True):
+            if len(axis.members) > 1 and (old is None or new is None or not code.equal(old, new)):
+                return False
+    return True
 
 
 def _fit(code: Code, outer: Any, inner: Any, size: Index) -> bool:

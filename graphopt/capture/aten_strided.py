@@ -15,7 +15,8 @@ from graphopt.ir.graph import Value
 
 # operators whose sizes, steps and offset are of the storage, and where these stand among the arguments
 OF_STORAGE = {"aten.as_strided.default": 1, "aten.as_strided_scatter.default": 2}
-MOST_PIECES = 64  # that are read one after the other
+MOST_PIECES = 64  # that are read one after the other, where there is nothing else but a call of the library
+MOST_WINDOWS = 16  # and where each element can be taken by its index instead; both are measured
 
 
 @lowers("as_strided")
@@ -123,7 +124,7 @@ def unfold(c: Context, x: Value, dimension: int, size: int, step: int) -> Value:
     count = dims.add(dims.floordiv(dims.sub(length, size), step), 1)
     c.require(isinstance(count, int) and count > 0 and size > 0)
     assert isinstance(count, int)
-    if isinstance(length, int) and min(count, -(-size // step)) <= MOST_PIECES:
+    if isinstance(length, int) and min(count, -(-size // step)) <= MOST_WINDOWS:
         taken = windows(c, x, axis, count, size, step)
         taken = c.b.slice(taken, axis=axis + 1, start=0, stop=size)
     else:

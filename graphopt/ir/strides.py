@@ -44,6 +44,8 @@ def view_strides(node: Node, given: Sequence[int] | None) -> tuple[int, ...] | N
 
 def _reshaped(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
     """Runs of axes that lie in memory as one are divided anew, from the innermost on; None if a new axis goes across two of them."""
+    if 0 in old or 0 in new:
+        return None  # nothing lies anywhere
     runs: list[tuple[int, int]] = []  # (elements, step), innermost first
     for d, s in zip(reversed(old), reversed(strides), strict=True):
         if d == 1:

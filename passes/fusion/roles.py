@@ -115,14 +115,20 @@ class Rows:
         return (self.columns, self.behind) == (other.columns, other.behind) and dims.same_shape(self.shape, other.shape)
 
 
-_SIDE_BY_SIDE = 16  # neighbouring columns that fill a vector
+_SIDE_BY_SIDE = 16  # neighbouring columns that fill the widest vector of f32
+_LONG, _FEW = 1 << 14, 1 << 10  # columns of which a strip fills a cache, and that are not strips enough for many cores
 
 
 def _softmax_rows(shape: Shape, axis: int) -> Rows | None:
-    """Rows along any axis: those that are not trailing must lie side by side."""
-    behind = len(shape) - 1 - axis % len(shape)
-    beside = dims.numel(shape[len(shape) - behind :])
-    return None if behind and isinstance(beside, int) and beside < _SIDE_BY_SIDE else Rows(shape, 1, behind)
+    """Rows along any axis: those that are not trailing must lie side by side, and not be few and long."""
+    axis %= len(shape)
+    behind = len(shape) - 1 - axis
+    if not behind:
+        return Rows(shape, 1)
+    length, beside, count = shape[axis], dims.numel(shape[len(shape) - behind :]), dims.numel([*shape[:axis], *shape[axis + 1 :]])
+    narrow = isinstance(beside, int) and beside < _SIDE_BY_SIDE
+    long = isinstance(length, int) and length >= _LONG and isinstance(count, int) and count < _FEW
+    return None if narrow or long else Rows(shape, 1, behind)
 
 
 def rows_of(node: Node) -> Rows | None:

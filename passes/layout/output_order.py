@@ -89,7 +89,7 @@ def _reorder(g: Graph, k: int, v: Value, perm: Sequence[int]) -> None:
     b = Builder(g, before=g.ret)
     shape = [int(d) for d in v.shape]
     moved = [a for a in perm if shape[a] != 1] != [a for a in range(len(shape)) if shape[a] != 1]
-    turned = b.transpose(v, perm=tuple(perm)) if moved or v.producer is None or not is_view(v.producer) else v
+    turned = b.create("transpose", [v], {"perm": tuple(perm)}) if moved or v.producer is None or not is_view(v.producer) else v
     root = turned.producer
     assert root is not None
     if turned is not v:

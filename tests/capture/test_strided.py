@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from graphopt import reports
 from tests.capture.helpers import check, compiled
 
 X = torch.arange(64.0 * 48).reshape(64, 48)
@@ -79,3 +80,19 @@ def test_windows_of_an_axis(size: int, step: int) -> None:
 
 def test_windows_by_index() -> None:
     check(lambda x: x.unfold(0, 100, 1).neg(), torch.arange(300.0))
+    text = reports()[-1].text_before
+    assert "take(" in text and "concat(" not in text
+    check(lambda x: x.unfold(0, 30, 10).neg(), torch.arange(300.0))
+    text = reports()[-1].text_before
+    assert "take(" not in text and text.count("slice(") <= 4
+
+
+def test_a_broadcast_axis_beside_axes_of_one_element() -> None:
+    """Elements of one place read through a division that is 0 within an axis, and not beyond its end."""
+    x = torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(0)).permute(2, 1, 0)
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return (x.unsqueeze(3).expand(5, 1, 3, 2) * 1).as_strided((2, 2), (0, 1), 0).relu()
+
+    with torch.no_grad():
+        assert torch.equal(compiled(program, kernels="tvm")(x), program(x))

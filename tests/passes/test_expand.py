@@ -61,6 +61,14 @@ STAYS = {
 }
 
 
+@pytest.mark.parametrize(("size", "kept"), [("4, 15", False), ("4, 16", True), ("50000, 24", False), ("50000, 2000", True)])
+def test_few_long_columns_are_no_strips(size: str, kept: bool) -> None:
+    """They would be a task or two, each reading memory that no cache holds twice."""
+    g = parse_graph(f"graph @g(%x: f32[{size}]) -> f32[{size}] {{\n %0: f32[{size}] = softmax(%x) {{axis = 0}}\n return %0\n}}")
+    Expand().run(g, PassContext(target=Target.from_name("cpu:x86-64-v4")))
+    assert ("softmax" in [n.name for n in g]) is kept
+
+
 def test_a_softmax_of_columns_that_lie_side_by_side_stays_whole() -> None:
     text = "graph @g(%x: f32[4, B]) -> f32[4, B]\nwhere 1 <= B {\n %0: f32[4, B] = softmax(%x) {axis = 0}\n return %0\n}"
     for target, kept in (("cpu:x86-64-v4", True), ("cuda:sm_90", False)):

@@ -60,5 +60,5 @@ def test_symbolic_sizes() -> None:
 
 
 def test_long_columns_are_summed_in_blocks() -> None:
-    x = torch.zeros(1, 100_003, 16)
+    x = torch.zeros(1, 16_003, 16)
     check(lambda x: torch.softmax(x, 1), x)
