@@ -8,6 +8,7 @@ from graphopt.autotune.space import Param, Schedule, SearchSpace, Workload
 from graphopt.backends.forms.support import ATTENTIONS, REDUCTIONS
 from graphopt.backends.tvm.template import Template, lanes_of, loops_of
 from graphopt.errors import BuildError
+from graphopt.ir import dims
 from graphopt.ir.graph import Node
 from graphopt.target import Target
 
@@ -129,7 +130,6 @@ def _columns_refuse(w: Workload, t: Target) -> str | None:
 def _columns_params(w: Workload, t: Target) -> tuple[Param, ...]:
     from graphopt.backends.forms.prepare import expand_rows
     from graphopt.backends.forms.shapes import column_axes
-    from graphopt.ir import dims
 
     found, lanes = column_axes(expand_rows(w.graph)), lanes_of(w.graph, t)
     assert not isinstance(found, str)
