@@ -127,7 +127,7 @@ def test_what_is_not_behind_a_convolution_stays() -> None:
 
 def fused(weight: tuple[int, ...], groups: int = 1, frozen: bool = True, dtype: types.DType = types.f32) -> tuple[Graph, PassContext]:
     g, b = network()
-    x = g.add_input(TensorType(dtype, (B, 4, 8, 8)), "x")
+    x = g.add_input(TensorType(dtype, (B, weight[1] * groups, 8, 8)), "x")
     w = g.add_input(TensorType(dtype, weight), "w", frozen)
     r = g.add_input(TensorType(dtype, (B, weight[0], 8, 8)), "r")
     g.set_outputs([b.relu(b.add(b.conv(x, w, groups=groups, **WINDOW), r))])
