@@ -151,6 +151,10 @@ class ProgramWriter:
             return v.type.strides is None
         return v in self._fresh
 
+    def _lies(self, v: Value, strides: Sequence[dims.Dim] | None) -> bool:
+        """Whether a value is known to have these strides; None: row-major."""
+        return self._known_contiguous(v) if strides is None else strides_of(v) == strides
+
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def write(self) -> str:
@@ -327,7 +331,7 @@ class ProgramWriter:
                 text = f"restride({text}, {wanted}, copy=True)"
             elif root in inputs:  # a reshape of what is not in its order has copied it
                 text = f"restride({text}, {wanted}, apart={inputs[root]})"
-            elif (strides is not None and strides_of(v) != strides) or not (strides is not None or self._known_contiguous(v)):
+            elif not self._lies(v, strides):
                 text = f"restride({text}, {wanted})"
             seen[root] = None
             returned.append(text)

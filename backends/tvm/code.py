@@ -205,12 +205,13 @@ class Code:
         # sets of chained selections grow without bound. It does not look into calls, so those are bound as they are; a float
         # goes through a call that does nothing, an integer through memory, or in a vector through its bits.
         # Chains whose steps read a value several times grow in front of it with each of them: those go through memory.
-        held, floats = str(value.ty.dtype), str(value.ty.dtype).startswith("float")
+        held = str(value.ty.dtype)
+        floats, call = held.startswith("float"), isinstance(value, tvm.ir.Call)
         if floats and isinstance(value, tirx.Select | tirx.Max | tirx.Min):
-            value = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value)
-        if not floats and not hidden:
+            value, call = tirx.call_llvm_pure_intrin(value.ty, "llvm.arithmetic.fence", value), True
+        elif not floats and not hidden:
             return self._named(value, name)
-        if not floats and not self._vectors and not isinstance(value, tvm.ir.Call):
+        elif not (floats or call or self._vectors):
             # among symbolic sizes even hidden integers are reasoned about; what is read from memory is not, and LLVM
             # turns the memory into a register again (that of the scope "local" would be asked for and given back each time)
             cell = self.alloc(1, held, f"{name}_cell")
@@ -218,13 +219,13 @@ class Code:
             return self.load(cell, 0)
         count = self._count(value)
         if count > _DEEP and (kept := self._kept(value, name)) is not None:
-            value, count = kept, 1
             if not floats:
-                return value
-        bits = not floats and not isinstance(value, tvm.ir.Call)
-        var = self._named(tirx.reinterpret(held[1:] if held.startswith("u") else f"u{held}", value) if bits else value, name)
+                return kept
+            value, count = kept, 1
+        twin = None if floats or call else held[1:] if held.startswith("u") else f"u{held}"
+        var = self._named(tirx.reinterpret(twin, value) if twin else value, name)
         self._nodes[var] = count
-        return tirx.reinterpret(held, var) if bits else var
+        return tirx.reinterpret(held, var) if twin else var
 
     def _named(self, value: Any, name: str) -> Any:
         var = tirx.Var(self.fresh(name), value.ty)

@@ -94,7 +94,7 @@ def diag_embed(c: Context, x: Value, offset: int = 0, dim1: int = -2, dim2: int 
     size = dims.add(length, abs(offset))
     low, high = (max(0, -offset), max(0, offset))
     zeros = (0,) * len(lead)
-    rows = c.b.pad(x, low=(*zeros, low), high=(*zeros, high), value=_zero(x)) if offset else x  # by row
+    rows = c.b.pad(x, low=(*zeros, low), high=(*zeros, high), value=zero(x)) if offset else x  # by row
     row, column = c.b.reshape(c.b.iota(size=size), (size, 1)), c.b.iota(size=size)
     inside = c.b.eq(column, c.b.add(row, offset) if offset else row)
     square = c.b.where(inside, c.b.reshape(rows, (*lead, size, 1)), c.constant(0, x.dtype))
@@ -102,7 +102,8 @@ def diag_embed(c: Context, x: Value, offset: int = 0, dim1: int = -2, dim2: int 
     return c.b.transpose(square, tuple(rank - 2 if k == a else rank - 1 if k == b else next(place) for k in range(rank)))
 
 
-def _zero(x: Value) -> Number:
+def zero(x: Value) -> Number:
+    """Zero as an attribute of x's dtype."""
     return False if x.dtype.is_bool else 0.0 if x.dtype.is_float else 0
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from graphopt.capture.aten import Context, lowers
+from graphopt.capture.aten_pad import zero
+from graphopt.capture.aten_shape import cut
 from graphopt.capture.captured import Uncapturable
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
@@ -74,14 +76,14 @@ def of_memory(c: Context, root: Value, size: Sequence[int], stride: Sequence[int
         c.require(steps[k] == length)
         length *= int(root.shape[k])
     order += [k for k in range(root.type.rank) if root.shape[k] == 1]
-    flat = c.b.reshape(c.b.transpose(root, tuple(order)) if order != sorted(order) else root, (length,))
+    flat = c.b.reshape(c.b.transpose(root, tuple(order)), (length,))
     axes = sorted((k for k in range(len(size)) if size[k] != 1 and stride[k]), key=lambda k: -stride[k])
     span = 1 + sum((size[k] - 1) * stride[k] for k in axes)
-    part = c.b.slice(flat, axis=0, start=offset, stop=length)
+    part = cut(c, flat, 0, offset, length)
     for at, k in enumerate(axes):
         span -= (size[k] - 1) * stride[k]
         part = windows(c, part, at, size[k], span, stride[k])
-    part = c.b.slice(part, axis=len(axes), start=0, stop=1)
+    part = cut(c, part, len(axes), 0, 1)
     back = c.b.transpose(c.b.reshape(part, tuple(size[k] for k in axes)), tuple(axes.index(k) for k in sorted(axes)))
     expanded = c.b.reshape(back, tuple(n if k in axes else 1 for k, n in enumerate(size)))
     return c.b.broadcast_to(expanded, shape=c.shape)  # type: ignore[no-any-return]
@@ -97,21 +99,18 @@ def windows(c: Context, x: Value, axis: int, count: int, size: int, step: int) -
     stretches = -(-size // step)
     c.require(min(stretches, count) <= MOST_PIECES, f"more than {MOST_PIECES} windows that overlap")
 
-    def piece(v: Value, start: int, stop: int) -> Value:
-        return c.b.slice(v, axis=axis, start=start, stop=stop) if (start, stop) != (0, v.shape[axis]) else v  # type: ignore[no-any-return]
-
     if 1 < count < stretches:
-        parts = [c.b.reshape(piece(x, i * step, i * step + size), (*before, 1, size, *after)) for i in range(count)]
+        parts = [c.b.reshape(cut(c, x, axis, i * step, i * step + size), (*before, 1, size, *after)) for i in range(count)]
         return c.b.concat(*parts, axis=axis)  # type: ignore[no-any-return]
     whole = count + stretches - 1
     if n < whole * step:
         zeros = [0] * x.type.rank
         zeros[axis] = whole * step - n
-        x = c.b.pad(x, low=(0,) * x.type.rank, high=tuple(zeros), value=False if x.dtype.is_bool else 0.0 if x.dtype.is_float else 0)
-    x = c.b.reshape(piece(x, 0, whole * step), (*before, whole, step, *after))
+        x = c.b.pad(x, low=(0,) * x.type.rank, high=tuple(zeros), value=zero(x))
+    x = c.b.reshape(cut(c, x, axis, 0, whole * step), (*before, whole, step, *after))
     if stretches == 1:
         return x
-    parts = [c.b.reshape(piece(x, j, j + count), (*before, count, 1, step, *after)) for j in range(stretches)]
+    parts = [c.b.reshape(cut(c, x, axis, j, j + count), (*before, count, 1, step, *after)) for j in range(stretches)]
     return c.b.reshape(c.b.concat(*parts, axis=axis + 1), (*before, count, stretches * step, *after))  # type: ignore[no-any-return]
 
 
@@ -126,7 +125,7 @@ def unfold(c: Context, x: Value, dimension: int, size: int, step: int) -> Value:
     assert isinstance(count, int)
     if isinstance(length, int) and min(count, -(-size // step)) <= MOST_WINDOWS:
         taken = windows(c, x, axis, count, size, step)
-        taken = c.b.slice(taken, axis=axis + 1, start=0, stop=size)
+        taken = cut(c, taken, axis + 1, 0, size)
     else:
         start = c.b.reshape(c.b.iota(size=count, step=step), (count, 1))
         taken = c.b.take(x, c.b.add(start, c.b.iota(size=size)), axis=axis)

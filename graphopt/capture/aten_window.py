@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from graphopt.capture.aten import Context, each, entry, lowers
+from graphopt.capture.aten_pad import zero
 from graphopt.ir import dims
 from graphopt.ir.dims import Dim
 from graphopt.ir.graph import Value
@@ -161,7 +162,7 @@ def im2col(c: Context, x: Value, kernel: Sequence[int], dilation: Sequence[int],
     rows, columns = _windows(c, (h, w), kernel, dilation, padding, stride)
     c.require(kh * kw <= MOST_TAPS, f"windows of more than {MOST_TAPS} places that overlap")
     around = (*[0] * (n + 1), *padding)
-    image = c.b.pad(x, low=around, high=around, value=False if x.dtype.is_bool else 0.0 if x.dtype.is_float else 0) if any(padding) else x
+    image = c.b.pad(x, low=around, high=around, value=zero(x)) if any(padding) else x
     taps = []
     for i, j in product(range(kh), range(kw)):
         tap = image

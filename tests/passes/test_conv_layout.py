@@ -165,13 +165,20 @@ def test_the_packed_form(weight: tuple[int, ...], groups: int, packed: tuple[int
     assert not any(v.weight for v in fusion.operands)
 
 
-def test_few_filters_lie_one_after_the_other() -> None:
-    """With vectors along the channels; and once they do, they stay."""
-    g, _ = fused((3, 4, 3, 3))
-    ctx, before = PassContext(target=Target("cpu", "x86_64")), g.clone()
+@pytest.mark.parametrize(
+    "weight, groups, features, packed",
+    [
+        pytest.param((3, 4, 3, 3), 1, (), (3, 3, 3, 4), id="few lie one after the other"),  # with vectors along the channels
+        pytest.param((8, 2, 3, 3), 4, ("avx2",), (3, 3, 2, 8), id="narrow groups"),  # a vector holds the filters of several
+    ],
+)
+def test_filters_not_in_panels(weight: tuple[int, ...], groups: int, features: tuple[str, ...], packed: tuple[int, ...]) -> None:
+    """Their views move out of the region, once."""
+    g, _ = fused(weight, groups)
+    ctx, before = PassContext(target=Target("cpu", "x86_64", features=features)), g.clone()
     assert PackFilters().run(g, ctx) and not PackFilters().run(g, ctx)
     (fusion,) = [n for n in g.nodes() if n.op.name == "fusion"]
-    assert (3, 3, 3, 4) in [v.shape for v in fusion.operands] and not any(v.weight for v in fusion.operands), g
+    assert packed in [v.shape for v in fusion.operands] and not any(v.weight for v in fusion.operands), g
     x, w, r = (torch.randn([2 if d == B else int(d) for d in v.shape]) for v in before.inputs)
     (want,), (got,) = (evaluate(graph, [x, w, r], bindings={"B": 2}) for graph in (before, g))
     assert torch.equal(got, want)
@@ -183,18 +190,6 @@ def test_other_filters_are_packed_in_panels(weight: tuple[int, ...], groups: int
     assert PackFilters().run(g, PassContext(target=Target("cpu", "x86_64")))
     (fusion,) = [n for n in g.nodes() if n.op.name == "fusion"]
     assert [v.type.rank for v in fusion.operands].count(3) == 1, g
-
-
-def test_narrow_groups_keep_their_weight() -> None:
-    """A vector holds the filters of several: only the views in front of the weight move out of the region, once."""
-    g, _ = fused((8, 2, 3, 3), 4)
-    ctx, before = PassContext(target=Target("cpu", "x86_64", features=("avx2",))), g.clone()
-    assert PackFilters().run(g, ctx) and not PackFilters().run(g, ctx)
-    (fusion,) = [n for n in g.nodes() if n.op.name == "fusion"]
-    assert (3, 3, 2, 8) in [v.shape for v in fusion.operands] and not any(v.weight for v in fusion.operands), g
-    x, w, r = (torch.randn([2 if d == B else int(d) for d in v.shape]) for v in before.inputs)
-    (want,), (got,) = (evaluate(graph, [x, w, r], bindings={"B": 2}) for graph in (before, g))
-    assert torch.equal(got, want)
 
 
 def test_what_is_no_weight_is_not_packed() -> None:

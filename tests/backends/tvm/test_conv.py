@@ -55,6 +55,11 @@ def conv(x: Sequence[Any], w: Sequence[int], stride: int = 1, padding: int = 0, 
     return g
 
 
+def template_of(graph: Graph, target: Target | None = None) -> str:
+    """The template that is taken first."""
+    return TvmBackend().templates(Workload.of(graph, "conv"), target or detect())[0].name
+
+
 CASES: dict[str, Graph] = {
     "3x3": conv((2, 9, 11, 5), (3, 3, 5, 20), padding=1, epilogue=True),
     "3x3 packed": conv((1, 14, 14, 32), (3, 3, 32, 70), padding=1, nr=48, epilogue=True, residual=True),

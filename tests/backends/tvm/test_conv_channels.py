@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_conv import conv
+from test_conv import conv, template_of
 from tvm_check import B, H, check, sizes, values
 
 from graphopt.autotune.space import Schedule, Workload
@@ -77,11 +77,6 @@ CASES: dict[str, Graph] = {
     "image of any size, channels left": by_filter((B, H, H, 19), 2, (3, 3), padding=2, dilation=2),
     "any size in place": conv((B, H, H, 16), (1, 1, 16, 1), epilogue=True),
 }  # fmt: skip
-
-
-def template_of(graph: Graph, target: Target | None = None) -> str:
-    t = target or detect()
-    return TvmBackend().templates(Workload.of(graph, "conv"), t)[0].name
 
 
 def test_convolutions(compile_all) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_conv import conv
+from test_conv import conv, template_of
 from tvm_check import B, H, check, sizes, values
 
 import graphopt
@@ -30,10 +30,6 @@ CASES: dict[str, Graph] = {
     "four filters of two channels": conv((1, 8, 13, 16), (3, 3, 2, 32), padding=1, groups=8),
     "eight filters of a channel": conv((1, 8, 13, 6), (3, 3, 1, 48), padding=1, groups=6),
 }  # fmt: skip
-
-
-def template_of(graph: Graph, target: Target | None = None) -> str:
-    return TvmBackend().templates(Workload.of(graph, "conv"), target or detect())[0].name
 
 
 def test_convolutions(compile_all) -> None:
