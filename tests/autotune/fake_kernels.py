@@ -32,7 +32,7 @@ def slow(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def slower(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
-    _wait(4e-3)
+    _wait(20e-3)  # longer than what another process takes the processor for
     torch.add(x, y, out=out)
 
 
