@@ -31,6 +31,7 @@ class ConvGroupsKernel(Lanes, DepthwiseKernel):
         form, lanes = self.form, self.lanes
         stride, dilation, width = form.stride[-1], form.dilation[-1], form.kernel[-1]
         shifts = sorted({i * stride + k * dilation for i in range(pixels) for k in range(width)})
+        shifts = [shift for shift in shifts if self._inside(start, shift)]
 
         def products(c: Index) -> None:
             ws = [self._weights([*taps, k], c, channel) for k in range(width)]

@@ -2,7 +2,8 @@
 
 A tile of pixels along the last spatial axis keeps its sums in registers; within a row of taps, each element of the image
 is loaded once and used for all taps that it meets. Padding is never read: the taps of a pixel are cut to those that lie
-inside, and pixels whose taps along the last axis are cut are computed one by one.
+inside. The tiles at the ends of a line of known size have code of their own, without the taps outside; where the size is not known,
+pixels whose taps along the last axis are cut are computed one by one.
 
 Reference: Zhang et al., "High Performance Depthwise and Pointwise Convolutions on Mobile Devices", AAAI 2020.
 """
@@ -23,6 +24,8 @@ from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.ir.graph import Graph
 
 LINES, TASKS = 8, 32  # where a schedule does not say
+_TAPS = 16  # along the last axis that are written one by one
+_ENDS = 4  # tiles of a line that have code of their own
 
 
 class DepthwiseKernel:
@@ -81,10 +84,33 @@ class DepthwiseKernel:
         return code
 
     def _line(self, lead: list[Index], width: Index) -> None:
-        """All pixels of a line: one by one where the edge cuts their taps, tiles in between."""
-        code = self.code
-        a, b = self._interior(width)
+        """All pixels of a line."""
         ranges = [self._range(k, i) for k, i in enumerate(lead[1:])]
+        a, b = self._interior(width)
+        if isinstance(width, int) and isinstance(self.space[-1], int) and self.form.kernel[-1] <= _TAPS:
+            tile = -(-width // -(-width // self.tile)) if width else 1  # even tiles
+            starts = [min(first, width - tile) for first in range(0, width, tile)]
+            ends = [first for first in starts if first < a or first + tile > b]
+            if len(ends) <= _ENDS:
+                self._tiles(lead, starts, ends, tile, ranges)
+                return
+        self._between(lead, width, a, b, ranges)
+
+    def _tiles(self, lead: list[Index], starts: list[int], ends: list[int], tile: int, ranges: Sequence[tuple[Index, Index]]) -> None:
+        """Tiles that begin at ``starts``: those at the ``ends`` one after the other, the others in a loop."""
+        code, inner = self.code, [first for first in starts if first not in ends]
+        for first in ends:
+            self._tile(lead, first, tile, ranges, known=True)
+        if inner:
+            with code.loop(len(inner), "serial", "tile") as q:
+                o = code.simplify(inner[0] + q * tile)
+                if inner[-1] != inner[0] + (len(inner) - 1) * tile:  # the last one overlaps the one before
+                    o = code.bind_index(code.least(o, inner[-1]), "o")
+                self._tile(lead, o, tile, ranges, known=True)
+
+    def _between(self, lead: list[Index], width: Index, a: Index, b: Index, ranges: Sequence[tuple[Index, Index]]) -> None:
+        """A line one by one where the edge cuts the taps of pixels, tiles from ``a`` to ``b``."""
+        code = self.code
 
         def single(first: Index, count: Index) -> None:
             with code.loop(count, "serial", "o") as o:
@@ -100,11 +126,11 @@ class DepthwiseKernel:
                 first = code.simplify(a + q * tile)
                 if inner % tile:
                     first = code.bind_index(code.least(first, b - tile), "o")
-                self._tile(lead, first, tile, ranges, inside=True)
+                self._tile(lead, first, tile, ranges, known=True)
         else:
             whole = code.bind_index(code.div(inner, tile))
             with code.loop(whole, "serial", "tile") as q:
-                self._tile(lead, code.simplify(a + q * tile), tile, ranges, inside=True)
+                self._tile(lead, code.simplify(a + q * tile), tile, ranges, known=True)
             single(code.simplify(a + whole * tile), code.simplify(inner - whole * tile))
         single(b, code.simplify(width - b))
 
@@ -134,17 +160,17 @@ class DepthwiseKernel:
         first = code.bind_index(first, "k")
         return first, code.bind_index(code.greatest(code.simplify(stop - first), 0), "n")
 
-    def _tile(self, lead: list[Index], o: Index, pixels: int, ranges: Sequence[tuple[Index, Index]], inside: bool = False) -> None:
-        """Sum and store some pixels of a line, all channels of the task; ``inside``: none of their taps along it is cut."""
+    def _tile(self, lead: list[Index], o: Index, pixels: int, ranges: Sequence[tuple[Index, Index]], known: bool = False) -> None:
+        """Sum and store some pixels of a line, all channels of the task; ``known``: no tap along it is cut, or it is known which."""
         code = self.code
         with code.loop(self.blocks, "serial", "block") as block:
             channel = code.simplify((self.first + block) * self.lanes)
             if self.channels % self.lanes:  # the last block overlaps the one before
                 channel = code.bind_index(code.least(channel, self.channels - self.lanes), "c", self.channels - self.lanes + 1)
-            self._vectors(lead, o, pixels, ranges, channel, inside)
+            self._vectors(lead, o, pixels, ranges, channel, known)
 
     def _vectors(self, lead: list[Index], o: Index, pixels: int, ranges: Sequence[tuple[Index, Index]], channel: Index,
-                 inside: bool) -> None:  # fmt: skip
+                 known: bool) -> None:  # fmt: skip
         """Sum and store one vector of channels of some pixels of a line."""
         code, lanes, form = self.code, self.lanes, self.form
         stride, padding, dilation = form.stride, form.low, form.dilation
@@ -154,11 +180,11 @@ class DepthwiseKernel:
             with code.loop(lanes, "vectorized", "v") as v:
                 code.store(acc, i * lanes + v, tirx.const(0, self.held))
         start = code.simplify(o * stride[-1] - padding[-1])
-        first, count = (0, width) if inside else self._range(len(ranges), o)
+        first, count = (0, width) if known else self._range(len(ranges), o)
 
         def row(taps: list[Index]) -> None:
             at = [code.simplify(i * s - p + t * d) for i, s, p, d, t in zip(lead[1:], stride, padding, dilation, taps, strict=False)]
-            if inside and width <= 16:
+            if known and width <= _TAPS:
                 self._unrolled(acc, [lead[0], *at], start, pixels, taps, channel)
                 return
             self._cut(acc, [lead[0], *at], start, pixels, taps, channel, first, count)
@@ -189,7 +215,7 @@ class DepthwiseKernel:
                 code.store(acc, p, code.load(acc, p) + x * w)
 
     def _unrolled(self, acc: Any, at: list[Index], start: Index, pixels: int, taps: list[Index], channel: Index) -> None:
-        """One row of taps for all pixels of a tile: every element of the image is loaded once."""
+        """One row of taps for all pixels of a tile: every element of the image is loaded once, and none outside of it."""
         code, form, lanes = self.code, self.form, self.lanes
         stride, dilation = form.stride, form.dilation
         with code.loop(lanes, "vectorized", "v") as v:
@@ -200,9 +226,15 @@ class DepthwiseKernel:
                 p = code.simplify(i * lanes + v)
                 for k, w in enumerate(ws):
                     shift = i * stride[-1] + k * dilation[-1]
+                    if not self._inside(start, shift):
+                        continue
                     if shift not in loaded:
                         loaded[shift] = e.at(form.x, [*at, code.simplify(start + shift), c])
                     code.store(acc, p, code.load(acc, p) + loaded[shift] * w)
+
+    def _inside(self, start: Index, shift: int) -> bool:
+        """Whether a place of a line is one of the image; of a tile whose start is not known all are."""
+        return not isinstance(start, int) or 0 <= start + shift < self.space[-1]
 
     def _store(self, index: list[Index], value: Any) -> None:
         store_computed(self.args, index, {self.form.node.result: value})
