@@ -122,13 +122,15 @@ class ConvImage(Lanes):
     def _whole_lines(self) -> bool:
         """Whether a line of the image lies in memory as it is wanted: pixel after pixel, and nothing is converted."""
         steps = self._steps
-        return steps is not None and self.code.equal(steps[0], self.channels) and self.code.equal(steps[1], 1)
+        if steps is None or not self.code.equal(steps[0], self.channels):
+            return False
+        return self.channels == 1 or self.code.equal(steps[1], 1)
 
     def _turned(self) -> bool:
-        """Whether a line of the image lies in memory channel by channel, pixels side by side, and its channels fill a vector."""
+        """Whether a line of the image lies in memory channel by channel, pixels side by side."""
         source = behind_views(self.form.x)
-        fits = 1 < self.lanes <= self.channels and self.lanes & (self.lanes - 1) == 0
-        if not source.is_input or scalar.STORAGE[source.dtype] != self.held or not fits:
+        vectors = self.lanes > 1 and self.lanes & (self.lanes - 1) == 0
+        if not source.is_input or scalar.STORAGE[source.dtype] != self.held or not vectors or self.channels == 1:
             return False
         return self._steps is not None and self.code.equal(self._steps[0], 1)
 
@@ -165,7 +167,7 @@ class ConvImage(Lanes):
         vector_loop(code, 0, length, self.lanes, element)
 
     def _turn_line(self, buffer: Any, start: Index, line: Sequence[Index]) -> None:
-        """Copy a line of an image whose channels are apart: squares of ``lanes`` pixels by as many channels, turned in registers."""
+        """Copy a line of an image whose channels are apart: ``lanes`` pixels by as many channels are turned in registers."""
         code, x, lanes, channels = self.code, self.form.x, self.lanes, self.channels
 
         def pixels(w: Index, width: int) -> None:
@@ -177,6 +179,9 @@ class ConvImage(Lanes):
 
                 vector_loop(code, 0, channels, lanes, element)
                 return
+            if channels < lanes:
+                self._interleave(buffer, start, line, w)
+                return
             with code.loop(channels // lanes, "serial", "c") as c:
                 self._turn(buffer, start, line, w, code.simplify(c * lanes))
             if channels % lanes:  # the last square overlaps the one before
@@ -187,12 +192,7 @@ class ConvImage(Lanes):
     def _turn(self, buffer: Any, start: Index, line: Sequence[Index], w: Index, c: Index) -> None:
         """Copy a square from pixel ``w`` and channel ``c`` on. Each step interleaves the vectors of one half with those of the other."""
         code, lanes = self.code, self.lanes
-        assert self._steps is not None
-        probe = Expressions(self.args, {}, probe=True)
-        probe.at(self.form.x, [*line, w, c])
-        value, first = probe.reads[0]
-        source, first = self.args.inputs[value], code.bind_index(first, "from")
-        parts = [code.bind(self._vector(source, code.simplify(first + i * self._steps[1])), "a") for i in range(lanes)]
+        parts = self._channels(line, w, c, lanes)
         half = lanes // 2
         orders = [[k // 2 + k % 2 * lanes + side for k in range(lanes)] for side in (0, half)]
         for _ in range(half.bit_length()):
@@ -200,3 +200,27 @@ class ConvImage(Lanes):
         to = code.bind_index(code.simplify(start + w * self.channels + c), "to")
         for i, part in enumerate(parts):
             self._put(buffer, code.simplify(to + i * self.channels), part)
+
+    def _interleave(self, buffer: Any, start: Index, line: Sequence[Index], w: Index) -> None:
+        """Copy ``lanes`` pixels of few channels, from pixel ``w`` on: each vector that is written takes elements of all channels."""
+        code, lanes, channels = self.code, self.lanes, self.channels
+        parts = self._channels(line, w, 0, channels)
+        to = code.bind_index(code.simplify(start + w * channels), "to")
+        for q in range(channels):
+            wanted = [divmod(q * lanes + lane, channels) for lane in range(lanes)]  # (pixel, channel)
+            mixed = parts[0]
+            for c in range(1, channels):
+                kept = [pixel if c == 1 else lane for lane, (pixel, _) in enumerate(wanted)]
+                order = [lanes + pixel if channel == c else k for k, (pixel, channel) in zip(kept, wanted, strict=True)]
+                mixed = code.bind(tirx.Shuffle([mixed, parts[c]], order), "mix")
+            self._put(buffer, code.simplify(to + q * lanes), mixed)
+
+    def _channels(self, line: Sequence[Index], w: Index, c: Index, count: int) -> list[Any]:
+        """``lanes`` pixels of ``count`` channels, a vector each, from pixel ``w`` and channel ``c`` on; the channels lie apart."""
+        code = self.code
+        assert self._steps is not None
+        probe = Expressions(self.args, {}, probe=True)
+        probe.at(self.form.x, [*line, w, c])
+        value, first = probe.reads[0]
+        source, first = self.args.inputs[value], code.bind_index(first, "from")
+        return [code.bind(self._vector(source, code.simplify(first + i * self._steps[1])), "a") for i in range(count)]
