@@ -13,6 +13,8 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.target import Target
 
 USUAL_TILES = 12  # of a task
+_POINTER = 40  # multiply-adds in whose time a pixel's place is computed, for reading and for writing
+_PIXELS = 1000  # where it is not known
 _TASK = 0.25  # what a task costs by itself, in tiles
 _MANY = 256  # tasks a thread that are as good as equally shared
 _UNPACK = ("reshape", "slice", "reshape", "transpose", "reshape")
@@ -110,6 +112,40 @@ class ConvForm:
         return x.is_input and x.type.strides is None and x.dtype in (types.f32, types.f64) and not any((*self.low, *self.high))
 
     @property
+    def pointwise(self) -> bool:
+        """Whether a pixel reads the pixel in its own place, so that neighbours do, too."""
+        ones = all(n == 1 for n in (*self.kernel, *self.stride))
+        return ones and not any((*self.low, *self.high))
+
+    def across(self, rows: int, vectors: int) -> int:
+        """Tiles of ``rows`` pixels by ``vectors`` of channels that each line of the result is divided into; the last may overlap another.
+
+        0: tiles go on from a line to the next one, because its length is not known, or they would overlap too much.
+        """
+        width = self.node.result.shape[-2]
+        if self.pointwise or not isinstance(width, int) or width < rows:
+            return 0
+        tiles = -(-width // rows)
+        return tiles if tiles * rows * self._tile_cost(rows, vectors, True) <= width * self._tile_cost(rows, vectors, False) else 0
+
+    def tiles(self, rows: int, vectors: int) -> Dim:
+        """Tiles of one panel."""
+        if across := self.across(rows, vectors):
+            return dims.mul(dims.numel(self.node.result.shape[:-2]), across)
+        return dims.floordiv(dims.add(self.pixels, rows - 1), rows)
+
+    def cost(self, rows: int, vectors: int) -> float:
+        """Multiply-adds of a vector that all tiles of a panel take, or what takes as long."""
+        across, width, tiles = self.across(rows, vectors), self.node.result.shape[-2], self.tiles(rows, vectors)
+        count = tiles if isinstance(tiles, int) else _PIXELS / width * across if across and isinstance(width, int) else _PIXELS / rows
+        return count * self._tile_cost(rows, vectors, self.pointwise or across > 0)
+
+    def _tile_cost(self, rows: int, vectors: int, known: bool) -> float:
+        """Of one tile; its pixels lie at known steps, or each is found by a pointer that is computed, and loaded at each step."""
+        step = rows * vectors if known else max(rows * vectors, 2 * rows + vectors)
+        return float(self.depth * (step + max(2, vectors)) + (0 if known else _POINTER * rows))
+
+    @property
     def depthwise(self) -> bool:
         """Whether each output channel reads one input channel, the one of its own number."""
         return self.inner == 1 and self.filters == 1 and self.groups > 1
@@ -187,16 +223,12 @@ def _transformed(conv: Node) -> Value | None:
 def tile_rows(form: ConvForm, vectors: int, t: Target) -> tuple[int, ...]:
     """Numbers of pixels a tile can have beside so many vectors of channels, the best one first.
 
-    A step of a tile takes ``rows * vectors`` multiply-adds and two of overhead; pixels beyond the last are wasted.
+    A step of a tile takes ``rows * vectors`` multiply-adds, and loads; pixels beyond the last, and those that two tiles
+    compute, are wasted. Where neighbouring pixels read the same elements one step later, LLVM keeps those in registers.
     """
-    most = max(1, min(16, (t.vector_registers - 2 - vectors) // vectors))
-    pixels = form.pixels
-
-    def cost(rows: int) -> float:
-        tiles = -(-pixels // rows) if isinstance(pixels, int) else 1000 / rows
-        return float(tiles * (rows * vectors + 2))
-
-    return tuple(sorted(range(1, most + 1), key=lambda r: (cost(r), -r)))
+    kept = form.stride[-1] * form.groups * form.inner == 1 < form.kernel[-1]
+    most = max(1, min(16, (t.vector_registers - 2 - vectors) // (vectors + kept)))
+    return tuple(sorted(range(1, most + 1), key=lambda r: (form.cost(r, vectors), -r)))
 
 
 def tiles_a_task(count: int, panels: int, tiles: int, tasks: int) -> int:

@@ -1,5 +1,7 @@
 """Convolution by register tiles: ``rows`` pixels by ``columns`` channels are summed in registers (an implicit matrix product).
 
+Where lines are of known length, and tiles divide them nearly evenly, a tile is a piece of a line, whose pixels lie at known steps.
+
 Images are channels-last. One tap of the kernel along the last spatial axis and the channels below it are one contiguous
 run of products for every pixel, so the loop over them is that of a matrix product whose rows start anywhere. Padding is
 not tested for: a padded image is copied to scratch memory first, in a form that every tile reads without a condition; an
@@ -30,6 +32,7 @@ from graphopt.backends.tvm.loops import SMALL, product
 from graphopt.ir.graph import Graph, Value
 
 LINE = 64  # bytes of a cache line
+Place = Index  # of a tile: the index of its first pixel, a list [n, *s], or that pixel's number
 
 
 class ConvKernel(ConvImage):
@@ -53,16 +56,21 @@ class ConvKernel(ConvImage):
         self.mr, self.nr, self.tiles = rows, columns, tiles
         self.block, self.fetch, self.split, self.ahead, self.tasks = block, fetch, split, ahead, tasks
         self.panels = -(-form.filters // columns)  # of a group
+        self.across = form.across(rows, -(-columns // lanes))
         # a run of contiguous products: the channels, and with them the taps of the last axis
         joined = form.dilation[-1] == 1 and form.groups == 1
         self.taps = form.kernel[:-1] if joined else form.kernel
         self.run = form.depth // prod(self.taps)
-        self.unroll = max((u for u in range(2, 2 * unroll + 1) if self.run % u == 0), default=unroll) if self.run < 64 else unroll
+        apart = form.stride[-1] * self.channels  # elements of the image from a pixel's to its neighbour's
+        # within so many steps no two pixels of a tile read the same element, which LLVM would keep in a register
+        most = min(2 * unroll, apart) if self.across and apart > 1 else 2 * unroll
+        self.unroll = max((u for u in range(2, most + 1) if self.run % u == 0), default=min(unroll, most)) if self.run < 64 else unroll
 
     def emit(self) -> Code:
         code = self.code
         weight, image = self._weight(), self._image()
-        count = code.bind_index(code.ceildiv(self.pixels, self.mr), "tiles")
+        tiles = product(code, [*self.out[:-1], self.across]) if self.across else code.ceildiv(self.pixels, self.mr)
+        count = code.bind_index(tiles, "tiles")
         chunks, length, blocks = self._blocks()
         per_task = self._tiles_a_task(count)
         pieces = code.bind_index(code.ceildiv(count, per_task), "pieces")
@@ -75,30 +83,30 @@ class ConvKernel(ConvImage):
             if blocks == 1:
                 total = code.alloc(self.mr * self.nr, self.held, "total")
                 with code.loop(here, "serial", "tile") as tile:
-                    row = code.simplify((first + tile) * self.mr)
+                    place = self._tile(code.simplify(first + tile))
                     if self.fetch:
-                        self._fetch_ends(j, row)
-                    acc = self._sum(weight, image, j, row, 0, prod(self.taps), 0, self.run, (tile, per_task))
+                        self._fetch_ends(j, place)
+                    acc = self._sum(weight, image, j, place, 0, prod(self.taps), 0, self.run, (tile, per_task))
                     self._each(acc, 0, lambda sums, at, q: self._put(total, q, self._vector(sums, at)))
-                    self._store(total, 0, j, row)
+                    self._store(total, 0, j, place)
                 return code
             total = code.alloc(per_task * self.mr * self.nr, self.held, "total")
             with code.loop(per_task * self.mr * self.nr // self.lanes, "serial", "q") as q:
                 self._put(total, code.simplify(q * self.lanes), self._zero())
             with code.loop(blocks, "serial", "block") as block, code.loop(here, "serial", "tile") as tile:
-                row = code.simplify((first + tile) * self.mr)
+                place = self._tile(code.simplify(first + tile))
                 if chunks > 1:
                     tap, start = code.div(block, chunks), code.simplify(code.mod(block, chunks) * length)
                     size = length if self.run % length == 0 else code.bind_index(code.least(self.run - start, length))
-                    acc = self._sum(weight, image, j, row, tap, 1, start, size, (tile, per_task))
+                    acc = self._sum(weight, image, j, place, tap, 1, start, size, (tile, per_task))
                 else:
                     tap, all_taps = code.simplify(block * length), prod(self.taps)
                     taps = length if all_taps % length == 0 else code.bind_index(code.least(all_taps - tap, length))
-                    acc = self._sum(weight, image, j, row, tap, taps, 0, self.run, (tile, per_task))
+                    acc = self._sum(weight, image, j, place, tap, taps, 0, self.run, (tile, per_task))
                 base = code.simplify(tile * (self.mr * self.nr))
                 self._each(acc, base, lambda sums, at, q: self._put(total, q, self._vector(total, q) + self._vector(sums, at)))
             with code.loop(here, "serial", "tile") as tile:
-                self._store(total, code.simplify(tile * (self.mr * self.nr)), j, code.simplify((first + tile) * self.mr))
+                self._store(total, code.simplify(tile * (self.mr * self.nr)), j, self._tile(code.simplify(first + tile)))
         return code
 
     def _task(self, task: Index, panels: Index, pieces: Index) -> tuple[Index, Index]:
@@ -156,22 +164,50 @@ class ConvKernel(ConvImage):
 
     # --- the tile -------------------------------------------------------------------------------------------------------
 
-    def _pixel(self, row: Index) -> list[Index]:
-        """The index [n, *s] of a pixel."""
-        return self._place(row, self.out)
+    def _tile(self, number: Index) -> Place:
+        """Where a tile begins: the index of its first pixel where all are of one line, else that pixel's number."""
+        code = self.code
+        if not self.across:
+            return code.simplify(number * self.mr)
+        width = self.out[-1]
+        *lead, piece = self._place(number, [*self.out[:-1], self.across])
+        x = code.simplify(piece * self.mr)
+        if width % self.mr:  # the last tile overlaps the one before
+            x = code.bind_index(code.least(x, width - self.mr), "x", width - self.mr + 1)
+        return [*lead, x]
 
-    def _start(self, row: Index, group: Index) -> Index:
-        """Where the first product of a pixel lies in the image."""
+    def _pixel(self, place: Place, i: Index, clipped: bool = False) -> list[Index]:
+        """The index [n, *s] of the ``i``-th pixel of a tile; ``clipped``: or that of the last one that there is."""
+        code = self.code
+        if isinstance(place, list):
+            return [*place[:-1], code.simplify(place[-1] + i)]
+        row = code.simplify(place + i)
+        return self._place(code.bind_index(code.least(row, self.pixels - 1), "r") if clipped and not self._exact else row, self.out)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether all tiles are whole."""
+        return self.across > 0 or (isinstance(self.pixels, int) and self.pixels % self.mr == 0)
+
+    def _starts(self, place: Place, group: Index) -> list[Index]:
+        """Where the first product of each pixel of a tile lies in the image."""
         code, form = self.code, self.form
-        stride = form.stride
-        channels = form.groups * form.inner
-        if all(k == 1 for k in form.kernel) and all(s == 1 for s in stride) and not any((*form.low, *form.high)):
-            return code.simplify(row * channels + group * form.inner)
-        n, *at = self._pixel(row)
-        flat = code.flatten([n, *(code.simplify(i * s) for i, s in zip(at, stride, strict=True))], [self.out[0], *self.padded])
-        return code.simplify(flat * channels + group * form.inner)
+        channels, first = form.groups * form.inner, code.simplify(group * form.inner)
 
-    def _sum(self, weight: Any, image: Any, j: Index, row: Index, tap: Index, taps: Index, start: Index, length: Index,
+        def start(pixel: Sequence[Index]) -> Index:
+            n, *at = (i if k == 0 else code.simplify(i * form.stride[k - 1]) for k, i in enumerate(pixel))
+            return code.bind_index(code.simplify(code.flatten([n, *at], [self.out[0], *self.padded]) * channels + first), "x")
+
+        if isinstance(place, list):
+            begin, step = start(place), form.stride[-1] * channels
+            return [code.simplify(begin + i * step) for i in range(self.mr)]
+        if not form.pointwise:
+            return [start(self._pixel(place, i, clipped=True)) for i in range(self.mr)]
+        rows = [code.simplify(place + i) for i in range(self.mr)]
+        rows = rows if self._exact else [code.bind_index(code.least(r, self.pixels - 1), "r") for r in rows]
+        return [code.bind_index(code.simplify(r * channels + first), "x") for r in rows]
+
+    def _sum(self, weight: Any, image: Any, j: Index, place: Place, tap: Index, taps: Index, start: Index, length: Index,
              part: tuple[Index, int]) -> list[Any]:  # fmt: skip
         """Sum ``length`` products, from ``start`` of the run, of each of ``taps`` taps, for all pixels and channels of a tile.
 
@@ -180,11 +216,7 @@ class ConvKernel(ConvImage):
         code, form, lanes = self.code, self.form, self.lanes
         vectors = self.nr // lanes
         group = code.div(j, self.panels) if form.groups > 1 else 0
-        exact = isinstance(self.pixels, int) and self.pixels % self.mr == 0
-        rows = []
-        for i in range(self.mr):
-            r = code.simplify(row + i)
-            rows.append(code.bind_index(self._start(r if exact else code.bind_index(code.least(r, self.pixels - 1), "r"), group), "x"))
+        rows = self._starts(place, group)
         # a pixel's accumulators a buffer: small enough to become registers, whatever else the loop does with memory
         acc = [code.alloc(self.nr, self.held, "acc") for _ in rows]
         self._each(acc, 0, lambda sums, at, _: self._put(sums, at, self._zero()))
@@ -239,14 +271,14 @@ class ConvKernel(ConvImage):
 
     # --- the epilogue -----------------------------------------------------------------------------------------------------
 
-    def _fetch_ends(self, j: Index, row: Index) -> None:
+    def _fetch_ends(self, j: Index, place: Place) -> None:
         """Ask for the memory that the epilogue of a tile reads pixel by pixel, and for the memory that it writes."""
         code, form = self.code, self.form
         column = code.simplify(code.mod(j, self.panels) * self.nr)
         shift = code.simplify(code.div(j, self.panels) * form.filters) if form.groups > 1 else 0
         sources: dict[Value, Source] = {form.node.result: lambda index: tirx.const(0, self.held)}
         with code.loop(self.mr, "serial", "i") as i:
-            pixel = self._pixel(code.bind_index(code.least(code.simplify(row + i), self.pixels - 1), "r"))
+            pixel = self._pixel(place, i, clipped=True)
             for c in range(0, self.nr, LINE // form.node.result.dtype.itemsize):
                 index = [*pixel, code.simplify(shift + column + c)]
                 for k, v in enumerate(self.graph.outputs):
@@ -257,15 +289,14 @@ class ConvKernel(ConvImage):
                         if read.type.rank > 1:
                             code.prefetch(self.args.inputs[read], at, level=1)
 
-    def _store(self, acc: Any, base: Index, j: Index, row: Index) -> None:
+    def _store(self, acc: Any, base: Index, j: Index, place: Place) -> None:
         """Write the tile, pixel by pixel: whole vectors of channels, and single ones where they end."""
         code, filters, lanes = self.code, self.form.filters, self._store_lanes()
-        exact = isinstance(self.pixels, int) and self.pixels % self.mr == 0
-        count = self.mr if exact else code.bind_index(code.least(self.pixels - row, self.mr), "rows")
+        count = self.mr if self._exact else code.bind_index(code.least(self.pixels - place, self.mr), "rows")
         column = code.simplify(code.mod(j, self.panels) * self.nr)
         shift = code.simplify(code.div(j, self.panels) * filters) if self.form.groups > 1 else 0
         with code.loop(count, "serial", "i") as i:
-            pixel = self._pixel(code.simplify(row + i))
+            pixel = self._pixel(place, i)
             line = code.simplify(base + i * self.nr)
 
             def one(c: Index) -> None:

@@ -119,7 +119,8 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     itemsize = max(4, form.node.result.dtype.itemsize)
     lanes = max(1, t.lanes(itemsize))
     columns = int(form.packed.shape[-1]) if form.packed is not None else t.panel_width(form.filters, itemsize)
-    rows = tile_rows(form, max(1, columns // lanes), t)
+    vectors = max(1, columns // lanes)
+    rows = tile_rows(form, vectors, t)
     written, read, weights = (dims.numel(v.shape) for v in (form.node.result, form.x, form.w))
     far = isinstance(written, int) and written * itemsize > t.cache[1]  # what it writes does not stay in the cache
     # a thread that takes the same pixels in every layer finds them in its own cache: worth it where they are more than the weights
@@ -127,8 +128,8 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     block = 512 if t.cache[1] >= 1 << 20 else 256  # of a panel: an eighth of the cache that it is read from again and again
     split, tasks = "panels" if deep else "pixels", 4 * t.cores
     tiles = USUAL_TILES
-    if isinstance(form.pixels, int):
-        tiles = even_tiles(-(-form.pixels // rows[0]), form.groups * -(-form.filters // columns), tasks, split, t.cores)
+    if isinstance(count := form.tiles(rows[0], vectors), int):
+        tiles = even_tiles(count, form.groups * -(-form.filters // columns), tasks, split, t.cores)
     return (
         Param("lanes", (lanes if columns % lanes == 0 else columns,)),
         Param("rows", rows, "tile"),

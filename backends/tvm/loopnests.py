@@ -48,7 +48,7 @@ def conv_loops(graph: Graph, t: Target) -> Loops:
 
     def loops(s: Schedule) -> LoopNest:
         mr, nr, lanes, unroll = s["rows"], s["columns"], s["lanes"], s["unroll"]
-        panels, count = groups * -(-filters // nr), -(-pixels // mr)
+        panels, count = groups * -(-filters // nr), typical(form.tiles(mr, -(-nr // lanes)), graph)
         tiles = tiles_a_task(count, panels, s["tiles"], s["tasks"])
         pieces = -(-count // tiles)
         tasks, depth = panels * pieces, form.depth
