@@ -26,7 +26,7 @@ def redraw(module: nn.Module, seed: int = 0) -> nn.Module:
             for name, p in child.named_parameters(recurse=False):
                 if isinstance(child, nn.Embedding):
                     normal(p, 0.0, 1.0)
-                elif p.dim() >= 2:
+                elif p.dim() >= 2 and p.numel():
                     fan_in = p.shape[0] if type(child).__name__ == "Conv1D" else p[0].numel()
                     normal(p, 0.0, fan_in**-0.5)
                 else:
