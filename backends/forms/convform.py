@@ -14,7 +14,7 @@ from graphopt.target import Target
 
 USUAL_TILES = 12  # of a task
 _POINTER = 40  # multiply-adds in whose time a pixel's place is computed, for reading and for writing
-_PIXELS = 1000  # where it is not known
+_PIXELS = 1 << 16  # where their number is not known: rounding to whole tiles does not count
 _TASK = 0.25  # what a task costs by itself, in tiles
 _MANY = 256  # tasks a thread that are as good as equally shared
 _UNPACK = ("reshape", "slice", "reshape", "transpose", "reshape")
@@ -113,11 +113,21 @@ class ConvForm:
 
     @property
     def pointwise(self) -> bool:
-        """Whether a pixel reads the pixel in its own place, so that neighbours do, too."""
+        """Whether it is 1x1 by strides of 1, without padding: pixel i of the result reads pixel i of the image."""
         ones = all(n == 1 for n in (*self.kernel, *self.stride))
         return ones and not any((*self.low, *self.high))
 
-    def across(self, rows: int, vectors: int) -> int:
+    @property
+    def step(self) -> int:
+        """Elements of a channels-last image from what a pixel of the result reads to what its neighbour in the line does."""
+        return self.stride[-1] * self.groups * self.inner
+
+    @property
+    def neighbours_share(self) -> bool:
+        """Whether each step of a sum reads, but for one pixel, what the step before it read for the neighbours."""
+        return self.step == 1 and self.dilation[-1] == 1 and self.kernel[-1] > 1
+
+    def tiles_across(self, rows: int, vectors: int) -> int:
         """Tiles of ``rows`` pixels by ``vectors`` of channels that each line of the result is divided into; the last may overlap another.
 
         0: tiles go on from a line to the next one, because its length is not known, or they would overlap too much.
@@ -128,17 +138,17 @@ class ConvForm:
         tiles = -(-width // rows)
         return tiles if tiles * rows * self._tile_cost(rows, vectors, True) <= width * self._tile_cost(rows, vectors, False) else 0
 
-    def tiles(self, rows: int, vectors: int) -> Dim:
-        """Tiles of one panel."""
-        if across := self.across(rows, vectors):
-            return dims.mul(dims.numel(self.node.result.shape[:-2]), across)
-        return dims.floordiv(dims.add(self.pixels, rows - 1), rows)
+    def tiles(self, rows: int, vectors: int, pixels: int) -> int:
+        """Tiles of one panel, of so many pixels in all."""
+        if across := self.tiles_across(rows, vectors):
+            return -(-pixels * across // cast(int, self.node.result.shape[-2]))
+        return -(-pixels // rows)
 
     def cost(self, rows: int, vectors: int) -> float:
         """Multiply-adds of a vector that all tiles of a panel take, or what takes as long."""
-        across, width, tiles = self.across(rows, vectors), self.node.result.shape[-2], self.tiles(rows, vectors)
-        count = tiles if isinstance(tiles, int) else _PIXELS / width * across if across and isinstance(width, int) else _PIXELS / rows
-        return count * self._tile_cost(rows, vectors, self.pointwise or across > 0)
+        pixels = self.pixels if isinstance(self.pixels, int) else _PIXELS
+        known = self.pointwise or self.tiles_across(rows, vectors) > 0
+        return self.tiles(rows, vectors, pixels) * self._tile_cost(rows, vectors, known)
 
     def _tile_cost(self, rows: int, vectors: int, known: bool) -> float:
         """Of one tile; its pixels lie at known steps, or each is found by a pointer that is computed, and loaded at each step."""
@@ -226,9 +236,13 @@ def tile_rows(form: ConvForm, vectors: int, t: Target) -> tuple[int, ...]:
     A step of a tile takes ``rows * vectors`` multiply-adds, and loads; pixels beyond the last, and those that two tiles
     compute, are wasted. Where neighbouring pixels read the same elements one step later, LLVM keeps those in registers.
     """
-    kept = form.stride[-1] * form.groups * form.inner == 1 < form.kernel[-1]
-    most = max(1, min(16, (t.vector_registers - 2 - vectors) // (vectors + kept)))
+    most = max(1, min(16, (t.vector_registers - 2 - vectors) // (vectors + int(form.neighbours_share))))
     return tuple(sorted(range(1, most + 1), key=lambda r: (form.cost(r, vectors), -r)))
+
+
+def even_tile(width: int, most: int) -> int:
+    """Pixels of a tile, by which a line is divided into as many as by ``most``, but evenly."""
+    return -(-width // max(1, -(-width // most)))
 
 
 def tiles_a_task(count: int, panels: int, tiles: int, tasks: int) -> int:

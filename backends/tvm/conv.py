@@ -1,6 +1,7 @@
 """Convolution by register tiles: ``rows`` pixels by ``columns`` channels are summed in registers (an implicit matrix product).
 
-Where lines are of known length, and tiles divide them nearly evenly, a tile is a piece of a line, whose pixels lie at known steps.
+Where lines are of known length, and tiles divide them nearly evenly, a tile is a piece of a line, whose pixels lie at known steps; the
+last one of a line overlaps the one before, and what both write is the same.
 
 Images are channels-last. One tap of the kernel along the last spatial axis and the channels below it are one contiguous
 run of products for every pixel, so the loop over them is that of a matrix product whose rows start anywhere. Padding is
@@ -56,15 +57,23 @@ class ConvKernel(ConvImage):
         self.mr, self.nr, self.tiles = rows, columns, tiles
         self.block, self.fetch, self.split, self.ahead, self.tasks = block, fetch, split, ahead, tasks
         self.panels = -(-form.filters // columns)  # of a group
-        self.across = form.across(rows, -(-columns // lanes))
+        self.across = form.tiles_across(rows, columns // lanes)  # 0: a tile may go on in the next line
         # a run of contiguous products: the channels, and with them the taps of the last axis
         joined = form.dilation[-1] == 1 and form.groups == 1
         self.taps = form.kernel[:-1] if joined else form.kernel
         self.run = form.depth // prod(self.taps)
-        apart = form.stride[-1] * self.channels  # elements of the image from a pixel's to its neighbour's
-        # within so many steps no two pixels of a tile read the same element, which LLVM would keep in a register
-        most = min(2 * unroll, apart) if self.across and apart > 1 else 2 * unroll
-        self.unroll = max((u for u in range(2, most + 1) if self.run % u == 0), default=min(unroll, most)) if self.run < 64 else unroll
+        self.unroll = self._unrolled(unroll)
+
+    def _unrolled(self, wanted: int) -> int:
+        """Steps that are written one after the other: of a short run as many as divide it, up to twice as many as wanted.
+
+        Of a tile along a line, no two pixels may read the same element within them: LLVM would keep those in registers that it lacks.
+        """
+        apart = self.form.step if self.across and not self.form.neighbours_share else 2 * wanted
+        if self.run >= 64:
+            return min(wanted, apart)
+        most = min(2 * wanted, apart)
+        return max((u for u in range(2, most + 1) if self.run % u == 0), default=min(wanted, most))
 
     def emit(self) -> Code:
         code = self.code
@@ -192,15 +201,15 @@ class ConvKernel(ConvImage):
     def _starts(self, place: Place, group: Index) -> list[Index]:
         """Where the first product of each pixel of a tile lies in the image."""
         code, form = self.code, self.form
-        channels, first = form.groups * form.inner, code.simplify(group * form.inner)
+        channels, first = self.channels, code.simplify(group * form.inner)
 
         def start(pixel: Sequence[Index]) -> Index:
             n, *at = (i if k == 0 else code.simplify(i * form.stride[k - 1]) for k, i in enumerate(pixel))
             return code.bind_index(code.simplify(code.flatten([n, *at], [self.out[0], *self.padded]) * channels + first), "x")
 
         if isinstance(place, list):
-            begin, step = start(place), form.stride[-1] * channels
-            return [code.simplify(begin + i * step) for i in range(self.mr)]
+            begin = start(place)
+            return [code.simplify(begin + i * form.step) for i in range(self.mr)]
         if not form.pointwise:
             return [start(self._pixel(place, i, clipped=True)) for i in range(self.mr)]
         rows = [code.simplify(place + i) for i in range(self.mr)]

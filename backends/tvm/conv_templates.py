@@ -128,8 +128,8 @@ def _conv_params(w: Workload, t: Target) -> tuple[Param, ...]:
     block = 512 if t.cache[1] >= 1 << 20 else 256  # of a panel: an eighth of the cache that it is read from again and again
     split, tasks = "panels" if deep else "pixels", 4 * t.cores
     tiles = USUAL_TILES
-    if isinstance(count := form.tiles(rows[0], vectors), int):
-        tiles = even_tiles(count, form.groups * -(-form.filters // columns), tasks, split, t.cores)
+    if isinstance(form.pixels, int):
+        tiles = even_tiles(form.tiles(rows[0], vectors, form.pixels), form.groups * -(-form.filters // columns), tasks, split, t.cores)
     return (
         Param("lanes", (lanes if columns % lanes == 0 else columns,)),
         Param("rows", rows, "tile"),

@@ -129,8 +129,8 @@ class ConvImage(Lanes):
     def _turned(self) -> bool:
         """Whether a line of the image lies in memory channel by channel, pixels side by side."""
         source = behind_views(self.form.x)
-        vectors = self.lanes > 1 and self.lanes & (self.lanes - 1) == 0
-        if not source.is_input or scalar.STORAGE[source.dtype] != self.held or not vectors or self.channels == 1:
+        whole_vectors = self.lanes > 1 and self.lanes & (self.lanes - 1) == 0
+        if not source.is_input or scalar.STORAGE[source.dtype] != self.held or not whole_vectors or self.channels == 1:
             return False
         return self._steps is not None and self.code.equal(self._steps[0], 1)
 
@@ -209,7 +209,7 @@ class ConvImage(Lanes):
         for q in range(channels):
             wanted = [divmod(q * lanes + lane, channels) for lane in range(lanes)]  # (pixel, channel)
             mixed = parts[0]
-            for c in range(1, channels):
+            for c in range(1, channels):  # lanes of channels behind c hold anything until these are there
                 kept = [pixel if c == 1 else lane for lane, (pixel, _) in enumerate(wanted)]
                 order = [lanes + pixel if channel == c else k for k, (pixel, channel) in zip(kept, wanted, strict=True)]
                 mixed = code.bind(tirx.Shuffle([mixed, parts[c]], order), "mix")

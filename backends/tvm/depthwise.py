@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphopt.backends.forms.convform import ConvForm
+from graphopt.backends.forms.convform import ConvForm, even_tile
 from graphopt.backends.tvm import scalar
 from graphopt.backends.tvm.code import Code, Index
 from graphopt.backends.tvm.expr import Arguments, Expressions, store_computed
@@ -87,8 +87,8 @@ class DepthwiseKernel:
         """All pixels of a line."""
         ranges = [self._range(k, i) for k, i in enumerate(lead[1:])]
         a, b = self._interior(width)
-        if isinstance(width, int) and isinstance(self.space[-1], int) and self.form.kernel[-1] <= _TAPS:
-            tile = -(-width // -(-width // self.tile)) if width else 1  # even tiles
+        if isinstance(width, int) and isinstance(self.space[-1], int) and self._written_out:
+            tile = even_tile(width, self.tile)
             starts = [min(first, width - tile) for first in range(0, width, tile)]
             ends = [first for first in starts if first < a or first + tile > b]
             if len(ends) <= _ENDS:
@@ -184,7 +184,7 @@ class DepthwiseKernel:
 
         def row(taps: list[Index]) -> None:
             at = [code.simplify(i * s - p + t * d) for i, s, p, d, t in zip(lead[1:], stride, padding, dilation, taps, strict=False)]
-            if known and width <= _TAPS:
+            if known and self._written_out:
                 self._unrolled(acc, [lead[0], *at], start, pixels, taps, channel)
                 return
             self._cut(acc, [lead[0], *at], start, pixels, taps, channel, first, count)
@@ -232,9 +232,15 @@ class DepthwiseKernel:
                         loaded[shift] = e.at(form.x, [*at, code.simplify(start + shift), c])
                     code.store(acc, p, code.load(acc, p) + loaded[shift] * w)
 
+    @property
+    def _written_out(self) -> bool:
+        """Whether the taps along a line are written one after the other: alone then those outside can be left out."""
+        return self.form.kernel[-1] <= _TAPS
+
     def _inside(self, start: Index, shift: int) -> bool:
-        """Whether a place of a line is one of the image; of a tile whose start is not known all are."""
-        return not isinstance(start, int) or 0 <= start + shift < self.space[-1]
+        """Whether a place of a line is one of the image; of a tile that has no code of its own all are."""
+        size = self.space[-1]
+        return not (isinstance(start, int) and isinstance(size, int)) or 0 <= start + shift < size
 
     def _store(self, index: list[Index], value: Any) -> None:
         store_computed(self.args, index, {self.form.node.result: value})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 
 from graphopt.autotune.space import Level, LoopNest, Schedule
-from graphopt.backends.forms.convform import ConvForm, conv_of, tiles_a_task
+from graphopt.backends.forms.convform import ConvForm, conv_of, even_tile, tiles_a_task
 from graphopt.backends.forms.prepare import expand_rows
 from graphopt.backends.forms.shapes import row_shape
 from graphopt.backends.forms.support import REDUCTIONS, is_materialized
@@ -45,10 +46,12 @@ def conv_loops(graph: Graph, t: Target) -> Loops:
     image = bytes_of(form.x, graph) / groups
     fresh = image / pixels  # bytes of the image that a pixel adds, all taps
     around = math.prod(form.kernel) / math.prod(form.stride)  # how often an element of the image is used
+    tiles_of = cache(partial(form.tiles, pixels=pixels))
 
     def loops(s: Schedule) -> LoopNest:
         mr, nr, lanes, unroll = s["rows"], s["columns"], s["lanes"], s["unroll"]
-        panels, count = groups * -(-filters // nr), typical(form.tiles(mr, -(-nr // lanes)), graph)
+        vectors = -(-nr // lanes)
+        panels, count = groups * -(-filters // nr), tiles_of(mr, vectors)
         tiles = tiles_a_task(count, panels, s["tiles"], s["tasks"])
         pieces = -(-count // tiles)
         tasks, depth = panels * pieces, form.depth
@@ -69,7 +72,6 @@ def conv_loops(graph: Graph, t: Target) -> Loops:
             Level(block / unroll, touched(mr, unroll, nr), "unrolled"),
             Level(unroll * mr * -(-nr // lanes), (float(size), float(lanes * size), 0.0, 0.0), "vector"),
         )
-        vectors = -(-nr // lanes)
         waste = count * mr * panels * nr / (pixels * filters * groups)
         moved = 0.0 if form.plain else 2.0 * bytes_of(form.x, graph)
         if form.packed is None:
@@ -91,7 +93,7 @@ def depthwise_loops(graph: Graph, t: Target) -> Loops:
     outer = math.prod(lead) // lines
 
     def loops(s: Schedule) -> LoopNest:
-        lanes, pixels = s["lanes"], min(s["pixels"], width)
+        lanes, pixels = s["lanes"], even_tile(width, s["pixels"])
         most, wanted = (s["lines"], s["tasks"]) if s.sketch == "pieces" else (8, 32)
         each = -(-lines // -(-lines // most))
         pieces, blocks = -(-lines // each), -(-filters // lanes)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tvm_check import B, H, check, sizes, values
 
-from graphopt.autotune.space import Workload
+from graphopt.autotune.space import Schedule, Workload
 from graphopt.backends.forms.convform import ConvForm, busiest, conv_of, tile_rows, tiles_a_task
 from graphopt.backends.tvm.backend import TvmBackend
+from graphopt.backends.tvm.loopnests import conv_loops
 from graphopt.ir import Builder, Graph, TensorType, Value, dims, types
 from graphopt.passes.layout.pack_filters import pack, unpack
 from graphopt.target import Target, detect
@@ -71,6 +72,10 @@ CASES: dict[str, Graph] = {
     "first layer": conv((1, 37, 41, 3), (7, 7, 3, 24), stride=2, padding=3, nr=32, epilogue=True, seen=(0, 2, 3, 1)),
     "first layer, two channels": conv((2, 9, 33, 2), (3, 3, 2, 24), padding=1, nr=32, seen=(0, 2, 3, 1)),
     "first layer, one channel": conv((2, 9, 33, 1), (5, 3, 1, 24), padding=1, nr=32, seen=(0, 2, 3, 1)),
+    "first layer, 15 channels": conv((1, 5, 19, 15), (3, 3, 15, 24), padding=1, nr=32, seen=(0, 2, 3, 1)),
+    "first layer, f64": conv((1, 5, 19, 3), (3, 3, 3, 24), padding=1, dtype=types.f64, seen=(0, 2, 3, 1)),
+    "first layer, narrow": conv((1, 9, 5, 3), (3, 3, 3, 24), padding=1, nr=32, seen=(0, 2, 3, 1)),
+    "first layer, any size": conv((B, H, H, 3), (3, 3, 3, 24), padding=1, nr=32, seen=(0, 2, 3, 1)),
     "patches": conv((2, 32, 32, 3), (8, 8, 3, 40), stride=8, nr=48, seen=(0, 2, 3, 1)),
     "many channels first": conv((2, 9, 37, 20), (3, 3, 20, 20), padding=1, nr=32, seen=(0, 2, 3, 1)),
     "dilated": conv((1, 13, 15, 6), (3, 3, 6, 10), padding=2, dilation=2),
@@ -92,6 +97,8 @@ CASES: dict[str, Graph] = {
     "depthwise dilated": conv((1, 20, 31, 17), (3, 3, 1, 17), padding=2, dilation=2, groups=17),
     "depthwise, taps far apart": conv((1, 9, 41, 16), (3, 3, 1, 16), padding=12, dilation=12, groups=16),
     "depthwise strided, ends cut": conv((1, 9, 21, 16), (5, 5, 1, 16), stride=2, padding=2, groups=16),
+    "depthwise, nothing cut": conv((1, 5, 19, 16), (3, 3, 1, 16), groups=16),
+    "depthwise, tiles outside": conv((1, 5, 12, 16), (1, 2, 1, 16), padding=20, groups=16),
     "depthwise 7x7": conv((1, 7, 30, 16), (7, 7, 1, 16), padding=3, groups=16, residual=True),
     "depthwise, small image": conv((1, 3, 2, 8), (7, 7, 1, 8), padding=3, groups=8),
     "depthwise line": conv((2, 40, 10), (4, 1, 10), padding=3, groups=10),
@@ -124,7 +131,6 @@ def test_depthwise_by_the_general_template(compile_all) -> None:
 
 
 def test_every_schedule_of_a_convolution_is_right(builder, kernels_dir) -> None:
-    from graphopt.autotune.space import Schedule
     from graphopt.backends.tvm.build import load_kernel
 
     graph = CASES["3x3 packed"]
@@ -149,6 +155,65 @@ def test_what_is_packed_is_seen() -> None:
     packed, plain = conv_of(CASES["3x3 packed"]), conv_of(CASES["3x3"])
     assert isinstance(packed, ConvForm) and packed.packed is not None
     assert isinstance(plain, ConvForm) and plain.packed is None
+
+
+TWO = 2 * detect().lanes(4)  # filters of two vectors
+LINES = {
+    "batch of any size": (conv((B, 7, 9, 6), (3, 3, 6, TWO), padding=1, nr=TWO, epilogue=True, residual=True), 5),
+    "height of any size": (conv((B, H, 9, 6), (3, 3, 6, 20), padding=1, nr=TWO), 5),
+    "in blocks": (conv((1, 3, 9, 700), (3, 3, 700, TWO), padding=1, nr=TWO), 5),
+    "grouped": (conv((2, 4, 9, 12), (3, 3, 4, 15), padding=1, groups=3), 5),
+    "line": (conv((2, 50, 13), (5, 13, 21), stride=2, padding=2, nr=TWO), 6),
+    "volume": (conv((1, 3, 4, 9, 4), (3, 3, 3, 4, 18), padding=1, nr=TWO, residual=True), 5),
+    "padded, strided": (conv((1, 5, 17, 3), (3, 3, 3, TWO), stride=2, pad=(0, 1), nr=TWO), 5),
+}  # fmt: skip
+
+
+def test_the_last_tile_of_a_line_overlaps_the_one_before(compile_points) -> None:
+    points = []
+    for graph, rows in LINES.values():
+        w, form, t = Workload.of(graph, "conv"), conv_of(graph), detect()
+        template = next(x for x in TvmBackend().templates(w, t) if x.name == "conv")
+        knobs = dict(template.space(w, t).default().knobs)
+        assert isinstance(form, ConvForm)
+        assert form.tiles_across(rows, knobs["columns"] // knobs["lanes"]) > 0 and int(form.node.result.shape[-2]) % rows
+        points += [(graph, w, Schedule.make("conv", **{**knobs, "rows": rows, "fetch": fetch})) for fetch in (False, True)]
+    for (graph, *_), run in zip(points, compile_points(points), strict=True):
+        for bindings in sizes(graph):
+            check(graph, run, values(graph, **bindings), bindings)
+
+
+def test_where_a_tile_is_a_piece_of_a_line() -> None:
+    def across(x: Sequence[Any], w: Sequence[int], rows: int, vectors: int = 2, **window: int) -> int:
+        form = conv_of(conv(x, w, **window))
+        assert isinstance(form, ConvForm)
+        assert form.tiles(rows, vectors, 1 << 12) >= (1 << 12) / rows
+        return form.tiles_across(rows, vectors)
+
+    assert across((1, 28, 28, 64), (3, 3, 64, 32), 14, padding=1) == 2
+    assert across((B, H, 28, 64), (3, 3, 64, 32), 14, padding=1) == 2
+    assert across((1, 224, 224, 3), (3, 3, 3, 64), 6, 4, padding=1) == 38  # four pixels of a line are computed twice: it pays
+    assert across((1, 28, 28, 64), (3, 3, 64, 64), 6, 4, padding=1) == 0  # long sums: it does not
+    assert across((1, 7, 7, 64), (3, 3, 64, 32), 14, padding=1) == 0  # a tile is longer than a line
+    assert across((1, 28, 28, 64), (1, 1, 64, 32), 14) == 0  # neighbours in the image, whatever the lines are
+    assert across((1, 28, H, 64), (3, 3, 64, 32), 14, padding=1) == 0
+
+
+def test_loops_of_unknown_sizes_waste_little() -> None:
+    w, t = Workload.of(LINES["batch of any size"][0], "conv"), detect()
+    template = next(x for x in TvmBackend().templates(w, t) if x.name == "conv")
+    (space,) = template.spaces(w, t)
+    default = dict(space.default().knobs)
+    loops = conv_loops(w.graph, t)
+    for rows in (1, 4, 8, 9):
+        assert loops(Schedule.make("conv", **{**default, "rows": rows})).waste < 2
+
+
+def test_one_channel_leaves_registers_for_what_neighbours_share() -> None:
+    one, dilated = (conv_of(conv((1, 9, 30, 1), (3, 3, 1, 32), padding=d, dilation=d)) for d in (1, 2))
+    assert isinstance(one, ConvForm) and isinstance(dilated, ConvForm)
+    target = Target("cpu", "x86_64", features=("avx512f",))
+    assert max(tile_rows(one, 2, target)) == 9 and max(tile_rows(dilated, 2, target)) == 14
 
 
 @pytest.mark.parametrize("features, registers", [(("avx512f",), 32), (("avx2",), 16)])
@@ -221,6 +286,8 @@ def test_tasks_are_shared_evenly() -> None:
     template = next(x for x in TvmBackend().templates(w, t) if x.name == "conv")
     chosen = template.space(w, t).default()
     tiles = next(p for p in template.space(w, t).params if p.name == "tiles").choices
-    count = -(-28 * 28 // chosen["rows"])
+    form = conv_of(w.graph)
+    assert isinstance(form, ConvForm)
+    count = form.tiles(chosen["rows"], chosen["columns"] // chosen["lanes"], 28 * 28)
     share = {n: busiest(count, 4 * -(-32 // chosen["columns"]), n, chosen["tasks"], chosen["split"], t.cores) for n in tiles}
     assert share[chosen["tiles"]] <= 1.03 * min(share.values())
